@@ -1,0 +1,74 @@
+"""What can go wrong, as one tree. Every message speaks to the person at the keyboard.
+
+    DPOStudioError            refused with a reason            exit 1
+    ├── RecipeError           the recipe says something impossible
+    ├── DataError             a source of pairs cannot be used
+    ├── ModelError            a model, tokenizer or adapter cannot be used
+    ├── RunError              a run folder is not what the command needs
+    ├── UsageError            the command itself is wrong      exit 2
+    ├── NonFiniteError        a run stopped itself             exit 3
+    └── Interrupted           stopped by a signal              exit 130 (SIGINT), 143 (SIGTERM)
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "DPOStudioError",
+    "DataError",
+    "Interrupted",
+    "ModelError",
+    "NonFiniteError",
+    "RecipeError",
+    "RunError",
+    "UsageError",
+]
+
+
+class DPOStudioError(Exception):
+    """Something was refused: `message` says what and where, `hint` what to do about it."""
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.hint = hint
+
+    def __str__(self) -> str:
+        return self.message if self.hint is None else f"{self.message}\n  hint: {self.hint}"
+
+
+class RecipeError(DPOStudioError):
+    """The recipe cannot be read, or asks for something that cannot be had."""
+
+
+class DataError(DPOStudioError):
+    """A source of pairs is missing, unreadable, or holds nothing usable."""
+
+
+class ModelError(DPOStudioError):
+    """A model, tokenizer or adapter is missing, unsafe or unsupported."""
+
+
+class RunError(DPOStudioError):
+    """A run folder belongs to something else, or lacks what was asked of it."""
+
+
+class UsageError(DPOStudioError):
+    """The command line is wrong."""
+
+    exit_code = 2
+
+
+class NonFiniteError(DPOStudioError):
+    """A run stopped itself rather than learn from numbers that are not finite."""
+
+    exit_code = 3
+
+
+class Interrupted(DPOStudioError):
+    """A signal stopped the run; what was learned is in its checkpoint."""
+
+    def __init__(self, message: str, *, exit_code: int, hint: str | None = None) -> None:
+        super().__init__(message, hint=hint)
+        self.exit_code = exit_code

@@ -1,0 +1,41 @@
+"""A pair: one prompt, a chosen answer, a rejected answer, all as chat turns."""
+
+from __future__ import annotations
+
+import hashlib
+import unicodedata
+from dataclasses import dataclass, replace
+
+__all__ = ["Message", "Pair", "prompt_key"]
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn of a chat."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two answers to one prompt, the first preferred. A plain string is one turn."""
+
+    prompt: tuple[Message, ...]
+    chosen: tuple[Message, ...]
+    rejected: tuple[Message, ...]
+    row: int = 0
+    """Where it stood in its source, from 0."""
+
+    def swap(self) -> Pair:
+        """The opposite preference."""
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
+
+
+def prompt_key(prompt: tuple[Message, ...]) -> str:
+    """What a split goes by: sha256 of roles and text, NFC, white space collapsed (64 hex digits).
+
+    Pairs with the same key are about the same prompt and belong on the same side of a split.
+    """
+    turns = (f"{m.role}\x1f{' '.join(unicodedata.normalize('NFC', m.content).split())}" for m in prompt)
+    return hashlib.sha256("\x1e".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
