@@ -8,7 +8,8 @@ Shapes: P = pairs. Log-probs are fp32 sums over the answer's tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -37,23 +38,17 @@ class PairLogps:
     def __len__(self) -> int:
         return len(self.chosen_P)
 
-    def detach(self) -> PairLogps:
-        """The same numbers, cut off from the graph."""
-        return PairLogps(
-            self.chosen_P.detach(), self.rejected_P.detach(), self.chosen_tokens_P, self.rejected_tokens_P
-        )
+    def map(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
+        """Every tensor changed alike: `logps.map(Tensor.detach)`."""
+        return PairLogps(*(change(getattr(self, field.name)) for field in fields(self)))
 
     @staticmethod
-    def cat(parts: list[PairLogps]) -> PairLogps:
+    def cat(parts: Sequence[PairLogps]) -> PairLogps:
         """The pairs of all `parts`, in order."""
         import torch
 
-        return PairLogps(
-            *(
-                torch.cat([getattr(part, name) for part in parts])
-                for name in ("chosen_P", "rejected_P", "chosen_tokens_P", "rejected_tokens_P")
-            )
-        )
+        columns = ([getattr(part, field.name) for part in parts] for field in fields(PairLogps))
+        return PairLogps(*(torch.cat(column) for column in columns))
 
 
 @dataclass(frozen=True)

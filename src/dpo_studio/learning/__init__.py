@@ -1,0 +1,1 @@
+"""The algorithm: log-probs, the reference, the training loop and its checkpoints."""

@@ -1,0 +1,1 @@
+"""Weights: bases, adapters, and the attention mask a pack needs."""

@@ -1,0 +1,206 @@
+"""LoRA adapters: attached through PEFT, computed in the base's precision, saved so that plain PEFT loads them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners import lora
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from dpo_studio.config import AdapterSection
+from dpo_studio.errors import ModelError
+
+__all__ = ["LoraLinear", "adapter_state", "as_reference", "attach", "attach_existing", "save_adapter"]
+
+POLICY, REFERENCE = "default", "reference"
+
+
+class LoraLinear(lora.Linear):  # type: ignore[misc]
+    """LoRA with fp32 master weights and the base layer's compute precision (arXiv 2106.09685, Eq. 3).
+
+    PEFT's own forward casts the activations up to the adapter's fp32, an extra copy of every layer's input; casting
+    the two small matrices down instead gives the same product, and `addmm` adds it to the base's output in one pass.
+    """
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """y = W x + scale * B A dropout(x) for the active adapter."""
+        active = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
+            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
+        (name,) = active
+        y = self.base_layer(x, *args, **kwargs)
+        x = self.lora_dropout[name](x)
+        low = nn.functional.linear(x, self.lora_A[name].weight.to(x.dtype))
+        up = self.lora_B[name].weight.to(x.dtype)
+        flat = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name])
+        return flat.view(y.shape)
+
+
+def attach(base: nn.Module, section: AdapterSection, *, seed: int) -> PeftModel:
+    """A fresh adapter on `base`: A random from `seed`, B zero, so the policy starts as the base.
+
+    Raises:
+        ModelError: a target names no linear layer.
+    """
+    targets = section.targets if isinstance(section.targets, str) else sorted(section.targets)
+    config = LoraConfig(
+        r=section.rank,
+        lora_alpha=section.alpha,
+        lora_dropout=section.dropout,
+        target_modules=targets,
+        task_type="CAUSAL_LM",
+    )
+    config._register_custom_module({nn.Linear: LoraLinear})
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        try:
+            policy = get_peft_model(base, config)
+        except ValueError as error:
+            linear = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
+            raise ModelError(
+                f"adapter.targets {section.targets}: {error}", hint=f"this model's linear layers: {', '.join(linear)}"
+            ) from None
+    return _with_fp32_adapter(policy)
+
+
+def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str = POLICY) -> PeftModel:
+    """The adapter saved in `folder` on `base`, or beside the adapters `base` already has.
+
+    Raises:
+        ModelError: the folder holds no LoRA adapter in safetensors, or one made for other layers.
+    """
+    config = read_adapter_config(folder)
+    config.inference_mode = not trainable
+    config._register_custom_module({nn.Linear: LoraLinear})
+    try:
+        if isinstance(base, PeftModel):
+            base.load_adapter(folder, adapter_name=name, is_trainable=trainable, peft_config=config)
+            policy = base
+        else:
+            policy = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable, config=config)
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise ModelError(
+            f"{folder}: this adapter does not fit the model: {' '.join(str(error).split())[:300]}",
+            hint="was it trained on another base? adapter_config.json names it",
+        ) from None
+    _check_every_tensor_was_used(policy, folder, name)
+    return _with_fp32_adapter(policy)
+
+
+def read_adapter_config(folder: Path) -> LoraConfig:
+    """The LoRA settings of an adapter folder.
+
+    Raises:
+        ModelError: not a folder with a LoRA adapter in safetensors, or a kind of LoRA we do not compute.
+    """
+    if not (folder / "adapter_config.json").is_file():
+        raise ModelError(f"{folder} holds no adapter", hint="an adapter folder has adapter_config.json in it")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ModelError(
+            f"{folder}: no adapter_model.safetensors",
+            hint="pickle files (adapter_model.bin) are never loaded; save the adapter again as safetensors",
+        )
+    try:
+        raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
+        kind = raw.get("peft_type")
+        strange = [key for key in ("use_dora", "use_qalora", "trainable_token_indices", "modules_to_save") if raw.get(key)]
+        if raw.get("bias", "none") != "none":
+            strange.append("bias")
+        if kind != "LORA" or strange:
+            raise ModelError(
+                f"{folder}: only plain LoRA adapters can be used; this is {', '.join([str(kind), *strange])}",
+                hint="merge it into its base first, or train a LoRA adapter",
+            )
+        return LoraConfig.from_pretrained(folder)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{folder}/adapter_config.json cannot be read: {error}") from None
+
+
+def adapter_state(policy: PeftModel) -> dict[str, Tensor]:
+    """The trained tensors of the policy's adapter, by name, in a fixed order."""
+    return {name: p for name, p in sorted(policy.named_parameters()) if p.requires_grad}
+
+
+def save_adapter(policy: PeftModel, folder: Path, *, base: str) -> None:
+    """Write the policy's adapter in PEFT's format; the same adapter gives the same bytes.
+
+    `base` is the model as its user named it: a Hub id or path, never a cache folder.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    suffix = f".{POLICY}.weight"
+    tensors = {
+        name.removesuffix(suffix) + ".weight": p.detach().cpu().contiguous()
+        for name, p in sorted(policy.named_parameters())
+        if name.endswith(suffix) and ".lora_" in name
+    }
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = policy.peft_config[POLICY].to_dict()
+    config["target_modules"] = _short_targets(policy)
+    config["base_model_name_or_path"] = base
+    config["inference_mode"] = True
+    plain = json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def as_reference(policy: nn.Module) -> Iterator[None]:
+    """Inside, the policy computes as its reference does: adapter off, or the adapter it started from."""
+    if not isinstance(policy, PeftModel):
+        with nullcontext():
+            yield
+    elif REFERENCE in policy.peft_config:
+        trainable = [p for p in policy.parameters() if p.requires_grad]
+        policy.base_model.set_adapter(REFERENCE, inference_mode=True)
+        try:
+            yield
+        finally:
+            policy.base_model.set_adapter(POLICY)
+            for p in trainable:
+                p.requires_grad_(True)
+    else:
+        with policy.disable_adapter():
+            yield
+
+
+def _with_fp32_adapter(policy: PeftModel) -> PeftModel:
+    """Master weights in fp32: an update of 1e-5 is lost in bf16."""
+    for name, p in policy.named_parameters():
+        if ".lora_" in name:
+            p.data = p.data.float()
+    return policy
+
+
+def _short_targets(policy: PeftModel) -> list[str]:
+    """Names of the adapted layers, as the short endings where those say the same as the full names."""
+    adapted = {name for name, m in policy.base_model.model.named_modules() if isinstance(m, lora.LoraLayer)}
+    short = {name.rpartition(".")[2] for name in adapted}
+    linear = {
+        name
+        for name, m in policy.base_model.model.named_modules()
+        if isinstance(m, nn.Linear | lora.LoraLayer) and name.rpartition(".")[2] in short and ".lora_" not in name
+    }
+    linear = {name for name in linear if not name.endswith(".base_layer")}
+    return sorted(short if linear == adapted else adapted)
+
+
+def _check_every_tensor_was_used(policy: PeftModel, folder: Path, name: str) -> None:
+    """PEFT only warns when a saved tensor finds no layer, or a layer no tensor."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        saved = {key.removesuffix(".weight") for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    suffix = f".{name}.weight"
+    wanted = {key.removesuffix(suffix) for key, _ in policy.named_parameters() if key.endswith(suffix)}
+    if saved != wanted:
+        odd = sorted(saved ^ wanted)
+        raise ModelError(
+            f"{folder}: {len(odd)} tensors do not match the model's layers, the first is {odd[0]}",
+            hint="was this adapter trained on another base?",
+        )

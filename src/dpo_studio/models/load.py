@@ -1,0 +1,254 @@
+"""Bases and tokenizers: found, looked over before anything is loaded, and loaded whole or not at all."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers.utils import logging as transformers_logging
+
+from dpo_studio.config import BUNDLED, ModelSection
+from dpo_studio.errors import ModelError
+from dpo_studio.models.attention import check_architecture
+from dpo_studio.models.bundled import bundled_folder
+from dpo_studio.tokens.chat import ChatEncoder
+
+__all__ = ["ChatModel", "choose_dtype", "load_chat_model", "load_encoder", "locate", "weights_fingerprint"]
+
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+
+
+@dataclass(frozen=True, eq=False)
+class ChatModel:
+    """A base model with its tokenizer, ready to compute."""
+
+    model: PreTrainedModel
+    encoder: ChatEncoder
+    folder: Path
+    """Where its files are on this machine."""
+    typed: str
+    """What its user called it."""
+    dtype_reason: str
+    """Why it computes in this precision."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(self.model.device)
+
+
+def load_chat_model(
+    section: ModelSection, *, typed: str | None = None, say: Callable[[str], None] = lambda _: None
+) -> ChatModel:
+    """Load a base and its tokenizer onto the best device there is.
+
+    Raises:
+        ModelError: not found, unsafe, unsupported, or with tensors missing or left over.
+    """
+    folder = locate(section.path, section.revision, say)
+    check_folder(folder, section)
+    encoder = load_encoder(folder, section)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype, reason = choose_dtype(section.dtype, device)
+    model = _load_weights(folder, dtype, section.path).to(device)
+    model.requires_grad_(False)
+    model.eval()
+    return ChatModel(model, encoder, folder, typed or section.path, reason)
+
+
+def locate(path: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
+    """The local folder of a model: bundled, on disk, or fetched from the Hub (safetensors and text files only).
+
+    Raises:
+        ModelError: no such folder, no such repository, or no network.
+    """
+    if path.startswith(BUNDLED):
+        return bundled_folder(path, say)
+    folder = Path(path).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
+        raise ModelError(f"no such model folder: {path}", hint="give a folder, a Hub id, or bundled:smollm2-135m-instruct")
+    return _from_hub(path, revision, say)
+
+
+def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
+    from huggingface_hub.errors import RevisionNotFoundError as NoRevision
+
+    try:
+        try:
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True))
+        except LocalEntryNotFoundError:
+            say(f"fetching {name} from the Hub")
+            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+    except HFValidationError as error:
+        raise ModelError(f"{name!r} is neither a folder nor a Hub id: {error}") from None
+    except NoRevision:
+        raise ModelError(f"{name} has no revision {revision!r} on the Hub") from None
+    except RepositoryNotFoundError:
+        raise ModelError(
+            f"no folder {name} here, and no such model on the Hub", hint="private or gated? run `hf auth login`"
+        ) from None
+    except Exception as error:  # noqa: BLE001 - network trouble comes in a dozen classes from three libraries
+        raise ModelError(
+            f"{name} is not on this machine and the Hub cannot be reached: {type(error).__name__}",
+            hint="check the network, or download the model elsewhere and give its folder",
+        ) from None
+
+
+def check_folder(folder: Path, section: ModelSection) -> None:
+    """Look a model folder over before anything in it is loaded.
+
+    Raises:
+        ModelError: no config, remote code, pickle-only weights, quantised in a way we cannot train, or unsupported.
+    """
+    name = section.path
+    raw = _read_config(folder, name)
+    for file in ("config.json", "tokenizer_config.json"):
+        if "auto_map" in _read_json(folder / file):
+            raise ModelError(
+                f"{name}: {file} asks to run code from the model's folder (auto_map)",
+                hint="DPO Studio never runs code that comes with a model; use one that transformers supports itself",
+            )
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{name} has its weights as pickle only ({pickles[0]}), which can run code when loaded",
+                hint="convert it to safetensors with a tool you trust, or use a repository that has them",
+            )
+        raise ModelError(f"{name} has no .safetensors weights in {folder}")
+    if quantised := raw.get("quantization_config"):
+        method = str(quantised.get("quant_method", "unknown")) if isinstance(quantised, dict) else "unknown"
+        raise ModelError(
+            f"{name} is quantised ({method}): training through quantised bases is not built yet",
+            hint="use the model's bf16 version; GPTQ bases are next on the list",
+        )
+    if section.residency != "packed" or section.compute != "auto":
+        raise ModelError("model.residency and model.compute are for GPTQ bases", hint=f"{name} is not one: remove them")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
+    check_architecture(config.get_text_config(), name)
+
+
+def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:
+    """The tokenizer of a model folder and its chat template.
+
+    Raises:
+        ModelError: no tokenizer, no chat template, or one that cannot be used safely.
+    """
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
+        raise ModelError(f"{section.path}: its tokenizer cannot be loaded: {_one_line(error)}") from None
+    if section.chat_template is not None:
+        try:
+            tokenizer.chat_template = Path(section.chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ModelError(f"model.chat_template {section.chat_template} cannot be read: {error}") from None
+    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
+    return ChatEncoder(tokenizer, eos_ids={int(i) for i in ids if i is not None})
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The precision of the frozen base, and why.
+
+    On a CPU a timed product decides: with AMX bfloat16 is four times as fast as float32, without it 30 times slower.
+    """
+    if wanted != "auto":
+        return getattr(torch, wanted), "as the recipe says"
+    if device.type == "cuda":
+        if torch.cuda.is_bf16_supported():
+            return torch.bfloat16, "the GPU's own"
+        return torch.float16, "this GPU has no bfloat16"
+    seconds = {dtype: _time_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
+    ratio = seconds[torch.float32] / seconds[torch.bfloat16]
+    dtype = torch.bfloat16 if ratio > 1.2 else torch.float32
+    return dtype, f"on this CPU a bfloat16 product takes {1 / ratio:.2f} of a float32 one's time"
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """What tells these weights from others: every file's name, size, safetensors header and 64 sampled blocks.
+
+    Hashing a 7B model whole takes a minute; its header and a quarter of a megabyte take milliseconds.
+    """
+    digest = hashlib.sha256()
+    for file in sorted(folder.glob("*.safetensors")):
+        size = file.stat().st_size
+        digest.update(f"{file.name}:{size}".encode())
+        with file.open("rb") as data:
+            digest.update(data.read(8 + min(int.from_bytes(data.read(8), "little"), size)))
+            for sample in range(64):
+                data.seek(sample * max(0, size - 4096) // 63)
+                digest.update(data.read(4096))
+    return digest.hexdigest()
+
+
+def _load_weights(folder: Path, dtype: torch.dtype, name: str) -> PreTrainedModel:
+    """All tensors of the model from the folder, each used; transformers only warns and fills in random ones."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:  # noqa: BLE001 - safetensors, transformers and torch each raise their own
+        raise ModelError(f"{name} cannot be loaded: {_one_line(error)}", hint="is the download complete?") from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        transformers_logging.enable_progress_bar()
+    for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if keys := sorted(str(key) for key in info[kind]):
+            raise ModelError(
+                f"{name}: {len(keys)} {kind.replace('_keys', '')} tensors, the first is {keys[0]}",
+                hint="the weights are not this model's; nothing is ever filled in at random",
+            )
+    return model  # type: ignore[no-any-return]
+
+
+def _time_product(dtype: torch.dtype) -> float:
+    left, right = torch.ones(256, 1024, dtype=dtype), torch.ones(1024, 1024, dtype=dtype)
+    best = float("inf")
+    for _ in range(5):
+        start = time.perf_counter()
+        left @ right
+        best = min(best, time.perf_counter() - start)
+    return best
+
+
+def _read_config(folder: Path, name: str) -> dict[str, Any]:
+    if not (folder / "config.json").is_file():
+        hint = "this is an adapter folder: give its base as model.path and this as model.adapter"
+        has_adapter = (folder / "adapter_config.json").is_file()
+        raise ModelError(f"{name} has no config.json: not a model folder", hint=hint if has_adapter else None)
+    return _read_json(folder / "config.json")
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        raw = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ModelError(f"{file} is not valid JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise ModelError(f"{file} is not a JSON object")
+    return raw
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:400] or type(error).__name__

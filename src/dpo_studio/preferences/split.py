@@ -1,0 +1,76 @@
+"""Pairs -> what is learned from and what is measured on, by prompt.
+
+Rows about one prompt stay on one side: a prompt seen in training would make the held-out number flatter than it is.
+The side is a hash of (seed, prompt) and of nothing else, so it can be told of one row in a stream, and rows added to
+a file move no row that was there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+
+from dpo_studio.config import HeldOutSection
+from dpo_studio.errors import DataError
+from dpo_studio.preferences.pair import Pair, prompt_key
+from dpo_studio.preferences.rows import sample
+from dpo_studio.preferences.sources import read_pairs
+
+__all__ = ["Split", "is_held_out", "split_pairs"]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Two lists of pairs that share no prompt, each in source order."""
+
+    train: list[Pair]
+    """Pairs to learn from."""
+    held_out: list[Pair]
+    """Pairs to measure on."""
+    shared_prompts_dropped: int
+    """Training pairs dropped because an explicit held-out source has their prompt."""
+
+
+def is_held_out(key: str, *, seed: int, fraction: float) -> bool:
+    """Whether the prompt with this key is on the held-out side, which a share `fraction` of all prompts is."""
+    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+
+
+def split_pairs(train: list[Pair], section: HeldOutSection, *, seed: int) -> Split:
+    """Hold out a share of the prompts, or the pairs of a source of their own; `section.rows` of them if that is set.
+
+    Pairs that the sample of `rows` leaves out are not trained on either: the training side does not depend on how
+    many pairs measure it.
+
+    Raises:
+        DataError: the held-out source cannot be used, or nothing is left to train on.
+    """
+    if (source := section.as_source()) is None:
+        split = _by_hash(train, seed=seed, fraction=section.fraction)
+    else:
+        # `rows` counts usable pairs here, so the source is read whole: a refused row must not make them fewer.
+        apart = read_pairs(source.model_copy(update={"rows": None}), seed=seed).pairs
+        split = _without_prompts_of(train, apart)
+    if train and not split.train:
+        raise DataError(
+            "no pairs are left to train on: all their prompts are held out",
+            hint="a smaller data.held_out.fraction, another data.split_seed, or a held-out source of other prompts",
+        )
+    if section.rows is None:
+        return split
+    chosen = sample(((pair.row, pair) for pair in split.held_out), section.rows, seed=seed)
+    return Split(split.train, [pair for _, pair in chosen], split.shared_prompts_dropped)
+
+
+def _by_hash(pairs: list[Pair], *, seed: int, fraction: float) -> Split:
+    sides: tuple[list[Pair], list[Pair]] = ([], [])
+    for pair in pairs:
+        sides[is_held_out(prompt_key(pair.prompt), seed=seed, fraction=fraction)].append(pair)
+    return Split(*sides, shared_prompts_dropped=0)
+
+
+def _without_prompts_of(train: list[Pair], held_out: list[Pair]) -> Split:
+    measured_on = {prompt_key(pair.prompt) for pair in held_out}
+    kept = [pair for pair in train if prompt_key(pair.prompt) not in measured_on]
+    return Split(kept, held_out, shared_prompts_dropped=len(train) - len(kept))

@@ -1,0 +1,159 @@
+"""What a run folder says, read with patience: any file or key may be missing, a last line half written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_studio.errors import RunError
+
+__all__ = ["RunFacts", "Series", "finite", "interval", "read_run", "share"]
+
+Row = dict[str, Any]
+Series = tuple[list[float], list[float]]
+"""Steps and the values at them, finite ones only."""
+
+
+@dataclass(frozen=True)
+class RunFacts:
+    """A run folder, in memory."""
+
+    name: str
+    metrics: list[Row]
+    """One a step, in order, step 0 being the held-out pairs before training."""
+    timing: list[Row]
+    recipe: Row
+    recipe_text: str
+    environment: Row
+    result: Row
+    answers: list[Row]
+    notes: tuple[str, ...] = ()
+    """What could not be read, for the reader of the report."""
+
+    def series(self, key: str) -> Series:
+        """The values of one metric over the steps."""
+        points = [(finite(row, "step"), finite(row, key)) for row in self.metrics]
+        known = [(step, value) for step, value in points if step is not None and value is not None]
+        return [step for step, _ in known], [value for _, value in known]
+
+    def number(self, key: str) -> float | None:
+        """A finite number of result.json, or None."""
+        return finite(self.result, key)
+
+    def words(self, key: str) -> str | None:
+        """A text of result.json, or None."""
+        value = self.result.get(key)
+        return value if isinstance(value, str) and value.strip() else None
+
+    def timings(self, key: str) -> list[float]:
+        """The finite values of one key of timing.jsonl."""
+        return [value for row in self.timing if (value := finite(row, key)) is not None]
+
+
+def read_run(folder: Path) -> RunFacts:
+    """Everything a report needs to know of a run."""
+    if not folder.is_dir():
+        raise RunError(f"{folder}: no such run folder", hint="give the folder that `dpo train` or `dpo demo` wrote")
+    notes: list[str] = []
+    recipe, recipe_text = _read_recipe(folder / "recipe.yaml", notes)
+    return RunFacts(
+        name=folder.resolve().name,
+        metrics=_by_step(_read_lines(folder / "metrics.jsonl", notes)),
+        timing=_by_step(_read_lines(folder / "timing.jsonl", notes)),
+        recipe=recipe,
+        recipe_text=recipe_text,
+        environment=_read_object(folder / "environment.json", notes),
+        result=_read_object(folder / "result.json", notes),
+        answers=_read_lines(folder / "evaluation" / "answers.jsonl", notes),
+        notes=tuple(notes),
+    )
+
+
+def finite(row: Mapping[str, Any], key: str) -> float | None:
+    """The number under a key; None where it is missing, not a number, or not finite."""
+    value = row.get(key)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # JSON has no largest integer
+        return None
+    return number if math.isfinite(number) else None
+
+
+def share(row: Mapping[str, Any], key: str) -> float | None:
+    """A number between 0 and 1, or None."""
+    value = finite(row, key)
+    return value if value is not None and 0 <= value <= 1 else None
+
+
+def interval(row: Mapping[str, Any], key: str) -> tuple[float, float] | None:
+    """The two ends of an interval, or None."""
+    value = row.get(key)
+    if not isinstance(value, list) or len(value) != 2:
+        return None
+    low, high = (finite({"end": end}, "end") for end in value)
+    return None if low is None or high is None else (low, high)
+
+
+def _by_step(rows: Iterable[Row]) -> list[Row]:
+    """One row a step, in order; a later line about the same step adds to it."""
+    steps: dict[float, Row] = {}
+    for row in rows:
+        step = finite(row, "step")
+        if step is not None:
+            steps.setdefault(step, {}).update(row)
+    return [steps[step] for step in sorted(steps)]
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except FileNotFoundError:
+        return ""
+    except OSError as error:
+        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _read_object(path: Path, notes: list[str]) -> Row:
+    text = _read_text(path)
+    if not text:
+        return {}
+    value = _parsed(text)
+    if isinstance(value, dict):
+        return value
+    notes.append(f"{path.name} is not a JSON object and was left out")
+    return {}
+
+
+def _read_lines(path: Path, notes: list[str]) -> list[Row]:
+    """The objects of a JSONL file. A last line that a running command is still writing is not missed."""
+    lines = _read_text(path).split("\n")
+    values = [_parsed(line) for line in lines if line.strip()]
+    broken = sum(not isinstance(value, dict) for value in values[:-1])
+    if broken:
+        notes.append(f"{path.name}: {broken} unreadable line{'s' * (broken > 1)} left out")
+    return [value for value in values if isinstance(value, dict)]
+
+
+def _parsed(text: str) -> object:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _read_recipe(path: Path, notes: list[str]) -> tuple[Row, str]:
+    text = _read_text(path)
+    try:
+        recipe = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError, ValueError):
+        notes.append(f"{path.name} is not YAML and is shown as it stands")
+        return {}, text
+    return (recipe if isinstance(recipe, dict) else {}), text

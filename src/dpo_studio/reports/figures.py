@@ -1,0 +1,279 @@
+"""The figures of a run: drawn once, shown inline in the page or saved as PNG and SVG."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.ticker import FuncFormatter
+
+from dpo_studio.reports.drawing import (
+    PALETTE,
+    blank,
+    held_out_dots,
+    label_ends,
+    line_across,
+    step_axes,
+    styled,
+    training_curve,
+)
+from dpo_studio.reports.facts import RunFacts, interval, share
+from dpo_studio.reports.text import count, percent, significant
+
+__all__ = ["CHARTS", "Chart", "save_figures"]
+
+MaybeFigure = Any
+"""A matplotlib Figure, or None where the run has no such numbers (mypy does not look into matplotlib)."""
+
+
+@dataclass(frozen=True)
+class Chart:
+    """A figure: its file name, its words, and how it is drawn (None where the run has no such numbers)."""
+
+    name: str
+    title: str
+    caption: str
+    draw: Callable[[RunFacts], MaybeFigure]
+    summary: Callable[[RunFacts], str]
+    """What the figure shows, for those who cannot see it."""
+
+
+def save_figures(facts: RunFacts, folder: Path) -> list[Path]:
+    """Write every figure the run has numbers for, as PNG (2x) and SVG; the same bytes for the same run."""
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for chart in CHARTS:
+        with styled():
+            figure = chart.draw(facts)
+            if figure is None:
+                continue
+            figure.set_facecolor(PALETTE["surface"])
+            for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+                path = folder / f"{chart.name}{suffix}"
+                figure.savefig(path, dpi=144, metadata=metadata)
+                written.append(path)
+    return written
+
+
+def _draw_loss(facts: RunFacts) -> MaybeFigure:
+    train, held = facts.series("loss"), facts.series("eval_loss")
+    if not train[0] and not held[0]:
+        return None
+    figure, axes = step_axes()
+    ends = [(training_curve(axes, train, PALETTE["tuned"]), "training", "tuned")]
+    ends += [(held_out_dots(axes, held, PALETTE["ink"]), "held-out", "ink")]
+    objective = facts.recipe.get("objective")
+    if isinstance(objective, dict) and objective.get("kind") == "dpo":
+        ends += [(line_across(axes, math.log(2)), "ln 2: no\npreference", "muted")]
+    label_ends(axes, ends)
+    return figure
+
+
+def _draw_rewards(facts: RunFacts) -> MaybeFigure:
+    chosen, rejected = facts.series("rewards/chosen"), facts.series("rewards/rejected")
+    held = facts.series("eval_rewards/chosen"), facts.series("eval_rewards/rejected")
+    if not chosen[0] and not held[0][0]:
+        return None
+    figure, axes = step_axes()
+    axes.axhline(0, color=PALETTE["axis"], linewidth=0.8, zorder=1)
+    at_chosen = training_curve(axes, chosen, PALETTE["tuned"])
+    at_rejected = training_curve(axes, rejected, PALETTE["base"], dashed=True)
+    at_held = held_out_dots(axes, held[0], PALETTE["tuned"]), held_out_dots(axes, held[1], PALETTE["base"])
+    ends = [(at_chosen or at_held[0], "chosen", "tuned"), (at_rejected or at_held[1], "rejected", "base-ink")]
+    label_ends(axes, ends)
+    return figure
+
+
+def _draw_margin(facts: RunFacts) -> MaybeFigure:
+    train, held = facts.series("rewards/margins"), facts.series("eval_rewards/margins")
+    if not train[0] and not held[0]:
+        return None
+    figure, axes = step_axes()
+    axes.axhline(0, color=PALETTE["axis"], linewidth=0.8, zorder=1)
+    ends = [(training_curve(axes, train, PALETTE["tuned"]), "training", "tuned")]
+    ends += [(held_out_dots(axes, held, PALETTE["ink"]), "held-out", "ink")]
+    label_ends(axes, ends)
+    return figure
+
+
+def _draw_accuracy(facts: RunFacts) -> MaybeFigure:
+    train, held = facts.series("rewards/accuracies"), facts.series("eval_rewards/accuracies")
+    if not train[0] and not held[0]:
+        return None
+    figure, axes = step_axes()
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    ends = [(training_curve(axes, train, PALETTE["tuned"], faint=False), "training", "tuned")]
+    ends += [(held_out_dots(axes, held, PALETTE["ink"]), "held-out", "ink")]
+    if (longer := share(facts.result, "longer_wins")) is not None:
+        ends += [(line_across(axes, longer), "longer wins", "muted")]
+    low, high = axes.get_ylim()
+    axes.set_ylim(min(low, 0.45), min(max(high, 0.8), 1.03))
+    label_ends(axes, ends)
+    return figure
+
+
+def _draw_verdicts(facts: RunFacts) -> MaybeFigure:
+    counts = [facts.number(key) for key in ("wins", "ties", "losses")]
+    known = [0.0 if value is None else value for value in counts]
+    if counts[0] is None or counts[2] is None or sum(known) <= 0:
+        return None
+    figure, axes = blank(height=190, left=22, right=22, top=34, bottom=34)
+    looks = (
+        ("tuned wins", "tuned", "surface", "tuned"),
+        ("tie", "tie", "tie-text", "muted"),
+        ("base wins", "base", "base-text", "base-ink"),
+    )
+    left = 0.0
+    for value, (name, fill, inside, outside) in zip(known, looks, strict=True):
+        part = value / sum(known)
+        axes.barh(1, part, left=left, height=0.62, color=PALETTE[fill], edgecolor=PALETTE["surface"], linewidth=2)
+        if part > 0.07:
+            axes.text(left + part / 2, 1, count(value), ha="center", va="center", color=PALETTE[inside], weight="bold")
+        _name_part(axes, name, left, part, PALETTE[outside])
+        left += part
+    _win_rate_mark(axes, facts)
+    axes.set(xlim=(0, 1), ylim=(-0.75, 1.4), yticks=[], xticks=[0, 0.25, 0.5, 0.75, 1])
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    return figure
+
+
+def _name_part(axes: Any, name: str, left: float, part: float, colour: str) -> None:
+    """A name above its part of the bar: the first at its left edge, the last at its right one."""
+    if part <= 0:
+        return
+    at, align = {"tuned wins": (left, "left"), "base wins": (left + part, "right")}.get(
+        name, (left + part / 2, "center")
+    )
+    if name != "tie" or part > 0.05:
+        axes.text(at, 1.42, name, ha=align, va="bottom", fontsize=11, color=colour)
+
+
+def _win_rate_mark(axes: Any, facts: RunFacts) -> None:
+    """The win rate with its interval, against the line of a coin toss."""
+    axes.plot([0.5, 0.5], [-0.75, 0.55], color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)))
+    win_rate, ends = share(facts.result, "win_rate"), interval(facts.result, "win_rate_ci95")
+    if win_rate is None:
+        return
+    y, dark = -0.25, {"color": PALETTE["ink"]}
+    if ends is not None:
+        axes.plot(ends, [y, y], linewidth=2, solid_capstyle="butt", **dark)
+        axes.plot(ends, [y, y], linestyle="none", marker="|", markersize=11, markeredgewidth=2, **dark)
+    axes.plot(
+        [win_rate], [y], marker="o", markersize=9, markeredgecolor=PALETTE["surface"], markeredgewidth=1.5, **dark
+    )
+    halo = {"facecolor": PALETTE["surface"], "edgecolor": "none", "pad": 1.5}
+    at = min(max(win_rate, 0.13), 0.87)
+    axes.text(at, y + 0.42, f"win rate {percent(win_rate)}", ha="center", va="center", bbox=halo, **dark)
+
+
+def _draw_answers(facts: RunFacts) -> MaybeFigure:
+    panels: list[tuple[str, tuple[float, float], float, Callable[[float], str]]] = []
+    base, tuned = share(facts.result, "stop_rate_base"), share(facts.result, "stop_rate_tuned")
+    if base is not None and tuned is not None:
+        panels.append(("ended by the model itself", (base, tuned), 1.0, percent))
+    base, tuned = facts.number("mean_tokens_base"), facts.number("mean_tokens_tuned")
+    if base is not None and tuned is not None:
+        panels.append(("average length in tokens", (base, tuned), max(base, tuned, 1.0), count))
+    if not panels:
+        return None
+    figure, axes = blank(height=190, left=52, right=56, top=8, bottom=8)
+    for i, (name, values, full, words) in enumerate(panels):
+        top = 5.0 - 3.2 * i
+        axes.text(0, top, name, va="center", fontsize=11, color=PALETTE["muted"])
+        _bar_pair(axes, top, values, full, words)
+    axes.set(xlim=(0, 1), ylim=(5.0 - 3.2 * len(panels) + 0.6, 5.5), yticks=[], xticks=[])
+    axes.spines["bottom"].set_visible(False)
+    return figure
+
+
+def _bar_pair(axes: Any, top: float, values: tuple[float, float], full: float, words: Callable[[float], str]) -> None:
+    """Base above tuned, each on the track of what there could be."""
+    for row, (who, ink, value) in enumerate(zip(("base", "tuned"), ("base-ink", "tuned"), values, strict=True), 1):
+        y = top - 0.95 * row
+        axes.barh(y, 1, height=0.62, color=PALETTE["grid"])
+        axes.barh(y, value / full, height=0.62, color=PALETTE[who])
+        axes.text(-0.03, y, who, ha="right", va="center", fontsize=11, color=PALETTE[ink])
+        axes.text(1.03, y, words(value), va="center", weight="bold", color=PALETTE["ink"])
+
+
+# Words
+
+
+def _from_to(facts: RunFacts, *named: tuple[str, str]) -> str:
+    """`Training from 0.69 to 0.51; held-out from ...`, for each series there is."""
+    parts = []
+    for name, key in named:
+        values = facts.series(key)[1]
+        if values:
+            parts.append(f"{name} from {significant(values[0])} to {significant(values[-1])}")
+    return "; ".join(parts) + "."
+
+
+def _verdict_words(facts: RunFacts) -> str:
+    wins, ties, losses = (count(facts.number(key) or 0) for key in ("wins", "ties", "losses"))
+    return f"{wins} comparisons won by the tuned model, {ties} ties, {losses} won by the base model."
+
+
+def _answer_words(facts: RunFacts) -> str:
+    stop = [share(facts.result, f"stop_rate_{who}") for who in ("base", "tuned")]
+    tokens = [facts.number(f"mean_tokens_{who}") for who in ("base", "tuned")]
+    parts = []
+    if stop[0] is not None and stop[1] is not None:
+        parts.append(f"share of answers ended by the model itself: base {percent(stop[0])}, tuned {percent(stop[1])}")
+    if tokens[0] is not None and tokens[1] is not None:
+        parts.append(f"average length: base {count(tokens[0])} tokens, tuned {count(tokens[1])} tokens")
+    return "; ".join(parts) + "."
+
+
+CHARTS = (
+    Chart(
+        "loss",
+        "Loss",
+        "What training minimises; lower is better. At ln 2 the model tells chosen from rejected no better than a coin.",
+        _draw_loss,
+        lambda facts: _from_to(facts, ("Training loss", "loss"), ("held-out loss", "eval_loss")),
+    ),
+    Chart(
+        "margin",
+        "Margin",
+        "How much further apart the two answers’ rewards are than in the reference; above zero means learned.",
+        _draw_margin,
+        lambda facts: _from_to(
+            facts, ("Training margin", "rewards/margins"), ("held-out margin", "eval_rewards/margins")
+        ),
+    ),
+    Chart(
+        "accuracy",
+        "Accuracy",
+        "Share of pairs whose chosen answer has the higher reward. 50 % is a coin toss.",
+        _draw_accuracy,
+        lambda facts: _from_to(
+            facts, ("Training accuracy", "rewards/accuracies"), ("held-out accuracy", "eval_rewards/accuracies")
+        ),
+    ),
+    Chart(
+        "rewards",
+        "Rewards",
+        "Chosen answers should end above rejected ones. Both may fall: only their distance is trained.",
+        _draw_rewards,
+        lambda facts: _from_to(facts, ("Chosen reward", "rewards/chosen"), ("rejected reward", "rewards/rejected")),
+    ),
+    Chart(
+        "verdicts",
+        "Verdicts",
+        "Tuned against base, answer by answer. The bar under the dot is the 95 % interval; 50 % is a coin toss.",
+        _draw_verdicts,
+        _verdict_words,
+    ),
+    Chart(
+        "answers",
+        "Answers",
+        "An answer that the model does not end itself is cut off at the token limit.",
+        _draw_answers,
+        _answer_words,
+    ),
+)
+"""In the order of the page: four of the training, two of the answers."""

@@ -1,0 +1,114 @@
+"""The report of a run: one page without scripts that asks nothing of the network."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from collections.abc import Mapping
+from importlib import resources
+from pathlib import Path
+from string import Template
+from typing import Any
+
+from dpo_studio.errors import RunError
+from dpo_studio.reports.facts import RunFacts, read_run
+from dpo_studio.reports.glossary import glossary_section
+from dpo_studio.reports.markup import cell_words, clipped, esc
+from dpo_studio.reports.sections import (
+    answers_section,
+    curves_section,
+    details_section,
+    judging_section,
+    key_figures,
+    numbers_section,
+    showcase_section,
+    verdict_panel,
+)
+
+__all__ = ["render_report", "write_report"]
+
+
+def write_report(run_folder: Path) -> Path:
+    """Write `report.html` into a run folder, whole or not at all; the same bytes for the same run."""
+    page = render_report(read_run(run_folder)).encode("utf-8")
+    path = run_folder / "report.html"
+    unfinished = run_folder / f".report.html.{os.getpid()}"
+    try:
+        unfinished.write_bytes(page)
+        unfinished.replace(path)
+    except OSError as error:
+        unfinished.unlink(missing_ok=True)
+        hint = "make room or make the folder writable; the report can be written again at any time"
+        raise RunError(f"{path}: cannot be written ({error.strerror})", hint=hint) from error
+    return path
+
+
+def render_report(facts: RunFacts) -> str:
+    """The page, top to bottom: the verdict, what shows it, what it was made from."""
+    compared, training = curves_section(facts)
+    parts = [
+        verdict_panel(facts),
+        key_figures(facts),
+        showcase_section(facts),
+        compared,
+        training,
+        answers_section(facts),
+        judging_section(facts),
+        numbers_section(facts),
+        details_section(facts),
+        glossary_section(facts),
+    ]
+    return Template(_packaged("report.html")).substitute(
+        title=f"{esc(facts.name)} · DPO Studio",
+        css=_packaged("report.css").rstrip(),
+        name=esc(facts.name),
+        about="".join(f"<li>{name} <b>{esc(clipped(value, 160))}</b></li>" for name, value in _about(facts)),
+        sections="\n".join(part for part in parts if part),
+        footer=f"<p>{_footer(facts)}</p>",
+    )
+
+
+def _packaged(name: str) -> str:
+    return resources.files("dpo_studio.reports").joinpath(name).read_text(encoding="utf-8")
+
+
+def _about(facts: RunFacts) -> list[tuple[str, str]]:
+    """The model, the pairs, the objective, the day: what tells this run from its neighbours."""
+    objective = " ".join(filter(None, (_at(facts.recipe, "objective", "kind"), _beta(facts))))
+    found = [
+        ("Model", _at(facts.recipe, "model", "path")),
+        ("Pairs", _at(facts.recipe, "data", "train", "source")),
+        ("Objective", objective),
+        ("Date", _date(facts)),
+    ]
+    return [(name, value) for name, value in found if value]
+
+
+def _at(values: Mapping[str, Any], *keys: str) -> str:
+    """The text of a nested value, or nothing."""
+    value: object = values
+    for key in keys:
+        value = value.get(key) if isinstance(value, Mapping) else None
+    return "" if value is None else cell_words(value)
+
+
+def _beta(facts: RunFacts) -> str:
+    beta = _at(facts.recipe, "objective", "beta")
+    return f"(beta {beta})" if beta else ""
+
+
+def _date(facts: RunFacts) -> str:
+    """`2026-05-01T10:11:12+00:00` -> `2026-05-01 10:11`."""
+    return _at(facts.environment, "date")[:16].replace("T", " ")
+
+
+def _footer(facts: RunFacts) -> str:
+    versions = facts.environment.get("versions", facts.environment)
+    version = _at(versions, "dpo-studio") or _at(versions, "dpo_studio") if isinstance(versions, Mapping) else ""
+    made = f"Made by DPO Studio {esc(clipped(version or importlib.metadata.version('dpo-studio'), 40))}"
+    date = _date(facts)
+    return (
+        made
+        + (f" from a run of {esc(date)}" if date else "")
+        + ". This page holds everything it shows: no scripts, no requests."
+    )

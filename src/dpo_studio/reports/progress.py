@@ -1,0 +1,181 @@
+"""How a command says where it is: a bar on a terminal, plain lines elsewhere, always on stderr."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+from dpo_studio.reports.text import clock, one_line, printable
+
+if TYPE_CHECKING:  # rich costs 50 ms, and `dpo --help` needs none of it
+    from rich.console import Console
+    from rich.progress import Progress as Bars
+
+__all__ = ["Progress"]
+
+_EVERY = 5.0
+"""Seconds between two plain lines: a log of a night's run stays readable."""
+
+Advance = Callable[..., None]
+"""`advance(n=1, figures="")`: so much more is done, and these are its numbers."""
+
+
+class Progress:
+    """One a command, as a context manager; text from data or models may be given to it as it is."""
+
+    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+        self._quiet = quiet
+        self._given = console
+        self._bars: Bars | None = None
+        self._tasks = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop()
+
+    def say(self, text: str) -> None:
+        """A line of news, also while a bar is on."""
+        if not self._quiet:
+            self._print(printable(text))
+
+    def warn(self, text: str) -> None:
+        """What should be read even under `--quiet`."""
+        self._print(f"warning: {printable(text)}", style="yellow")
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str = "") -> Iterator[Advance]:
+        """Something with a length; `advance(n, figures)` moves it on."""
+        title, unit = one_line(title), one_line(unit)
+        if self._quiet:
+            yield _nothing
+        elif self._live():
+            with self._bar(title, total, unit) as advance:
+                yield advance
+        else:
+            lines = _Lines(self._print, title, total, unit)
+            try:
+                yield lines.advance
+            finally:
+                lines.end()
+
+    def _console(self) -> Console:
+        if self._given is None:
+            from rich.console import Console
+
+            seen = sys.stderr is not None and sys.stderr.isatty()  # FORCE_COLOR in a CI log does not make it a terminal
+            self._given = Console(stderr=True, force_interactive=None if seen else False)
+        return self._given
+
+    def _live(self) -> bool:
+        return self._console().is_interactive
+
+    def _print(self, text: str, style: str = "") -> None:
+        from rich.text import Text
+
+        console = self._console()
+        console.print(Text(text, style=style), soft_wrap=not console.is_interactive, highlight=False)
+
+    @contextmanager
+    def _bar(self, title: str, total: int | None, unit: str) -> Iterator[Advance]:
+        bars = self._started()
+        task = bars.add_task(title, total=total, done=_done(0, total, unit), left="", figures="")
+        self._tasks += 1
+
+        def advance(n: int = 1, figures: str = "") -> None:
+            bars.advance(task, n)
+            now = next(known for known in bars.tasks if known.id == task)
+            fields: dict[str, Any] = {"done": _done(round(now.completed), total, unit)}
+            fields["left"] = "" if now.time_remaining is None else f"{clock(now.time_remaining)} left"
+            fields |= {"figures": one_line(figures)} if figures else {}
+            bars.update(task, **fields)
+
+        try:
+            yield advance
+        finally:
+            self._tasks -= 1
+            bars.update(task, left="")
+            bars.stop_task(task)
+            if self._tasks:  # a task inside another leaves no line behind
+                bars.remove_task(task)
+            else:
+                self._stop()
+
+    def _started(self) -> Bars:
+        if self._bars is None:
+            self._bars = _bars(self._console())
+            self._bars.start()
+        return self._bars
+
+    def _stop(self) -> None:
+        if self._bars is not None:
+            bars, self._bars = self._bars, None
+            bars.stop()
+
+
+def _nothing(n: int = 1, figures: str = "") -> None:
+    """An `advance` that shows nothing."""
+
+
+def _bars(console: Console) -> Bars:
+    """Title, bar, done, elapsed, left, figures; on 80 columns a shorter bar and no elapsed time."""
+    from rich import progress
+
+    roomy = console.width >= 110
+    columns: list[progress.ProgressColumn] = [
+        progress.TextColumn("{task.description}", style="bold", markup=False),
+        progress.BarColumn(24 if roomy else 8, complete_style="blue", finished_style="blue", pulse_style="blue"),
+        progress.TextColumn("{task.fields[done]}", markup=False),
+    ]
+    if roomy:
+        columns.append(progress.TimeElapsedColumn())
+    columns.append(progress.TextColumn("{task.fields[left]}", markup=False))
+    columns.append(progress.TextColumn("{task.fields[figures]}", markup=False))
+    return progress.Progress(*columns, console=console, redirect_stdout=False)  # stdout is for data
+
+
+def _done(done: int, total: int | None, unit: str) -> str:
+    counted = f"{done:,}" if total is None else f"{done:,}/{total:,}"
+    return f"{counted} {unit}".rstrip()
+
+
+class _Lines:
+    """Plain lines about one task: the first, the last, and one every few seconds between."""
+
+    def __init__(self, write: Callable[[str], None], title: str, total: int | None, unit: str) -> None:
+        self._write, self._title, self._total, self._unit = write, title, total, unit
+        self._started = time.monotonic()
+        self._done = 0
+        self._figures = ""
+        self._written: tuple[float, int] | None = None
+        """When the last line was written, and how much was done by then."""
+
+    def advance(self, n: int = 1, figures: str = "") -> None:
+        self._done += n
+        self._figures = one_line(figures) or self._figures
+        if self._written is None or self._done == self._total or time.monotonic() - self._written[0] >= _EVERY:
+            self._line()
+
+    def end(self) -> None:
+        """The last line, unless it stands there already."""
+        if self._written is None or self._written[1] != self._done:
+            self._line()
+
+    def _line(self) -> None:
+        now = time.monotonic()
+        parts = [f"{self._title} {_done(self._done, self._total, self._unit)}", self._figures, self._time(now)]
+        self._write("  ".join(part for part in parts if part))
+        self._written = (now, self._done)
+
+    def _time(self, now: float) -> str:
+        elapsed = now - self._started
+        if self._total is None or not 0 < self._done < self._total:
+            return f"{clock(elapsed)} elapsed"
+        return f"{clock(elapsed / self._done * (self._total - self._done))} left"

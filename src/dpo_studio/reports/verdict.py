@@ -1,0 +1,161 @@
+"""The run in a sentence: what was measured, how sure that is, and what it does not show."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from dpo_studio.reports.facts import RunFacts, interval, share
+from dpo_studio.reports.text import count, percent
+
+__all__ = ["Verdict", "cautions", "interval_words", "pass_verdict"]
+
+Tone = Literal["better", "unclear", "worse", "none"]
+
+_FEW = 50
+"""Below this many comparisons or held-out pairs an interval is wider than 27 points around one half."""
+
+_BEFORE, _LONGER = "the model before training", "picking the longer answer"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A headline, what it means, and which way it points."""
+
+    tone: Tone
+    label: str
+    sentence: str
+    meaning: str
+
+
+def pass_verdict(facts: RunFacts) -> Verdict:
+    """By win rate where answers were compared, else by held-out accuracy, else none."""
+    if (win_rate := share(facts.result, "win_rate")) is not None:
+        return _by_win_rate(facts, win_rate)
+    if (accuracy := share(facts.result, "accuracy")) is not None:
+        return _by_accuracy(facts, accuracy)
+    steps = max(facts.series("step")[1], default=0.0)
+    if steps == 0:
+        return Verdict("none", "No result yet", "Nothing has been measured yet.", "The run has not taken a step.")
+    plural = "s" * (steps != 1)
+    meaning = "This page shows what is known so far; a finished run says here whether the model got better."
+    return Verdict("none", "No result yet", f"{count(steps)} step{plural} recorded, no held-out result yet.", meaning)
+
+
+def interval_words(ends: tuple[float, float] | None) -> str:
+    """`95 % interval 66–80 %`, or that there is none."""
+    return "no interval recorded" if ends is None else f"95 % interval {_from_to(*ends)}"
+
+
+def _from_to(low: float, high: float) -> str:
+    return f"{percent(low).removesuffix(' %')}–{percent(high)}"
+
+
+def _by_win_rate(facts: RunFacts, win_rate: float) -> Verdict:
+    ends = interval(facts.result, "win_rate_ci95")
+    comparisons = facts.number("n")
+    of = "its comparisons" if comparisons is None else f"{count(comparisons)} comparisons"
+    sentence = (
+        f"The tuned model’s answers won {percent(win_rate)} of {of} with the base model’s ({interval_words(ends)})."
+    )
+    low, high = ends or (0.0, 1.0)
+    if low > 0.5:
+        meaning = "The whole interval lies above 50 %: more than a coin toss explains."
+        return Verdict("better", "Better", sentence, _counted(facts) + meaning)
+    if high < 0.5:
+        meaning = "The whole interval lies below 50 %: training made the answers worse."
+        return Verdict("worse", "Worse", sentence, _counted(facts) + meaning)
+    return Verdict("unclear", "Not shown to be better", sentence, _counted(facts) + _why_unclear(ends))
+
+
+def _counted(facts: RunFacts) -> str:
+    wins, ties, losses = (facts.number(key) for key in ("wins", "ties", "losses"))
+    if wins is None or losses is None:
+        return ""
+    tied = f"{count(ties)} tied (each counting one half)" if ties else "no ties"
+    return f"{count(wins)} won, {tied}, {count(losses)} lost. "
+
+
+def _why_unclear(ends: tuple[float, float] | None) -> str:
+    if ends is None:
+        return "Without an interval this may be chance."
+    return "The interval includes 50 %, so this may be a coin toss: more comparisons or more training would tell."
+
+
+def _by_accuracy(facts: RunFacts, accuracy: float) -> Verdict:
+    ends = interval(facts.result, "accuracy_ci95")
+    before = share(facts.result, "accuracy_before")
+    longer = share(facts.result, "longer_wins")
+    held_out = facts.number("held_out_pairs")
+    sentence = (
+        f"On {'the' if held_out is None else count(held_out)} held-out pairs the tuned model prefers the chosen answer "
+        f"in {percent(accuracy)} ({interval_words(ends)})"
+    )
+    sentence += "" if before is None else f", before training {percent(before)}"
+    sentence += "." if longer is None else f"; picking the longer answer would give {percent(longer)}."
+    low, high = ends or (0.0, 1.0)
+    if high < 0.5:
+        return Verdict(
+            "worse", "Worse", sentence, "The whole interval lies below 50 %: it prefers the rejected answers."
+        )
+    if low <= 0.5:
+        return Verdict("unclear", "Not shown to be better", sentence, _why_unclear(ends))
+    return _above_chance(sentence, accuracy, low, before, longer)
+
+
+def _above_chance(sentence: str, accuracy: float, low: float, before: float | None, longer: float | None) -> Verdict:
+    """Better than a coin; now against the two rivals that know nothing of the training."""
+    if longer is not None and accuracy <= longer:
+        meaning = "That is better than a coin toss but does not beat simply picking the longer answer."
+        return Verdict("unclear", "Not better than length alone", sentence, meaning)
+    if before is not None and accuracy <= before:
+        meaning = "That is better than a coin toss but no better than before training."
+        return Verdict("unclear", "Not shown to be better", sentence, meaning)
+    within = [name for name, rival in ((_LONGER, longer), (_BEFORE, before)) if rival is not None and low <= rival]
+    if within:
+        meaning = f"Better than a coin toss; but the interval still includes the score of {' and of '.join(within)}."
+        return Verdict("unclear", "Better than chance", sentence, meaning)
+    return Verdict("better", "Better", sentence, _beaten(before, longer))
+
+
+def _beaten(before: float | None, longer: float | None) -> str:
+    rivals = ["a coin toss"]
+    rivals += [] if before is None else [_BEFORE]
+    rivals += [] if longer is None else [_LONGER]
+    last = f" and {rivals[-1]}" if len(rivals) > 1 else ""
+    return f"That beats {', '.join(rivals[: max(1, len(rivals) - 1)])}{last}."
+
+
+def cautions(facts: RunFacts) -> list[str]:
+    """What a fair reader should know before quoting the number."""
+    said = [_few(facts), _length(facts), _lengthened(facts)]
+    return [caution for caution in said if caution]
+
+
+def _few(facts: RunFacts) -> str:
+    compared = "win_rate" in facts.result
+    measured = facts.number("n" if compared else "held_out_pairs")
+    if measured is None or measured >= _FEW:
+        return ""
+    what = "comparisons" if compared else "held-out pairs"
+    return f"Only {count(measured)} {what}: the interval is wide, and a second run may look different."
+
+
+def _length(facts: RunFacts) -> str:
+    accuracy, longer = share(facts.result, "accuracy"), share(facts.result, "longer_wins")
+    if accuracy is None or longer is None or "win_rate" not in facts.result or accuracy > longer:
+        return ""  # without a win rate the headline itself says it
+    return (
+        f"Held-out accuracy ({percent(accuracy)}) does not beat picking the longer answer ({percent(longer)}): "
+        "part of what it learned may be length."
+    )
+
+
+def _lengthened(facts: RunFacts) -> str:
+    base, tuned = facts.number("mean_tokens_base"), facts.number("mean_tokens_tuned")
+    if not base or not tuned or tuned < 1.2 * base:
+        return ""
+    return (
+        f"The tuned answers are longer ({count(base)} to {count(tuned)} tokens on average), "
+        "and many judges favour length."
+    )

@@ -1,0 +1,169 @@
+"""Pairs as token ids under the length rule, with a count of everything that happened to them.
+
+Shapes: L = prompt tokens, A = answer tokens. `max_length` is for L + A, and a pair is over it if either answer is.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dpo_studio.config import TooLong
+from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.tokens.chat import AnswerIds, ChatEncoder, PairError, PairIds
+
+__all__ = ["Encoded", "EncodedAnswer", "EncodedPair", "encode_pairs"]
+
+_CHUNK = 256
+"""Pairs a call of the tokenizer: enough to keep its threads busy, few enough for progress to move."""
+
+OVER = "over max_length"
+PROMPT_OVER = "prompt alone over max_length"
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class EncodedAnswer:
+    """One answer to a prompt."""
+
+    ids: NDArray[np.int32]
+    """(A,) what follows the prompt, end of turn included."""
+    scored: NDArray[np.bool_]
+    """(A,) which of them are the assistant's own: all, unless the answer has several turns."""
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class EncodedPair:
+    """A pair the model can read."""
+
+    row: int
+    """`Pair.row`."""
+    prompt: NDArray[np.int32]
+    """(L,) what both answers begin with."""
+    chosen: EncodedAnswer
+    rejected: EncodedAnswer
+
+    def swap(self) -> EncodedPair:
+        """The opposite preference."""
+        return replace(self, chosen=self.rejected, rejected=self.chosen)
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """Pairs ready to be packed, and what became of the others."""
+
+    pairs: list[EncodedPair]
+    counts: dict[str, int]
+    """Pairs by what happened to them; nothing is listed that did not. `dropped: ...` add up to `refused`."""
+    refused: list[tuple[int, str]]
+    """(`Pair.row`, reason) of the dropped."""
+
+
+def encode_pairs(
+    pairs: Sequence[Pair],
+    encoder: ChatEncoder,
+    *,
+    max_length: int | None,
+    too_long: TooLong = "drop",
+    progress: Callable[[int], None] | None = None,
+) -> Encoded:
+    """Encode the pairs in order; `progress` hears how many are done so far."""
+    kept: list[EncodedPair] = []
+    counts: Counter[str] = Counter()
+    refused: list[tuple[int, str]] = []
+    for start in range(0, len(pairs), _CHUNK):
+        chunk = pairs[start : start + _CHUNK]
+        for pair, ids in zip(chunk, encoder.pairs(chunk), strict=True):
+            try:
+                encoded, notes = _fit(pair, ids, encoder, max_length, too_long)
+            except PairError as reason:
+                counts[f"dropped: {reason.kind}"] += 1
+                refused.append((pair.row, reason.message))
+            else:
+                counts.update(notes)
+                kept.append(encoded)
+        if progress is not None:
+            progress(start + len(chunk))
+    return Encoded(kept, dict(counts), refused)
+
+
+def _fit(
+    pair: Pair, ids: PairIds | PairError, encoder: ChatEncoder, max_length: int | None, too_long: TooLong
+) -> tuple[EncodedPair, list[str]]:
+    """The pair under the length rule and what had to be done to it, or why it has to go (raised)."""
+    if isinstance(ids, PairError):
+        raise ids
+    notes: list[str] = []
+    if max_length is not None and _longest(ids) > max_length:
+        if too_long == "cut_answer_end":
+            ids = _cut_answers(ids, max_length)
+            notes.append("answer end cut")
+        elif too_long == "cut_prompt_start":
+            ids = _cut_prompt(pair, ids, encoder, max_length)
+            notes.append("prompt start cut")
+        else:
+            raise _too_long(ids, max_length)
+    if ids.re_rendered:
+        notes.append("prompt re-rendered differently")
+    if ids.end_appended:
+        notes.append("end of turn appended")
+    _check_learnable(ids)
+    return _encoded(pair.row, ids), notes
+
+
+def _longest(ids: PairIds) -> int:
+    return len(ids.prompt) + max(len(ids.chosen.ids), len(ids.rejected.ids))
+
+
+def _cut_answers(ids: PairIds, max_length: int) -> PairIds:
+    """What is over goes from the end, the end of turn first: a cut answer has none to learn."""
+    room = max_length - len(ids.prompt)
+    if room <= 0:
+        raise _too_long(ids, max_length)
+    chosen, rejected = (AnswerIds(answer.ids[:room], answer.scored[:room]) for answer in (ids.chosen, ids.rejected))
+    return replace(ids, chosen=chosen, rejected=rejected)
+
+
+def _cut_prompt(pair: Pair, ids: PairIds, encoder: ChatEncoder, max_length: int) -> PairIds:
+    """The same pair with as many of the prompt's turns as fit, rendered anew."""
+    while _longest(ids) > max_length:
+        shorter = _without_oldest_exchange(pair.prompt)
+        if shorter is None:
+            raise _too_long(ids, max_length)
+        pair = replace(pair, prompt=shorter)
+        ids = encoder.pair(pair)
+    return ids
+
+
+def _without_oldest_exchange(prompt: tuple[Message, ...]) -> tuple[Message, ...] | None:
+    """The prompt from its second user turn on, after the system turns; None if nothing is left to cut.
+
+    Whole exchanges go, so that it still begins with a user: templates refuse a chat that the assistant opens.
+    """
+    first = next((at for at, turn in enumerate(prompt) if turn.role not in ("system", "developer")), len(prompt))
+    second = next((at for at in range(first + 1, len(prompt)) if prompt[at].role == "user"), None)
+    return None if second is None else prompt[:first] + prompt[second:]
+
+
+def _too_long(ids: PairIds, max_length: int) -> PairError:
+    if len(ids.prompt) >= max_length:
+        return PairError(PROMPT_OVER, f"the prompt alone has {len(ids.prompt)} tokens, max_length is {max_length}")
+    return PairError(OVER, f"prompt and answer have {_longest(ids)} tokens, max_length is {max_length}")
+
+
+def _check_learnable(ids: PairIds) -> None:
+    if not (any(ids.chosen.scored) and any(ids.rejected.scored)):
+        raise PairError("no answer token", "an answer has no token of the assistant's own")
+    if ids.chosen.ids == ids.rejected.ids:
+        raise PairError("identical answers", "both answers have the same token ids")
+
+
+def _encoded(row: int, ids: PairIds) -> EncodedPair:
+    return EncodedPair(row, np.array(ids.prompt, np.int32), _answer(ids.chosen), _answer(ids.rejected))
+
+
+def _answer(ids: AnswerIds) -> EncodedAnswer:
+    return EncodedAnswer(np.array(ids.ids, np.int32), np.array(ids.scored, np.bool_))

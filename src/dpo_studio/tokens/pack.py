@@ -1,0 +1,200 @@
+"""Pairs -> micro-batches: many pairs in one row, each prompt stored once for both its answers, no padding.
+
+A pair lies in its row as prompt, chosen, rejected. Position ids restart so that the rejected answer stands where the
+chosen one does, right after the prompt; the attention mask (`models/attention.py`) keeps pairs apart and answers blind
+to each other. The last token of an answer predicts nothing and is left out.
+
+Which pairs form a step is a pure function of (seed, epoch); how they are laid into rows changes speed only.
+
+Shapes: T = tokens of the row, N = scored answer tokens, P = pairs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpo_studio.objectives import PairLogps
+from dpo_studio.tokens.encode import EncodedPair
+
+__all__ = ["MicroBatch", "Span", "Steps", "fit", "pack", "packed_tokens", "pair_order"]
+
+PROMPT, CHOSEN, REJECTED = 0, 1, 2
+
+
+class Span(NamedTuple):
+    """A pair's place in its row: the prompt from `start`, each part up to, not including, its end."""
+
+    start: int
+    prompt_end: int
+    chosen_end: int
+    rejected_end: int
+
+
+@dataclass(frozen=True, eq=False)
+class MicroBatch:
+    """A row of pairs, and where to read off each answer token's log-prob."""
+
+    pairs: tuple[int, ...]
+    """Positions of the pairs in their list."""
+    spans: tuple[Span, ...]
+    """Where each pair lies in the row."""
+    ids_1T: Tensor
+    position_ids_1T: Tensor
+    pair_T: Tensor
+    """Which pair of this row a token belongs to."""
+    part_T: Tensor
+    """Prompt 0, chosen 1, rejected 2."""
+    predictor_N: Tensor
+    """The position in the row whose hidden state predicts each scored token."""
+    target_N: Tensor
+    """The scored token ids."""
+    answer_N: Tensor
+    """Which answer a scored token belongs to: 2 x pair for the chosen one, plus 1 for the rejected one."""
+    reference: PairLogps | None = None
+    """The reference's log-probs of these pairs, when they are known before the step."""
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens the model reads."""
+        return self.ids_1T.shape[1]
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """The same micro-batch on `device`."""
+        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        reference = self.reference.map(lambda logps_P: logps_P.to(device)) if self.reference is not None else None
+        return replace(self, **moved, reference=reference)
+
+
+def packed_tokens(pair: EncodedPair) -> int:
+    """Tokens a pair takes in a row."""
+    return len(pair.prompt) + len(pair.chosen.ids) + len(pair.rejected.ids) - 2
+
+
+def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -> MicroBatch:
+    """Lay pairs into one row."""
+    ids, places, owner, part, predictors, targets, answers = ([] for _ in range(7))  # type: ignore[var-annotated]
+    spans = []
+    start = 0
+    for number, pair in enumerate(pairs):
+        prompt_length = len(pair.prompt)
+        ids.append(pair.prompt)
+        places.append(np.arange(prompt_length))
+        part.append(np.full(prompt_length, PROMPT))
+        ends = [start + prompt_length]
+        for side, answer in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+            length = len(answer.ids) - 1
+            ids.append(answer.ids[:-1])
+            places.append(np.arange(prompt_length, prompt_length + length))
+            part.append(np.full(length, side))
+            predictor = np.concatenate([[start + prompt_length - 1], np.arange(ends[-1], ends[-1] + length)])
+            predictors.append(predictor[answer.scored])
+            targets.append(answer.ids[answer.scored])
+            answers.append(np.full(int(answer.scored.sum()), 2 * number + (side == REJECTED)))
+            ends.append(ends[-1] + length)
+        spans.append(Span(start, *ends))
+        owner.append(np.full(ends[-1] - start, number))
+        start = ends[-1]
+
+    def tensor(parts: list[np.ndarray]) -> Tensor:
+        return torch.from_numpy(np.concatenate(parts).astype(np.int64))
+
+    return MicroBatch(
+        pairs=tuple(range(len(pairs)) if positions is None else positions),
+        spans=tuple(spans),
+        ids_1T=tensor(ids)[None],
+        position_ids_1T=tensor(places)[None],
+        pair_T=tensor(owner),
+        part_T=tensor(part),
+        predictor_N=tensor(predictors),
+        target_N=tensor(targets),
+        answer_N=tensor(answers),
+    )
+
+
+def fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Which items share a row of at most `budget` tokens: best fit, longest first.
+
+    An item over the budget gets a row of its own. Deterministic: equal lengths keep their order.
+    """
+    rows: list[list[int]] = []
+    room: list[int] = []
+    for item in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        best = min((row for row in range(len(rows)) if room[row] >= lengths[item]), key=room.__getitem__, default=None)
+        if best is None:
+            rows.append([])
+            room.append(budget)
+            best = len(rows) - 1
+        rows[best].append(item)
+        room[best] -= lengths[item]
+    return rows
+
+
+def pair_order(count: int, *, seed: int, epoch: int) -> list[int]:
+    """The order of an epoch: a permutation drawn from (seed, epoch) alone.
+
+    Sorted raw draws rather than `Generator.permutation`: NumPy keeps bit streams stable between versions, not methods.
+    """
+    draws = np.random.PCG64([seed, epoch]).random_raw(count)
+    return [int(i) for i in np.argsort(draws, kind="stable")]
+
+
+@dataclass(frozen=True, eq=False)
+class Steps:
+    """The micro-batches of every optimizer step, from any step on."""
+
+    pairs: Sequence[EncodedPair]
+    pairs_per_step: int
+    tokens_per_micro_batch: int
+    seed: int
+    epochs: float
+    max_steps: int | None = None
+    reference: Callable[[Sequence[int]], PairLogps] | None = None
+    """Looks up the cached log-probs of pairs by position."""
+
+    @property
+    def per_epoch(self) -> int:
+        """Steps an epoch; the last one may hold fewer pairs."""
+        return math.ceil(len(self.pairs) / self.pairs_per_step)
+
+    @property
+    def total(self) -> int:
+        """Steps of the whole run."""
+        return self.max_steps if self.max_steps is not None else math.ceil(self.epochs * self.per_epoch)
+
+    def epoch_at(self, step: int) -> float:
+        """Epochs done after `step` steps."""
+        return step / self.per_epoch
+
+    def pairs_of(self, step: int) -> list[int]:
+        """Positions of the pairs that step number `step` (from 1) learns from."""
+        epoch, slot = divmod(step - 1, self.per_epoch)
+        order = pair_order(len(self.pairs), seed=self.seed, epoch=epoch)
+        return order[slot * self.pairs_per_step : (slot + 1) * self.pairs_per_step]
+
+    def __call__(self, *, after: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of step after+1, after+2, ... to the end."""
+        for step in range(after + 1, self.total + 1):
+            yield list(micro_batches(self.pairs, self.pairs_of(step), self.tokens_per_micro_batch, self.reference))
+
+
+def micro_batches(
+    pairs: Sequence[EncodedPair],
+    positions: Sequence[int],
+    budget: int,
+    reference: Callable[[Sequence[int]], PairLogps] | None = None,
+) -> Iterator[MicroBatch]:
+    """The pairs at `positions` in rows of at most `budget` tokens."""
+    for row in fit([packed_tokens(pairs[position]) for position in positions], budget):
+        chosen = [positions[item] for item in row]
+        batch = pack([pairs[position] for position in chosen], chosen)
+        yield replace(batch, reference=reference(chosen)) if reference is not None else batch
