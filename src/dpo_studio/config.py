@@ -291,7 +291,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 def recipe_schema() -> dict[str, Any]:
     """The recipe's JSON Schema, for editors and forms."""
-    return Recipe.model_json_schema()
+    schema: dict[str, Any] = Recipe.model_json_schema()
+    return schema
 
 
 def cache_folder() -> Path:

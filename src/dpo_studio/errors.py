@@ -1,13 +1,13 @@
 """What can go wrong, as one tree. Every message speaks to the person at the keyboard.
 
-    DPOStudioError            refused with a reason            exit 1
-    ├── RecipeError           the recipe says something impossible
-    ├── DataError             a source of pairs cannot be used
-    ├── ModelError            a model, tokenizer or adapter cannot be used
-    ├── RunError              a run folder is not what the command needs
-    ├── UsageError            the command itself is wrong      exit 2
-    ├── NonFiniteError        a run stopped itself             exit 3
-    └── Interrupted           stopped by a signal              exit 130 (SIGINT), 143 (SIGTERM)
+DPOStudioError            refused with a reason            exit 1
+├── RecipeError           the recipe says something impossible
+├── DataError             a source of pairs cannot be used
+├── ModelError            a model, tokenizer or adapter cannot be used
+├── RunError              a run folder is not what the command needs
+├── UsageError            the command itself is wrong      exit 2
+├── NonFiniteError        a run stopped itself             exit 3
+└── Interrupted           stopped by a signal              exit 130 (SIGINT), 143 (SIGTERM)
 """
 
 from __future__ import annotations

@@ -139,7 +139,10 @@ def _kind(section: object) -> str:
 
 
 Objective = Annotated[
-    Annotated[DPO, Tag("dpo")] | Annotated[IPO, Tag("ipo")] | Annotated[Hinge, Tag("hinge")] | Annotated[AOT, Tag("aot")],
+    Annotated[DPO, Tag("dpo")]
+    | Annotated[IPO, Tag("ipo")]
+    | Annotated[Hinge, Tag("hinge")]
+    | Annotated[AOT, Tag("aot")],
     Discriminator(_kind),
 ]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,16 @@ from torch import Tensor, nn
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError
 
-__all__ = ["LoraLinear", "adapter_state", "as_reference", "attach", "attach_existing", "save_adapter"]
+__all__ = [
+    "LoraLinear",
+    "adapter_state",
+    "as_reference",
+    "attach",
+    "attach_existing",
+    "in_eval",
+    "save_adapter",
+    "train_mode",
+]
 
 POLICY, REFERENCE = "default", "reference"
 
@@ -110,7 +119,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     try:
         raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = raw.get("peft_type")
-        strange = [key for key in ("use_dora", "use_qalora", "trainable_token_indices", "modules_to_save") if raw.get(key)]
+        strange = [
+            key for key in ("use_dora", "use_qalora", "trainable_token_indices", "modules_to_save") if raw.get(key)
+        ]
         if raw.get("bias", "none") != "none":
             strange.append("bias")
         if kind != "LORA" or strange:
@@ -145,28 +156,47 @@ def save_adapter(policy: PeftModel, folder: Path, *, base: str) -> None:
     config["target_modules"] = _short_targets(policy)
     config["base_model_name_or_path"] = base
     config["inference_mode"] = True
-    plain = json.loads(json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value)))
+    plain = json.loads(
+        json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
+    )
     (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @contextmanager
 def as_reference(policy: nn.Module) -> Iterator[None]:
-    """Inside, the policy computes as its reference does: adapter off, or the adapter it started from."""
-    if not isinstance(policy, PeftModel):
-        with nullcontext():
+    """Inside, the policy computes as its reference does: adapter off, or the frozen adapter beside it; no dropout."""
+    with in_eval(policy):
+        if not isinstance(policy, PeftModel):
             yield
-    elif REFERENCE in policy.peft_config:
-        trainable = [p for p in policy.parameters() if p.requires_grad]
-        policy.base_model.set_adapter(REFERENCE, inference_mode=True)
-        try:
-            yield
-        finally:
-            policy.base_model.set_adapter(POLICY)
-            for p in trainable:
-                p.requires_grad_(True)
-    else:
-        with policy.disable_adapter():
-            yield
+        elif REFERENCE in policy.peft_config:
+            policy.base_model.set_adapter(REFERENCE, inference_mode=True)
+            try:
+                yield
+            finally:
+                policy.base_model.set_adapter(POLICY)
+        else:
+            with policy.disable_adapter():
+                yield
+
+
+@contextmanager
+def in_eval(model: nn.Module) -> Iterator[None]:
+    """Inside, nothing drops out; afterwards every module trains or not as before."""
+    before = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in before:
+            module.training = True
+
+
+def train_mode(policy: PeftModel) -> None:
+    """Dropout in the adapter alone: the frozen base's own would make the policy differ from its reference by chance."""
+    policy.eval()
+    for module in policy.modules():
+        if isinstance(module, lora.LoraLayer):
+            module.lora_dropout[POLICY].train()
 
 
 def _with_fp32_adapter(policy: PeftModel) -> PeftModel:

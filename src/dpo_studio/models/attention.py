@@ -90,7 +90,11 @@ def _attend_pairs(
     window = int(attention_mask) or None
     # split, not slices: the backward of a slice fills a tensor of the whole row with zeros
     seen = [length for s in pack_spans for length in (s.chosen_end - s.start, s.rejected_end - s.chosen_end)]
-    parts = [n for s in pack_spans for n in (s.prompt_end - s.start, s.chosen_end - s.prompt_end, s.rejected_end - s.chosen_end)]
+    parts = [
+        n
+        for s in pack_spans
+        for n in (s.prompt_end - s.start, s.chosen_end - s.prompt_end, s.rejected_end - s.chosen_end)
+    ]
     queries, keys, values = query_1HTD.split(seen, 2), key_1HTD.split(parts, 2), value_1HTD.split(parts, 2)
     outputs = []
     for pair in range(len(pack_spans)):

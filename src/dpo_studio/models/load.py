@@ -16,7 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_studio.config import BUNDLED, ModelSection
 from dpo_studio.errors import ModelError
-from dpo_studio.models.attention import check_architecture
+from dpo_studio.models.attention import PAIRS, check_architecture
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.tokens.chat import ChatEncoder
 
@@ -58,7 +58,8 @@ def load_chat_model(
     encoder = load_encoder(folder, section)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, reason = choose_dtype(section.dtype, device)
-    model = _load_weights(folder, dtype, section.path).to(device)
+    attention = PAIRS if section.attention == "auto" else "sdpa"
+    model = _load_weights(folder, dtype, attention, section.path).to(device)
     model.requires_grad_(False)
     model.eval()
     return ChatModel(model, encoder, folder, typed or section.path, reason)
@@ -76,7 +77,9 @@ def locate(path: str, revision: str | None = None, say: Callable[[str], None] = 
     if folder.is_dir():
         return folder
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:
-        raise ModelError(f"no such model folder: {path}", hint="give a folder, a Hub id, or bundled:smollm2-135m-instruct")
+        raise ModelError(
+            f"no such model folder: {path}", hint="give a folder, a Hub id, or bundled:smollm2-135m-instruct"
+        )
     return _from_hub(path, revision, say)
 
 
@@ -99,7 +102,7 @@ def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> Pa
         raise ModelError(
             f"no folder {name} here, and no such model on the Hub", hint="private or gated? run `hf auth login`"
         ) from None
-    except Exception as error:  # noqa: BLE001 - network trouble comes in a dozen classes from three libraries
+    except Exception as error:
         raise ModelError(
             f"{name} is not on this machine and the Hub cannot be reached: {type(error).__name__}",
             hint="check the network, or download the model elsewhere and give its folder",
@@ -151,7 +154,7 @@ def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:
     """
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:  # noqa: BLE001 - the tokenizers library raises bare Exception
+    except Exception as error:
         raise ModelError(f"{section.path}: its tokenizer cannot be loaded: {_one_line(error)}") from None
     if section.chat_template is not None:
         try:
@@ -197,16 +200,16 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _load_weights(folder: Path, dtype: torch.dtype, name: str) -> PreTrainedModel:
+def _load_weights(folder: Path, dtype: torch.dtype, attention: str, name: str) -> PreTrainedModel:
     """All tensors of the model from the folder, each used; transformers only warns and fills in random ones."""
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
         model, info = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True
+            folder, dtype=dtype, attn_implementation=attention, use_safetensors=True, output_loading_info=True
         )
-    except Exception as error:  # noqa: BLE001 - safetensors, transformers and torch each raise their own
+    except Exception as error:
         raise ModelError(f"{name} cannot be loaded: {_one_line(error)}", hint="is the download complete?") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
@@ -217,7 +220,7 @@ def _load_weights(folder: Path, dtype: torch.dtype, name: str) -> PreTrainedMode
                 f"{name}: {len(keys)} {kind.replace('_keys', '')} tensors, the first is {keys[0]}",
                 hint="the weights are not this model's; nothing is ever filled in at random",
             )
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _time_product(dtype: torch.dtype) -> float:

@@ -109,10 +109,10 @@ class ChatEncoder:
         if not tokenizer.chat_template:
             raise ModelError("the tokenizer has no chat template", hint=_NO_TEMPLATE_HINT)
         own_eos = tokenizer.eos_token_id
-        self._ends = frozenset(eos_ids) | ({own_eos} if own_eos is not None else set())
-        if not self._ends:
+        self.eos_ids = frozenset(eos_ids) | ({own_eos} if own_eos is not None else set())
+        if not self.eos_ids:
             raise ModelError("the tokenizer has no EOS token, so nothing could end an answer")
-        self._eos: int = own_eos if own_eos is not None else min(self._ends)
+        self._eos: int = own_eos if own_eos is not None else min(self.eos_ids)
         self._tokenizer = tokenizer
         added: dict[int, AddedToken] = tokenizer.added_tokens_decoder
         self._special = _special_tokens(added)
@@ -122,6 +122,19 @@ class ChatEncoder:
         self._is_blank: dict[int, bool] = {}
         self._always_in_pieces = _normalizes_special_tokens(tokenizer)
         self._anchor = self._find_anchor()
+
+    @property
+    def pad_id(self) -> int:
+        """What fills up rows of unequal length; never looked at."""
+        return int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of an answer's ids, control tokens left out."""
+        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def vocabulary(self) -> dict[str, int]:
+        """Every token and its id."""
+        return dict(self._tokenizer.get_vocab())
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """The prompt's turns and the header of the answer to come.
@@ -318,7 +331,7 @@ class ChatEncoder:
         """
         end = None
         for position in range(len(ids) - 1, start - 1, -1):
-            if ids[position] in self._ends:
+            if ids[position] in self.eos_ids:
                 end = position + 1
             elif not self._blank(ids[position]):
                 break
@@ -336,7 +349,7 @@ class ChatEncoder:
         scored = [False] * len(ids)
         starts = [_shared(self._ids(opened, whole), ids) for opened, _ in answer.turns]
         for (start, limit), (_, through) in zip(pairwise([*starts, len(ids)]), answer.turns, strict=True):
-            end = next((at + 1 for at in range(start, limit) if ids[at] in self._ends), None)
+            end = next((at + 1 for at in range(start, limit) if ids[at] in self.eos_ids), None)
             if end is None:  # a template that ends no turn but the last: the turn ends where the next header begins
                 end = min(limit, _shared(self._ids(through, whole), ids))
             scored[start:end] = [True] * (end - start)

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -23,7 +23,7 @@ from torch import Tensor
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 
-__all__ = ["MicroBatch", "Span", "Steps", "fit", "pack", "packed_tokens", "pair_order"]
+__all__ = ["MicroBatch", "Span", "Steps", "fit", "micro_batches", "pack", "packed_tokens", "pair_order"]
 
 PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
@@ -70,7 +70,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`."""
-        moved = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, Tensor)}
+        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
         reference = self.reference.map(lambda logps_P: logps_P.to(device)) if self.reference is not None else None
         return replace(self, **moved, reference=reference)
 
@@ -82,7 +82,7 @@ def packed_tokens(pair: EncodedPair) -> int:
 
 def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -> MicroBatch:
     """Lay pairs into one row."""
-    ids, places, owner, part, predictors, targets, answers = ([] for _ in range(7))  # type: ignore[var-annotated]
+    ids, places, owner, part, predictors, targets, answers = ([] for _ in range(7))
     spans = []
     start = 0
     for number, pair in enumerate(pairs):

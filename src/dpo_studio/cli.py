@@ -1,0 +1,236 @@
+"""The command line. It routes and prints; what a verb does is in `workflows`, imported when the verb is used.
+
+Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused with a reason, 2 wrong usage, 3 a run
+stopped itself, 130 interrupted (143 after SIGTERM).
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+app = typer.Typer(
+    name="dpo",
+    help="Direct Preference Optimization for the model and the machine you have.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    rich_markup_mode=None,
+)
+
+Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045 - typer reads it at run time
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same answers.")]
+Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")]  # noqa: UP045
+
+
+@app.command()
+def demo(out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/demo")) -> None:
+    """The whole story on the bundled model and pairs, on a CPU, in minutes."""
+    from dpo_studio.workflows.demo import run_demo
+
+    result = run_demo(out)
+    if "win_rate" in result:
+        low, high = result["win_rate_ci95"]
+        print(f"win rate {result['win_rate']:.2f} (95 % interval {low:.2f} to {high:.2f}), {result['n']} comparisons")
+    print(out / "report.html")
+
+
+@app.command()
+def train(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")],
+    overrides: Overrides = None,
+    tracker: Annotated[Optional[str], typer.Option(help="tensorboard, wandb or trackio.")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and model; train nothing.")] = False,
+) -> None:
+    """Train what a recipe says; the same command again continues an unfinished run."""
+    from dpo_studio.workflows.training import check_recipe, train_recipe
+
+    changes = [*(overrides or []), *([f"run.tracker={tracker}"] if tracker else [])]
+    if dry_run:
+        check_recipe(recipe, changes)
+        return
+    result = train_recipe(recipe, changes)
+    if "accuracy" in result:
+        low, high = result["accuracy_ci95"]
+        print(
+            f"held-out accuracy {result['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
+            f"before {result['accuracy_before']:.3f}, longer answer wins {result['longer_wins']:.3f}"
+        )
+
+
+@app.command()
+def score(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
+    source: Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")],
+    out: Annotated[Optional[Path], typer.Option(help="Write the lines here instead of stdout.")] = None,  # noqa: UP045
+    beta: Annotated[Optional[float], typer.Option(help="Reward per nat; default: the run's, else 0.1.")] = None,  # noqa: UP045
+    dtype: Dtype = None,
+    max_length: Annotated[Optional[int], typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = None,  # noqa: UP045
+    too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
+    as_json: Annotated[bool, typer.Option("--json", help="The summary on stderr as JSON.")] = False,
+) -> None:
+    """Log-probs of both answers under policy and reference, margins and accuracy, one JSON line a pair."""
+    from dpo_studio.config import SourceSection
+    from dpo_studio.workflows.scoring import score_pairs, score_to_file
+
+    section = SourceSection(source=source)
+    settings: dict[str, Any] = {
+        "beta": beta,
+        "dtype": _one_of("--dtype", dtype, "float32", "bfloat16", "float16"),
+        "max_length": max_length,
+        "too_long": _one_of("--too-long", too_long, "drop", "cut_prompt_start", "cut_answer_end"),
+    }
+    if out is not None:
+        summary = score_to_file(model, section, out, **settings)
+    else:
+        summary = score_pairs(model, section, sys.stdout, **settings)
+    _summary(summary, as_json)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
+    prompt: Annotated[str, typer.Option(help="What to answer; - reads it from stdin.")],
+    temperature: Temperature = 0.7,
+    max_new_tokens: MaxNewTokens = 256,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    system: Annotated[Optional[str], typer.Option(help="A system turn before the prompt.")] = None,  # noqa: UP045
+    base: Annotated[bool, typer.Option("--base", help="Answer with the reference instead of the tuned model.")] = False,
+    dtype: Dtype = None,
+) -> None:
+    """Answer one prompt, streamed, with the model's chat template."""
+    from dpo_studio.workflows.talking import Chat, Sampling
+
+    sampling = Sampling(temperature, max_new_tokens, top_p, seed)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text.strip():
+        raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
+    chat = Chat(_load(model, dtype), sampling, system, tuned=not base)
+    _print_stream(chat.say(text))
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
+    temperature: Temperature = 0.7,
+    max_new_tokens: MaxNewTokens = 256,
+    top_p: TopP = 1.0,
+    seed: Seed = 0,
+    system: Annotated[Optional[str], typer.Option(help="A system turn before the conversation.")] = None,  # noqa: UP045
+    dtype: Dtype = None,
+) -> None:
+    """Talk with a model. /base and /tuned switch between them, /new starts over, /quit ends."""
+    from dpo_studio.workflows.talking import Chat, Sampling
+
+    talk = Chat(_load(model, dtype), Sampling(temperature, max_new_tokens, top_p, seed), system)
+    print("/base  /tuned  /new  /quit", file=sys.stderr)
+    while True:
+        try:
+            text = input(f"{'tuned' if talk.tuned else 'base'}> " if sys.stdin.isatty() else "").strip()
+        except EOFError:
+            return
+        if text == "/quit":
+            return
+        if text in ("/base", "/tuned"):
+            talk.tuned = text == "/tuned"
+        elif text == "/new":
+            talk.turns.clear()
+        elif text.startswith("/"):
+            print(f"no such command: {text}", file=sys.stderr)
+        elif text:
+            _print_stream(talk.say(text))
+
+
+@app.command()
+def schema() -> None:
+    """The recipe's JSON Schema, for editors."""
+    import json
+
+    from dpo_studio.config import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.callback(invoke_without_command=True)
+def _version(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+) -> None:
+    if version:
+        from dpo_studio import __version__
+
+        print(__version__)
+        raise typer.Exit
+
+
+def main() -> None:
+    """The `dpo` command: errors become one message and an exit code, never a traceback."""
+    from dpo_studio.errors import DPOStudioError
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    try:
+        app(standalone_mode=False)
+    except DPOStudioError as error:
+        _die(str(error), error.exit_code)
+    except typer.Exit as done:
+        sys.exit(done.exit_code)
+    except (KeyboardInterrupt, typer.Abort):
+        _die("interrupted", 130)
+    except BrokenPipeError:  # `dpo score ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        _die(f"{where}{error.strerror or error}", 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        _die(error.format_message(), 2)
+
+
+def _die(message: str, code: int) -> None:
+    from dpo_studio.reports.text import printable
+
+    print(f"error: {printable(message)}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _load(model: str, dtype: str | None) -> Any:
+    from dpo_studio.reports.progress import Progress
+    from dpo_studio.workflows.loading import load_any
+
+    with Progress() as progress:
+        return load_any(model, dtype=_one_of("--dtype", dtype, "float32", "bfloat16", "float16"), say=progress.say)
+
+
+def _one_of(option: str, value: str | None, *allowed: str) -> str | None:
+    if value is not None and value not in allowed:
+        raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
+    return value
+
+
+def _print_stream(pieces: Any) -> None:
+    """Model text to a terminal: control characters made visible, so that no answer can rewrite the screen."""
+    from dpo_studio.reports.text import printable
+
+    show = printable if sys.stdout.isatty() else str
+    for piece in pieces:
+        print(show(piece), end="", flush=True)
+    print()
+
+
+def _summary(summary: dict[str, Any], as_json: bool) -> None:
+    import json
+
+    if as_json:
+        print(json.dumps(summary), file=sys.stderr)
+        return
+    for name, value in summary.items():
+        print(f"{name}: {value}", file=sys.stderr)

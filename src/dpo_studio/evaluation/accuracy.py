@@ -1,0 +1,46 @@
+"""How often a model prefers the chosen answer, beside what it must beat: its reference, and the longer answer."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_studio.evaluation.winrate import share_ci95
+from dpo_studio.objectives import PairLogps, margin
+
+__all__ = ["accuracy_summary", "wins"]
+
+
+def wins(difference_P: Tensor) -> Tensor:
+    """1 where the chosen side is ahead, one half for a tie, 0 otherwise, (P,) float64."""
+    return (difference_P > 0).double() + 0.5 * (difference_P == 0).double()
+
+
+def accuracy_summary(
+    policy: PairLogps, reference: PairLogps, prompt_of: Sequence[Hashable], *, beta: float
+) -> dict[str, Any]:
+    """Accuracy and mean reward margin with intervals clustered by prompt, and the baselines.
+
+    `accuracy_before` asks the reference's own log-probs, as a sum and per token; `longer_wins` picks the longer answer.
+    """
+    margin_P = beta * margin(policy, reference)
+    correct_P = wins(margin_P)
+    per_token_P = reference.chosen_P / reference.chosen_tokens_P.clamp(
+        min=1
+    ) - reference.rejected_P / reference.rejected_tokens_P.clamp(min=1)
+    return {
+        "accuracy": correct_P.mean().item(),
+        "accuracy_ci95": list(share_ci95(correct_P.tolist(), prompt_of)),
+        "margin": margin_P.double().mean().item(),
+        "accuracy_before": wins(reference.chosen_P - reference.rejected_P).mean().item(),
+        "accuracy_before_per_token": wins(per_token_P).mean().item(),
+        "longer_wins": wins((policy.chosen_tokens_P - policy.rejected_tokens_P).float()).mean().item(),
+    }
+
+
+def finite(logps: PairLogps) -> Tensor:
+    """Which pairs have finite log-probs throughout, (P,) bool."""
+    return torch.isfinite(logps.chosen_P) & torch.isfinite(logps.rejected_P)

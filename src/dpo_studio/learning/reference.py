@@ -1,0 +1,144 @@
+"""The reference: log-probs of the same answers under what the policy is held close to, computed once, kept on disk.
+
+One entry a pair, so added data reuses what is there. The key is exactly what a number depends on: weights, starting
+adapter, numerics, token ids and which of them are scored; never beta, the learning rate or the template's text.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.objectives import PairLogps
+from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.tokens.pack import micro_batches
+
+__all__ = ["ReferenceCache", "batched_logps", "reference_logps"]
+
+_TABLE = "CREATE TABLE IF NOT EXISTS logps (pair BLOB PRIMARY KEY, chosen REAL, rejected REAL) WITHOUT ROWID"
+_PAIRS_BETWEEN_SAVES = 512
+
+
+@dataclass(frozen=True)
+class ReferenceCache:
+    """Log-probs of pairs under one reference, in one SQLite file (safe for several processes at once)."""
+
+    folder: Path
+    context: dict[str, str]
+    """What the numbers depend on besides the pair: weights, adapter, dtype, attention, device, torch."""
+
+    @property
+    def file(self) -> Path:
+        """Where this reference's entries are."""
+        digest = hashlib.sha256(json.dumps(self.context, sort_keys=True).encode()).hexdigest()
+        return self.folder / f"{digest[:32]}.sqlite"
+
+    def load(self, pairs: Sequence[EncodedPair]) -> list[tuple[float, float] | None]:
+        """(chosen, rejected) of each pair, None where it is not known."""
+        keys = [_pair_key(pair) for pair in pairs]
+        with self._open() as database:
+            rows = (
+                database.execute("SELECT chosen, rejected FROM logps WHERE pair = ?", (key,)).fetchone() for key in keys
+            )
+            return [(float(row[0]), float(row[1])) if row and None not in row else None for row in rows]
+
+    def save(self, pairs: Sequence[EncodedPair], logps: PairLogps) -> None:
+        """Keep the log-probs of `pairs`. Numbers that are not finite are not kept."""
+        rows = zip(map(_pair_key, pairs), logps.chosen_P.tolist(), logps.rejected_P.tolist(), strict=True)
+        with self._open() as database, database:
+            database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", [r for r in rows if _finite(r)])
+
+    @contextmanager
+    def _open(self) -> Iterator[sqlite3.Connection]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        try:
+            with closing(self._connect()) as database:
+                yield database
+        except sqlite3.DatabaseError as error:
+            if isinstance(error, sqlite3.OperationalError):  # locked, disk full, read-only: not a damaged file
+                raise
+            self.file.unlink()  # a cache: what is damaged is computed again
+            with closing(self._connect()) as database:
+                yield database
+
+    def _connect(self) -> sqlite3.Connection:
+        database = sqlite3.connect(self.file, timeout=60)
+        database.execute(_TABLE)
+        return database
+
+
+def reference_logps(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    *,
+    budget: int,
+    cache: ReferenceCache | None,
+    progress: Callable[[int, int], None] = lambda pairs, tokens: None,
+) -> PairLogps:
+    """The reference's log-probs of all `pairs`, in order, on the CPU; only what the cache lacks is computed.
+
+    `model` computes as the reference does when called (see `models.adapters.as_reference`).
+    """
+    known = cache.load(pairs) if cache is not None else [None] * len(pairs)
+    missing = [position for position, value in enumerate(known) if value is None]
+    progress(len(pairs) - len(missing), 0)
+    for start in range(0, len(missing), _PAIRS_BETWEEN_SAVES):
+        positions = missing[start : start + _PAIRS_BETWEEN_SAVES]
+        part = batched_logps(model, pairs, positions, budget=budget, progress=progress)
+        if cache is not None:
+            cache.save([pairs[position] for position in positions], part)
+        for position, values in zip(positions, zip(part.chosen_P, part.rejected_P, strict=True), strict=True):
+            known[position] = (float(values[0]), float(values[1]))
+    values_P2 = torch.tensor([value for value in known if value is not None], dtype=torch.float32).reshape(-1, 2)
+    return PairLogps(values_P2[:, 0], values_P2[:, 1], *_token_counts(pairs))
+
+
+@torch.no_grad()
+def batched_logps(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    positions: Sequence[int],
+    *,
+    budget: int,
+    progress: Callable[[int, int], None] = lambda pairs, tokens: None,
+) -> PairLogps:
+    """Log-probs of the pairs at `positions` under `model` as it is, in that order, on the CPU."""
+    device = next(model.parameters()).device
+    columns = torch.zeros(4, len(positions))
+    place = {position: index for index, position in enumerate(positions)}
+    for batch in micro_batches(pairs, positions, budget):
+        logps = pair_logps(model, batch.to(device))
+        where = torch.tensor([place[position] for position in batch.pairs])
+        columns[:, where] = torch.stack(
+            [logps.chosen_P, logps.rejected_P, logps.chosen_tokens_P.float(), logps.rejected_tokens_P.float()]
+        ).cpu()
+        progress(len(batch), batch.tokens)
+    return PairLogps(columns[0], columns[1], columns[2].long(), columns[3].long())
+
+
+def _token_counts(pairs: Sequence[EncodedPair]) -> tuple[Tensor, Tensor]:
+    counts = [[int(pair.chosen.scored.sum()), int(pair.rejected.scored.sum())] for pair in pairs]
+    counts_P2 = torch.tensor(counts, dtype=torch.int64).reshape(-1, 2)
+    return counts_P2[:, 0], counts_P2[:, 1]
+
+
+def _pair_key(pair: EncodedPair) -> bytes:
+    digest = hashlib.sha256()
+    for array in (pair.prompt, pair.chosen.ids, pair.chosen.scored, pair.rejected.ids, pair.rejected.scored):
+        digest.update(len(array).to_bytes(8, "little"))
+        digest.update(array.tobytes())
+    return digest.digest()
+
+
+def _finite(row: tuple[Any, float, float]) -> bool:
+    return abs(row[1]) < float("inf") and abs(row[2]) < float("inf")

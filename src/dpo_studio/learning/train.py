@@ -1,0 +1,259 @@
+"""The loop: what an optimizer step is, top to bottom."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+
+from dpo_studio.config import TrainingSection
+from dpo_studio.errors import NonFiniteError
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.reference import batched_logps
+from dpo_studio.models.adapters import in_eval
+from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.tokens.pack import MicroBatch, Steps
+
+__all__ = ["StepReport", "TrainingState", "evaluate", "learning_rate", "train"]
+
+ObjectiveFunction = Any
+"""One of `dpo_studio.objectives`: (policy, reference) -> losses, with `needs_reference` and `whole_step`."""
+Reference = Callable[[MicroBatch], PairLogps]
+
+
+@dataclass(frozen=True)
+class StepReport:
+    """What one optimizer step did."""
+
+    step: int
+    metrics: dict[str, float]
+    """By TRL's names. Equal after a resume, bit for bit."""
+    pairs: int
+    tokens: int
+    """Tokens read, each shared prompt once."""
+    seconds: float
+
+
+@dataclass
+class TrainingState:
+    """What changes from step to step besides the adapter's weights."""
+
+    optimizer: torch.optim.Optimizer
+    section: TrainingSection
+    total_steps: int
+    accelerator: Accelerator
+    step: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    """Gradient norm and learning rate of the last step."""
+
+    @classmethod
+    def fresh(
+        cls, policy: nn.Module, section: TrainingSection, total_steps: int, accelerator: Accelerator
+    ) -> TrainingState:
+        """AdamW over what is trainable, at step 0."""
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        optimizer = torch.optim.AdamW(
+            parameters,
+            lr=section.learning_rate,
+            betas=section.betas,
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            fused=True,  # one pass over all parameters; the plain loop took 4 % of a step on two cores
+        )
+        return cls(optimizer, section, total_steps, accelerator)
+
+    def advance(self, policy: nn.Module) -> None:
+        """Clip, set the learning rate, let the optimizer step, forget the gradients, step += 1.
+
+        Raises:
+            NonFiniteError: a gradient is not finite; the weights are as they were.
+        """
+        parameters = [p for p in policy.parameters() if p.requires_grad]
+        norm = float(self.accelerator.clip_grad_norm_(parameters, self.section.clip or math.inf))
+        if not math.isfinite(norm):
+            raise NonFiniteError(
+                f"step {self.step + 1}: the gradient is not finite; the weights were left as they were",
+                hint="lower training.learning_rate, or use model.dtype: float32 to find the cause",
+            )
+        rate = learning_rate(self.section, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.last = {"grad_norm": norm, "learning_rate": rate}
+
+    def seed_dropout(self, micro_batch: int) -> None:
+        """Dropout masks come from (seed, step, micro-batch): nothing to restore on a resume."""
+        torch.manual_seed(hash((self.section.seed, self.step, micro_batch)) % 2**63)
+
+
+def train(
+    policy: nn.Module,
+    steps: Steps,
+    objective: ObjectiveFunction,
+    state: TrainingState,
+    live_reference: Reference | None = None,
+) -> Iterator[StepReport]:
+    """Fit the adapter to the pairs; yield what each optimizer step did.
+
+    Every micro-batch brings its reference's log-probs, or `live_reference` computes them.
+
+    Raises:
+        NonFiniteError: a loss or gradient is not finite; the step was not taken.
+    """
+    started = time.perf_counter()
+    for micro_batches in steps(after=state.step):
+        pairs_in_step = sum(len(batch) for batch in micro_batches)
+        micro_batches = _on_device(micro_batches, state.accelerator.device, live_reference)
+        slopes = _whole_step_slopes(policy, micro_batches, objective, state) if objective.whole_step else None
+        seen = _Seen()
+        for number, batch in enumerate(micro_batches):
+            state.seed_dropout(number)
+            policy_logps = pair_logps(policy, batch)  # PairLogps: sums and token counts, chosen and rejected
+            if slopes is None:
+                losses = objective(policy_logps, batch.reference)  # PairLogps in, (P,) out
+            else:
+                losses = slopes.losses_of(number, policy_logps)
+            _refuse_non_finite(losses, batch, state.step + 1)
+            state.accelerator.backward(losses.sum() / pairs_in_step)  # over the step's pairs, never a mean of means
+            seen.add(policy_logps, batch, losses if slopes is None else slopes.values[number])
+        state.advance(policy)
+        now = time.perf_counter()
+        metrics = (
+            {"epoch": steps.epoch_at(state.step)} | seen.metrics(objective.beta) | state.last | {"pairs": pairs_in_step}
+        )
+        yield StepReport(state.step, metrics, pairs_in_step, sum(b.tokens for b in micro_batches), now - started)
+        started = time.perf_counter()
+
+
+def evaluate(
+    policy: nn.Module,
+    pairs: Sequence[EncodedPair],
+    reference: PairLogps,
+    objective: ObjectiveFunction,
+    *,
+    budget: int,
+    progress: Callable[[int, int], None] = lambda pairs, tokens: None,
+) -> tuple[dict[str, float], PairLogps]:
+    """Loss, rewards, accuracy and margin on held-out pairs, and the policy's log-probs of them."""
+    with in_eval(policy):
+        policy_logps = batched_logps(policy, pairs, range(len(pairs)), budget=budget, progress=progress)
+    losses = objective(policy_logps, reference)
+    seen = _Seen()
+    seen.columns.append(_columns(policy_logps, reference, losses))
+    return {f"eval_{name}": value for name, value in seen.metrics(objective.beta).items()}, policy_logps
+
+
+def learning_rate(section: TrainingSection, step: int, total_steps: int) -> float:
+    """The rate of the update after `step` updates: linear warm-up from 0, then as `schedule` says, down to 0.
+
+    The same numbers as transformers' `get_scheduler`, as a function of the step alone.
+    """
+    warmup = math.ceil(section.warmup * total_steps) if section.warmup < 1 else int(section.warmup)
+    if step < warmup:
+        return section.learning_rate * step / warmup
+    done = (step - warmup) / max(1, total_steps - warmup)
+    shape = {
+        "constant": 1.0,
+        "linear": max(0.0, 1 - done),
+        "cosine": max(0.0, 0.5 * (1 + math.cos(math.pi * done))),
+    }
+    return section.learning_rate * shape[section.schedule]
+
+
+@dataclass(frozen=True)
+class _Slopes:
+    """dL/dlogp of a whole-step objective, micro-batch by micro-batch."""
+
+    slopes: list[PairLogps]
+    values: list[Tensor]
+    """The losses themselves, for the metrics."""
+
+    def losses_of(self, number: int, policy: PairLogps) -> Tensor:
+        """(P,) whose sum has the objective's gradient: the chain rule, with the outer factor already known."""
+        slope = self.slopes[number]
+        return slope.chosen_P * policy.chosen_P + slope.rejected_P * policy.rejected_P
+
+
+def _whole_step_slopes(
+    policy: nn.Module, micro_batches: list[MicroBatch], objective: ObjectiveFunction, state: TrainingState
+) -> _Slopes:
+    """First pass of two: log-probs of all the step's pairs without a graph, then dL/dlogp."""
+    parts = []
+    with torch.no_grad():
+        for number, batch in enumerate(micro_batches):
+            state.seed_dropout(number)
+            parts.append(pair_logps(policy, batch))
+    logps = PairLogps.cat(parts)
+    logps = replace(logps, chosen_P=logps.chosen_P.requires_grad_(), rejected_P=logps.rejected_P.requires_grad_())
+    losses = objective(
+        logps, PairLogps.cat([batch.reference for batch in micro_batches if batch.reference is not None])
+    )
+    chosen_P, rejected_P = torch.autograd.grad(losses.sum(), [logps.chosen_P, logps.rejected_P])
+    sizes = [len(batch) for batch in micro_batches]
+    columns = (chosen_P, rejected_P, logps.chosen_tokens_P, logps.rejected_tokens_P)
+    slopes = [PairLogps(*part) for part in zip(*(column.split(sizes) for column in columns), strict=True)]
+    return _Slopes(slopes, list(losses.detach().split(sizes)))
+
+
+def _on_device(batches: list[MicroBatch], device: torch.device, live_reference: Reference | None) -> list[MicroBatch]:
+    batches = [batch.to(device) for batch in batches]
+    if live_reference is None:
+        return batches
+    with torch.no_grad():
+        return [replace(batch, reference=live_reference(batch)) for batch in batches]
+
+
+def _refuse_non_finite(losses: Tensor, batch: MicroBatch, step: int) -> None:
+    if not torch.isfinite(losses).all():
+        raise NonFiniteError(
+            f"step {step}: the loss of pairs {list(batch.pairs)} is not finite; the step was not taken",
+            hint="lower training.learning_rate; pairs are counted from 0 in the order they were kept",
+        )
+
+
+def _columns(policy: PairLogps, reference: PairLogps, losses: Tensor) -> Tensor:
+    """What the metrics are made of, (6, P)."""
+    return torch.stack(
+        [
+            losses.detach(),
+            (policy.chosen_P - reference.chosen_P).detach(),
+            (policy.rejected_P - reference.rejected_P).detach(),
+            margin(policy, reference).detach(),
+            policy.chosen_P.detach(),
+            policy.rejected_P.detach(),
+        ]
+    )
+
+
+@dataclass
+class _Seen:
+    """Collects a step's numbers on the device; they leave it once, together."""
+
+    columns: list[Tensor] = field(default_factory=list)
+
+    def add(self, policy: PairLogps, batch: MicroBatch, losses: Tensor) -> None:
+        assert batch.reference is not None
+        self.columns.append(_columns(policy, batch.reference, losses))
+
+    def metrics(self, beta: float) -> dict[str, float]:
+        """Means over the pairs, by TRL's names. A tied margin counts one half."""
+        loss, chosen, rejected, margins, chosen_logp, rejected_logp = torch.cat(self.columns, 1).double().cpu()
+        accuracy = (margins > 0).double() + 0.5 * (margins == 0).double()
+        return {
+            "loss": loss.mean().item(),
+            "rewards/chosen": beta * chosen.mean().item(),
+            "rewards/rejected": beta * rejected.mean().item(),
+            "rewards/margins": beta * margins.mean().item(),
+            "rewards/accuracies": accuracy.mean().item(),
+            "logps/chosen": chosen_logp.mean().item(),
+            "logps/rejected": rejected_logp.mean().item(),
+        }

@@ -1,0 +1,200 @@
+"""The run folder: what a recipe produced, and the only place that knows its layout.
+
+recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` settled
+recipe.typed.yaml   as given
+metrics.jsonl       one line a step; equal after a resume
+timing.jsonl        pairs/s, tokens/s, memory; may differ
+checkpoints/        step-N/, whole or not there
+adapter/            the result, in PEFT's format
+evaluation/         answers and their verdicts
+result.json, report.html, environment.json
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_studio.config import LoadedRecipe, Recipe, validate_recipe
+from dpo_studio.errors import RunError
+
+__all__ = ["RunFolder", "is_run", "write_atomically"]
+
+_MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", "run.folder")
+_MAY_GROW = ("training.epochs", "training.max_steps")
+_SETTLED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
+"""Keys whose `auto` is decided once and written into the run."""
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """One run's folder."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def adapter(self) -> Path:
+        return self.path / "adapter"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.path / "evaluation"
+
+    @property
+    def result_file(self) -> Path:
+        return self.path / "result.json"
+
+    def recipe(self) -> Recipe | None:
+        """The resolved recipe this folder was made by, None in a folder that is new."""
+        file = self.path / "recipe.yaml"
+        if not file.exists():
+            return None
+        try:
+            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunError(f"{file} cannot be read: {error}") from None
+        return validate_recipe(raw if isinstance(raw, dict) else {}, where=str(file))
+
+    def typed(self) -> dict[str, Any]:
+        """The recipe as its author gave it."""
+        file = self.path / "recipe.typed.yaml"
+        raw = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        return raw if isinstance(raw, dict) else {}
+
+    def result(self) -> dict[str, Any] | None:
+        """What the finished run reported, None before that."""
+        try:
+            raw = json.loads(self.result_file.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            raise RunError(f"{self.result_file} is not valid JSON: {error}") from None
+        return raw if isinstance(raw, dict) else None
+
+    def settle(self, wanted: Recipe) -> Recipe:
+        """The recipe to run here: `wanted`, with what an earlier start of the same run has settled.
+
+        Raises:
+            RunError: the folder holds another recipe's run (with the difference), or something that is no run.
+        """
+        there = self.recipe()
+        if there is None:
+            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+                raise RunError(
+                    f"{self.path} exists and is not a run", hint="choose another folder: --set run.folder=NAME"
+                )
+            return wanted
+        old, new = _flat(there.to_plain()), _flat(wanted.to_plain())
+        for key, auto in _SETTLED.items():
+            if new[key] == auto:
+                new[key] = old[key]
+        differences = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not _allowed(key, old, new)]
+        if differences:
+            lines = "".join(f"\n    {key}: {old.get(key)} there, {new.get(key)} asked for" for key in differences)
+            raise RunError(
+                f"{self.path} is a run with other settings:{lines}",
+                hint="choose another folder (--set run.folder=NAME), or the settings the run was made with",
+            )
+        return validate_recipe(_nested(new), where=str(self.path))
+
+    def start(self, loaded: LoadedRecipe, recipe: Recipe) -> None:
+        """Make the folder and write down what is run, before anything long begins."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self.write_yaml("recipe.yaml", recipe.to_plain())
+        self.write_yaml("recipe.typed.yaml", loaded.typed)
+
+    def write_yaml(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+    def write_json(self, name: str, content: dict[str, Any]) -> None:
+        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+    def append(self, name: str, line: dict[str, Any]) -> None:
+        """Add one line to metrics.jsonl or timing.jsonl."""
+        with (self.path / name).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def lines(self, name: str) -> Iterator[dict[str, Any]]:
+        """The whole lines of a .jsonl file; one cut off by a crash is not one."""
+        file = self.path / name
+        if not file.exists():
+            return
+        for text in file.read_text(encoding="utf-8").splitlines():
+            try:
+                yield json.loads(text)
+            except ValueError:
+                return
+
+    def cut_back(self, step: int) -> None:
+        """Forget what came after `step`: a resumed run writes those lines again."""
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            kept = [line for line in self.lines(name) if line["step"] <= step]
+            if (self.path / name).exists():
+                write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def is_run(path: str | Path) -> bool:
+    """Whether a path is a run folder."""
+    return (Path(path) / "recipe.yaml").is_file()
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Replace a file's content in one move: readers see the old text or the new, never half."""
+    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    try:
+        scratch.write_text(text, encoding="utf-8")
+        scratch.replace(file)
+    finally:
+        scratch.unlink(missing_ok=True)
+
+
+def environment(device: str, **more: Any) -> dict[str, Any]:
+    """What the run ran on."""
+    packages = ("dpo-studio", "torch", "transformers", "peft", "accelerate", "datasets")
+    return {
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "device": device,
+        "cpus": os.cpu_count(),
+        "platform": platform.platform(),
+        "python": sys.version.split()[0],
+        "versions": {name: version(name) for name in packages},
+    } | more
+
+
+def _allowed(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
+    if key in _MAY_CHANGE:
+        return True
+    before, after = old.get(key), new.get(key)
+    return key in _MAY_GROW and (after is None or before is None or after > before)
+
+
+def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in raw.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+    return flat
+
+
+def _nested(flat: dict[str, Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for key, value in flat.items():
+        *sections, name = key.split(".")
+        inner = nested
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[name] = value
+    return nested

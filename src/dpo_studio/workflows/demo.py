@@ -1,0 +1,112 @@
+"""`dpo demo`: the whole story on the bundled model and pairs, on a CPU, in minutes. Nothing in it is staged."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from dpo_studio.config import LoadedRecipe, load_recipe
+from dpo_studio.evaluation.judges import Completion, EverydayRule
+from dpo_studio.evaluation.winrate import win_rate
+from dpo_studio.preferences.pair import Message
+from dpo_studio.reports.html import write_report
+from dpo_studio.reports.progress import Progress
+from dpo_studio.runs import RunFolder
+from dpo_studio.workflows.loading import Loaded
+from dpo_studio.workflows.talking import Sampling, answers
+from dpo_studio.workflows.training import TrainedRun, run_training
+
+__all__ = ["SHOWCASE", "demo_recipe", "run_demo"]
+
+SHOWCASE = "I have dropped my phone in water. Now it is not working what should I do now?"
+"""The prompt of the tutorial this project grew from; its own tuned model rambled into questions nobody had asked."""
+_SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
+_PROMPTS = 128
+"""Held-out prompts that both models answer."""
+
+Outcome = Literal["win", "tie", "loss"]
+_OUTCOMES: dict[str, Outcome] = {"b": "win", "a": "loss", "tie": "tie"}
+_WINNERS = {"win": "tuned", "loss": "base", "tie": "tie"}
+
+
+def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None) -> dict[str, Any]:
+    """Train on the bundled pairs, let base and tuned model answer held-out prompts, judge, report.
+
+    Leaves a run folder at `out` with `result.json`, `report.html` and `adapter/`.
+    """
+    started = time.perf_counter()
+    with progress or Progress() as shown:
+        trained = run_training(demo_recipe(out), shown, {"kind": "demo"})
+        if trained.policy is not None and trained.base is not None:
+            loaded = Loaded(trained.base, trained.policy, None, trained.folder.adapter)
+            result = trained.result | _evaluate(trained, loaded, shown)
+            result["seconds"] = round(time.perf_counter() - started, 1)
+            trained.folder.write_json("result.json", result)
+            write_report(trained.folder.path)
+            return result
+        return trained.result
+
+
+def demo_recipe(out: str | Path) -> LoadedRecipe:
+    """The shipped `demo.yaml`, run into `out`."""
+    return load_recipe(Path(__file__).parent.parent / "recipes" / "demo.yaml", [f"run.folder={json.dumps(str(out))}"])
+
+
+def _evaluate(trained: TrainedRun, loaded: Loaded, progress: Progress) -> dict[str, Any]:
+    prompts = [pair.prompt for pair in trained.held_out[:_PROMPTS]]
+    chats = [*prompts, (Message("user", SHOWCASE),)]
+    base, tuned = (answers(loaded, chats, _SAMPLING, tuned=side, progress=progress) for side in (False, True))
+    judge = EverydayRule()
+    outcomes: list[Outcome] = []
+    lines = []
+    for prompt, before, after in zip(prompts, base[:-1], tuned[:-1], strict=True):
+        verdict = judge(prompt[-1].content, before, after)
+        outcomes.append(_OUTCOMES[verdict.winner])
+        lines.append(
+            {
+                "prompt": prompt[-1].content,
+                "base": vars(before),
+                "tuned": vars(after),
+                "winner": _WINNERS[outcomes[-1]],
+                "reason": verdict.reason,
+            }
+        )
+    _write_answers(trained.folder, lines)
+    rate = win_rate(outcomes)
+    return (
+        {
+            "win_rate": rate.win_rate,
+            "win_rate_ci95": list(rate.win_rate_ci95),
+            "wins": rate.wins,
+            "ties": rate.ties,
+            "losses": rate.losses,
+            "n": rate.n,
+            "temperature": _SAMPLING.temperature,
+            "max_new_tokens": _SAMPLING.max_new_tokens,
+            "judge": judge.name,
+            "judge_description": judge.description,
+            "showcase_prompt": SHOWCASE,
+        }
+        | _about("base", base)
+        | _about("tuned", tuned)
+    )
+
+
+def _about(side: str, answered: Sequence[Completion]) -> dict[str, Any]:
+    *held_out, showcase = answered
+    return {
+        f"stop_rate_{side}": sum(answer.ended for answer in held_out) / len(held_out),
+        f"mean_tokens_{side}": sum(answer.tokens for answer in held_out) / len(held_out),
+        f"{side}_answer": showcase.text,
+        f"{side}_answer_ended": showcase.ended,
+        f"{side}_answer_tokens": showcase.tokens,
+    }
+
+
+def _write_answers(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
+    folder.evaluation.mkdir(exist_ok=True)
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    (folder.evaluation / "answers.jsonl").write_text(text, encoding="utf-8")

@@ -1,0 +1,94 @@
+"""A MODEL or RUN as people name them: a base, a run folder, or an adapter folder."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dpo_studio.config import ModelSection
+from dpo_studio.errors import ModelError, RunError
+from dpo_studio.learning.checkpoints import newest_checkpoint
+from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
+from dpo_studio.models.load import ChatModel, load_chat_model
+from dpo_studio.runs import RunFolder, is_run
+
+__all__ = ["Loaded", "load_any"]
+
+
+@dataclass(frozen=True, eq=False)
+class Loaded:
+    """A policy and its reference in one loaded model."""
+
+    base: ChatModel
+    policy: nn.Module
+    """With the adapter on; the base itself when there is none."""
+    beta: float | None
+    """The run's own, None outside a run."""
+    adapter: Path | None
+
+    @contextmanager
+    def tuned(self, on: bool) -> Iterator[None]:
+        """Inside, the model computes as the policy (on) or as its reference (off)."""
+        with in_eval(self.policy), nullcontext() if on else as_reference(self.policy):
+            yield
+
+
+def load_any(
+    name: str,
+    *,
+    dtype: str | None = None,
+    chat_template: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+) -> Loaded:
+    """Load a Hub id, a model folder, a bundled model, a run or an adapter folder.
+
+    Raises:
+        ModelError, RunError: not found or unusable.
+    """
+    changes: dict[str, Any] = {k: v for k, v in (("dtype", dtype), ("chat_template", chat_template)) if v is not None}
+    if is_run(name):
+        return _load_run(RunFolder(Path(name)), changes, say)
+    folder = Path(name).expanduser()
+    if (folder / "adapter_config.json").is_file():
+        config = read_adapter_config(folder)
+        if not config.base_model_name_or_path:
+            raise ModelError(f"{name}: its adapter_config.json names no base model")
+        base_name = _base_of(folder, str(config.base_model_name_or_path))
+        base = load_chat_model(ModelSection(path=base_name, revision=config.revision, **changes), say=say)
+        return Loaded(base, attach_existing(base.model, folder, trainable=False), None, folder)
+    base = load_chat_model(ModelSection(path=name, **changes), say=say)
+    return Loaded(base, base.model, None, None)
+
+
+def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None]) -> Loaded:
+    recipe = run.recipe()
+    assert recipe is not None
+    adapter = run.adapter if (run.adapter / "adapter_config.json").is_file() else None
+    if adapter is None:
+        checkpoint = newest_checkpoint(run.checkpoints, say)
+        if checkpoint is None:
+            raise RunError(f"{run.path} has no adapter and no checkpoint yet", hint="`dpo train` continues it")
+        say(f"{run.path} is unfinished: using {checkpoint.name}")
+        adapter = checkpoint / "adapter"
+    base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
+    policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
+    reference = recipe.reference.adapter or recipe.model.adapter
+    if recipe.reference.model is not None:
+        raise RunError(
+            f"{run.path} has another model as its reference ({recipe.reference.model})",
+            hint="score both models on their own",
+        )
+    if reference is not None:
+        policy = attach_existing(policy, Path(reference), trainable=False, name=REFERENCE)
+    return Loaded(base, policy, recipe.objective.beta, adapter)
+
+
+def _base_of(folder: Path, named: str) -> str:
+    """The base an adapter names; a relative folder is looked for beside the adapter, then in the working directory."""
+    beside = folder / named
+    return str(beside) if named.startswith(".") and beside.is_dir() else named

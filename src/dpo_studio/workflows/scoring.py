@@ -1,0 +1,123 @@
+"""`dpo score`: log-probs, margins and accuracy of any pairs under any model or run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from dpo_studio.config import SourceSection, TooLong
+from dpo_studio.errors import DataError, UsageError
+from dpo_studio.evaluation.accuracy import accuracy_summary, finite
+from dpo_studio.learning.logprobs import check_packing
+from dpo_studio.learning.reference import batched_logps
+from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.preferences.pair import prompt_key
+from dpo_studio.preferences.sources import read_pairs
+from dpo_studio.reports.progress import Progress
+from dpo_studio.tokens.encode import EncodedPair, encode_pairs
+from dpo_studio.workflows.loading import load_any
+
+__all__ = ["score_pairs"]
+
+_TOKENS = 2048
+
+
+def score_pairs(
+    name: str,
+    source: SourceSection,
+    out: TextIO,
+    *,
+    beta: float | None = None,
+    dtype: str | None = None,
+    max_length: int | None = None,
+    too_long: TooLong = "drop",
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write one JSON line a source row to `out`, in order; return the summary.
+
+    Raises:
+        DPOStudioError: the model or the source cannot be used.
+    """
+    if beta is not None and not 0 < beta < float("inf"):
+        raise UsageError(f"--beta {beta} is not a positive number")
+    with progress or Progress() as shown:
+        pairs = read_pairs(source)
+        loaded = load_any(name, dtype=dtype, say=shown.say)
+        used_beta = beta if beta is not None else loaded.beta if loaded.beta is not None else 0.1
+        encoded = encode_pairs(pairs.pairs, loaded.base.encoder, max_length=max_length, too_long=too_long)
+        if not encoded.pairs:
+            raise DataError(f"{pairs.name}: no pair can be scored", hint=f"the first: {encoded.refused[0][1]}")
+        check_packing(loaded.policy, encoded.pairs)
+        policy = _logps(loaded, encoded.pairs, True, shown)
+        reference = policy if loaded.adapter is None else _logps(loaded, encoded.pairs, False, shown)
+    lines = [*_scored(encoded.pairs, policy, reference, used_beta)]
+    lines += [{"index": r.row, "refused": r.reason} for r in pairs.refused]
+    lines += [{"index": row, "refused": reason} for row, reason in encoded.refused]
+    for line in sorted(lines, key=lambda line: line["index"]):
+        out.write(json.dumps(line) + "\n")
+    keys = {pair.row: prompt_key(pair.prompt) for pair in pairs.pairs}
+    good = finite(policy) & finite(reference)
+    summary: dict[str, Any] = {
+        "pairs": len(encoded.pairs),
+        "refused": len(lines) - len(encoded.pairs),
+        "not_finite": int((~good).sum()),
+        "beta": used_beta,
+        "dtype": str(loaded.base.model.dtype).removeprefix("torch."),
+    }
+    if good.any():
+        prompts = [keys[pair.row] for pair, fine in zip(encoded.pairs, good.tolist(), strict=True) if fine]
+        summary |= accuracy_summary(
+            policy.map(lambda x_P: x_P[good]), reference.map(lambda x_P: x_P[good]), prompts, beta=used_beta
+        )
+    return summary
+
+
+def _logps(loaded: Any, pairs: Sequence[EncodedPair], tuned: bool, progress: Progress) -> PairLogps:
+    title = "policy" if tuned else "reference"
+    with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
+        return batched_logps(
+            loaded.policy, pairs, range(len(pairs)), budget=_TOKENS, progress=lambda done, tokens: advance(done)
+        )
+
+
+def _scored(pairs: Sequence[EncodedPair], policy: PairLogps, reference: PairLogps, beta: float) -> list[dict[str, Any]]:
+    columns = {
+        "chosen_logp": policy.chosen_P,
+        "rejected_logp": policy.rejected_P,
+        "reference_chosen_logp": reference.chosen_P,
+        "reference_rejected_logp": reference.rejected_P,
+        "margin": beta * margin(policy, reference),
+    }
+    counts = {"chosen_tokens": policy.chosen_tokens_P, "rejected_tokens": policy.rejected_tokens_P}
+    lines = []
+    for place, pair in enumerate(pairs):
+        numbers = {name: _finite_or_null(column[place]) for name, column in columns.items()}
+        lines.append({"index": pair.row} | numbers | {name: int(column[place]) for name, column in counts.items()})
+    return lines
+
+
+def _finite_or_null(value: torch.Tensor) -> float | None:
+    number = value.item()
+    return number if abs(number) < float("inf") else None
+
+
+def score_to_file(name: str, source: SourceSection, file: Path, **settings: Any) -> dict[str, Any]:
+    """`score_pairs` into a file that appears whole or not at all.
+
+    Raises:
+        DPOStudioError: as `score_pairs`.
+    """
+    scratch = file.with_name(f".{file.name}.part")
+    try:
+        with scratch.open("w", encoding="utf-8") as out:
+            summary = score_pairs(name, source, out, **settings)
+        scratch.replace(file)
+    except FileNotFoundError:
+        raise UsageError(f"--out {file}: no such folder") from None
+    finally:
+        scratch.unlink(missing_ok=True)
+    return summary

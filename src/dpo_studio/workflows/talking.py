@@ -1,0 +1,111 @@
+"""`dpo generate` and `dpo chat`: sample from a base, a run or an adapter, with the model's own chat template."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import count
+
+from dpo_studio.errors import UsageError
+from dpo_studio.evaluation.generation import generate, stream
+from dpo_studio.evaluation.judges import Completion
+from dpo_studio.preferences.pair import Message
+from dpo_studio.reports.progress import Progress
+from dpo_studio.workflows.loading import Loaded, load_any
+
+__all__ = ["Chat", "Sampling", "answers", "generate_answers", "stream_answer"]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn."""
+
+    temperature: float = 0.7
+    """0 takes the likeliest token every time."""
+    max_new_tokens: int = 256
+    top_p: float = 1.0
+    """Draw from the likeliest tokens that together hold this share; 1 draws from all."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(f"temperature {self.temperature} is not 0 or more")
+        if self.max_new_tokens < 1:
+            raise UsageError(f"max_new_tokens {self.max_new_tokens} is less than 1")
+        if not 0 < self.top_p <= 1:
+            raise UsageError(f"top_p {self.top_p} is not above 0 and at most 1")
+
+
+def generate_answers(
+    name: str, prompts: Sequence[str], *, sampling: Sampling | None = None, progress: Progress | None = None
+) -> list[Completion]:
+    """One answer to each prompt from a model, run or adapter folder.
+
+    Raises:
+        DPOStudioError: the model cannot be used.
+    """
+    with progress or Progress(quiet=True) as shown:
+        loaded = load_any(name, say=shown.say)
+        chats = [[Message("user", prompt)] for prompt in prompts]
+        return answers(loaded, chats, sampling or Sampling(), tuned=True, progress=shown)
+
+
+def answers(
+    loaded: Loaded, chats: Sequence[Sequence[Message]], sampling: Sampling, *, tuned: bool, progress: Progress
+) -> list[Completion]:
+    """One answer to each chat from the policy (tuned) or its reference; a function of its arguments alone."""
+    encoder = loaded.base.encoder
+    prompts = [encoder.prompt_ids(chat) for chat in chats]
+    with progress.task("tuned answers" if tuned else "base answers", len(prompts), "answers") as advance:
+        with loaded.tuned(tuned):
+            return generate(
+                loaded.policy,
+                prompts,
+                encoder.decode,
+                eos_ids=encoder.eos_ids,
+                pad_id=encoder.pad_id,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                seed=sampling.seed,
+                progress=advance,
+            )
+
+
+def stream_answer(loaded: Loaded, chat: Sequence[Message], sampling: Sampling, *, tuned: bool = True) -> Iterator[str]:
+    """The answer to a chat, piece by piece as it is drawn."""
+    encoder = loaded.base.encoder
+    with loaded.tuned(tuned):
+        yield from stream(
+            loaded.policy,
+            encoder.prompt_ids(chat),
+            encoder.decode,
+            eos_ids=encoder.eos_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_p=sampling.top_p,
+            seed=sampling.seed,
+        )
+
+
+@dataclass
+class Chat:
+    """A conversation of several turns with one loaded model; `tuned` switches between policy and reference."""
+
+    loaded: Loaded
+    sampling: Sampling = field(default_factory=Sampling)
+    system: str | None = None
+    tuned: bool = True
+    turns: list[Message] = field(default_factory=list)
+    _turn: count[int] = field(default_factory=count)
+
+    def say(self, text: str) -> Iterator[str]:
+        """Answer one more user turn; the turn counts as said once its answer is whole."""
+        system = [Message("system", self.system)] if self.system else []
+        asked = Message("user", text)
+        seed = self.sampling.seed + next(self._turn)
+        sampling = Sampling(self.sampling.temperature, self.sampling.max_new_tokens, self.sampling.top_p, seed)
+        pieces = []
+        for piece in stream_answer(self.loaded, [*system, *self.turns, asked], sampling, tuned=self.tuned):
+            pieces.append(piece)
+            yield piece
+        self.turns += [asked, Message("assistant", "".join(pieces))]

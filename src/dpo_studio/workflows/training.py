@@ -1,0 +1,491 @@
+"""`dpo train`: a recipe in, a run folder out; the same command again continues what was not finished."""
+
+from __future__ import annotations
+
+import resource
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from dpo_studio.config import LoadedRecipe, ModelSection, Recipe, cache_folder, load_recipe
+from dpo_studio.errors import DataError, Interrupted, ModelError, RunError
+from dpo_studio.evaluation.accuracy import accuracy_summary
+from dpo_studio.learning.checkpoints import newest_checkpoint, restore, save_checkpoint
+from dpo_studio.learning.logprobs import check_packing, pair_logps
+from dpo_studio.learning.reference import ReferenceCache, reference_logps
+from dpo_studio.learning.train import StepReport, TrainingState, evaluate, train
+from dpo_studio.models.adapters import as_reference, attach, attach_existing, in_eval, save_adapter, train_mode
+from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate, weights_fingerprint
+from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.preferences.pair import Pair, prompt_key
+from dpo_studio.preferences.sources import PairSource, read_pairs
+from dpo_studio.preferences.split import Split, split_pairs
+from dpo_studio.reports.html import write_report
+from dpo_studio.reports.progress import Progress
+from dpo_studio.runs import RunFolder, environment
+from dpo_studio.tokens.chat import ChatEncoder
+from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
+from dpo_studio.tokens.pack import MicroBatch, Steps
+
+__all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
+
+_CPU_TOKENS = 1024
+"""Tokens of a micro-batch on a CPU: two cores are busy from 512 on, and more only takes memory."""
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a training left behind, still in memory."""
+
+    folder: RunFolder
+    result: dict[str, Any]
+    base: ChatModel | None = None
+    """None when the run was finished before and nothing was loaded."""
+    policy: PeftModel | None = None
+    held_out: Sequence[Pair] = ()
+
+
+def train_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train what the recipe says; return `result.json`'s content.
+
+    Raises:
+        DPOStudioError: with a hint; what was computed before is kept in the run folder and the caches.
+    """
+    loaded = load_recipe(path, list(overrides))
+    with progress or Progress() as shown:
+        return run_training(loaded, shown).result
+
+
+def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> None:
+    """`--dry-run`: look at recipe, data, model files and token counts; load no weights, write nothing.
+
+    Raises:
+        DPOStudioError: what `dpo train` would stop at.
+    """
+    loaded = load_recipe(path, list(overrides))
+    with progress or Progress() as shown:
+        run = RunFolder(loaded.run_folder)
+        recipe = run.settle(loaded.recipe)
+        source, split = _read(recipe, shown)
+        folder = locate(recipe.model.path, recipe.model.revision, shown.say)
+        check_folder(folder, recipe.model)
+        data = _encode(recipe, source, split, load_encoder(folder, recipe.model), shown)
+        steps = _steps(recipe, data.train.pairs, budget=_CPU_TOKENS)
+        shown.say(f"{steps.total} steps of {recipe.training.pairs_per_step} pairs would be trained into {run.path}")
+
+
+def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[str, Any] | None = None) -> TrainedRun:
+    """The whole of a training, from a loaded recipe to a finished run folder."""
+    started = time.perf_counter()
+    run = RunFolder(loaded.run_folder)
+    recipe = run.settle(loaded.recipe)
+    source, split = _read(recipe, progress)
+    if (done := run.result()) is not None and _is_finished(run, recipe, done):
+        progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
+        return TrainedRun(run, done, held_out=split.held_out)
+    base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say)
+    recipe = _settle_automatics(recipe, base)
+    data = _encode(recipe, source, split, base.encoder, progress)
+    run.start(loaded, recipe)
+    run.result_file.unlink(missing_ok=True)
+    policy = _attach(base, recipe)
+    session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"))
+    with _signals() as asked:
+        session.fit(asked)
+    result = session.finish(time.perf_counter() - started) | (result_extra or {})
+    run.write_json("result.json", result)
+    progress.say(f"report: {write_report(run.path)}")
+    return TrainedRun(run, result, base, policy, split.held_out)
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The run's pairs as token ids."""
+
+    source: PairSource
+    train: Encoded
+    held_out: Encoded
+    held_out_prompts: list[str]
+    shared_prompts_dropped: int
+
+
+@dataclass
+class _Session:
+    """A training under way: everything `fit` and `finish` share."""
+
+    run: RunFolder
+    recipe: Recipe
+    base: ChatModel
+    policy: PeftModel
+    data: _Data
+    progress: Progress
+    accelerator: Accelerator
+    held_out_reference: PairLogps | None = None
+    last_evaluation: dict[str, float] = field(default_factory=dict)
+    held_out_logps: PairLogps | None = None
+    trained_pairs: int = 0
+    trained_tokens: int = 0
+    trained_seconds: float = 0.0
+
+    def fit(self, asked: _Asked) -> None:
+        """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
+        if self.accelerator.num_processes > 1:
+            raise RunError("training on several devices is not built yet", hint="start it with one process")
+        budget = int(self.recipe.training.tokens_per_micro_batch)
+        difference = check_packing(self.policy, self.data.train.pairs)
+        self.progress.say(f"packed and plain log-probs agree: {difference:.2g} nats a token apart")
+        live, cached = self._references(budget)
+        steps = _steps(self.recipe, self.data.train.pairs, budget, cached)
+        state = TrainingState.fresh(self.policy, self.recipe.training, steps.total, self.accelerator)
+        self._resume_or_begin(state, steps, live, budget)
+        self._track()
+        train_mode(self.policy)
+        with self.progress.task("train", steps.total, "steps") as advance:
+            advance(state.step)
+            for report in train(self.policy, steps, self.recipe.objective, state, live):
+                held_out = self._maybe_evaluate(report.step, steps.total, budget)
+                self._write(report, held_out)
+                advance(1, figures=_figures(report, held_out))
+                if report.step % self.recipe.training.save_every == 0 or report.step == steps.total or asked.signal:
+                    self._save(state)
+                if asked.signal and report.step < steps.total:
+                    raise _interrupted(asked.signal, report.step, self.run)
+        self.accelerator.end_training()
+
+    def finish(self, seconds: float) -> dict[str, Any]:
+        """Write the adapter, the environment and the numbers of the whole run."""
+        save_adapter(self.policy, self.run.adapter, base=self.base.typed)
+        self.run.write_json(
+            "environment.json", environment(_device_name(self.base.device), precision=self.base.dtype_reason)
+        )
+        timing = list(self.run.lines("timing.jsonl"))
+        trained_seconds = sum(line["seconds"] for line in timing)
+        steps = max((line["step"] for line in timing), default=0)
+        result: dict[str, Any] = {
+            "kind": "train",
+            "steps": steps,
+            "pairs": len(self.data.train.pairs),
+            "held_out_pairs": len(self.data.held_out.pairs),
+            "seconds": round(seconds, 2),
+            "training_seconds": round(trained_seconds, 2),
+            "pairs_per_second": _rate(sum(line["pairs"] for line in timing), trained_seconds),
+            "tokens_per_second": _rate(sum(line["tokens"] for line in timing), trained_seconds),
+            "refused": self.data.source.refused_by_reason(),
+            "encoding": _summed(self.data.train.counts, self.data.held_out.counts),
+            "shared_prompts_dropped": self.data.shared_prompts_dropped,
+        }
+        if self.held_out_logps is not None and self.held_out_reference is not None:
+            beta = self.recipe.objective.beta
+            prompts = self.data.held_out_prompts
+            result |= accuracy_summary(self.held_out_logps, self.held_out_reference, prompts, beta=beta)
+            result["held_out_loss"] = self.last_evaluation["eval_loss"]
+        return result
+
+    def _references(
+        self, budget: int
+    ) -> tuple[Callable[[MicroBatch], PairLogps] | None, Callable[..., PairLogps] | None]:
+        """(how to compute the reference in the step, how to look it up): one of the two is None."""
+        with _reference_model(self.recipe, self.base, self.policy) as (model, context, computes):
+            cache = (
+                ReferenceCache(cache_folder() / "reference", context)
+                if self.recipe.reference.mode == "cached"
+                else None
+            )
+            with computes():
+                self.held_out_reference = self._reference_of(model, self.data.held_out.pairs, budget, cache, "held-out")
+            if cache is None:
+
+                def live(batch: MicroBatch) -> PairLogps:
+                    with computes():
+                        return pair_logps(model, batch)
+
+                return live, None
+            with computes():
+                whole = self._reference_of(model, self.data.train.pairs, budget, cache, "training")
+        return None, lambda positions: whole.map(lambda x_P: x_P[list(positions)])
+
+    def _reference_of(
+        self, model: Any, pairs: Sequence[EncodedPair], budget: int, cache: ReferenceCache | None, what: str
+    ) -> PairLogps:
+        with self.progress.task(f"reference, {what} pairs", len(pairs), "pairs") as advance:
+            return reference_logps(
+                model, pairs, budget=budget, cache=cache, progress=lambda done, tokens: advance(done)
+            )
+
+    def _resume_or_begin(
+        self, state: TrainingState, steps: Steps, live: Callable[[MicroBatch], PairLogps] | None, budget: int
+    ) -> None:
+        checkpoint = newest_checkpoint(self.run.checkpoints, self.progress.warn)
+        if checkpoint is not None:
+            restore(checkpoint, self.policy, state)
+            self.progress.say(f"continuing {self.run.path} after step {state.step} of {steps.total}")
+        self.run.cut_back(state.step if checkpoint is not None else -1)
+        if checkpoint is None:
+            self._check_start(next(steps(after=0))[0], live)
+            if self.data.held_out.pairs:
+                self.run.append("metrics.jsonl", {"step": 0} | self._evaluate(budget))
+        elif state.step >= steps.total and self.data.held_out.pairs:
+            self._evaluate(budget)
+
+    def _check_start(self, batch: MicroBatch, live: Callable[[MicroBatch], PairLogps] | None) -> None:
+        """A fresh adapter computes what its reference does: margin 0, DPO's loss ln 2.
+
+        Raises:
+            ModelError: it does not, by more than rounding explains.
+        """
+        if self.recipe.reference.model is not None or self.recipe.reference.adapter is not None:
+            return
+        batch = batch.to(self.base.device)
+        with torch.no_grad(), in_eval(self.policy):
+            policy = pair_logps(self.policy, batch)
+            reference = live(batch) if live is not None else batch.reference
+        assert reference is not None
+        tokens = (policy.chosen_tokens_P + policy.rejected_tokens_P).float()
+        off = (margin(policy, reference).abs() / tokens).max().item()
+        limit = 1e-4 if self.base.model.dtype == torch.float32 else 0.05
+        if not off <= limit:
+            raise ModelError(
+                f"before the first step the policy differs from its reference by {off:.3g} nats a token (limit {limit}): "
+                f"the loss would not start at ln 2",
+                hint=f"the cached reference may be stale: remove {cache_folder() / 'reference'}, or set reference.mode: live",
+            )
+
+    def _maybe_evaluate(self, step: int, total: int, budget: int) -> dict[str, float]:
+        due = step % self.recipe.training.evaluate_every == 0 or step == total
+        if not due or not self.data.held_out.pairs:
+            return {}
+        return self._evaluate(budget)
+
+    def _evaluate(self, budget: int) -> dict[str, float]:
+        assert self.held_out_reference is not None
+        pairs = self.data.held_out.pairs
+        with self.progress.task("held-out", len(pairs), "pairs") as advance:
+            numbers, self.held_out_logps = evaluate(
+                self.policy,
+                pairs,
+                self.held_out_reference,
+                self.recipe.objective,
+                budget=budget,
+                progress=lambda done, tokens: advance(done),
+            )
+        self.last_evaluation = numbers
+        return numbers
+
+    def _write(self, report: StepReport, held_out: dict[str, float]) -> None:
+        self.run.append("metrics.jsonl", {"step": report.step} | report.metrics | held_out)
+        timing = {
+            "step": report.step,
+            "seconds": round(report.seconds, 4),
+            "pairs": report.pairs,
+            "tokens": report.tokens,
+            "pairs_per_second": _rate(report.pairs, report.seconds),
+            "tokens_per_second": _rate(report.tokens, report.seconds),
+            "memory_gib": round(_peak_memory(self.base.device), 3),
+        }
+        self.run.append("timing.jsonl", timing)
+        if self.recipe.run.tracker is not None:
+            self.accelerator.log(report.metrics | held_out, step=report.step)
+
+    def _save(self, state: TrainingState) -> None:
+        try:
+            save_checkpoint(self.run.checkpoints, self.policy, state, base=self.base.typed)
+        except OSError as error:
+            raise RunError(
+                f"checkpoint of step {state.step} cannot be written to {self.run.checkpoints}: {error.strerror or error}",
+                hint="free some space and run the same command: it goes on from the last whole checkpoint",
+            ) from None
+
+    def _track(self) -> None:
+        if (tracker := self.recipe.run.tracker) is None:
+            return
+        try:
+            self.accelerator = Accelerator(
+                cpu=self.base.device.type == "cpu", log_with=tracker, project_dir=self.run.path
+            )
+            self.accelerator.init_trackers("dpo-studio", config={})
+        except (ImportError, ValueError) as error:
+            raise RunError(
+                f"run.tracker {tracker} cannot be used: {error}", hint="pip install 'dpo-studio[trackers]'"
+            ) from None
+
+
+def _read(recipe: Recipe, progress: Progress) -> tuple[PairSource, Split]:
+    source = read_pairs(recipe.data.train, seed=recipe.data.split_seed)
+    progress.say(f"{source.name}: {source.rows} rows ({source.format}), {len(source.pairs)} pairs")
+    for reason, count in source.refused_by_reason().items():
+        progress.warn(f"{count} rows refused: {reason}")
+    split = split_pairs(source.pairs, recipe.data.held_out, seed=recipe.data.split_seed)
+    dropped = f", {split.shared_prompts_dropped} dropped for sharing a prompt" if split.shared_prompts_dropped else ""
+    progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}")
+    return source, split
+
+
+def _encode(recipe: Recipe, source: PairSource, split: Split, encoder: ChatEncoder, progress: Progress) -> _Data:
+    encoded = []
+    for name, pairs in (("training", split.train), ("held-out", split.held_out)):
+        part = encode_pairs(pairs, encoder, max_length=recipe.data.max_length, too_long=recipe.data.too_long)
+        for what, count in part.counts.items():
+            progress.say(f"{name} pairs: {count} {what}")
+        encoded.append(part)
+    train_side, held_out = encoded
+    if not train_side.pairs:
+        raise DataError(
+            f"no training pair is left of {len(split.train)} ({train_side.refused[0][1] if train_side.refused else 'none'})",
+            hint=f"data.max_length is {recipe.data.max_length} and data.too_long {recipe.data.too_long}",
+        )
+    by_row = {pair.row: prompt_key(pair.prompt) for pair in split.held_out}
+    return _Data(
+        source, train_side, held_out, [by_row[pair.row] for pair in held_out.pairs], split.shared_prompts_dropped
+    )
+
+
+def _steps(
+    recipe: Recipe, pairs: Sequence[EncodedPair], budget: int, reference: Callable[..., PairLogps] | None = None
+) -> Steps:
+    section = recipe.training
+    return Steps(pairs, section.pairs_per_step, budget, section.seed, section.epochs, section.max_steps, reference)
+
+
+def _settle_automatics(recipe: Recipe, base: ChatModel) -> Recipe:
+    """Every `auto` that decides bits, decided once."""
+    tokens = recipe.training.tokens_per_micro_batch
+    if tokens == "auto":
+        tokens = _CPU_TOKENS if base.device.type == "cpu" else 8192
+    dtype: Any = str(base.model.dtype).removeprefix("torch.")
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"dtype": dtype}),
+            "training": recipe.training.model_copy(update={"tokens_per_micro_batch": tokens}),
+        }
+    )
+
+
+def _attach(base: ChatModel, recipe: Recipe) -> PeftModel:
+    if recipe.model.adapter is None:
+        return attach(base.model, recipe.adapter, seed=recipe.training.seed)
+    folder = Path(recipe.model.adapter)
+    policy = attach_existing(base.model, folder, trainable=True)
+    if recipe.reference.model is None and recipe.reference.adapter is None:
+        policy = attach_existing(policy, folder, trainable=False, name="reference")
+    return policy
+
+
+@contextmanager
+def _reference_model(
+    recipe: Recipe, base: ChatModel, policy: PeftModel
+) -> Iterator[tuple[Any, dict[str, str], Callable[[], Any]]]:
+    """(the model that computes the reference, what its numbers depend on, the state to compute them in)."""
+    section = recipe.reference
+    adapter = section.adapter or (recipe.model.adapter if section.model is None else None)
+    folder, model = base.folder, policy
+    if section.model is not None:
+        other = load_chat_model(
+            ModelSection(path=section.model, dtype=recipe.model.dtype, attention=recipe.model.attention)
+        )
+        if other.encoder.vocabulary() != base.encoder.vocabulary():
+            raise ModelError(f"reference.model {section.model} has another vocabulary than {base.typed}")
+        folder, model = other.folder, other.model
+        if section.adapter is not None:
+            model = attach_existing(other.model, Path(section.adapter), trainable=False)
+    elif section.adapter is not None:
+        policy = attach_existing(policy, Path(section.adapter), trainable=False, name="reference")
+    context = {
+        "weights": weights_fingerprint(folder),
+        "adapter": weights_fingerprint(Path(adapter)) if adapter is not None else "",
+        "dtype": str(base.model.dtype),
+        "attention": base.model.config._attn_implementation,
+        "device": base.device.type,
+        "torch": torch.__version__,
+    }
+    yield model, context, (lambda: as_reference(policy)) if model is policy else (lambda: in_eval(model))
+
+
+def _typed_model(loaded: LoadedRecipe) -> str:
+    typed = loaded.typed.get("model")
+    return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path
+
+
+def _is_finished(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> bool:
+    before = run.recipe()
+    same_length = before is not None and (before.training.epochs, before.training.max_steps) == (
+        recipe.training.epochs,
+        recipe.training.max_steps,
+    )
+    return same_length and "steps" in result
+
+
+@dataclass
+class _Asked:
+    """Which signal asked the run to stop, if one did."""
+
+    signal: int = 0
+
+
+@contextmanager
+def _signals() -> Iterator[_Asked]:
+    """SIGINT and SIGTERM wait for the step's end; a second one does not."""
+    asked = _Asked()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.signal:
+            raise KeyboardInterrupt
+        asked.signal = number
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever started it keeps the signals
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _interrupted(number: int, step: int, run: RunFolder) -> Interrupted:
+    return Interrupted(
+        f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is in {run.checkpoints}",
+        exit_code=128 + number,
+        hint="the same command continues from there",
+    )
+
+
+def _figures(report: StepReport, held_out: dict[str, float]) -> str:
+    m = report.metrics
+    text = (
+        f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  acc {m['rewards/accuracies']:.2f}  "
+        f"{report.pairs / report.seconds:.1f} pairs/s  {report.tokens / report.seconds:.0f} tokens/s"
+    )
+    return text + (f"  held-out acc {held_out['eval_rewards/accuracies']:.2f}" if held_out else "")
+
+
+def _rate(count: float, seconds: float) -> float:
+    return round(count / seconds, 3) if seconds > 0 else 0.0
+
+
+def _summed(*counts: dict[str, int]) -> dict[str, int]:
+    names = dict.fromkeys(name for part in counts for name in part)
+    return {name: sum(part.get(name, 0) for part in counts) for name in names}
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU's memory where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
