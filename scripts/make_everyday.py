@@ -1,11 +1,18 @@
 """Make `bundled:everyday`, the preference pairs of `dpo demo`, from the bundled model's own answers.
 
-    python scripts/make_everyday.py --model FOLDER [--device cuda] [--out FILE.jsonl]
+    python scripts/make_everyday.py --model FOLDER [--device cuda] [--pool FILE.json.gz] [--out FILE.jsonl]
 
 FOLDER holds SmolLM2-135M-Instruct as safetensors with its tokenizer. For every prompt of `everyday_prompts.txt` the
 model answers in two ways: asked for two or three plain sentences (the request is NOT kept in the row), and as it
 ordinarily would. Chosen is the best short answer that a rule finds complete, on the subject and free of invented
-contacts; rejected is an ordinary answer that goes on past `LONG_WORDS` words. A prompt without both is left out.
+contacts. Rejected is one of two faults, so that "shorter" alone is never the lesson:
+
+- in about two rows of three a stub, one sentence where two to four were wanted;
+- in the others an ordinary answer that goes on past `LONG_WORDS` words.
+
+With long answers alone as the rejected ones, training fell into answers of a dozen words at every learning rate that
+taught it to stop (see the card). A prompt without both answers is left out. `--pool` keeps what was sampled, so that
+picking can be changed without sampling again.
 
 Seeded: the same machine and the same versions make the same file. Another machine rounds bf16 otherwise and draws other
 answers; the card beside the data names the machine.
@@ -14,10 +21,11 @@ answers; the card beside the data names the machine.
 from __future__ import annotations
 
 import argparse
+import gzip
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +39,8 @@ HERE = Path(__file__).parent
 OUT = HERE.parent / "src/dpo_studio/preferences/bundled/everyday.jsonl"
 
 Message = dict[str, str]
+Candidates = dict[str, Any]
+"""One prompt with its sampled answers: `short` (with scores) and `ordinary`."""
 
 SHORT = " Answer in two or three plain sentences."
 ASKS: tuple[tuple[str | None, str], ...] = (
@@ -44,7 +54,10 @@ SHORT_TEMPERATURES = (0.2, 0.4, 0.4, 0.6)
 ORDINARY_TEMPERATURES = (0.7, 0.7, 0.7, 0.7)
 SHORT_TOKENS, ORDINARY_TOKENS = 100, 140
 LONG_WORDS = 75
-BATCH = 64
+STUB_SHARE = 0.65
+"""Share of rows whose rejected answer is a stub. 0.5 left a model that stops in 86 % of its answers, 0.8 one that says
+nothing in 14 %; 0.65 gave 99 % and 7 %."""
+BATCH = 512
 HELD_OUT_OVERLAP = 0.5
 """A held-out prompt may share at most this part of its content words with any training prompt (Jaccard)."""
 SHOWCASE = "I have dropped my phone in water. Now it is not working what should I do now?"
@@ -56,6 +69,22 @@ class Prompts:
 
     train: tuple[str, ...]
     held_out: tuple[str, ...]
+
+
+STRUCK = (
+    "Who do I call first when a pipe bursts, and what do I do until they come?",
+    "I smell gas in the cellar. What do I do?",
+    "Is chocolate really bad for dogs?",
+    "How do I get a splinter out?",
+    "What is the safest way to walk across a frozen lake?",
+    "My bank card was swallowed by the machine. What now?",
+    "A letter says I have won a prize but must pay a fee first. Is that real?",
+    "How do I drive safely in heavy fog?",
+    "How do I drive on snow?",
+    "The toilet keeps running after I flush. How do I stop it?",
+    "How do I compare two phone contracts?",
+)
+"""Training prompts left out after reading the rows: the answer picked could hurt someone, or is plain nonsense."""
 
 
 def read_prompts(path: Path) -> Prompts:
@@ -148,28 +177,26 @@ def asked_for_short(prompt: str, ask: tuple[str | None, str]) -> list[Message]:
     return turns + asked(prompt + suffix)
 
 
-def sample_pool(speaker: Speaker, prompts: Sequence[str], seed: int) -> list[dict[str, Any]]:
+def sample_pool(speaker: Speaker, prompts: Sequence[str], seed: int) -> list[Candidates]:
     """All candidates of every prompt: short ones with their scores, ordinary ones."""
-    pool: list[dict[str, Any]] = [{"prompt": p, "short": [], "ordinary": []} for p in prompts]
+    pool: list[Candidates] = [{"prompt": p, "short": [], "ordinary": []} for p in prompts]
     for k, ask in enumerate(ASKS):
         for j, temperature in enumerate(SHORT_TEMPERATURES):
             chats = [asked_for_short(p, ask) for p in prompts]
-            for row, answer in zip(
-                pool, speaker.answers(chats, temperature, SHORT_TOKENS, seed + 10 * k + j), strict=True
-            ):
+            answers = speaker.answers(chats, temperature, SHORT_TOKENS, seed + 10 * k + j)
+            for row, answer in zip(pool, answers, strict=True):
                 row["short"].append({"answer": answer, "ask": k, "temperature": temperature})
     for j, temperature in enumerate(ORDINARY_TEMPERATURES):
         chats = [asked(p) for p in prompts]
-        for row, answer in zip(
-            pool, speaker.answers(chats, temperature, ORDINARY_TOKENS, seed + 100 + j), strict=True
-        ):
+        answers = speaker.answers(chats, temperature, ORDINARY_TOKENS, seed + 100 + j)
+        for row, answer in zip(pool, answers, strict=True):
             row["ordinary"].append(answer)
     for row in pool:
         score_short(speaker, row)
     return pool
 
 
-def score_short(speaker: Speaker, row: dict[str, Any]) -> None:
+def score_short(speaker: Speaker, row: Candidates) -> None:
     """How likely each short answer is after its prompt, and after a prompt that says nothing."""
     texts = [c["answer"].text or " " for c in row["short"]]
     with_prompt = speaker.mean_logp(asked(row["prompt"]), texts)
@@ -178,54 +205,94 @@ def score_short(speaker: Speaker, row: dict[str, Any]) -> None:
         candidate |= {"logp": p, "gain": p - q}
 
 
-EMPTY_PHRASES = re.compile(
-    r"\bas an ai\b|\blanguage model\b|smollm|hugging face|\bi'm (?:sorry|here|glad|just|not able|unable|happy)\b|\bi am (?:sorry|an)\b"
-    r"|\bi (?:can't|cannot|can help|can assist|don't)\b|\bhow can i (?:help|assist)|\bfeel free\b|\blet me know\b|here(?:'s| is| are)\b",
+SMALL_TALK = re.compile(
+    r"(?:^|[.!?] )as an?\b|language model|smollm|hugging face|chatbot|\bhow can i (?:help|assist)|\bfeel free\b"
+    r"|\blet me know\b|\bi'(?:m|ve|ll)\b|\bi (?:am|can't|cannot|can help|can assist|don't)\b|here(?:'s| is| are)\b"
+    r"|\b(?:idiom|joke|puzzle|riddle|classic|advice|metaphor|testament|sentences?|magic\w*)\b",
     re.IGNORECASE,
 )
-"""Small talk about itself: such an answer says less than its length."""
-CREATIVE = re.compile(r"^(?:write|tell me|suggest|give me|explain)\b", re.IGNORECASE)
+"""The answer speaks of itself, or takes the question for a riddle: this model's favourite ways of missing the point."""
+MARKUP = re.compile(r"[\n*#\"“”:\[\]()]|(?:^|\s)\d\.(?:\s|$)")
+LEAST_SCORE = -0.9
+"""Below it answers drift off the subject: of the 20 that were read, 14 did."""
+VARIED = 0.72
+"""Least share of different words among the longer words: below it the answer turns in circles."""
 
 
-def is_good_short(rule: EverydayRule, prompt: str, answer: Completion) -> bool:
+def sentences(text: str) -> list[str]:
+    """The text cut after full stops, question and exclamation marks."""
+    return re.split(r"(?<=[.!?])\s+", text)
+
+
+def is_good_short(rule: EverydayRule, prompt: str, answer: Completion, least_words: int = 20) -> bool:
     """Two to four plain sentences on the subject that end by themselves, without any fault the rule knows."""
     text = answer.text
-    sentences = re.findall(r"[.!?](?=\s|$)", text)
+    long_words = [word for word in re.findall(r"[a-z']+", text.lower()) if len(word) > 3]
     return (
         answer.ended
-        and 20 <= len(text.split()) <= 60
-        and 2 <= len(sentences) <= 4
+        and least_words <= len(text.split()) <= 60
+        and 2 <= len(sentences(text)) <= 4
         and text[-1:] in ".!"
-        and not re.search(r"[\n*#\"“”:\[\]()]", text)
-        and not EMPTY_PHRASES.search(text)
+        and len(set(long_words)) >= VARIED * len(long_words)
+        and not MARKUP.search(text)
+        and not SMALL_TALK.search(text)
         and rule.void(prompt, text) is None
         and not rule.faults(answer)
     )
 
 
-def short_score(candidate: dict[str, Any]) -> float:
-    """Likely after this prompt, and much less likely after any other: fluent and to the point."""
+def pick_chosen(rule: EverydayRule, row: Candidates) -> str | None:
+    """The best short answer: likely after its prompt, much less likely after any other; so fluent and to the point."""
+    good = [c for c in row["short"] if is_good_short(rule, row["prompt"], c["answer"])]
+    best = max(good, key=short_score, default=None)
+    if best and short_score(best) > LEAST_SCORE:
+        answer: Completion = best["answer"]
+        return answer.text
+    return pick_opening(rule, row)
+
+
+def short_score(candidate: Candidates) -> float:
+    """Mean log-probability of the answer's tokens, and what the prompt adds to it, in nats."""
     return float(candidate["logp"] + candidate["gain"])
 
 
-def pick_chosen(rule: EverydayRule, row: dict[str, Any]) -> str | None:
-    """The best short answer, or None."""
-    good = [c for c in row["short"] if is_good_short(rule, row["prompt"], c["answer"])]
-    return max(good, key=short_score)["answer"].text if good else None
+def pick_opening(rule: EverydayRule, row: Candidates) -> str | None:
+    """Where no short answer will do: the first sentences of another, if they can stand alone."""
+    coolest_first = sorted(row["short"], key=lambda c: float(c["temperature"]))
+    for answer in [*(c["answer"] for c in coolest_first), *row["ordinary"]]:
+        parts = sentences(answer.text)
+        for count in (4, 3, 2):
+            opening = " ".join(parts[:count])
+            if count < len(parts) and is_good_short(rule, row["prompt"], Completion(opening, True, 0), least_words=25):
+                return opening
+    return None
 
 
-def pick_rejected(row: dict[str, Any]) -> str | None:
-    """The first ordinary answer that goes on and on; one that ended by itself before one that was cut."""
+def long_answers(row: Candidates) -> list[Completion]:
+    """The ordinary answers that go on and on; those that ended by themselves before those that were cut."""
     long = [a for a in row["ordinary"] if len(a.text.split()) >= LONG_WORDS]
-    long.sort(key=lambda a: not a.ended)
-    return long[0].text if long else None
+    return sorted(long, key=lambda a: not a.ended)
 
 
-def rows(rule: EverydayRule, pool: Sequence[dict[str, Any]], split: str) -> Iterator[dict[str, Any]]:
+def pick_stub(row: Candidates, chosen: str, from_chosen: bool) -> str | None:
+    """One sentence: the chosen answer's own first, or the first of another short answer."""
+    firsts = [sentences(c["answer"].text)[0] for c in row["short"] if c["answer"].ended]
+    others = [t for t in firsts if 4 <= len(t.split()) <= 18 and t[-1:] in ".!" and t not in chosen]
+    own = [sentences(chosen)[0]] if len(sentences(chosen)[0].split()) <= 26 else []
+    return next(iter(own + others if from_chosen else others + own), None)
+
+
+def rows(rule: EverydayRule, pool: Sequence[Candidates], split: str) -> Iterator[dict[str, Any]]:
     """One row a prompt that has both answers."""
-    for candidates in pool:
-        chosen, rejected = pick_chosen(rule, candidates), pick_rejected(candidates)
-        if chosen and rejected:
+    for place, candidates in enumerate(pool):
+        chosen = pick_chosen(rule, candidates)
+        if chosen is None or candidates["prompt"] in STRUCK:
+            continue
+        if place * GOLDEN % 1 < STUB_SHARE:
+            rejected = pick_stub(candidates, chosen, from_chosen=place % 2 == 1)
+        else:
+            rejected = next((a.text for a in long_answers(candidates)), None)
+        if rejected and rejected != chosen:
             yield {
                 "split": split,
                 "prompt": asked(candidates["prompt"]),
@@ -234,21 +301,48 @@ def rows(rule: EverydayRule, pool: Sequence[dict[str, Any]], split: str) -> Iter
             }
 
 
+GOLDEN = 0.6180339887
+"""Multiples of the golden ratio, modulo 1, fall evenly: every subject gets its share of both faults."""
+
+
+def save_pool(pool: Sequence[Candidates], path: Path) -> None:
+    """Candidates as gzipped JSON."""
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        json.dump(pool, file, default=asdict)
+
+
+def load_pool(path: Path) -> list[Candidates]:
+    """What `save_pool` wrote."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        pool: list[Candidates] = json.load(file)
+    for row in pool:
+        row["ordinary"] = [Completion(**a) for a in row["ordinary"]]
+        row["short"] = [c | {"answer": Completion(**c["answer"])} for c in row["short"]]
+    return pool
+
+
 def main() -> None:
+    """Sample (or read the pool), pick, write, and say how many rows there are."""
     parser = argparse.ArgumentParser(description="Make bundled:everyday from the bundled model's own answers.")
     parser.add_argument("--model", required=True, help="folder of SmolLM2-135M-Instruct")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--pool", type=Path, help="read the sampled answers here; written first if missing")
     parser.add_argument("--out", type=Path, default=OUT)
     args = parser.parse_args()
     prompts = read_prompts(HERE / "everyday_prompts.txt")
-    speaker, rule = Speaker.load(args.model, args.device), EverydayRule()
-    lines = []
-    for split, asks in (("train", prompts.train), ("held_out", prompts.held_out)):
-        pool = sample_pool(speaker, asks, args.seed)
-        lines += [json.dumps(row, ensure_ascii=False) for row in rows(rule, pool, split)]
-    args.out.write_text("\n".join(lines) + "\n", "utf-8")
-    print(f"{len(lines)} rows in {args.out}, {args.out.stat().st_size / 1000:.0f} kB")
+    if args.pool and args.pool.exists():
+        pool = load_pool(args.pool)
+    else:
+        pool = sample_pool(Speaker.load(args.model, args.device), prompts.train + prompts.held_out, args.seed)
+        if args.pool:
+            save_pool(pool, args.pool)
+    rule, cut = EverydayRule(), len(prompts.train)
+    found = [*rows(rule, pool[:cut], "train"), *rows(rule, pool[cut:], "held_out")]
+    args.out.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in found), "utf-8")
+    trained = sum(row["split"] == "train" for row in found)
+    size = args.out.stat().st_size / 1000
+    print(f"{trained} training rows and {len(found) - trained} held out in {args.out}, {size:.0f} kB")
 
 
 if __name__ == "__main__":

@@ -6,7 +6,10 @@ stopped itself, 130 interrupted (143 after SIGTERM).
 
 from __future__ import annotations
 
+import errno
+import io
 import os
+import signal
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -52,6 +55,7 @@ def train(
     """Train what a recipe says; the same command again continues an unfinished run."""
     from dpo_studio.workflows.training import check_recipe, train_recipe
 
+    _one_of("--tracker", tracker, "tensorboard", "wandb", "trackio")
     changes = [*(overrides or []), *([f"run.tracker={tracker}"] if tracker else [])]
     if dry_run:
         check_recipe(recipe, changes)
@@ -175,12 +179,13 @@ def main() -> None:
     from dpo_studio.errors import DPOStudioError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    _prepare_streams()
+    signal.signal(signal.SIGTERM, _terminated)
     try:
         app(standalone_mode=False)
+        sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
     except DPOStudioError as error:
         _die(str(error), error.exit_code)
-    except typer.Exit as done:
-        sys.exit(done.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _die("interrupted", 130)
     except BrokenPipeError:  # `dpo score ... | head`
@@ -188,16 +193,42 @@ def main() -> None:
         sys.exit(1)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
-        _die(f"{where}{error.strerror or error}", 1)
+        hint = "\n  hint: free some space and run the same command" if error.errno == errno.ENOSPC else ""
+        _die(f"{where}{error.strerror or error}{hint}", 1)
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
-        _die(error.format_message(), 2)
+        _wrong_usage(error)
+
+
+def _prepare_streams() -> None:
+    """A terminal that cannot show a character gets its number, never an exception."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _terminated(number: int, frame: object) -> None:
+    print("error: terminated", file=sys.stderr)
+    sys.exit(128 + number)
+
+
+def _wrong_usage(error: Any) -> None:
+    """A mistake in the command line; `dpo` alone is none, and is answered with the help text."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        print(error.format_message(), file=sys.stderr)
+        sys.exit(2)
+    command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "dpo"
+    _die(f"{error.format_message()}\n  hint: `{command} --help` lists what there is", 2)
 
 
 def _die(message: str, code: int) -> None:
     from dpo_studio.reports.text import printable
 
+    try:
+        sys.stdout.flush()  # what is data goes first
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     print(f"error: {printable(message)}", file=sys.stderr)
     sys.exit(code)
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import os
-from dataclasses import dataclass, is_dataclass
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpo_studio.errors import RecipeError, UsageError
 from dpo_studio.objectives import AOT, DPO, IPO, Hinge, Objective
@@ -30,6 +32,14 @@ class Section(BaseModel):
     """A part of the recipe: frozen, strict about names, documented field by field."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_value(cls, value: Any) -> Any:
+        """No key of the recipe is a yes or no; pydantic would take one for 1 or 0."""
+        if isinstance(value, bool):
+            raise ValueError("is no yes or no (a text that YAML reads as one stands in quotes)")
+        return value
 
 
 class ModelSection(Section):
@@ -57,7 +67,7 @@ class SourceSection(Section):
     """Where pairs come from."""
 
     source: str
-    """A file (.jsonl .json .jsonl.gz .parquet .csv), a folder, `bundled:everyday`, or a Hub id `name[/config][:split]`."""
+    """File (.jsonl .json .jsonl.gz .parquet .csv), folder, `bundled:everyday`, or Hub id `name[/config][:split]`."""
     split: str | None = None
     """Which split of a folder or Hub dataset."""
     revision: str | None = None
@@ -127,7 +137,7 @@ class DataSection(Section):
     max_length: Annotated[int, Field(ge=8)] = 1024
     """Most tokens a prompt and one of its answers may have together."""
     too_long: TooLong = "drop"
-    """What happens to pairs over `max_length`: dropped, answers cut (and no end of turn learned), or oldest turns cut."""
+    """Pairs over `max_length` are dropped, or lose their answers' ends (no end of turn is learned) or oldest turns."""
 
 
 class AdapterSection(Section):
@@ -139,7 +149,7 @@ class AdapterSection(Section):
     """The update is scaled by alpha / rank."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training."""
-    targets: Literal["all-linear"] | list[str] = "all-linear"
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which linear layers: all of them but the head, or a list of name endings such as [q_proj, v_proj]."""
 
 
@@ -245,7 +255,7 @@ class LoadedRecipe:
     @property
     def run_folder(self) -> Path:
         """Where the run goes, relative to the working directory unless absolute."""
-        return Path(self.recipe.run.folder or Path("runs") / self.name).expanduser()
+        return user_path(self.recipe.run.folder or Path("runs") / self.name)
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedRecipe:
@@ -257,7 +267,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
         RecipeError: the file cannot be read, or holds something that is not a recipe.
         UsageError: an override is not of the form `a.b=c`.
     """
-    file = Path(path).expanduser()
+    file = user_path(path)
     typed = _read_yaml(file)
     absolute = _with_absolute_paths(typed, file.resolve().parent)
     for text in overrides or []:
@@ -274,19 +284,20 @@ def validate_recipe(raw: dict[str, Any], *, where: str) -> Recipe:
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
-        problems, hints = _explain(error)
+        problems, hints = _explain(error, raw)
         raise RecipeError(f"{where}: {'; '.join(problems)}", hint="; ".join(hints) or None) from None
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
     """`a.b=c` -> (["a", "b"], c), c read as YAML."""
     keys, equals, value = text.partition("=")
-    if not equals or not all(keys.split(".")):
+    path = [key.strip() for key in keys.split(".")]
+    if not equals or not all(path):
         raise UsageError(f"--set {text!r} is not of the form section.key=value", hint="--set training.epochs=2")
     try:
-        return keys.strip().split("."), _number(yaml.safe_load(value))
-    except (yaml.YAMLError, RecursionError):
-        raise UsageError(f"--set {text!r}: the value is not YAML") from None
+        return path, _parse(value)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise UsageError(f"--set {text!r}: the value is not YAML: {_one_line(error)}") from None
 
 
 def recipe_schema() -> dict[str, Any]:
@@ -297,7 +308,15 @@ def recipe_schema() -> dict[str, Any]:
 
 def cache_folder() -> Path:
     """Where downloads, conversions and reference log-probs are kept (`$DPO_STUDIO_CACHE`)."""
-    return Path(os.environ.get("DPO_STUDIO_CACHE") or "~/.cache/dpo-studio").expanduser()
+    return user_path(os.environ.get("DPO_STUDIO_CACHE") or "~/.cache/dpo-studio")
+
+
+def user_path(path: str | Path) -> Path:
+    """The path with ~ as the user's home; where there is no such user (pathlib raises), a file of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
@@ -306,55 +325,74 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if file.is_dir():
         raise RecipeError(f"{file} is a folder, not a recipe", hint="name the .yaml file")
     try:
-        if file.stat().st_size > _MAX_RECIPE_BYTES:
-            raise RecipeError(f"{file} is over {_MAX_RECIPE_BYTES:,} bytes: not a recipe")
-        text = file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{file} cannot be read: {error}") from None
+        with file.open("rb") as stream:
+            content = stream.read(_MAX_RECIPE_BYTES + 1)
+    except OSError as error:
+        raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
+    if len(content) > _MAX_RECIPE_BYTES:
+        raise RecipeError(f"{file} is over {_MAX_RECIPE_BYTES:,} bytes: not a recipe")
     try:
-        _refuse_aliases(text, file)
-        raw = yaml.safe_load(text)
+        raw = _parse(content.decode("utf-8-sig"))
+    except UnicodeDecodeError:
+        raise RecipeError(f"{file} is not UTF-8 text", hint="a recipe is a YAML file; is this the one?") from None
     except (yaml.YAMLError, RecursionError) as error:
-        raise RecipeError(f"{file} is not valid YAML: {' '.join(str(error).split())}") from None
+        raise RecipeError(f"{file} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{file} holds no recipe", hint="it needs at least model.path and data.train.source")
-    return _numbers(raw)
+    return raw
 
 
-def _refuse_aliases(text: str, file: Path) -> None:
-    """A recipe needs no YAML aliases, and nested ones unfold to gigabytes."""
-    for event in yaml.parse(text, Loader=yaml.SafeLoader):
-        if isinstance(event, yaml.AliasEvent):
-            raise RecipeError(f"{file}: YAML aliases (*name) are not allowed in a recipe", hint="write the value out")
+class _Loader(yaml.SafeLoader):
+    """YAML as people mean it, where YAML 1.1 surprises them or a file could do harm.
+
+    5e-5 is a number (1.1: text), 2024-01-31 a text (1.1: a date), a key given twice an error (1.1: the last one wins).
+    Aliases are refused: a recipe needs none, and nested ones unfold to gigabytes.
+    """
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
+            raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed: write the value out", mark)
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for (key, _), name in zip(node.value, keys, strict=False):
+            if keys.count(name) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {name} is there twice", key.start_mark)
+        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
 
 
-def _numbers(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {str(key): _numbers(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_numbers(inner) for inner in value]
-    return _number(value)
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?(\d[\d_]*\.?|\d*\.\d+)[eE][-+]?\d{1,3}"), list("+-.0123456789")
+)
 
 
-def _number(value: Any) -> Any:
-    """YAML 1.1 reads 5e-5 as text: only 5.0e-5 is a number to it. People mean the number."""
-    if isinstance(value, str) and value[:1] in "+-.0123456789" and ("e" in value or "E" in value):
-        try:
-            return float(value)
-        except ValueError:
-            return value
-    return value
+def _parse(text: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+    except (ValueError, OverflowError) as error:  # a number of 5,000 digits, or one no calendar or base 60 knows
+        raise yaml.YAMLError(str(error)) from None
 
 
-_PATH_KEYS = (
+def _one_line(error: BaseException) -> str:
+    text = str(error).replace('in "<unicode string>", ', "at ")
+    return " ".join(text.split()) or type(error).__name__
+
+
+_HUB_KEYS = (
     ("model", "path"),
-    ("model", "adapter"),
-    ("model", "chat_template"),
     ("data", "train", "source"),
     ("data", "held_out", "source"),
     ("reference", "model"),
-    ("reference", "adapter"),
 )
+"""Hub ids unless something of that name is there, or the name can only be a path."""
+_FILE_KEYS = (("model", "adapter"), ("model", "chat_template"), ("reference", "adapter"))
+_DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
 
 
 def _with_absolute_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -362,22 +400,34 @@ def _with_absolute_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
     resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
     if isinstance(resolved.get("data"), dict):
         resolved["data"] = {key: dict(v) if isinstance(v, dict) else v for key, v in resolved["data"].items()}
-    for keys in _PATH_KEYS:
-        value = _dig(resolved, list(keys))
-        if isinstance(value, str):
-            _set(resolved, list(keys), _absolute(value, base), "")
+    for keys in (*_HUB_KEYS, *_FILE_KEYS):
+        value = _dig(resolved, keys)
+        if isinstance(value, str) and value and (keys in _FILE_KEYS or _is_local(value, base)):
+            _set(resolved, keys, _absolute(value, base), "")
     return resolved
 
 
+def _is_local(value: str, base: Path) -> bool:
+    """Whether a name that may be a Hub id means a path: it looks like one, or is there (`folder:split` too)."""
+    if value.startswith(BUNDLED):
+        return False
+    if value.startswith((".", "~", "/")) or value.partition(":")[0].lower().endswith(_DATA_FILES):
+        return True
+    return _is_there(base / value) or _is_there(base / value.rpartition(":")[0], but=base)
+
+
+def _is_there(path: Path, *, but: Path | None = None) -> bool:
+    try:
+        return path != but and path.exists()
+    except (OSError, ValueError):  # too long for a name, a NUL
+        return False
+
+
 def _absolute(value: str, base: Path) -> str:
-    if value.startswith(BUNDLED) or not value or "\0" in value:
-        return value
-    path = Path(value).expanduser()
-    is_local = path.is_absolute() or value.startswith((".", "~")) or (base / path).exists()
-    return str((base / path).resolve()) if is_local else value
+    return os.path.normpath(base / user_path(value)) if "\0" not in value else value
 
 
-def _dig(raw: Any, keys: list[str]) -> Any:
+def _dig(raw: Any, keys: Sequence[str]) -> Any:
     for key in keys:
         if not isinstance(raw, dict) or key not in raw:
             return None
@@ -385,7 +435,7 @@ def _dig(raw: Any, keys: list[str]) -> Any:
     return raw
 
 
-def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
+def _set(raw: dict[str, Any], keys: Sequence[str], value: Any, text: str) -> None:
     for key in keys[:-1]:
         if raw.get(key) is None:
             raw[key] = {}
@@ -395,42 +445,73 @@ def _set(raw: dict[str, Any], keys: list[str], value: Any, text: str) -> None:
     raw[keys[-1]] = value
 
 
-def _explain(error: ValidationError) -> tuple[list[str], list[str]]:
+def _explain(error: ValidationError, raw: dict[str, Any]) -> tuple[list[str], list[str]]:
     """Problems in the author's words, and hints for misspelt names."""
-    problems, hints = [], []
+    problems: list[str] = []
+    hints: list[str] = []
+    refused: dict[str, tuple[list[str], str]] = {}
     for item in error.errors(include_url=False):
-        loc = [str(part) for part in item["loc"]]
-        if loc[:1] == ["objective"] and len(loc) > 2:
-            del loc[1]  # pydantic puts the union's tag into the path; the recipe has no such level
-        key = ".".join(loc) or "recipe"
+        keys = _keys_of(item["loc"], raw, missing=item["type"] == "missing")
+        key = ".".join(keys) or "recipe"
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             problems.append(f"unknown key {key}")
-            if near := difflib.get_close_matches(loc[-1], _known_keys(item["loc"][:-1]), n=1, cutoff=0.5):
-                hints.append(f"did you mean {'.'.join([*loc[:-1], near[0]])}?")
-        elif item["type"] == "union_tag_invalid":
-            known = [tag.strip(" '") for tag in str(item["ctx"]["expected_tags"]).split(",")]
+            if near := _nearest(keys):
+                hints.append(f"did you mean {near}?")
+        elif item["type"] == "union_tag_invalid" and isinstance(item["input"], dict):
             problems.append(f"unknown objective {item['ctx']['tag']!r}")
-            hints.append(f"objective.kind is one of {', '.join(known)}")
+            hints.append(f"objective.kind is one of {', '.join(kind.kind for kind in OBJECTIVES)}")
         elif item["type"] == "missing":
             problems.append(f"{key} is required")
         else:
-            message = item["msg"].removeprefix("Value error, ")
-            given = f" (given: {item['input']!r})" if not isinstance(item["input"], dict | BaseModel) else ""
-            problems.append(f"{key}: {message[:1].lower()}{message[1:]}{given}")
-    return list(dict.fromkeys(problems)), hints
+            given = f" (given: {_shown(item['input'])})" if not isinstance(item["input"], dict | BaseModel) else ""
+            refused.setdefault(key, ([], given))[0].append(_what_is_wrong(item["type"], item["msg"]))
+    problems += [f"{key}: {', or '.join(messages)}{given}" for key, (messages, given) in refused.items()]
+    return problems, list(dict.fromkeys(hints))
 
 
-def _known_keys(loc: tuple[int | str, ...]) -> list[str]:
-    """Names of the fields of the section at `loc`."""
+def _keys_of(loc: tuple[int | str, ...], raw: Any, *, missing: bool) -> list[str]:
+    """The author's keys in pydantic's path, which also names the members of the unions it has tried."""
+    keys: list[str] = []
+    for place, part in enumerate(loc):
+        try:
+            raw = raw[part]
+        except (LookupError, TypeError):
+            if not (missing and place == len(loc) - 1):
+                continue
+        keys.append(str(part))
+    return keys
+
+
+def _what_is_wrong(kind: str, message: str) -> str:
+    if kind in ("model_type", "dataclass_type", "union_tag_invalid"):
+        return "a section with keys of its own is wanted"
+    message = message.removeprefix("Value error, ")
+    return message[:1].lower() + message[1:]
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def _nearest(keys: list[str]) -> str | None:
+    """The key that was meant: the same name in another section, else one of this section spelt alike."""
+    *section, name = keys
+    elsewhere = [other for other in Recipe.model_fields if [other] != section and name in _known_keys([other])]
+    if len(elsewhere) == 1:
+        return f"{elsewhere[0]}.{name}"
+    near = difflib.get_close_matches(name, [key for key in _known_keys(section) if key != name], n=1, cutoff=0.5)
+    return ".".join([*section, near[0]]) if near else None
+
+
+def _known_keys(keys: list[str]) -> list[str]:
+    """Names of the fields of the section at `keys`."""
+    if keys == ["objective"]:
+        return list(dict.fromkeys(field.name for kind in OBJECTIVES for field in fields(kind)))
     section: Any = Recipe
-    for part in loc:
-        if section is not None and isinstance(section, type) and issubclass(section, BaseModel):
-            field = section.model_fields.get(str(part))
-            section = field.annotation if field is not None else None
-        else:  # the objective: the tag picks the class
-            section = next((kind for kind in OBJECTIVES if kind.kind == part), None)
-    if isinstance(section, type) and issubclass(section, BaseModel):
-        return list(section.model_fields)
-    if is_dataclass(section):
-        return list(section.__dataclass_fields__)
-    return []
+    for key in keys:
+        field = section.model_fields.get(key)
+        section = field.annotation if field is not None else None
+        if not (isinstance(section, type) and issubclass(section, BaseModel)):
+            return []
+    return list(section.model_fields)

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 __all__ = ["AOT", "DPO", "IPO", "Hinge", "Objective", "PairLogps"]
 
 _SECTION = ConfigDict(extra="forbid", use_attribute_docstrings=True)
-Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=0.5)]
+Positive = Annotated[float, Field(gt=0, strict=True)]
+Share = Annotated[float, Field(ge=0, lt=0.5, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,7 @@ class IPO:
 
 @dataclass(frozen=True)
 class Hinge:
-    """A margin of 1 is enough (SLiC-HF, Zhao et al. 2023, arXiv 2305.10425; on log-ratios as in RSO, arXiv 2309.06657)."""
+    """A margin of 1 is enough (SLiC-HF, Zhao et al. 2023, arXiv 2305.10425; on log-ratios: RSO, arXiv 2309.06657)."""
 
     kind: Literal["hinge"] = "hinge"
     beta: Positive = 0.1

@@ -18,6 +18,7 @@ Shapes: B = rows still being written, W = columns (padding, prompt, answer), V =
 from __future__ import annotations
 
 import hashlib
+import platform
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ LUCK_BITS = 53
 COLDEST = 1e-6
 """Below this a temperature only overflows: two bf16 logits that differ do so by more than 1e-3 of their size."""
 BLOCK = 128
-"""The vocabulary is searched by blocks first: one pass over it in fp32, exact float64 sums over the few that are left."""
+"""The vocabulary is searched by blocks first: one fp32 pass over it, then float64 sums over the few that are left."""
 GROWTH = 64
 """Columns the cache grows by: memory follows the answers that are still being written, not `max_new_tokens`."""
 LAID_OUT_LIMIT = 2 << 30
@@ -51,6 +52,8 @@ LAID_OUT_LIMIT = 2 << 30
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 """Logits (B, V) and luck (B,) to ids (B,)."""
+Step = tuple[list[int], list[int]]
+"""The rows still being written, and the token each of them got."""
 
 
 def generate(
@@ -80,13 +83,14 @@ def generate(
         NonFiniteError: the model's logits are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature)
+    if not prompts:
+        return []
     luck = _luck(prompts, max_new_tokens, f"{seed} {sample} {float(temperature)!r}")
     choose = partial(_choose, temperature=float(temperature))
     answers: list[list[int]] = [[] for _ in prompts]
-    for places in _batches(prompts, batch_size):
-        with _laid_out(model, rows=len(places)):
-            steps = _write(model, [prompts[i] for i in places], luck[places], choose, eos_ids, pad_id)
-            for rows, ids in steps:
+    with in_eval(model), _laid_out(model, rows=min(batch_size, len(prompts))):
+        for places in _batches(prompts, batch_size):
+            for rows, ids in _write(model, [prompts[i] for i in places], luck[places], choose, eos_ids, pad_id):
                 for row, token in zip(rows, ids, strict=True):
                     answers[places[row]].append(token)
                 if progress is not None:
@@ -114,12 +118,21 @@ def stream(
     _check(model, [prompt], max_new_tokens, temperature)
     luck = _luck([prompt], max_new_tokens, f"{seed} 0 {float(temperature)!r}")
     choose = partial(_choose, temperature=float(temperature), top_p=top_p)
-    return _pieces(_write(model, [prompt], luck, choose, eos_ids, pad_id=prompt[0]), decode, eos_ids)
+    steps = _write(model, [prompt], luck, choose, eos_ids, pad_id=prompt[0])
+    return _pieces(_step_by_step_in_eval(model, steps), decode, eos_ids)
 
 
-def _pieces(
-    steps: Iterator[tuple[list[int], list[int]]], decode: Callable[[list[int]], str], eos_ids: Collection[int]
-) -> Iterator[str]:
+def _step_by_step_in_eval(model: nn.Module, steps: Iterator[Step]) -> Iterator[Step]:
+    """The steps, with the model in eval while one is computed and as it was while the reader holds its piece."""
+    while True:
+        with in_eval(model):
+            step = next(steps, None)
+        if step is None:
+            return
+        yield step
+
+
+def _pieces(steps: Iterator[Step], decode: Callable[[list[int]], str], eos_ids: Collection[int]) -> Iterator[str]:
     """What each token adds to the text, as far as it cannot change any more."""
     answer: list[int] = []
     text, shown = "", 0
@@ -193,14 +206,14 @@ def _write(
     choose: Choose,
     eos_ids: Collection[int],
     pad_id: int,
-) -> Iterator[tuple[list[int], list[int]]]:
-    """Each step's rows and the ids written to them; a row that has ended does not come again."""
+) -> Iterator[Step]:
+    """Write to all rows, a token a step; a row that has ended does not come again. The model must be in eval."""
     device = next(model.parameters()).device
     ids_BW, mask_BW = _left_padded(prompts, pad_id, device)
     cache = Cache(layer_class_to_replicate=_CacheLayer)
     rows = list(range(len(prompts)))
     for step in range(luck.shape[1]):
-        with in_eval(model), torch.inference_mode():
+        with torch.inference_mode():
             position_BW = (mask_BW.cumsum(1) - 1).clamp(min=0)[:, -ids_BW.shape[1] :]
             output = model(
                 input_ids=ids_BW,
@@ -263,7 +276,7 @@ def _inverse(shares_BV: Tensor, luck_B: Tensor) -> Tensor:
     One running sum over 49,152 fp32 shares loses the tail; sums of blocks, then one block, keep it and are quicker.
     """
     rows = torch.arange(len(shares_BV), device=shares_BV.device)
-    blocks = pad(shares_BV, (0, -shares_BV.shape[1] % BLOCK)).unflatten(1, (-1, BLOCK))
+    blocks = pad(shares_BV, (0, -shares_BV.shape[1] % BLOCK)).view(len(shares_BV), -1, BLOCK)
     block_B, luck_B = _pass(blocks.sum(-1), luck_B)
     place_B, _ = _pass(blocks[rows, block_B], luck_B)
     return block_B * BLOCK + place_B
@@ -303,7 +316,7 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
         super().__init__()
         self.columns = 0
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
         """Append the new columns; all of them so far."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -334,11 +347,11 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
 
 @contextmanager
 def _laid_out(model: nn.Module, rows: int) -> Iterator[None]:
-    """Inside, bf16 linears on a CPU multiply by copies of their weights in oneDNN's own layout; the model is untouched.
+    """Inside, bf16 linears on a CPU multiply by copies of their weights in oneDNN's own layout; the weights stay.
 
-    Otherwise oneDNN lays them out anew in every product: 48 rows 160 -> 130 ms a step, 128 rows 352 -> 315. An adapter's
-    B stands beside its base's W, [W | scale B] [x ; A x]: one product, one rounding, and half the adapter's cost (48
-    rows 180 -> 150). Merging would cost nothing but lose what is smaller than half a bf16 step of W, all of it.
+    Otherwise oneDNN lays them out anew in every product: 48 rows 160 -> 130 ms a step, 128 rows 352 -> 315. An
+    adapter's B stands beside its base's W, [W | scale B] [x ; A x]: one product and one rounding (48 rows 180 -> 150).
+    Merging W + scale B A would cost nothing, but all of it that is smaller than half a bf16 step of W would be lost.
     """
     linears = _to_lay_out(model)
     try:
@@ -353,7 +366,9 @@ def _laid_out(model: nn.Module, rows: int) -> Iterator[None]:
 
 def _to_lay_out(model: nn.Module) -> list[nn.Module]:
     """Linears and LoRA linears whose product is nothing but that, where this CPU gains by it; none, if not."""
-    if not (torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()):
+    if platform.machine() not in ("x86_64", "AMD64") or not torch._C._has_mkldnn:
+        return []
+    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return []
     adapted = [m for m in model.modules() if isinstance(m, lora.Linear) and _is_plain_lora(m)]
     inner = {id(part) for m in adapted for part in m.modules() if part is not m}

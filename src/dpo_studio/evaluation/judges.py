@@ -67,7 +67,7 @@ class EverydayRule:
     min_own_words: int = 8
     """Fewer different content words of its own than this, and an answer says nothing."""
     max_words: int = 100
-    """An answer that ended after more words than this rambles: about a hundred words are a minute of reading aloud."""
+    """An answer that ended after more words than this rambles: it takes more than half a minute to read aloud."""
     repeat_words: int = 5
     """So many words in a row, met three times, count as repeating itself."""
 
@@ -75,13 +75,13 @@ class EverydayRule:
     def description(self) -> str:
         """The rule in prose with its numbers, for the report."""
         return (
-            "An answer is of use if it says something about the subject: at least "
-            f"{self.min_own_words} different content words that the prompt does not hold, and at least one word that it "
-            "shares with the prompt. An answer of use beats one of no use; two of no use tie. Between two answers of "
-            "use the one with fewer faults wins, and equal counts tie. The faults: it never ended within the token "
-            "limit; it gives a made-up telephone number, link, e-mail address or blank such as [Your Name]; it repeats "
-            f"a sentence, or the same {self.repeat_words} words three times; it ended only after more than "
-            f"{self.max_words} words. The rule does not know whether the advice is right."
+            f"An answer is of use if it says something about the subject: at least {self.min_own_words} different "
+            "content words that the prompt does not hold, and at least one word that it shares with the prompt. An "
+            "answer of use beats one of no use; two of no use tie. Between two answers of use the one with fewer "
+            "faults wins, and equal counts tie. The faults: it never ended within the token limit; it gives a made-up "
+            "telephone number, link, e-mail address or blank such as [Your Name]; it repeats a sentence, or the same "
+            f"{self.repeat_words} words three times; it ended only after more than {self.max_words} words. The rule "
+            "does not know whether the advice is right."
         )
 
     def __call__(self, prompt: str, a: Completion, b: Completion) -> Verdict:
@@ -138,359 +138,53 @@ def _listed(faults: tuple[str, ...]) -> str:
     return " and ".join(faults) if faults else "is complete"
 
 
-_PLURALS = (("is ", "are "), ("says ", "say "), ("repeats itself", "repeat themselves"), ("rambles", "ramble"))
-_PLURALS += (("makes up", "make up"), ("leaves", "leave"))
+_PLURALS = {
+    "is ": "are ",
+    "says ": "say ",
+    "repeats itself": "repeat themselves",
+    "rambles": "ramble",
+    "makes up": "make up",
+    "leaves": "leave",
+}
 
 
 def _plural(phrase: str) -> str:
-    for one, many in _PLURALS:
+    for one, many in _PLURALS.items():
         phrase = phrase.replace(one, many)
     return phrase
 
 
-# Telephone numbers need seven digits or the 555 style, so that "1-2 weeks", "100-200 g" and years stay innocent.
+# A telephone number here has three groups of digits, so that "1-2 weeks", "100-200 g" and years stay innocent.
 _CONTACT = re.compile(
     r"""https?://|\bwww\.|\b[\w.-]+\.(?:com|org|net|co\.uk)\b          # links
       | [\w.+-]+@[\w-]+\.\w+                                            # e-mail
       | (?<![\d.,$])\+?\(?\d{1,4}\)?[-\s.]\d{3}[-\s.]\d{3,4}\b          # 555-123-4567, +1 555 123 4567
       | \b\d-\d{3}-[\dA-Z]{3,}                                          # 1-800-SOMETHING
       | \[[^\]\d][^\]]{0,40}\]                                          # [Your Name]
-      | \[?\b[Yy]our\ (?:[Ff]ull\ )?[Nn]ame\b\]                         # Your Name]
     """,
     re.VERBOSE,
 )
 
-_LITTLE_WORDS = frozenset(
-    [
-        "a",
-        "about",
-        "above",
-        "after",
-        "again",
-        "against",
-        "all",
-        "almost",
-        "already",
-        "also",
-        "although",
-        "always",
-        "am",
-        "among",
-        "an",
-        "and",
-        "another",
-        "any",
-        "anybody",
-        "anyone",
-        "anything",
-        "are",
-        "around",
-        "as",
-        "ask",
-        "at",
-        "away",
-        "back",
-        "be",
-        "became",
-        "because",
-        "become",
-        "been",
-        "before",
-        "behind",
-        "being",
-        "below",
-        "best",
-        "better",
-        "between",
-        "both",
-        "but",
-        "by",
-        "came",
-        "can",
-        "cannot",
-        "come",
-        "could",
-        "did",
-        "didn",
-        "do",
-        "does",
-        "doesn",
-        "doing",
-        "don",
-        "done",
-        "down",
-        "during",
-        "each",
-        "easily",
-        "easy",
-        "either",
-        "else",
-        "enough",
-        "especially",
-        "etc",
-        "even",
-        "ever",
-        "every",
-        "everyone",
-        "everything",
-        "few",
-        "find",
-        "first",
-        "for",
-        "from",
-        "further",
-        "gave",
-        "general",
-        "get",
-        "gets",
-        "getting",
-        "give",
-        "given",
-        "gives",
-        "giving",
-        "go",
-        "goes",
-        "going",
-        "gone",
-        "good",
-        "got",
-        "great",
-        "had",
-        "happen",
-        "has",
-        "have",
-        "haven",
-        "having",
-        "he",
-        "help",
-        "helpful",
-        "helps",
-        "her",
-        "here",
-        "hers",
-        "him",
-        "himself",
-        "his",
-        "how",
-        "however",
-        "i",
-        "idea",
-        "ideas",
-        "if",
-        "important",
-        "in",
-        "include",
-        "including",
-        "instead",
-        "into",
-        "is",
-        "isn",
-        "it",
-        "its",
-        "itself",
-        "just",
-        "keep",
-        "keeps",
-        "kind",
-        "know",
-        "last",
-        "least",
-        "less",
-        "let",
-        "like",
-        "likely",
-        "little",
-        "ll",
-        "long",
-        "look",
-        "lot",
-        "made",
-        "main",
-        "make",
-        "makes",
-        "making",
-        "many",
-        "matter",
-        "may",
-        "maybe",
-        "me",
-        "might",
-        "mine",
-        "more",
-        "most",
-        "much",
-        "must",
-        "my",
-        "myself",
-        "need",
-        "needs",
-        "never",
-        "new",
-        "next",
-        "no",
-        "nor",
-        "not",
-        "nothing",
-        "now",
-        "of",
-        "off",
-        "often",
-        "ok",
-        "okay",
-        "old",
-        "on",
-        "once",
-        "one",
-        "only",
-        "onto",
-        "or",
-        "other",
-        "others",
-        "our",
-        "ours",
-        "out",
-        "over",
-        "own",
-        "part",
-        "people",
-        "perhaps",
-        "person",
-        "place",
-        "please",
-        "possible",
-        "probably",
-        "problem",
-        "put",
-        "quick",
-        "quickly",
-        "quite",
-        "rather",
-        "re",
-        "really",
-        "right",
-        "same",
-        "say",
-        "second",
-        "see",
-        "seem",
-        "several",
-        "shall",
-        "she",
-        "should",
-        "simple",
-        "simply",
-        "since",
-        "situation",
-        "so",
-        "some",
-        "somebody",
-        "someone",
-        "something",
-        "sometimes",
-        "soon",
-        "start",
-        "still",
-        "stop",
-        "such",
-        "sure",
-        "take",
-        "taken",
-        "tell",
-        "than",
-        "that",
-        "the",
-        "their",
-        "them",
-        "themselves",
-        "then",
-        "there",
-        "these",
-        "they",
-        "thing",
-        "things",
-        "think",
-        "this",
-        "those",
-        "though",
-        "three",
-        "through",
-        "thus",
-        "time",
-        "tip",
-        "to",
-        "together",
-        "too",
-        "toward",
-        "towards",
-        "trick",
-        "try",
-        "trying",
-        "two",
-        "under",
-        "until",
-        "up",
-        "upon",
-        "us",
-        "use",
-        "used",
-        "useful",
-        "using",
-        "usually",
-        "various",
-        "ve",
-        "very",
-        "want",
-        "was",
-        "way",
-        "ways",
-        "we",
-        "well",
-        "were",
-        "what",
-        "whatever",
-        "when",
-        "where",
-        "whether",
-        "which",
-        "while",
-        "who",
-        "whole",
-        "whom",
-        "whose",
-        "why",
-        "will",
-        "with",
-        "within",
-        "without",
-        "won",
-        "word",
-        "wrong",
-        "would",
-        "yes",
-        "yet",
-        "you",
-        "your",
-        "yours",
-        "yourself",
-        "hello",
-        "hi",
-        "sorry",
-        "thank",
-        "thanks",
-        "question",
-        "questions",
-        "answer",
-        "answers",
-        "assistant",
-        "ai",
-        "understand",
-        "provide",
-        "sentence",
-        "sentences",
-        "suggest",
-        "suggestion",
-    ]
-)
+_LITTLE_WORDS = """
+a about above after again against all almost already also although always am among an and another any anybody anyone
+anything are around as ask at away back be became because become been before behind being below best better between
+both but by came can cannot come could did didn do does doesn doing don done down during each easily easy either
+else enough especially etc even ever every everyone everything few find first for from further gave general get gets
+getting give given gives giving go goes going gone good got great had happen has have haven having he help helpful
+helps her here hers him himself his how however i idea ideas if important in include including instead into is isn
+it its itself just keep keeps kind know last least less let like likely little ll long look lot made main make makes
+making many matter may maybe me might mine more most much must my myself need needs never new next no nor not
+nothing now of off often ok okay old on once one only onto or other others our ours out over own part people perhaps
+person place please possible probably problem put quick quickly quite rather re really right same say second see
+seem several shall she should simple simply since situation so some somebody someone something sometimes soon start
+still stop such sure take taken tell than that the their them themselves then there these they thing things think
+this those though three through thus time tip to together too toward towards trick try trying two under until up
+upon us use used useful using usually various ve very want was way ways we well were what whatever when where
+whether which while who whole whom whose why will with within without won word wrong would yes yet you your yours
+yourself hello hi sorry thank thanks question questions answer answers assistant ai understand provide sentence
+sentences suggest suggestion
+"""
+_LITTLE = frozenset(_LITTLE_WORDS.split())
 
 
 def content_stems(text: str) -> frozenset[str]:
@@ -500,7 +194,7 @@ def content_stems(text: str) -> frozenset[str]:
     "flowering" meet. A dictionary would do better; this needs none and can be checked by eye.
     """
     words = (word.split("'")[0] for word in re.findall(r"[a-z][a-z']*", text.lower()))
-    return frozenset(_stem(word) for word in words if len(word) > 2 and word not in _LITTLE_WORDS)
+    return frozenset(_stem(word) for word in words if len(word) > 2 and word not in _LITTLE)
 
 
 @lru_cache(maxsize=8192)

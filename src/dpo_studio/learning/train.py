@@ -21,7 +21,7 @@ from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 
-__all__ = ["StepReport", "TrainingState", "evaluate", "learning_rate", "train"]
+__all__ = ["StepReport", "TrainingState", "evaluate", "held_out_metrics", "learning_rate", "train"]
 
 ObjectiveFunction = Any
 """One of `dpo_studio.objectives`: (policy, reference) -> losses, with `needs_reference` and `whole_step`."""
@@ -146,10 +146,13 @@ def evaluate(
     """Loss, rewards, accuracy and margin on held-out pairs, and the policy's log-probs of them."""
     with in_eval(policy):
         policy_logps = batched_logps(policy, pairs, range(len(pairs)), budget=budget, progress=progress)
-    losses = objective(policy_logps, reference)
-    seen = _Seen()
-    seen.columns.append(_columns(policy_logps, reference, losses))
-    return {f"eval_{name}": value for name, value in seen.metrics(objective.beta).items()}, policy_logps
+    return held_out_metrics(policy_logps, reference, objective), policy_logps
+
+
+def held_out_metrics(policy: PairLogps, reference: PairLogps, objective: ObjectiveFunction) -> dict[str, float]:
+    """A step's metrics for pairs that were not trained on, by TRL's names."""
+    seen = _Seen([_columns(policy, reference, objective(policy, reference))])
+    return {f"eval_{name}": value for name, value in seen.metrics(objective.beta).items()}
 
 
 def learning_rate(section: TrainingSection, step: int, total_steps: int) -> float:
@@ -200,8 +203,8 @@ def _whole_step_slopes(
     chosen_P, rejected_P = torch.autograd.grad(losses.sum(), [logps.chosen_P, logps.rejected_P])
     sizes = [len(batch) for batch in micro_batches]
     columns = (chosen_P, rejected_P, logps.chosen_tokens_P, logps.rejected_tokens_P)
-    slopes = [PairLogps(*part) for part in zip(*(column.split(sizes) for column in columns), strict=True)]
-    return _Slopes(slopes, list(losses.detach().split(sizes)))
+    slopes = [PairLogps(*part) for part in zip(*(torch.split(column, sizes) for column in columns), strict=True)]
+    return _Slopes(slopes, list(torch.split(losses.detach(), sizes)))
 
 
 def _on_device(batches: list[MicroBatch], device: torch.device, live_reference: Reference | None) -> list[MicroBatch]:

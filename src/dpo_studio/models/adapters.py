@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -70,7 +71,8 @@ def attach(base: nn.Module, section: AdapterSection, *, seed: int) -> PeftModel:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            policy = get_peft_model(base, config)
+            with _quiet_peft():
+                policy = get_peft_model(base, config)
         except ValueError as error:
             linear = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
             raise ModelError(
@@ -93,7 +95,10 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
             base.load_adapter(folder, adapter_name=name, is_trainable=trainable, peft_config=config)
             policy = base
         else:
-            policy = PeftModel.from_pretrained(base, folder, adapter_name=name, is_trainable=trainable, config=config)
+            with _quiet_peft():
+                policy = PeftModel.from_pretrained(
+                    base, folder, adapter_name=name, is_trainable=trainable, config=config
+                )
     except (RuntimeError, ValueError, KeyError) as error:
         raise ModelError(
             f"{folder}: this adapter does not fit the model: {' '.join(str(error).split())[:300]}",
@@ -197,6 +202,14 @@ def train_mode(policy: PeftModel) -> None:
     for module in policy.modules():
         if isinstance(module, lora.LoraLayer):
             module.lora_dropout[POLICY].train()
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """PEFT 0.21 reads a property that transformers 5.23 has renamed: nothing the person at the keyboard can act on."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        yield
 
 
 def _with_fp32_adapter(policy: PeftModel) -> PeftModel:

@@ -95,7 +95,8 @@ def _attend_pairs(
         for s in pack_spans
         for n in (s.prompt_end - s.start, s.chosen_end - s.prompt_end, s.rejected_end - s.chosen_end)
     ]
-    queries, keys, values = query_1HTD.split(seen, 2), key_1HTD.split(parts, 2), value_1HTD.split(parts, 2)
+    queries = torch.split(query_1HTD, seen, 2)
+    keys, values = torch.split(key_1HTD, parts, 2), torch.split(value_1HTD, parts, 2)
     outputs = []
     for pair in range(len(pack_spans)):
         q_chosen, q_rejected = queries[2 * pair : 2 * pair + 2]

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dpo_studio.config import BUNDLED, ModelSection
+from dpo_studio.config import BUNDLED, ModelSection, user_path
 from dpo_studio.errors import ModelError
 from dpo_studio.models.attention import PAIRS, check_architecture
 from dpo_studio.models.bundled import bundled_folder
@@ -73,7 +73,7 @@ def locate(path: str, revision: str | None = None, say: Callable[[str], None] = 
     """
     if path.startswith(BUNDLED):
         return bundled_folder(path, say)
-    folder = Path(path).expanduser()
+    folder = user_path(path)
     if folder.is_dir():
         return folder
     if folder.exists() or path.startswith((".", "/", "~")) or path.count("/") > 1:

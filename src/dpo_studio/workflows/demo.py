@@ -15,7 +15,7 @@ from dpo_studio.preferences.pair import Message
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder
-from dpo_studio.workflows.loading import Loaded
+from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.talking import Sampling, answers
 from dpo_studio.workflows.training import TrainedRun, run_training
 
@@ -40,14 +40,17 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
     started = time.perf_counter()
     with progress or Progress() as shown:
         trained = run_training(demo_recipe(out), shown, {"kind": "demo"})
-        if trained.policy is not None and trained.base is not None:
+        if "win_rate" in trained.result:
+            return trained.result
+        if trained.base is None or trained.policy is None:  # trained by an earlier start that got no further
+            loaded = load_any(str(trained.folder.path), say=shown.say)
+        else:
             loaded = Loaded(trained.base, trained.policy, None, trained.folder.adapter)
-            result = trained.result | _evaluate(trained, loaded, shown)
-            result["seconds"] = round(time.perf_counter() - started, 1)
-            trained.folder.write_json("result.json", result)
-            write_report(trained.folder.path)
-            return result
-        return trained.result
+        result = trained.result | _evaluate(trained, loaded, shown)
+        result["seconds"] = round(time.perf_counter() - started, 1)
+        trained.folder.write_json("result.json", result)
+        write_report(trained.folder.path)
+        return result
 
 
 def demo_recipe(out: str | Path) -> LoadedRecipe:

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import nn
 
-from dpo_studio.config import ModelSection
+from dpo_studio.config import ModelSection, user_path
 from dpo_studio.errors import ModelError, RunError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
@@ -51,9 +51,9 @@ def load_any(
         ModelError, RunError: not found or unusable.
     """
     changes: dict[str, Any] = {k: v for k, v in (("dtype", dtype), ("chat_template", chat_template)) if v is not None}
-    if is_run(name):
-        return _load_run(RunFolder(Path(name)), changes, say)
-    folder = Path(name).expanduser()
+    folder = user_path(name)
+    if is_run(folder):
+        return _load_run(RunFolder(folder), changes, say)
     if (folder / "adapter_config.json").is_file():
         config = read_adapter_config(folder)
         if not config.base_model_name_or_path:
@@ -68,7 +68,7 @@ def load_any(
 def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None]) -> Loaded:
     recipe = run.recipe()
     assert recipe is not None
-    adapter = run.adapter if (run.adapter / "adapter_config.json").is_file() else None
+    adapter = run.adapter if run.result_file.is_file() else None  # an adapter of a run made longer is not its final one
     if adapter is None:
         checkpoint = newest_checkpoint(run.checkpoints, say)
         if checkpoint is None:
@@ -89,6 +89,13 @@ def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None
 
 
 def _base_of(folder: Path, named: str) -> str:
-    """The base an adapter names; a relative folder is looked for beside the adapter, then in the working directory."""
+    """The base an adapter names.
+
+    A run or its checkpoint knows where that is. Elsewhere a relative folder is looked for beside the adapter, then in
+    the working directory.
+    """
+    for parent in list(folder.resolve().parents)[:3]:
+        if is_run(parent) and (recipe := RunFolder(parent).recipe()) is not None:
+            return recipe.model.path
     beside = folder / named
     return str(beside) if named.startswith(".") and beside.is_dir() else named

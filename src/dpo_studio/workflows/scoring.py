@@ -111,13 +111,15 @@ def score_to_file(name: str, source: SourceSection, file: Path, **settings: Any)
     Raises:
         DPOStudioError: as `score_pairs`.
     """
+    if not file.name or (file.exists() and not file.is_file()):  # replacing /dev/null would be no kindness
+        raise UsageError(f"--out {file} is not a file")
+    if not file.parent.is_dir():
+        raise UsageError(f"--out {file}: no such folder")
     scratch = file.with_name(f".{file.name}.part")
     try:
         with scratch.open("w", encoding="utf-8") as out:
             summary = score_pairs(name, source, out, **settings)
         scratch.replace(file)
-    except FileNotFoundError:
-        raise UsageError(f"--out {file}: no such folder") from None
     finally:
         scratch.unlink(missing_ok=True)
     return summary

@@ -56,19 +56,19 @@ def answers(
     """One answer to each chat from the policy (tuned) or its reference; a function of its arguments alone."""
     encoder = loaded.base.encoder
     prompts = [encoder.prompt_ids(chat) for chat in chats]
-    with progress.task("tuned answers" if tuned else "base answers", len(prompts), "answers") as advance:
-        with loaded.tuned(tuned):
-            return generate(
-                loaded.policy,
-                prompts,
-                encoder.decode,
-                eos_ids=encoder.eos_ids,
-                pad_id=encoder.pad_id,
-                max_new_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                seed=sampling.seed,
-                progress=advance,
-            )
+    title = "tuned answers" if tuned else "base answers"
+    with progress.task(title, None, "tokens") as advance, loaded.tuned(tuned):
+        return generate(
+            loaded.policy,
+            prompts,
+            encoder.decode,
+            eos_ids=encoder.eos_ids,
+            pad_id=encoder.pad_id,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            progress=advance,
+        )
 
 
 def stream_answer(loaded: Loaded, chat: Sequence[Message], sampling: Sampling, *, tuned: bool = True) -> Iterator[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import signal
+import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from safetensors import SafetensorError
 
 from dpo_studio.config import LoadedRecipe, ModelSection, Recipe, cache_folder, load_recipe
 from dpo_studio.errors import DataError, Interrupted, ModelError, RunError
@@ -22,7 +24,7 @@ from dpo_studio.evaluation.accuracy import accuracy_summary
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore, save_checkpoint
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
-from dpo_studio.learning.train import StepReport, TrainingState, evaluate, train
+from dpo_studio.learning.train import StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.models.adapters import as_reference, attach, attach_existing, in_eval, save_adapter, train_mode
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate, weights_fingerprint
 from dpo_studio.objectives import PairLogps, margin
@@ -97,12 +99,12 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
     base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say)
     recipe = _settle_automatics(recipe, base)
     data = _encode(recipe, source, split, base.encoder, progress)
+    _check_not_shorter(run, _steps(recipe, data.train.pairs, _CPU_TOKENS).total)
     run.start(loaded, recipe)
     run.result_file.unlink(missing_ok=True)
     policy = _attach(base, recipe)
     session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"))
-    with _signals() as asked:
-        session.fit(asked)
+    session.fit()
     result = session.finish(time.perf_counter() - started) | (result_extra or {})
     run.write_json("result.json", result)
     progress.say(f"report: {write_report(run.path)}")
@@ -138,7 +140,7 @@ class _Session:
     trained_tokens: int = 0
     trained_seconds: float = 0.0
 
-    def fit(self, asked: _Asked) -> None:
+    def fit(self) -> None:
         """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
         if self.accelerator.num_processes > 1:
             raise RunError("training on several devices is not built yet", hint="start it with one process")
@@ -151,7 +153,7 @@ class _Session:
         self._resume_or_begin(state, steps, live, budget)
         self._track()
         train_mode(self.policy)
-        with self.progress.task("train", steps.total, "steps") as advance:
+        with _signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
             advance(state.step)
             for report in train(self.policy, steps, self.recipe.objective, state, live):
                 held_out = self._maybe_evaluate(report.step, steps.total, budget)
@@ -165,7 +167,10 @@ class _Session:
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Write the adapter, the environment and the numbers of the whole run."""
-        save_adapter(self.policy, self.run.adapter, base=self.base.typed)
+        try:
+            save_adapter(self.policy, self.run.adapter, base=self.base.typed)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable("the adapter", self.run.adapter, error) from None
         self.run.write_json(
             "environment.json", environment(_device_name(self.base.device), precision=self.base.dtype_reason)
         )
@@ -218,10 +223,16 @@ class _Session:
     def _reference_of(
         self, model: Any, pairs: Sequence[EncodedPair], budget: int, cache: ReferenceCache | None, what: str
     ) -> PairLogps:
-        with self.progress.task(f"reference, {what} pairs", len(pairs), "pairs") as advance:
-            return reference_logps(
-                model, pairs, budget=budget, cache=cache, progress=lambda done, tokens: advance(done)
-            )
+        try:
+            with self.progress.task(f"reference, {what} pairs", len(pairs), "pairs") as advance:
+                return reference_logps(
+                    model, pairs, budget=budget, cache=cache, progress=lambda done, tokens: advance(done)
+                )
+        except (OSError, sqlite3.Error) as error:
+            raise RunError(
+                f"the cache of reference log-probs in {cache_folder()} cannot be used: {error}",
+                hint="free some space, point DPO_STUDIO_CACHE elsewhere, or set reference.mode: live",
+            ) from None
 
     def _resume_or_begin(
         self, state: TrainingState, steps: Steps, live: Callable[[MicroBatch], PairLogps] | None, budget: int
@@ -234,7 +245,7 @@ class _Session:
         if checkpoint is None:
             self._check_start(next(steps(after=0))[0], live)
             if self.data.held_out.pairs:
-                self.run.append("metrics.jsonl", {"step": 0} | self._evaluate(budget))
+                self.run.append("metrics.jsonl", {"step": 0} | self._evaluate_start(budget))
         elif state.step >= steps.total and self.data.held_out.pairs:
             self._evaluate(budget)
 
@@ -244,7 +255,7 @@ class _Session:
         Raises:
             ModelError: it does not, by more than rounding explains.
         """
-        if self.recipe.reference.model is not None or self.recipe.reference.adapter is not None:
+        if self._has_other_reference():
             return
         batch = batch.to(self.base.device)
         with torch.no_grad(), in_eval(self.policy):
@@ -266,6 +277,16 @@ class _Session:
         if not due or not self.data.held_out.pairs:
             return {}
         return self._evaluate(budget)
+
+    def _evaluate_start(self, budget: int) -> dict[str, float]:
+        """Held-out numbers before the first step: the policy still is its reference, so no pass over them is needed."""
+        if self._has_other_reference():
+            return self._evaluate(budget)
+        assert self.held_out_reference is not None
+        return held_out_metrics(self.held_out_reference, self.held_out_reference, self.recipe.objective)
+
+    def _has_other_reference(self) -> bool:
+        return self.recipe.reference.model is not None or self.recipe.reference.adapter is not None
 
     def _evaluate(self, budget: int) -> dict[str, float]:
         assert self.held_out_reference is not None
@@ -300,11 +321,8 @@ class _Session:
     def _save(self, state: TrainingState) -> None:
         try:
             save_checkpoint(self.run.checkpoints, self.policy, state, base=self.base.typed)
-        except OSError as error:
-            raise RunError(
-                f"checkpoint of step {state.step} cannot be written to {self.run.checkpoints}: {error.strerror or error}",
-                hint="free some space and run the same command: it goes on from the last whole checkpoint",
-            ) from None
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(f"checkpoint of step {state.step}", self.run.checkpoints, error) from None
 
     def _track(self) -> None:
         if (tracker := self.recipe.run.tracker) is None:
@@ -416,6 +434,20 @@ def _typed_model(loaded: LoadedRecipe) -> str:
     return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path
 
 
+def _check_not_shorter(run: RunFolder, total: int) -> None:
+    """`training.max_steps` may come or go as long as it makes the run longer; only the data say whether it does.
+
+    Raises:
+        RunError: the run has more steps behind it than are asked for now.
+    """
+    checkpoint = newest_checkpoint(run.checkpoints)
+    if checkpoint is not None and (done := int(checkpoint.name.removeprefix("step-"))) > total:
+        raise RunError(
+            f"{run.path} has {done} steps behind it, and training.max_steps or epochs now ask for {total}",
+            hint="a run can be made longer, not shorter: choose another folder (--set run.folder=NAME)",
+        )
+
+
 def _is_finished(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> bool:
     before = run.recipe()
     same_length = before is not None and (before.training.epochs, before.training.max_steps) == (
@@ -433,14 +465,15 @@ class _Asked:
 
 
 @contextmanager
-def _signals() -> Iterator[_Asked]:
-    """SIGINT and SIGTERM wait for the step's end; a second one does not."""
+def _signals(progress: Progress) -> Iterator[_Asked]:
+    """SIGINT and SIGTERM wait for the step's end and its checkpoint; a second one does not."""
     asked = _Asked()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if asked.signal:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
         asked.signal = number
+        progress.say("stopping after this step, with a checkpoint; a second signal stops at once")
 
     try:
         before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -459,6 +492,15 @@ def _interrupted(number: int, step: int, run: RunFolder) -> Interrupted:
         f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is in {run.checkpoints}",
         exit_code=128 + number,
         hint="the same command continues from there",
+    )
+
+
+def _unwritable(what: str, where: Path, error: Exception) -> RunError:
+    """A full or read-only disk; safetensors has an exception of its own for it."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return RunError(
+        f"{what} cannot be written to {where}: {reason}",
+        hint="free some space and run the same command: it goes on from the last whole checkpoint",
     )
 
 

@@ -1,0 +1,41 @@
+# `make demo`, `make test`, `make check`: each makes .venv and installs what it needs, given Python 3.11+ and make.
+PYTHON ?= python3
+BIN := .venv/bin
+ARGS ?=
+
+.PHONY: demo test check format benchmark clean
+
+demo: .venv/runtime
+	$(BIN)/dpo demo --out runs/demo
+
+test: .venv/dev
+	$(BIN)/python -m pytest $(ARGS)
+
+check: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: .venv/dev
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+benchmark: .venv/dev
+	$(BIN)/python benchmarks/vs_trl.py --device cpu
+
+# A stamp a set of dependencies: the install runs again when pyproject.toml changes.
+.venv/runtime: pyproject.toml | .venv
+	$(BIN)/python -m pip install --quiet --editable .
+	@touch $@
+
+.venv/dev: pyproject.toml | .venv
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	@touch $@ .venv/runtime
+
+.venv:
+	$(PYTHON) -c 'import sys; sys.exit("DPO Studio needs Python 3.11 or newer, this is " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+
+clean:
+	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

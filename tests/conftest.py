@@ -1,0 +1,88 @@
+"""What several test files share: pairs of random ids, and a policy whose adapter is no longer the zero it starts as."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor
+
+from dpo_studio.config import AdapterSection
+from dpo_studio.models.adapters import attach
+from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
+from tests.tiny_models import tiny_model
+from tests.tiny_tokenizers import VOCABULARY
+
+SECTION = AdapterSection(rank=4, alpha=8)
+"""The adapter of the tests: scale 2, on every linear layer but the head."""
+
+
+def encoded(
+    prompt: Sequence[int],
+    chosen: Sequence[int],
+    rejected: Sequence[int],
+    *,
+    unscored: Sequence[int] = (),
+    row: int = 0,
+) -> EncodedPair:
+    """A pair from plain ids; the places in `unscored` are not scored in either answer."""
+
+    def answer(ids: Sequence[int]) -> EncodedAnswer:
+        scored = np.array([place not in unscored for place in range(len(ids))])
+        return EncodedAnswer(np.array(ids, np.int32), scored)
+
+    return EncodedPair(row, np.array(prompt, np.int32), answer(chosen), answer(rejected))
+
+
+def random_pairs(
+    count: int, *, seed: int = 0, prompt: tuple[int, int] = (2, 20), answer: tuple[int, int] = (1, 24)
+) -> list[EncodedPair]:
+    """Pairs of random ids, lengths drawn from the two ranges, both ends included."""
+    draw = np.random.default_rng(seed)
+
+    def ids(lengths: tuple[int, int]) -> list[int]:
+        return [int(i) for i in draw.integers(3, VOCABULARY, draw.integers(lengths[0], lengths[1] + 1))]
+
+    return [encoded(ids(prompt), ids(answer), ids(answer), row=row) for row in range(count)]
+
+
+def plain_logps(model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
+    """The textbook: every answer behind its prompt, one sequence at a time, through the model's own logits, (P, 2)."""
+    sums = []
+    for pair in pairs:
+        for answer in (pair.chosen, pair.rejected):
+            ids = torch.tensor([*pair.prompt.tolist(), *answer.ids.tolist()])
+            logps = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
+            places = [len(pair.prompt) + place for place in range(len(answer.ids)) if answer.scored[place]]
+            sums.append(sum((logps[place - 1, ids[place]] for place in places), torch.zeros(())))
+    return torch.stack(sums).view(-1, 2)
+
+
+def moved(policy: Any, *, seed: int = 0, size: float = 0.1) -> Any:
+    """The same policy after its adapter has gone somewhere: every lora_B drawn at random."""
+    draw = torch.Generator().manual_seed(seed)
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            p.data = size * torch.randn(p.shape, generator=draw)
+    return policy
+
+
+def policy_on(architecture: str = "llama", *, size: float = 0.1, **changes: Any) -> Any:
+    """Our LoRA on a tiny model, in eval, its adapter moved by `size`."""
+    model = tiny_model(architecture, **changes)
+    model.requires_grad_(False)
+    return moved(attach(model, SECTION, seed=0), size=size).eval()
+
+
+def plain_peft_on(architecture: str = "llama", *, size: float = 0.1, **changes: Any) -> Any:
+    """The oracle of `policy_on`: the same weights, PEFT's own LoRA layers, transformers' eager attention."""
+    model = tiny_model(architecture, attn_implementation="eager", **changes)
+    config = LoraConfig(r=SECTION.rank, lora_alpha=SECTION.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
+    policy = get_peft_model(model, config)
+    ours = dict(policy_on(architecture, size=size, **changes).named_parameters())
+    for name, p in policy.named_parameters():
+        p.data = ours[name].data.clone()
+    return policy.eval()

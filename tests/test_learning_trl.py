@@ -1,0 +1,155 @@
+"""Law 5: twenty steps of our loop are twenty steps of TRL's DPOTrainer on the same ids in the same order.
+
+TRL pads, runs every sequence whole, asks the reference in the step and leaves optimizer, schedule and clipping to
+transformers' Trainer. We pack, share prompts, and do the rest ourselves. Nothing but the start is common.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from accelerate import Accelerator
+from datasets import Dataset
+from trl import DPOConfig, DPOTrainer
+
+from dpo_studio.config import TrainingSection
+from dpo_studio.learning.reference import reference_logps
+from dpo_studio.learning.train import TrainingState, train
+from dpo_studio.models.adapters import as_reference, train_mode
+from dpo_studio.models.attention import PAIRS
+from dpo_studio.objectives import AOT, DPO, IPO, Hinge
+from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.tokens.pack import Steps
+from tests.conftest import plain_peft_on, policy_on, random_pairs
+from tests.tiny_tokenizers import tiny_tokenizer
+
+STEPS = 20
+TRAINED_ON = random_pairs(30, prompt=(2, 12), answer=(1, 16))
+"""Thirty pairs in steps of five: six steps an epoch, and twenty steps end in the fourth."""
+
+class AsGiven(DPOTrainer):  # type: ignore[misc]
+    """TRL, its hands off the ids."""
+
+    def _prepare_dataset(self, dataset: Dataset, *_: Any) -> Dataset:
+        return dataset
+
+
+def trl_steps(
+    rows: Sequence[EncodedPair], section: TrainingSection, folder: Path, steps: int, **settings: Any
+) -> list[dict[str, float]]:
+    """What TRL logs at each of `steps` steps over `rows`, from the start that `policy_on(size=0)` has."""
+    dataset = Dataset.from_list(
+        [
+            {
+                "prompt_ids": pair.prompt.tolist(),
+                "chosen_ids": pair.chosen.ids.tolist(),
+                "rejected_ids": pair.rejected.ids.tolist(),
+            }
+            for pair in rows
+        ]
+    )
+    config = DPOConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=section.pairs_per_step,
+        train_sampling_strategy="sequential",
+        max_steps=steps,
+        learning_rate=section.learning_rate,
+        weight_decay=section.weight_decay,
+        warmup_steps=int(section.warmup),
+        max_grad_norm=section.clip or 0.0,
+        logging_steps=1,
+        logging_strategy="steps",
+        report_to="none",
+        save_strategy="no",
+        bf16=False,
+        activation_checkpointing=False,
+        use_cpu=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,
+        **({"lr_scheduler_type": section.schedule} | settings),
+    )
+    trainer = AsGiven(
+        model=plain_peft_on(size=0),
+        args=config,
+        train_dataset=dataset,
+        processing_class=tiny_tokenizer(),
+    )
+    trainer.train()
+    return [line for line in trainer.state.log_history if "loss" in line]
+
+
+def our_steps(section: TrainingSection, objective: Any, steps: int) -> list[dict[str, float]]:
+    """What our loop reports at each of `steps` steps."""
+    policy = policy_on(size=0, attn_implementation=PAIRS)
+    with as_reference(policy):
+        known = reference_logps(policy, TRAINED_ON, budget=200, cache=None)
+    plan = Steps(
+        TRAINED_ON,
+        section.pairs_per_step,
+        100,
+        section.seed,
+        1,
+        steps,
+        lambda places: known.map(lambda x_P: x_P[list(places)]),
+    )
+    train_mode(policy)
+    state = TrainingState.fresh(policy, section, steps, Accelerator(cpu=True))
+    return [report.metrics for report in train(policy, plan, objective, state)]
+
+
+def in_our_order(section: TrainingSection, steps: int) -> list[EncodedPair]:
+    """The rows as the steps take them."""
+    plan = Steps(TRAINED_ON, section.pairs_per_step, 100, section.seed, 1, steps)
+    return [TRAINED_ON[place] for step in range(1, steps + 1) for place in plan.pairs_of(step)]
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_twenty_steps_are_trl_s_loss_by_loss(schedule: Any, tmp_path: Path) -> None:
+    """1e-5 in losses and rewards (law 5 asks for 1e-4; 4e-7 was measured), at a rate that moves the loss by more than
+    0.1 from ln 2: at one that does not, any two programs agree. TRL counts a tie as 0, we as one half, so accuracies
+    are compared from step 3 on: the first update has rate 0, and two steps see the start."""
+    section = TrainingSection(pairs_per_step=5, learning_rate=3e-3, schedule=schedule, warmup=3, seed=7)
+    theirs = trl_steps(in_our_order(section, STEPS), section, tmp_path, STEPS)
+    ours = our_steps(section, DPO(beta=0.1), STEPS)
+    assert len(ours) == len(theirs) == STEPS
+    assert ours[0]["loss"] == pytest.approx(math.log(2), abs=1e-5)
+    assert min(line["loss"] for line in ours) < math.log(2) - 0.1
+    for our, their in zip(ours, theirs, strict=True):
+        for name in ("loss", "rewards/chosen", "rewards/rejected", "rewards/margins"):
+            assert our[name] == pytest.approx(their[name], abs=1e-5), name
+        for name in ("logps/chosen", "logps/rejected", "grad_norm"):
+            assert our[name] == pytest.approx(their[name], rel=1e-5), name
+        assert our["learning_rate"] == pytest.approx(their["learning_rate"], rel=1e-12)
+    for our, their in zip(ours[2:], theirs[2:], strict=True):
+        assert our["rewards/accuracies"] == pytest.approx(their["rewards/accuracies"], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("objective", "settings"),
+    [
+        (IPO(beta=0.2), {"loss_type": "ipo", "beta": 0.2}),
+        (Hinge(beta=0.3), {"loss_type": "hinge", "beta": 0.3}),
+        (AOT(beta=0.3), {"loss_type": "aot", "beta": 0.3}),
+        (AOT(beta=0.3, label_smoothing=0.2), {"loss_type": "aot", "beta": 0.3, "label_smoothing": 0.2}),
+    ],
+    ids=str,
+)
+def test_the_other_objectives_take_trl_s_steps_too(objective: Any, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Eight steps, weight decay on, gradients clipped hard; AOT sorts over the whole step, which we take in several
+    micro-batches and TRL in one."""
+    section = TrainingSection(
+        pairs_per_step=6, learning_rate=5e-3, schedule="constant", warmup=1, seed=1, clip=0.1, weight_decay=0.1
+    )
+    theirs = trl_steps(
+        in_our_order(section, 8), section, tmp_path, 8, lr_scheduler_type="constant_with_warmup", **settings
+    )
+    ours = our_steps(section, objective, 8)
+    losses = [line["loss"] for line in ours]
+    assert max(losses) - min(losses) > 0.05
+    assert losses == pytest.approx([line["loss"] for line in theirs], rel=1e-5)
+    for name in ("rewards/chosen", "rewards/rejected"):
+        assert [line[name] for line in ours] == pytest.approx([line[name] for line in theirs], abs=1e-5)

@@ -1,0 +1,157 @@
+"""Masks by hand, the two ways of attention against each other, and what is refused by its config alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    CohereConfig,
+    Gemma2Config,
+    GPT2Config,
+    GptOssConfig,
+    GraniteConfig,
+    JambaConfig,
+    Llama4TextConfig,
+    MambaConfig,
+    Qwen3NextConfig,
+    T5Config,
+)
+
+from dpo_studio.errors import ModelError
+from dpo_studio.learning.logprobs import token_logps
+from dpo_studio.models.attention import PAIRS, attention_arguments, check_architecture, dense_mask
+from dpo_studio.tokens.pack import Span, pack
+from tests.conftest import encoded, random_pairs
+from tests.tiny_models import ARCHITECTURES, tiny_model
+
+TWO = [encoded([11, 12], [21, 22, 23], [31, 32]), encoded([13], [24, 25], [33])]
+"""Rows of tokens: 11 12 | 21 22 | 31 for the first pair, 13 | 24 | nothing for the second, whose answer is one token."""
+
+
+def seen(mask: Tensor) -> list[str]:
+    """A line for each token of the row: x where it may look."""
+    return ["".join("x" if look else "." for look in row) for row in mask[0, 0].tolist()]
+
+
+def test_a_token_sees_its_own_prompt_and_its_own_answer_so_far() -> None:
+    """Row: 11 12 21 22 31 | 13 24. The rejected 31 sees the prompt and itself, not 21 22; 13 begins anew."""
+    assert seen(dense_mask(pack(TWO))) == [
+        "x......",
+        "xx.....",
+        "xxx....",
+        "xxxx...",
+        "xx..x..",
+        ".....x.",
+        ".....xx",
+    ]
+
+
+def test_a_window_is_counted_in_positions_not_in_places() -> None:
+    """Window 2: a token sees itself and the position before it. For 31 (position 2) that is 12 (position 1), three
+    places to its left; a window counted in places would leave it only itself."""
+    assert seen(dense_mask(pack(TWO), window=2)) == [
+        "x......",
+        "xx.....",
+        ".xx....",
+        "..xx...",
+        ".x..x..",
+        ".....x.",
+        ".....xx",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("architecture", "windows"),
+    [
+        ("llama", 0),
+        ("mistral-window", 9),
+        ("qwen2", {"full_attention": 0}),
+        ("qwen2-mixed", {"full_attention": 0, "sliding_attention": 9}),
+        ("qwen3", {"full_attention": 0}),
+        ("gemma3", {"full_attention": 0, "sliding_attention": 9}),
+    ],
+)
+def test_every_kind_of_layer_gets_its_own_window(architecture: str, windows: Any) -> None:
+    """One mask for models with one kind of layer, else one for each; `pairs` gets the window itself, 0 for none."""
+    config = tiny_model(architecture, attn_implementation=PAIRS).config
+    batch = pack(random_pairs(3))
+    arguments = attention_arguments(config, batch)
+    assert arguments["pack_spans"] == batch.spans
+    noted = arguments["attention_mask"]
+    assert (int(noted) if isinstance(noted, Tensor) else {kind: int(note) for kind, note in noted.items()}) == windows
+    config._attn_implementation = "sdpa"
+    (dense,) = attention_arguments(config, batch).values()
+    masks = {"": dense} if isinstance(dense, Tensor) else dense
+    for kind, mask in masks.items():
+        window = windows[kind] if kind else windows
+        assert torch.equal(mask, dense_mask(batch, window or None))
+
+
+WINDOWED = [(name, window) for name in ("mistral-window", "qwen2-mixed", "gemma3") for window in (1, 2, 5, 31)]
+FULL = [(name, None) for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3")]
+
+
+@pytest.mark.parametrize(("architecture", "window"), WINDOWED + FULL)
+def test_pair_by_pair_is_the_dense_mask(architecture: str, window: int | None) -> None:
+    """The same model twice, whatever the window: one token wide, within an answer, across the prompt, or past it all."""
+    batch = pack([*random_pairs(4, seed=window or 0), *TWO])
+    changes = {} if window is None else {"sliding_window": window}
+    with torch.no_grad():
+        by_pair, dense = (
+            token_logps(tiny_model(architecture, attn_implementation=kind, **changes), batch)
+            for kind in (PAIRS, "sdpa")
+        )
+    torch.testing.assert_close(by_pair, dense, rtol=1e-5, atol=1e-4)
+
+
+def test_without_a_pack_the_pairwise_attention_is_plain_sdpa() -> None:
+    """`dpo generate` uses the same loaded model: also with left padding."""
+    ids, mask = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
+    for architecture in ("llama", "mistral-window", "gemma3"):
+        with torch.no_grad():
+            ours, theirs = (
+                tiny_model(architecture, attn_implementation=kind)(input_ids=ids, attention_mask=mask).logits
+                for kind in (PAIRS, "sdpa")
+            )
+        assert torch.equal(ours[mask.bool()], theirs[mask.bool()])
+
+
+def test_spans_are_where_the_parts_lie() -> None:
+    """First pair: prompt 0-2, chosen 2-4, rejected 4-5; second: prompt 5-6, chosen 6-7, no rejected token is read."""
+    assert pack(TWO).spans == (Span(0, 2, 4, 5), Span(5, 6, 7, 7))
+
+
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (Gemma2Config(), "caps its logits (final_logit_softcapping)"),
+        (GraniteConfig(logits_scaling=8.0), "scales its logits (logits_scaling)"),
+        (CohereConfig(), "scales its logits (logit_scale)"),
+        (Qwen3NextConfig(), "layers a pack's mask does not reach (linear_attention)"),
+        (JambaConfig(), "a pack's mask does not reach"),
+        (MambaConfig(), "a pack's mask does not reach"),
+        (Llama4TextConfig(), "a pack's mask does not reach"),
+        (GptOssConfig(), "a pack's mask does not reach"),
+        (GPT2Config(), "a pack's mask does not reach"),
+        (T5Config(), "is an encoder-decoder"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_packs_cannot_hold_is_refused_by_its_config(config: Any, reason: str) -> None:
+    with pytest.raises(ModelError) as refused:
+        check_architecture(config, "some/model")
+    assert f"some/model ({config.model_type}) " in refused.value.message
+    assert reason in refused.value.message
+    assert refused.value.hint is not None
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_what_packs_can_hold_is_let_through(architecture: str) -> None:
+    check_architecture(tiny_model(architecture).config, "some/model")
+
+
+def test_a_logit_scale_of_one_is_no_scale() -> None:
+    check_architecture(GraniteConfig(logits_scaling=1.0), "some/model")
