@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -13,7 +16,7 @@ from torch import Tensor
 from dpo_studio.config import AdapterSection
 from dpo_studio.models.adapters import attach
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
-from tests.tiny_models import tiny_model
+from tests.tiny_models import tiny_folder, tiny_model
 from tests.tiny_tokenizers import VOCABULARY
 
 SECTION = AdapterSection(rank=4, alpha=8)
@@ -86,3 +89,28 @@ def plain_peft_on(architecture: str = "llama", *, size: float = 0.1, **changes: 
     for name, p in policy.named_parameters():
         p.data = ours[name].data.clone()
     return policy.eval()
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama and its tokenizer. Read only."""
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test reads or fills the caches of the person who runs it."""
+    monkeypatch.setenv("DPO_STUDIO_CACHE", str(tmp_path_factory.mktemp("cache")))
+
+
+def write_pairs(file: Path, count: int) -> Path:
+    """`count` pairs of text, TRL's implicit columns: every prompt another, answers of one to nine words."""
+    words = "dry it keep off and wait for a day before the bread does rise in warmer place".split()
+    draw = np.random.default_rng(0)
+
+    def text() -> str:
+        return " ".join(draw.choice(words, draw.integers(1, 10)))
+
+    rows = [{"prompt": f"{text()} {row}?", "chosen": f"{text()} {row}.", "rejected": text()} for row in range(count)]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return file

@@ -281,6 +281,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
 
 def validate_recipe(raw: dict[str, Any], *, where: str) -> Recipe:
     """A Recipe from plain data; every problem in one error, each with its key."""
+    raw = {name: section for name, section in raw.items() if section is not None}  # `adapter:` with nothing in it
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:

@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -98,6 +99,8 @@ class RunFolder:
                     f"{self.path} exists and is not a run", hint="choose another folder: --set run.folder=NAME"
                 )
             return wanted
+        if not self._has_begun():
+            return wanted
         old, new = _flat(there.to_plain()), _flat(wanted.to_plain())
         for key, auto in _SETTLED.items():
             if new[key] == auto:
@@ -111,9 +114,18 @@ class RunFolder:
             )
         return validate_recipe(_nested(new), where=str(self.path))
 
+    def _has_begun(self) -> bool:
+        """Whether anything is here that a run with other settings would spoil."""
+        return (
+            self.result_file.exists()
+            or self.checkpoints.exists()
+            or next(self.lines("metrics.jsonl"), None) is not None
+        )
+
     def start(self, loaded: LoadedRecipe, recipe: Recipe) -> None:
         """Make the folder and write down what is run, before anything long begins."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        with _writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
         self.write_yaml("recipe.yaml", recipe.to_plain())
         self.write_yaml("recipe.typed.yaml", loaded.typed)
 
@@ -125,7 +137,7 @@ class RunFolder:
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl or timing.jsonl."""
-        with (self.path / name).open("a", encoding="utf-8") as file:
+        with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
@@ -155,11 +167,24 @@ def is_run(path: str | Path) -> bool:
 def write_atomically(file: Path, text: str) -> None:
     """Replace a file's content in one move: readers see the old text or the new, never half."""
     scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    with _writing(file):
+        try:
+            scratch.write_text(text, encoding="utf-8")
+            scratch.replace(file)
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A full or read-only disk is told of with the name of what was being written."""
     try:
-        scratch.write_text(text, encoding="utf-8")
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
+        yield
+    except OSError as error:
+        raise RunError(
+            f"{path} cannot be written: {error.strerror or error}",
+            hint="free some space and run the same command, or choose another folder: --set run.folder=NAME",
+        ) from None
 
 
 def environment(device: str, **more: Any) -> dict[str, Any]:

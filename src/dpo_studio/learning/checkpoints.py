@@ -35,7 +35,10 @@ _MANIFEST = "manifest.json"
 
 
 def save_checkpoint(folder: Path, policy: PeftModel, state: TrainingState, *, base: str) -> Path:
-    """Write step-N beside its final name, sync, rename; then drop all but the newest few."""
+    """Write step-N beside its final name, sync, rename; then drop all but the newest few.
+
+    Folders of later steps are damaged ones that the run was continued from before: they go too, and count for nothing.
+    """
     final = folder / f"step-{state.step}"
     if _whole(final):
         return final
@@ -49,7 +52,9 @@ def save_checkpoint(folder: Path, policy: PeftModel, state: TrainingState, *, ba
     sync_folder(scratch)
     scratch.replace(final)
     _sync(folder)
-    for _, old in _by_step(folder)[:-KEPT]:
+    so_far = [path for step, path in _by_step(folder) if step <= state.step]
+    later = [path for step, path in _by_step(folder) if step > state.step]
+    for old in [*so_far[:-KEPT], *later]:
         shutil.rmtree(old, ignore_errors=True)
     return final
 

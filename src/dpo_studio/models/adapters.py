@@ -115,7 +115,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         ModelError: not a folder with a LoRA adapter in safetensors, or a kind of LoRA we do not compute.
     """
     if not (folder / "adapter_config.json").is_file():
-        raise ModelError(f"{folder} holds no adapter", hint="an adapter folder has adapter_config.json in it")
+        inside = (folder / "adapter" / "adapter_config.json").is_file()
+        hint = f"{folder / 'adapter'} does" if inside else "an adapter folder has adapter_config.json in it"
+        raise ModelError(f"{folder} holds no adapter", hint=hint)
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"{folder}: no adapter_model.safetensors",

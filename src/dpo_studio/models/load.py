@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from dpo_studio.tokens.chat import ChatEncoder
 __all__ = ["ChatModel", "choose_dtype", "load_chat_model", "load_encoder", "locate", "weights_fingerprint"]
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_NO_HUB = "check the network, or download the model elsewhere and give its folder"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
@@ -84,16 +87,18 @@ def locate(path: str, revision: str | None = None, say: Callable[[str], None] = 
 
 
 def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> Path:
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
     from huggingface_hub.errors import RevisionNotFoundError as NoRevision
 
     try:
-        try:
-            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True))
-        except LocalEntryNotFoundError:
+        with suppress(LocalEntryNotFoundError):
+            cached = snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES, local_files_only=True)
+            if _is_whole(Path(cached)):
+                return Path(cached)
+        if not constants.HF_HUB_OFFLINE:
             say(f"fetching {name} from the Hub")
-            return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_HUB_FILES))
     except HFValidationError as error:
         raise ModelError(f"{name!r} is neither a folder nor a Hub id: {error}") from None
     except NoRevision:
@@ -103,10 +108,18 @@ def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> Pa
             f"no folder {name} here, and no such model on the Hub", hint="private or gated? run `hf auth login`"
         ) from None
     except Exception as error:
-        raise ModelError(
-            f"{name} is not on this machine and the Hub cannot be reached: {type(error).__name__}",
-            hint="check the network, or download the model elsewhere and give its folder",
-        ) from None
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            hint = "free some space, or point HF_HOME elsewhere"
+            raise ModelError(f"{name} cannot be fetched: {error.strerror}", hint=hint) from None
+        why = "HF_HUB_OFFLINE keeps the Hub away" if constants.HF_HUB_OFFLINE else "the Hub cannot be reached"
+        raise ModelError(f"{name} is not on this machine, and {why} ({type(error).__name__})", hint=_NO_HUB) from None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every weight file is there: a cache may hold a part of a model, left by a broken download."""
+    index = _read_json(folder / "model.safetensors.index.json").get("weight_map")
+    wanted = set(index.values()) if isinstance(index, dict) else {path.name for path in folder.glob("*.safetensors")}
+    return bool(wanted) and all((folder / name).is_file() for name in wanted)
 
 
 def check_folder(folder: Path, section: ModelSection) -> None:
@@ -235,9 +248,12 @@ def _time_product(dtype: torch.dtype) -> float:
 
 def _read_config(folder: Path, name: str) -> dict[str, Any]:
     if not (folder / "config.json").is_file():
-        hint = "this is an adapter folder: give its base as model.path and this as model.adapter"
-        has_adapter = (folder / "adapter_config.json").is_file()
-        raise ModelError(f"{name} has no config.json: not a model folder", hint=hint if has_adapter else None)
+        hint = None
+        if (folder / "adapter_config.json").is_file():
+            hint = "this is an adapter folder: give its base as model.path and this as model.adapter"
+        elif (folder / "recipe.yaml").is_file():
+            hint = f"this is a run: give its base as model.path and {folder / 'adapter'} as model.adapter"
+        raise ModelError(f"{name} has no config.json: not a model folder", hint=hint)
     return _read_json(folder / "config.json")
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
 from peft import PeftModel
 from safetensors import SafetensorError
 
@@ -79,6 +80,7 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: P
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
         recipe = run.settle(loaded.recipe)
+        _check_tracker(recipe)
         source, split = _read(recipe, shown)
         folder = locate(recipe.model.path, recipe.model.revision, shown.say)
         check_folder(folder, recipe.model)
@@ -92,6 +94,7 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
     started = time.perf_counter()
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
+    _check_tracker(recipe)
     source, split = _read(recipe, progress)
     if (done := run.result()) is not None and _is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
@@ -100,9 +103,9 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
     recipe = _settle_automatics(recipe, base)
     data = _encode(recipe, source, split, base.encoder, progress)
     _check_not_shorter(run, _steps(recipe, data.train.pairs, _CPU_TOKENS).total)
+    policy = _attach(base, recipe)
     run.start(loaded, recipe)
     run.result_file.unlink(missing_ok=True)
-    policy = _attach(base, recipe)
     session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"))
     session.fit()
     result = session.finish(time.perf_counter() - started) | (result_extra or {})
@@ -267,9 +270,9 @@ class _Session:
         limit = 1e-4 if self.base.model.dtype == torch.float32 else 0.05
         if not off <= limit:
             raise ModelError(
-                f"before the first step the policy differs from its reference by {off:.3g} nats a token (limit {limit}): "
-                f"the loss would not start at ln 2",
-                hint=f"the cached reference may be stale: remove {cache_folder() / 'reference'}, or set reference.mode: live",
+                f"before the first step the policy differs from its reference by {off:.3g} nats a token "
+                f"(limit {limit}): the loss would not start at ln 2",
+                hint=f"is the cache stale? remove {cache_folder() / 'reference'}, or set reference.mode: live",
             )
 
     def _maybe_evaluate(self, step: int, total: int, budget: int) -> dict[str, float]:
@@ -327,15 +330,8 @@ class _Session:
     def _track(self) -> None:
         if (tracker := self.recipe.run.tracker) is None:
             return
-        try:
-            self.accelerator = Accelerator(
-                cpu=self.base.device.type == "cpu", log_with=tracker, project_dir=self.run.path
-            )
-            self.accelerator.init_trackers("dpo-studio", config={})
-        except (ImportError, ValueError) as error:
-            raise RunError(
-                f"run.tracker {tracker} cannot be used: {error}", hint="pip install 'dpo-studio[trackers]'"
-            ) from None
+        self.accelerator = Accelerator(cpu=self.base.device.type == "cpu", log_with=tracker, project_dir=self.run.path)
+        self.accelerator.init_trackers("dpo-studio", config={})
 
 
 def _read(recipe: Recipe, progress: Progress) -> tuple[PairSource, Split]:
@@ -358,8 +354,9 @@ def _encode(recipe: Recipe, source: PairSource, split: Split, encoder: ChatEncod
         encoded.append(part)
     train_side, held_out = encoded
     if not train_side.pairs:
+        reason = train_side.refused[0][1] if train_side.refused else "none was there"
         raise DataError(
-            f"no training pair is left of {len(split.train)} ({train_side.refused[0][1] if train_side.refused else 'none'})",
+            f"no training pair is left of {len(split.train)}: {reason}",
             hint=f"data.max_length is {recipe.data.max_length} and data.too_long {recipe.data.too_long}",
         )
     by_row = {pair.row: prompt_key(pair.prompt) for pair in split.held_out}
@@ -432,6 +429,17 @@ def _reference_model(
 def _typed_model(loaded: LoadedRecipe) -> str:
     typed = loaded.typed.get("model")
     return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path
+
+
+def _check_tracker(recipe: Recipe) -> None:
+    """Before anything long begins: accelerate only warns of a tracker that is not installed, and tracks nothing.
+
+    Raises:
+        RunError: `run.tracker` is not installed.
+    """
+    tracker = recipe.run.tracker
+    if tracker is not None and tracker not in map(str, get_available_trackers()):
+        raise RunError(f"run.tracker: {tracker} is not installed", hint="pip install 'dpo-studio[trackers]'")
 
 
 def _check_not_shorter(run: RunFolder, total: int) -> None:
