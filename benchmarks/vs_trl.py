@@ -42,7 +42,7 @@ from dpo_studio.tokens.encode import EncodedPair, encode_pairs
 from dpo_studio.tokens.pack import Steps, packed_tokens
 
 PAIRS_PER_STEP = 4
-TOKENS_PER_MICRO_BATCH = 1024
+TOKENS_PER_MICRO_BATCH = 2048
 LEARNING_RATE = 1e-5
 
 

@@ -55,8 +55,8 @@ ORDINARY_TEMPERATURES = (0.7, 0.7, 0.7, 0.7)
 SHORT_TOKENS, ORDINARY_TOKENS = 100, 140
 LONG_WORDS = 75
 STUB_SHARE = 0.65
-"""Share of rows whose rejected answer is a stub. 0.5 left a model that stops in 86 % of its answers, 0.8 one that says
-nothing in 14 %; 0.65 gave 99 % and 7 %."""
+"""Share of rows whose rejected answer is a stub. Tuned answers that ended, and that said nothing: 0.99 and 0.95 with no
+stubs (learning rate 1e-4, beta 0.1), 0.86 and 0.06 with half (1.7e-4, 0.5), 0.99 and 0.07 with 0.65 (2.9e-4, 0.5)."""
 BATCH = 512
 HELD_OUT_OVERLAP = 0.5
 """A held-out prompt may share at most this part of its content words with any training prompt (Jaccard)."""
@@ -214,7 +214,7 @@ SMALL_TALK = re.compile(
 """The answer speaks of itself, or takes the question for a riddle: this model's favourite ways of missing the point."""
 MARKUP = re.compile(r"[\n*#\"“”:\[\]()]|(?:^|\s)\d\.(?:\s|$)")
 LEAST_SCORE = -0.9
-"""Below it answers drift off the subject: of the 20 that were read, 14 did."""
+"""Below it answers drift off the subject: most of the twenty lowest, when read, did."""
 VARIED = 0.72
 """Least share of different words among the longer words: below it the answer turns in circles."""
 

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
-from dpo_studio.config import AdapterSection
-from dpo_studio.models.adapters import attach
+from dpo_studio.config import AdapterSection, TrainingSection
+from dpo_studio.learning.reference import reference_logps
+from dpo_studio.learning.train import StepReport, TrainingState, train
+from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
+from dpo_studio.tokens.pack import Steps
 from tests.tiny_models import tiny_folder, tiny_model
+from tests.tiny_runs import dpo, write_recipe
 from tests.tiny_tokenizers import VOCABULARY
 
 SECTION = AdapterSection(rank=4, alpha=8)
@@ -73,11 +78,12 @@ def moved(policy: Any, *, seed: int = 0, size: float = 0.1) -> Any:
     return policy
 
 
-def policy_on(architecture: str = "llama", *, size: float = 0.1, **changes: Any) -> Any:
+def policy_on(architecture: str = "llama", *, size: float = 0.1, dropout: float = 0.0, **changes: Any) -> Any:
     """Our LoRA on a tiny model, in eval, its adapter moved by `size`."""
     model = tiny_model(architecture, **changes)
     model.requires_grad_(False)
-    return moved(attach(model, SECTION, seed=0), size=size).eval()
+    section = SECTION.model_copy(update={"dropout": dropout})
+    return moved(attach(model, section, seed=0), size=size).eval()
 
 
 def plain_peft_on(architecture: str = "llama", *, size: float = 0.1, **changes: Any) -> Any:
@@ -89,6 +95,32 @@ def plain_peft_on(architecture: str = "llama", *, size: float = 0.1, **changes: 
     for name, p in policy.named_parameters():
         p.data = ours[name].data.clone()
     return policy.eval()
+
+
+def take_steps(
+    policy: Any,
+    pairs: Sequence[EncodedPair],
+    section: TrainingSection,
+    objective: Any,
+    *,
+    steps: int,
+    budget: int = 100,
+) -> Iterator[StepReport]:
+    """Our loop as `dpo train` runs it, the reference known beforehand."""
+    with as_reference(policy):
+        known = reference_logps(policy, pairs, budget=budget, cache=None)
+    plan = Steps(
+        pairs,
+        section.pairs_per_step,
+        budget,
+        section.seed,
+        section.epochs,
+        steps,
+        lambda places: known.map(lambda x_P: x_P[list(places)]),
+    )
+    train_mode(policy)
+    state = TrainingState.fresh(policy, section, steps, Accelerator(cpu=True))
+    return train(policy, plan, objective, state)
 
 
 @pytest.fixture(scope="session")
@@ -114,3 +146,26 @@ def write_pairs(file: Path, count: int) -> Path:
     rows = [{"prompt": f"{text()} {row}?", "chosen": f"{text()} {row}.", "rejected": text()} for row in range(count)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """No test reads or writes the caches of whoever runs it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DPO_STUDIO_CACHE", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of 50,000 random parameters with a ChatML tokenizer, as a model folder."""
+    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished run of four steps on `tiny_base`, with beta 0.5 and 18 pairs. Not to be written to."""
+    recipe = write_recipe(tmp_path_factory.mktemp("run") / "r.yaml", tiny_base, objective={"beta": 0.5})
+    said = dpo("train", recipe)
+    assert said.code == 0, said.err
+    return recipe.parent / "run"

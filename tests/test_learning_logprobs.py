@@ -176,11 +176,7 @@ def test_check_packing_passes_a_single_pair_and_bfloat16() -> None:
 
 def test_check_packing_is_blind_to_dropout() -> None:
     """An adapter that goes on training has dropout on and is no longer zero: that is no fault of the mask."""
-    policy = policy_on(attn_implementation=PAIRS, size=1.0)
-    for name, module in policy.named_modules():
-        if "lora_dropout" in name and not list(module.children()):
-            policy.get_submodule(name.rpartition(".")[0])["default"] = torch.nn.Dropout(0.5)
-    policy.train()
+    policy = policy_on(attn_implementation=PAIRS, size=1.0, dropout=0.5).train()
     assert check_packing(policy, random_pairs(5)) < 1e-4
     assert policy.training
 

@@ -12,19 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from accelerate import Accelerator
 from datasets import Dataset
 from trl import DPOConfig, DPOTrainer
 
 from dpo_studio.config import TrainingSection
-from dpo_studio.learning.reference import reference_logps
-from dpo_studio.learning.train import TrainingState, train
-from dpo_studio.models.adapters import as_reference, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import AOT, DPO, IPO, Hinge
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import Steps
-from tests.conftest import plain_peft_on, policy_on, random_pairs
+from tests.conftest import plain_peft_on, policy_on, random_pairs, take_steps
 from tests.tiny_tokenizers import tiny_tokenizer
 
 STEPS = 20
@@ -83,22 +79,9 @@ def trl_steps(
 
 
 def our_steps(section: TrainingSection, objective: Any, steps: int) -> list[dict[str, float]]:
-    """What our loop reports at each of `steps` steps."""
+    """What our loop reports at each of `steps` steps, in micro-batches of at most 100 tokens."""
     policy = policy_on(size=0, attn_implementation=PAIRS)
-    with as_reference(policy):
-        known = reference_logps(policy, TRAINED_ON, budget=200, cache=None)
-    plan = Steps(
-        TRAINED_ON,
-        section.pairs_per_step,
-        100,
-        section.seed,
-        1,
-        steps,
-        lambda places: known.map(lambda x_P: x_P[list(places)]),
-    )
-    train_mode(policy)
-    state = TrainingState.fresh(policy, section, steps, Accelerator(cpu=True))
-    return [report.metrics for report in train(policy, plan, objective, state)]
+    return [report.metrics for report in take_steps(policy, TRAINED_ON, section, objective, steps=steps)]
 
 
 def in_our_order(section: TrainingSection, steps: int) -> list[EncodedPair]:

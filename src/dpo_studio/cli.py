@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+INTERRUPTED = 128 + signal.SIGINT
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045 - typer reads it at run time
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
@@ -182,12 +183,13 @@ def main() -> None:
     _prepare_streams()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        app(standalone_mode=False)
+        if app(standalone_mode=False) == INTERRUPTED:  # typer hides a KeyboardInterrupt in what it returns
+            raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
     except DPOStudioError as error:
         _die(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
-        _die("interrupted", 130)
+        _die("interrupted", INTERRUPTED)
     except BrokenPipeError:  # `dpo score ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)

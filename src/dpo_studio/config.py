@@ -45,7 +45,7 @@ class Section(BaseModel):
 class ModelSection(Section):
     """The base model."""
 
-    path: str
+    path: Annotated[str, Field(min_length=1)]
     """A Hub id, a folder, or `bundled:smollm2-135m-instruct`."""
     revision: str | None = None
     """Branch, tag or commit on the Hub."""
@@ -66,7 +66,7 @@ class ModelSection(Section):
 class SourceSection(Section):
     """Where pairs come from."""
 
-    source: str
+    source: Annotated[str, Field(min_length=1)]
     """File (.jsonl .json .jsonl.gz .parquet .csv), folder, `bundled:everyday`, or Hub id `name[/config][:split]`."""
     split: str | None = None
     """Which split of a folder or Hub dataset."""

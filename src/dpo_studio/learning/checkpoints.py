@@ -45,11 +45,11 @@ def save_checkpoint(folder: Path, policy: PeftModel, state: TrainingState, *, ba
     scratch = folder / f".writing-step-{state.step}"
     shutil.rmtree(scratch, ignore_errors=True)
     shutil.rmtree(final, ignore_errors=True)
-    save_adapter(policy, scratch / "adapter", base=base)
-    save_file(_optimizer_tensors(policy, state.optimizer), scratch / "optimizer.safetensors")
-    (scratch / "state.json").write_text(json.dumps({"step": state.step}) + "\n", encoding="utf-8")
-    (scratch / _MANIFEST).write_text(json.dumps(_manifest(scratch), indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    sync_folder(scratch)
+    try:
+        _write(scratch, policy, state, base)
+    except BaseException:  # a full disk needs the room that half a checkpoint takes
+        shutil.rmtree(scratch, ignore_errors=True)
+        raise
     scratch.replace(final)
     _sync(folder)
     so_far = [path for step, path in _by_step(folder) if step <= state.step]
@@ -57,6 +57,14 @@ def save_checkpoint(folder: Path, policy: PeftModel, state: TrainingState, *, ba
     for old in [*so_far[:-KEPT], *later]:
         shutil.rmtree(old, ignore_errors=True)
     return final
+
+
+def _write(scratch: Path, policy: PeftModel, state: TrainingState, base: str) -> None:
+    save_adapter(policy, scratch / "adapter", base=base)
+    save_file(_optimizer_tensors(policy, state.optimizer), scratch / "optimizer.safetensors")
+    (scratch / "state.json").write_text(json.dumps({"step": state.step}) + "\n", encoding="utf-8")
+    (scratch / _MANIFEST).write_text(json.dumps(_manifest(scratch), indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    sync_folder(scratch)
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path | None:

@@ -160,7 +160,8 @@ def learning_rate(section: TrainingSection, step: int, total_steps: int) -> floa
 
     The same numbers as transformers' `get_scheduler`, as a function of the step alone.
     """
-    warmup = math.ceil(section.warmup * total_steps) if section.warmup < 1 else int(section.warmup)
+    share = math.ceil(round(section.warmup * total_steps, 6))  # 0.07 x 100 is 7.000000000000001 to a float
+    warmup = share if section.warmup < 1 else int(section.warmup)
     if step < warmup:
         return section.learning_rate * step / warmup
     done = (step - warmup) / max(1, total_steps - warmup)

@@ -115,6 +115,10 @@ def _draw_accuracy(facts: RunFacts) -> MaybeFigure:
     return figure
 
 
+_ROOM_FOR_TWO_NAMES = 0.21
+"""Share of the bar that "tie" and "base wins" need side by side."""
+
+
 def _draw_verdicts(facts: RunFacts) -> MaybeFigure:
     counts = [facts.number(key) for key in ("wins", "ties", "losses")]
     known = [0.0 if value is None else value for value in counts]
@@ -141,14 +145,11 @@ def _draw_verdicts(facts: RunFacts) -> MaybeFigure:
 
 
 def _name_part(axes: Any, name: str, left: float, part: float, colour: str) -> None:
-    """A name above its part of the bar: the first at its left edge, the last at its right one."""
-    if part <= 0:
+    """A name above its part of the bar: at its left edge, the last part's at its right one."""
+    if part <= 0 or (name == "tie" and 1 - left < _ROOM_FOR_TWO_NAMES):
         return
-    at, align = {"tuned wins": (left, "left"), "base wins": (left + part, "right")}.get(
-        name, (left + part / 2, "center")
-    )
-    if name != "tie" or part > 0.05:
-        axes.text(at, 1.42, name, ha=align, va="bottom", fontsize=11, color=colour)
+    at, align = (left + part, "right") if name == "base wins" else (left, "left")
+    axes.text(at, 1.42, name, ha=align, va="bottom", fontsize=11, color=colour)
 
 
 def _win_rate_mark(axes: Any, facts: RunFacts) -> None:

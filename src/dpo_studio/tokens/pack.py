@@ -168,8 +168,10 @@ class Steps:
 
     @property
     def total(self) -> int:
-        """Steps of the whole run."""
-        return self.max_steps if self.max_steps is not None else math.ceil(self.epochs * self.per_epoch)
+        """Steps of the whole run. Rounded before it is rounded up: 1.1 x 10 is 11.000000000000002 to a float."""
+        if self.max_steps is not None:
+            return self.max_steps
+        return max(1, math.ceil(round(self.epochs * self.per_epoch, 6)))
 
     def epoch_at(self, step: int) -> float:
         """Epochs done after `step` steps."""

@@ -24,8 +24,13 @@ __all__ = ["SHOWCASE", "demo_recipe", "run_demo"]
 SHOWCASE = "I have dropped my phone in water. Now it is not working what should I do now?"
 """The prompt of the tutorial this project grew from; its own tuned model rambled into questions nobody had asked."""
 _SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
-_PROMPTS = 128
+_PROMPTS = 120
 """Held-out prompts that both models answer."""
+
+_CAUTION = (
+    "No model was trained on these prompts, but the demo's pairs and settings were chosen with them and this rule in view: "
+    "expect somewhat less on prompts of your own."
+)
 
 Outcome = Literal["win", "tie", "loss"]
 _OUTCOMES: dict[str, Outcome] = {"b": "win", "a": "loss", "tie": "tie"}
@@ -90,7 +95,7 @@ def _evaluate(trained: TrainedRun, loaded: Loaded, progress: Progress) -> dict[s
             "temperature": _SAMPLING.temperature,
             "max_new_tokens": _SAMPLING.max_new_tokens,
             "judge": judge.name,
-            "judge_description": judge.description,
+            "judge_description": f"{judge.description} {_CAUTION}",
             "showcase_prompt": SHOWCASE,
         }
         | _about("base", base)

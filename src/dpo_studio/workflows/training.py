@@ -41,8 +41,8 @@ from dpo_studio.tokens.pack import MicroBatch, Steps
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
 
-_CPU_TOKENS = 1024
-"""Tokens of a micro-batch on a CPU: two cores are busy from 512 on, and more only takes memory."""
+_CPU_TOKENS = 2048
+"""Tokens of a micro-batch on a CPU: two cores are busy from 512 on; a step of eight short pairs then is one row."""
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,270 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from accelerate.tracking import get_available_trackers
+
+from dpo_studio.errors import RunError
+from dpo_studio.runs import RunFolder, is_run, write_atomically
+from tests.tiny_runs import Said, dpo, write_recipe
+
+
+@pytest.fixture
+def finished(tiny_run: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run and of the recipe beside it, still pointing at the same pairs; the recipe's path."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    raw = yaml.safe_load((tiny_run.parent / "r.yaml").read_text())
+    raw["data"]["train"]["source"] = str(tiny_run.parent / "pairs.jsonl")
+    raw["run"]["folder"] = str(tmp_path / "run")
+    recipe = tmp_path / "r.yaml"
+    recipe.write_text(yaml.safe_dump(raw))
+    return recipe
+
+
+def train(recipe: Path, *changes: str) -> Said:
+    return dpo("train", recipe, *(part for change in changes for part in ("--set", change)))
+
+
+def metrics(recipe: Path) -> list[dict[str, Any]]:
+    return list(RunFolder(recipe.parent / "run").lines("metrics.jsonl"))
+
+
+# What is in the folder
+
+
+def test_a_finished_run_holds_what_the_contract_lists(tiny_run: Path) -> None:
+    names = {path.name for path in tiny_run.iterdir()}
+    files = {"recipe.yaml", "recipe.typed.yaml", "metrics.jsonl", "timing.jsonl", "result.json", "environment.json"}
+    assert names == files | {"report.html", "checkpoints", "adapter"}
+    assert {path.name for path in (tiny_run / "checkpoints").iterdir()} == {"step-2", "step-4"}
+
+
+def test_metrics_have_a_line_a_step_by_trls_names(tiny_run: Path) -> None:
+    """Step 0 is the evaluation before training; evaluations stand in the line of their step (every 2, and the last)."""
+    lines = list(RunFolder(tiny_run).lines("metrics.jsonl"))
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    trained = {"loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies"}
+    trained |= {"logps/chosen", "logps/rejected"}
+    for line in lines[1:]:
+        assert line.keys() >= trained | {"epoch", "grad_norm", "learning_rate", "pairs"}
+    measured = {f"eval_{name}" for name in trained}
+    assert [line["step"] for line in lines if line.keys() >= measured] == [0, 2, 4]
+    assert lines[0]["eval_loss"] == pytest.approx(0.6931472, abs=1e-6)  # ln 2: the adapter is fresh
+
+
+def test_timing_environment_and_result_hold_their_numbers(tiny_run: Path) -> None:
+    timing = list(RunFolder(tiny_run).lines("timing.jsonl"))
+    assert [line["step"] for line in timing] == [1, 2, 3, 4]
+    assert timing[0].keys() == {
+        "step",
+        "seconds",
+        "pairs",
+        "tokens",
+        "pairs_per_second",
+        "tokens_per_second",
+        "memory_gib",
+    }
+    environment = json.loads((tiny_run / "environment.json").read_text())
+    assert environment.keys() >= {"date", "device", "cpus", "platform", "python", "versions", "precision"}
+    result = RunFolder(tiny_run).result()
+    assert result is not None
+    assert (result["kind"], result["steps"], result["pairs"] + result["held_out_pairs"]) == ("train", 4, 24)
+    assert result.keys() >= {
+        "accuracy",
+        "accuracy_ci95",
+        "accuracy_before",
+        "longer_wins",
+        "seconds",
+        "pairs_per_second",
+    }
+
+
+def test_the_resolved_recipe_is_settled_and_the_typed_one_as_given(tiny_run: Path) -> None:
+    resolved = yaml.safe_load((tiny_run / "recipe.yaml").read_text())
+    assert resolved["training"]["tokens_per_micro_batch"] == 1024  # auto, decided once
+    assert Path(resolved["data"]["train"]["source"]).is_absolute()
+    assert yaml.safe_load((tiny_run / "recipe.typed.yaml").read_text())["data"]["train"]["source"] == "pairs.jsonl"
+
+
+# The same command again
+
+
+def test_a_finished_run_says_so_and_is_left_alone(finished: Path) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.parent.rglob("*")}
+    said = train(finished)
+    assert said.code == 0
+    assert "is finished: 4 steps; nothing to do" in said.err
+    assert {path: path.stat().st_mtime_ns for path in finished.parent.rglob("*")} == before
+
+
+def test_an_unfinished_run_is_continued_to_the_same_end(finished: Path) -> None:
+    """As a crash after step 2's checkpoint leaves it: lines beyond the checkpoint are written again, equal."""
+    run = finished.parent / "run"
+    whole = metrics(finished)
+    weights = (run / "adapter" / "adapter_model.safetensors").read_bytes()
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    shutil.rmtree(run / "adapter")
+    (run / "result.json").unlink()
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 5, "loss"')  # cut off in the middle
+    said = train(finished)
+    assert said.code == 0
+    assert "after step 2 of 4" in said.err
+    assert metrics(finished) == whole
+    assert (run / "adapter" / "adapter_model.safetensors").read_bytes() == weights
+
+
+def test_other_settings_are_refused_with_the_difference(finished: Path) -> None:
+    said = train(finished, "training.learning_rate=1e-3", "objective={kind: ipo}")
+    assert said.code == 1
+    for line in ("training.learning_rate: 0.01 there, 0.001 asked for", "objective.kind: dpo there, ipo asked for"):
+        assert line in said.err
+    assert "hint:" in said.err
+    assert RunFolder(finished.parent / "run").result() is not None
+
+
+def test_a_longer_run_goes_on_from_the_end(finished: Path) -> None:
+    said = train(finished, "training.max_steps=6")
+    assert said.code == 0
+    assert "after step 4 of 6" in said.err
+    assert [line["step"] for line in metrics(finished)] == [0, 1, 2, 3, 4, 5, 6]
+    result = RunFolder(finished.parent / "run").result()
+    assert result is not None and result["steps"] == 6
+
+
+def test_a_shorter_run_is_refused_and_nothing_is_lost(finished: Path) -> None:
+    """18 pairs in steps of 4 are 5 steps an epoch: half an epoch is 3 steps, and 4 are behind it."""
+    assert "training.max_steps: 4 there, 3 asked for" in train(finished, "training.max_steps=3").err
+    run = RunFolder(finished.parent / "run")
+    recipe = run.recipe()
+    assert recipe is not None
+    halved = recipe.to_plain()
+    halved["training"] |= {"max_steps": None, "epochs": 0.5}
+    run.write_yaml("recipe.yaml", halved)  # as if it had been begun so
+    said = train(finished, "training.max_steps=null", "training.epochs=0.5001")
+    assert said.code == 1
+    assert "4 steps behind it" in said.err and "ask for 3" in said.err
+    assert run.result() is not None
+
+
+def test_what_does_not_change_the_learning_may_change(finished: Path) -> None:
+    run = finished.parent / "run"
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-4")
+    said = train(finished, "training.save_every=3", "training.evaluate_every=3")
+    assert said.code == 0
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"step-3", "step-4"}
+    assert [line["step"] for line in metrics(finished) if "eval_loss" in line] == [0, 2, 3, 4]
+
+
+def test_a_run_that_took_no_step_takes_other_settings(finished: Path) -> None:
+    """A first try that failed early, at `adapter.targets` say, must not stand in the way of the corrected one."""
+    run = finished.parent / "run"
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(run / name)
+    for name in ("result.json", "metrics.jsonl", "timing.jsonl"):
+        (run / name).unlink()
+    assert train(finished, "training.max_steps=1", "objective={beta: 0.3}").code == 0
+
+
+def test_a_setting_that_fails_leaves_no_run_behind(tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base)
+    said = train(recipe, "adapter.targets=[no_such_layer]")
+    assert said.code == 1
+    assert "q_proj" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_a_place_that_is_not_a_run_is_refused(what: str, tiny_base: Path, tmp_path: Path) -> None:
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base)
+    if what == "file":
+        (tmp_path / "run").write_text("mine")
+    else:
+        (tmp_path / "run").mkdir()
+        (tmp_path / "run" / "thesis.txt").write_text("mine")
+    said = train(recipe)
+    assert said.code == 1
+    assert "exists and is not a run" in said.err and "--set run.folder=" in said.err
+
+
+def test_an_empty_folder_becomes_a_run(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base)
+    assert train(recipe, "training.max_steps=1").code == 0
+    assert is_run(tmp_path / "run")
+
+
+# Trackers
+
+
+def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_done(finished: Path) -> None:
+    missing = sorted({"tensorboard", "wandb", "trackio"} - set(map(str, get_available_trackers())))
+    if not missing:
+        pytest.skip("every tracker is installed")
+    said = dpo("train", finished, "--tracker", missing[0], "--set", "run.folder=elsewhere")
+    assert said.code == 1
+    assert "is not installed" in said.err and "dpo-studio[trackers]" in said.err
+
+
+def test_tensorboard_gets_the_metrics(tiny_base: Path, tmp_path: Path) -> None:
+    pytest.importorskip("tensorboard")
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base)
+    assert dpo("train", recipe, "--tracker", "tensorboard").code == 0
+    assert list((tmp_path / "run").rglob("events.out.tfevents.*"))
+
+
+# A disk that does not want to
+
+
+def test_a_disk_that_cannot_be_written_is_told_of_by_name(tmp_path: Path) -> None:
+    """A file where a folder is wanted is refused to root too, as a read-only or full disk would be."""
+    (tmp_path / "file").write_text("")
+    run = RunFolder(tmp_path / "file" / "run")
+    with pytest.raises(RunError, match=r"run/metrics\.jsonl cannot be written: Not a directory"):
+        run.append("metrics.jsonl", {"step": 1})
+    with pytest.raises(RunError, match="cannot be written"):
+        write_atomically(tmp_path / "file" / "x.json", "{}")
+
+
+def test_a_full_disk_stops_a_run_that_can_be_continued(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The checkpoint of step 4 does not fit: step 2's stays, the half-written one is gone, and the next start ends it."""
+    run = finished.parent / "run"
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints" / "step-4")
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("dpo_studio.learning.checkpoints.save_file", full)
+        said = train(finished)
+    assert said.code == 1
+    assert "step 4 cannot be written" in said.err and "No space left on device" in said.err and "hint:" in said.err
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step-2"]
+    assert train(finished).code == 0
+
+
+def test_a_cache_that_cannot_be_written_is_told_of(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("DPO_STUDIO_CACHE", str(tmp_path / "file"))
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base)
+    said = train(recipe)
+    assert said.code == 1
+    assert "cache of reference log-probs" in said.err and "DPO_STUDIO_CACHE" in said.err
+    assert train(recipe, "reference.mode=live", "training.max_steps=1").code == 0
+
+
+def test_a_damaged_run_is_an_error_not_a_traceback(finished: Path) -> None:
+    run = finished.parent / "run"
+    (run / "result.json").write_text("{")
+    assert "is not valid JSON" in train(finished).err
+    (run / "recipe.yaml").write_text("[")
+    assert "recipe.yaml cannot be read" in train(finished).err
