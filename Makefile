@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
+# Threads that wait give way to other processes (the reason stands in cli.py).
+export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: demo test check format benchmark clean
 

@@ -2,9 +2,9 @@
 
     python benchmarks/vs_trl.py --device cpu
 
-Counted: every forward, backward and optimizer step of one epoch, the reference's log-probs included. Not counted: imports,
-loading, tokenising. Both take steps of four pairs; TRL's batch of four is the fastest it does on two cores (without
-gradient checkpointing, bf16). The last line is `ratio=` our pairs/s over TRL's.
+Counted: every forward, backward and optimizer step of one epoch, the reference's log-probs included. Not counted:
+imports, loading, tokenising. Both take steps of four pairs, bf16, no gradient checkpointing. The last line is
+`ratio=`: our pairs/s over TRL's.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def main() -> None:
     _quieten()
 
     pairs = _pairs(options)
-    print(f"{len(pairs)} pairs, {sum(map(packed_tokens, pairs))} packed tokens, {_unshared(pairs)} without sharing prompts")
+    print(f"{len(pairs)} pairs, {sum(map(packed_tokens, pairs))} packed tokens, {_unshared(pairs)} unshared")
     systems: dict[str, Callable[[Sequence[EncodedPair]], float]] = {
         "trl": lambda some: trl_seconds(options.model, some, options.max_length),
         "ours": lambda some: our_seconds(options.model, some),
@@ -71,7 +71,9 @@ def main() -> None:
     for number in range(options.rounds):
         for name, run in systems.items():
             seconds[name].append(run(pairs))
-            print(f"round {number + 1}  {name:5}{seconds[name][-1]:8.1f} s{len(pairs) / seconds[name][-1]:8.3f} pairs/s")
+            print(
+                f"round {number + 1}  {name:5}{seconds[name][-1]:8.1f} s{len(pairs) / seconds[name][-1]:8.3f} pairs/s"
+            )
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = medians["trl"] / medians["ours"]
     if options.json:

@@ -2,7 +2,7 @@
 
     python scripts/pandalm_pairs.py testset-v1.json.gz pandalm.jsonl
 
-Ties (label 0, or no majority), answers that are not text, empty or identical, and exact duplicates are left out and counted.
+Ties (label 0, or no majority), answers that are not text, empty or identical, and exact duplicates are left out.
 """
 
 from __future__ import annotations

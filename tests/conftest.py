@@ -123,27 +123,17 @@ def take_steps(
     return train(policy, plan, objective, state)
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny Llama and its tokenizer. Read only."""
-    return tiny_folder(tmp_path_factory.mktemp("models") / "tiny-llama")
-
-
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No test reads or fills the caches of the person who runs it."""
-    monkeypatch.setenv("DPO_STUDIO_CACHE", str(tmp_path_factory.mktemp("cache")))
-
-
-def write_pairs(file: Path, count: int) -> Path:
-    """`count` pairs of text, TRL's implicit columns: every prompt another, answers of one to nine words."""
-    words = "dry it keep off and wait for a day before the bread does rise in warmer place".split()
-    draw = np.random.default_rng(0)
+def write_pairs(file: Path, count: int, *, seed: int = 0) -> Path:
+    """`count` pairs of text, prompt, chosen and rejected: every prompt another, answers of one to nine words."""
+    words = ["dry", "it", "keep", "off", "and", "wait", "a", "day", "before", "the", "bread", "does", "rise", "warmer"]
+    draw = np.random.default_rng(seed)
 
     def text() -> str:
         return " ".join(draw.choice(words, draw.integers(1, 10)))
 
-    rows = [{"prompt": f"{text()} {row}?", "chosen": f"{text()} {row}.", "rejected": text()} for row in range(count)]
+    rows = [
+        {"prompt": f"{text()} {seed}.{row}?", "chosen": f"{text()} {row}.", "rejected": text()} for row in range(count)
+    ]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 

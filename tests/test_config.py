@@ -141,7 +141,7 @@ def violations(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) 
     known = {
         *("$ref", "anyOf", "oneOf", "const", "enum", "type", "properties", "required", "additionalProperties", "items"),
         *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minItems", "maxItems", "prefixItems"),
-        *("default", "description", "title", "$defs", "discriminator", "maxLength"),
+        *("default", "description", "title", "$defs", "discriminator", "minLength"),
     }
     assert schema.keys() <= known, f"a keyword this reader does not know: {schema.keys() - known}"
     if "$ref" in schema:

@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_studio.errors import ModelError
 from dpo_studio.learning import logprobs
 from dpo_studio.learning.logprobs import check_packing, pair_logps, plain_token_logps, token_logps
-from dpo_studio.models.attention import PAIRS, dense_mask
+from dpo_studio.models.attention import PAIRS, attention_arguments, dense_mask
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Span, pack
@@ -41,7 +41,7 @@ def columns(logps: PairLogps) -> Tensor:
 
 def gradients(model: Any, value: Tensor) -> dict[str, Tensor]:
     """Of `value` in every trainable tensor; the model is left without any."""
-    value.backward()
+    torch.autograd.backward(value)
     found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
     model.zero_grad(set_to_none=True)
     return found
@@ -139,9 +139,7 @@ def test_plain_token_logps_are_the_textbook_s() -> None:
     """The yardstick of `check_packing`, against this file's own."""
     model = tiny_model("gemma3")
     for pair in PAIRS_OF_ALL_KINDS:
-        sums = [
-            plain_token_logps(model, pair.prompt.tolist(), answer).sum() for answer in (pair.chosen, pair.rejected)
-        ]
+        sums = [plain_token_logps(model, pair.prompt.tolist(), answer).sum() for answer in (pair.chosen, pair.rejected)]
         torch.testing.assert_close(torch.stack(sums), plain_logps(model, [pair])[0].detach(), rtol=1e-5, atol=0)
 
 
@@ -150,7 +148,7 @@ def test_plain_token_logps_are_the_textbook_s() -> None:
 def test_in_bfloat16_packing_adds_no_more_noise_than_bfloat16_itself(architecture: str, attention: str) -> None:
     """A token's log-prob in bf16 is off by some rounding whether packed or plain. Mean error against fp32 over all
     tokens: packed at most 1.5 times plain's. initializer_range 0.08: at 0.3 bf16 itself is whole nats off."""
-    changes = {"initializer_range": 0.08}
+    changes: dict[str, Any] = {"initializer_range": 0.08}
     exact_P2 = plain_logps(tiny_model(architecture, **changes), PAIRS_OF_ALL_KINDS)
     tokens_P2 = torch.tensor([[p.chosen.scored.sum(), p.rejected.scored.sum()] for p in PAIRS_OF_ALL_KINDS])
     half = tiny_model(architecture, attn_implementation=attention, **changes).bfloat16()
@@ -196,7 +194,11 @@ def wrong_mask(change: Callable[[MicroBatch], MicroBatch]) -> Callable[[Any, Mic
 def one_pair(batch: MicroBatch) -> MicroBatch:
     """The second pair reads the first."""
     (first, last) = batch.spans[0], batch.spans[-1]
-    return replace(batch, pair_T=torch.zeros_like(batch.pair_T), spans=(Span(0, first.prompt_end, first.chosen_end, last.rejected_end),))
+    return replace(
+        batch,
+        pair_T=torch.zeros_like(batch.pair_T),
+        spans=(Span(0, first.prompt_end, first.chosen_end, last.rejected_end),),
+    )
 
 
 def one_answer(batch: MicroBatch) -> MicroBatch:
@@ -252,7 +254,7 @@ def test_check_packing_catches_a_lost_window(
     monkeypatch: pytest.MonkeyPatch, architecture: str, lies: dict[str, Any], attention: str
 ) -> None:
     """Also one that is a single token too wide."""
-    right = logprobs.attention_arguments
+    right = attention_arguments
     monkeypatch.setattr(logprobs, "attention_arguments", lambda config, batch: right(Forgetful(config, **lies), batch))
     with pytest.raises(ModelError, match="packed and plain"):
         check_packing(tiny_model(architecture, attn_implementation=attention), random_pairs(20))
@@ -263,7 +265,7 @@ def test_check_packing_looks_at_an_answer_longer_than_the_window(monkeypatch: py
     shows. One pair of 5 + 20 + 20 ids looks back at 24, and it is that one that must be compared."""
     short = random_pairs(40, prompt=(5, 5), answer=(5, 5))
     long = random_pairs(1, seed=1, prompt=(5, 5), answer=(20, 20))
-    right = logprobs.attention_arguments
+    right = attention_arguments
     monkeypatch.setattr(
         logprobs,
         "attention_arguments",

@@ -27,6 +27,7 @@ STEPS = 20
 TRAINED_ON = random_pairs(30, prompt=(2, 12), answer=(1, 16))
 """Thirty pairs in steps of five: six steps an epoch, and twenty steps end in the fourth."""
 
+
 class AsGiven(DPOTrainer):  # type: ignore[misc]
     """TRL, its hands off the ids."""
 

@@ -28,7 +28,7 @@ from tests.conftest import encoded, random_pairs
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 TWO = [encoded([11, 12], [21, 22, 23], [31, 32]), encoded([13], [24, 25], [33])]
-"""Rows of tokens: 11 12 | 21 22 | 31 for the first pair, 13 | 24 | nothing for the second, whose answer is one token."""
+"""Rows of tokens: 11 12 | 21 22 | 31 for the first pair, 13 | 24 | nothing for the second, whose answer is one id."""
 
 
 def seen(mask: Tensor) -> list[str]:
@@ -90,13 +90,15 @@ def test_every_kind_of_layer_gets_its_own_window(architecture: str, windows: Any
         assert torch.equal(mask, dense_mask(batch, window or None))
 
 
-WINDOWED = [(name, window) for name in ("mistral-window", "qwen2-mixed", "gemma3") for window in (1, 2, 5, 31)]
-FULL = [(name, None) for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3")]
+WINDOWED: list[tuple[str, int | None]] = [
+    (name, window) for name in ("mistral-window", "qwen2-mixed", "gemma3") for window in (1, 2, 5, 31)
+]
+FULL: list[tuple[str, int | None]] = [(name, None) for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3")]
 
 
 @pytest.mark.parametrize(("architecture", "window"), WINDOWED + FULL)
 def test_pair_by_pair_is_the_dense_mask(architecture: str, window: int | None) -> None:
-    """The same model twice, whatever the window: one token wide, within an answer, across the prompt, or past it all."""
+    """The same model twice, whatever the window: one token, within an answer, across the prompt, or past it all."""
     batch = pack([*random_pairs(4, seed=window or 0), *TWO])
     changes = {} if window is None else {"sliding_window": window}
     with torch.no_grad():

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from dpo_studio.objectives import AOT, DPO, IPO, Hinge, PairLogps, margin
 
-ALL = [DPO(), DPO(beta=0.5, label_smoothing=0.1), IPO(), Hinge(), AOT(), AOT(beta=0.5, label_smoothing=0.1)]
+ALL: list[Any] = [DPO(), DPO(beta=0.5, label_smoothing=0.1), IPO(), Hinge(), AOT(), AOT(beta=0.5, label_smoothing=0.1)]
 
 
 def logps(chosen: Any, rejected: Any, tokens: tuple[int, int] = (2, 4)) -> PairLogps:
@@ -49,7 +49,7 @@ def test_a_pair_by_hand(objective: Any, loss: float) -> None:
 
 
 def test_aot_by_hand() -> None:
-    """Policy's chosen minus rejected: -3 + 7 = 4 and -2 + 1 = -1, sorted -1, 4. Reference's: -4 + 5 = 1 and -6 + 3 = -3,
+    """Policy's chosen minus rejected: -3 + 7 = 4 and -2 + 1 = -1, sorted -1, 4. Reference's: -4 + 5 = 1, -6 + 3 = -3,
     sorted -3, 1. Differences by rank 2 and 3; at beta 0.5 ln(1 + e^-1) = 0.313262 and ln(1 + e^-1.5) = 0.201413.
     With the two references exchanged the ranks are the same, and so are AOT's losses; DPO's are not."""
     policy, reference = logps([-3.0, -2.0], [-7.0, -1.0]), logps([-4.0, -6.0], [-5.0, -3.0])

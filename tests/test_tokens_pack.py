@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -90,7 +91,7 @@ def test_no_two_rows_could_be_one(lengths: list[int]) -> None:
     """Best fit opens a row only when no open one has room: at most one row is half empty."""
     rows = fit(lengths, 100)
     filled = sorted(sum(lengths[item] for item in row) for row in rows)
-    assert all(a + b > 100 for a, b in zip(filled, filled[1:], strict=False))
+    assert all(a + b > 100 for a, b in pairwise(filled))
 
 
 def test_best_fit_by_hand() -> None:

@@ -1,4 +1,4 @@
-"""Small real models in folders of the Hub's layout: every family whose attention differs, random weights, seconds to run."""
+"""Small real models in folders of the Hub's layout: random weights, every family whose attention differs."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[Any], dict[str, Any]]
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"sliding_window": 9, "layer_types": _MIXED}),
 }
-"""Name -> model class, config class, what differs from the common shape. Windows of 9 tokens are shorter than the pairs."""
+"""Name -> model class, config class, what differs from the common shape. Windows of 9 cut into the pairs."""
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:

@@ -180,6 +180,9 @@ def main() -> None:
     from dpo_studio.errors import DPOStudioError
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # OpenMP's threads spin while they wait, and beside another busy process every product then waits for a time slice:
+    # ten times slower. Spinning 2,000 turns instead of 300,000 cost nothing on a quiet machine.
+    os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     _prepare_streams()
     signal.signal(signal.SIGTERM, _terminated)
     try:

@@ -8,10 +8,9 @@ function at its number: no draw depends on which other answers are still being w
 The loop is our own because answers end: it drops a finished answer from the batch at once, where `model.generate` pads
 it until the longest one is done. SmolLM2-135M in bf16, 48 everyday prompts, 64 new tokens, one CPU core of the AVX-512
 kind: `model.generate` 175 tokens a second, here 221; with a LoRA adapter 116 and 213; 96 prompts at once 181 and 246.
-The rest is batch size and laid-out weights (see `_laid_out`): a step at 100 cached tokens costs 3.3 ms a row with 48
-rows and 2.7 with 128, laid out 2.7 and 2.5. What did not pay: writing the cache in place instead of concatenating (146
-ms a step against 144; it stays because rows leave it cheaply), autocast for the adapter (181 against 180). Two bf16
-products instead of the fused attention were 9 % faster and were not taken: they round the scores to 8 bits.
+A step at 100 cached tokens costs 3.3 ms a row with 48 rows and 2.7 with 128, hence large batches. What did not pay: two
+bf16 products instead of the fused attention were 9 % faster but round the scores to 8 bits; weights in oneDNN's own
+layout 4 % at 96 rows (8 to 17 % at 48) for a hundred lines on private torch operators.
 
 Shapes: B = rows still being written, W = columns (padding, prompt, answer), V = vocabulary.
 """
@@ -19,17 +18,14 @@ Shapes: B = rows still being written, W = columns (padding, prompt, answer), V =
 from __future__ import annotations
 
 import hashlib
-import platform
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from peft.tuners import lora
 from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
@@ -48,8 +44,6 @@ BLOCK = 128
 """The vocabulary is searched by blocks first: one fp32 pass over it, then float64 sums over the few that are left."""
 GROWTH = 64
 """Columns the cache grows by: memory follows the answers that are still being written, not `max_new_tokens`."""
-LAID_OUT_LIMIT = 2 << 30
-"""Bytes of weights that may be copied into the layout of the CPU's bf16 products."""
 
 Choose = Callable[[Tensor, Tensor], Tensor]
 """Logits (B, V) and luck (B,) to ids (B,)."""
@@ -89,7 +83,7 @@ def generate(
     luck = _luck(prompts, max_new_tokens, f"{seed} {sample} {float(temperature)!r}")
     choose = partial(_choose, temperature=float(temperature))
     answers: list[list[int]] = [[] for _ in prompts]
-    with in_eval(model), _laid_out(model, rows=min(batch_size, len(prompts))):
+    with in_eval(model):
         for places in _batches(prompts, batch_size):
             for rows, ids in _write(model, [prompts[i] for i in places], luck[places], choose, eos_ids, pad_id):
                 for row, token in zip(rows, ids, strict=True):
@@ -344,76 +338,3 @@ class _CacheLayer(DynamicLayer):  # type: ignore[misc]
         roomier = buffer.new_empty(rows, heads, self.columns + GROWTH, size)
         roomier[:, :, :filled] = buffer[:, :, :filled]
         return roomier
-
-
-@contextmanager
-def _laid_out(model: nn.Module, rows: int) -> Iterator[None]:
-    """Inside, bf16 linears on a CPU multiply by copies of their weights in oneDNN's own layout; the weights stay.
-
-    Otherwise oneDNN lays them out anew in every product: 48 rows 160 -> 130 ms a step, 128 rows 352 -> 315. An
-    adapter's B stands beside its base's W, [W | scale B] [x ; A x]: one product and one rounding (48 rows 180 -> 150).
-    Merging W + scale B A would cost nothing, but all of it that is smaller than half a bf16 step of W would be lost.
-    """
-    linears = _to_lay_out(model)
-    try:
-        with torch.inference_mode():
-            for linear in linears:
-                linear.__dict__["forward"] = _laid_out_forward(linear, rows)
-        yield
-    finally:
-        for linear in linears:
-            linear.__dict__.pop("forward", None)
-
-
-def _to_lay_out(model: nn.Module) -> list[nn.Module]:
-    """Linears and LoRA linears whose product is nothing but that, where this CPU gains by it; none, if not."""
-    if platform.machine() not in ("x86_64", "AMD64") or not torch._C._has_mkldnn:
-        return []
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return []
-    adapted = [m for m in model.modules() if isinstance(m, lora.Linear) and _is_plain_lora(m)]
-    inner = {id(part) for m in adapted for part in m.modules() if part is not m}
-    plain = [m for m in model.modules() if type(m) is nn.Linear and id(m) not in inner and _is_cpu_bf16(m)]
-    linears = [m for m in (*adapted, *plain) if "forward" not in m.__dict__ and not m._forward_hooks]
-    size = sum(p.numel() * p.element_size() for m in linears for p in m.parameters())
-    return linears if size <= LAID_OUT_LIMIT else []
-
-
-def _is_cpu_bf16(linear: nn.Module) -> bool:
-    weight = linear.weight
-    return isinstance(weight, Tensor) and weight.device.type == "cpu" and weight.dtype == torch.bfloat16
-
-
-def _is_plain_lora(linear: lora.Linear) -> bool:
-    """A bf16 base and nothing but A and B: not merged, no DoRA or other variant, no bias of its own."""
-    extra = linear.merged or linear.lora_variant or any(linear.lora_bias.values())
-    return not extra and type(linear.base_layer) is nn.Linear and _is_cpu_bf16(linear.base_layer)
-
-
-def _laid_out_forward(linear: nn.Module, rows: int) -> Callable[..., Tensor]:
-    """The module's forward on laid-out copies, for about `rows` rows."""
-    product = torch.ops.mkldnn._linear_pointwise
-
-    def lay_out(weight: Tensor) -> Tensor:
-        laid_out: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight.detach().bfloat16().contiguous(), rows)
-        return laid_out
-
-    base: Any = getattr(linear, "base_layer", linear)
-    low, up = _adapter_matrices(linear)
-    bias = None if base.bias is None else base.bias.detach()
-    if low is None or up is None:
-        whole = lay_out(base.weight)
-        return lambda x: product(x, whole, bias, "none", [], "")
-    whole, down = lay_out(torch.cat([base.weight, up.to(base.weight.dtype)], 1)), lay_out(low)
-    return lambda x: product(torch.cat([x, product(x, down, None, "none", [], "")], -1), whole, bias, "none", [], "")
-
-
-def _adapter_matrices(linear: Any) -> tuple[Tensor | None, Tensor | None]:
-    """The active adapters' A (r, in) and scale x B (out, r), stacked; None where no adapter is on."""
-    if not isinstance(linear, lora.Linear) or linear.disable_adapters:
-        return None, None
-    active = [name for name in linear.active_adapters if name in linear.lora_A]
-    if not active:
-        return None, None
-    low = torch.cat([linear.lora_A[name].weight for name in active])
-    return low, torch.cat([linear.lora_B[name].weight * linear.scaling[name] for name in active], 1)

@@ -89,7 +89,7 @@ class _HeadLogps(torch.autograd.Function):
 
 @torch.no_grad()
 def plain_token_logps(model: nn.Module, prompt: Sequence[int], answer: EncodedAnswer) -> Tensor:
-    """Log-prob of every scored token of one answer the textbook way: one sequence, the model's own logits, fp32, (N,)."""
+    """Log-prob of every scored token of an answer as textbooks have it: one sequence, its own logits; fp32, (N,)."""
     ids_1T = torch.tensor([[*prompt, *answer.ids.tolist()]], device=_causal_lm(model).device)
     logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1]
     logps_AV = logits_TV.float().log_softmax(-1)
@@ -123,14 +123,14 @@ def check_packing(model: nn.Module, pairs: Sequence[EncodedPair]) -> float:
     if not difference <= limit:
         raise ModelError(
             f"packed and plain log-probs differ by {difference:.3g} nats a token, more than the {limit} that "
-            f"{str(causal_lm.dtype).removeprefix('torch.')} explains: this model's attention is not what we take it for",
+            f"{str(causal_lm.dtype).removeprefix('torch.')} explains: this model's attention is not what it seems",
             hint="try model.attention: sdpa; if it stays, please report the model",
         )
     return difference
 
 
 def _telling_pairs(pairs: Sequence[EncodedPair], window: int | None) -> list[EncodedPair]:
-    """Two pairs for one row: the shortest, and a middling one of those whose answers the model's window cuts, if any."""
+    """Two pairs for one row: the shortest, and a middling one, of those that are longer than the window if any is."""
     by_length = sorted(pairs, key=packed_tokens)
     cut = [pair for pair in by_length if window is not None and _longest_read(pair) > window]
     others = cut or by_length

@@ -9,11 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ __all__ = ["ReferenceCache", "batched_logps", "reference_logps"]
 
 _TABLE = "CREATE TABLE IF NOT EXISTS logps (pair BLOB PRIMARY KEY, chosen REAL, rejected REAL) WITHOUT ROWID"
 _PAIRS_BETWEEN_SAVES = 512
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
@@ -46,35 +47,32 @@ class ReferenceCache:
     def load(self, pairs: Sequence[EncodedPair]) -> list[tuple[float, float] | None]:
         """(chosen, rejected) of each pair, None where it is not known."""
         keys = [_pair_key(pair) for pair in pairs]
-        with self._open() as database:
-            rows = (
-                database.execute("SELECT chosen, rejected FROM logps WHERE pair = ?", (key,)).fetchone() for key in keys
-            )
-            return [(float(row[0]), float(row[1])) if row and None not in row else None for row in rows]
+        query = "SELECT chosen, rejected FROM logps WHERE pair = ?"
+        rows = self._use(lambda database: [database.execute(query, (key,)).fetchone() for key in keys])
+        return [(float(row[0]), float(row[1])) if row and None not in row else None for row in rows]
 
     def save(self, pairs: Sequence[EncodedPair], logps: PairLogps) -> None:
         """Keep the log-probs of `pairs`. Numbers that are not finite are not kept."""
         rows = zip(map(_pair_key, pairs), logps.chosen_P.tolist(), logps.rejected_P.tolist(), strict=True)
-        with self._open() as database, database:
-            database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", [r for r in rows if _finite(r)])
+        kept = [row for row in rows if _finite(row)]
+        self._use(lambda database: database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", kept))
 
-    @contextmanager
-    def _open(self) -> Iterator[sqlite3.Connection]:
+    def _use(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        """One transaction; on a damaged file once more with a new one, for what was in it can be computed again."""
         self.folder.mkdir(parents=True, exist_ok=True)
         try:
-            with closing(self._connect()) as database:
-                yield database
+            return self._transaction(work)
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # locked, disk full, read-only: not a damaged file
                 raise
-            self.file.unlink()  # a cache: what is damaged is computed again
-            with closing(self._connect()) as database:
-                yield database
+            for file in (self.file, self.file.with_name(f"{self.file.name}-journal")):
+                file.unlink(missing_ok=True)
+            return self._transaction(work)
 
-    def _connect(self) -> sqlite3.Connection:
-        database = sqlite3.connect(self.file, timeout=60)
-        database.execute(_TABLE)
-        return database
+    def _transaction(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
+        with closing(sqlite3.connect(self.file, timeout=60)) as database, database:
+            database.execute(_TABLE)
+            return work(database)
 
 
 def reference_logps(

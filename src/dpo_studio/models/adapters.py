@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -78,6 +79,7 @@ def attach(base: nn.Module, section: AdapterSection, *, seed: int) -> PeftModel:
             raise ModelError(
                 f"adapter.targets {section.targets}: {error}", hint=f"this model's linear layers: {', '.join(linear)}"
             ) from None
+    _refuse_adapted_head(policy, f"adapter.targets {section.targets}")
     return _with_fp32_adapter(policy)
 
 
@@ -91,20 +93,21 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
     config.inference_mode = not trainable
     config._register_custom_module({nn.Linear: LoraLinear})
     try:
-        if isinstance(base, PeftModel):
-            base.load_adapter(folder, adapter_name=name, is_trainable=trainable, peft_config=config)
-            policy = base
-        else:
-            with _quiet_peft():
+        with _quiet_peft():
+            if isinstance(base, PeftModel):
+                base.load_adapter(folder, adapter_name=name, is_trainable=trainable, peft_config=config)
+                policy = base
+            else:
                 policy = PeftModel.from_pretrained(
                     base, folder, adapter_name=name, is_trainable=trainable, config=config
                 )
-    except (RuntimeError, ValueError, KeyError) as error:
+    except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"{folder}: this adapter does not fit the model: {' '.join(str(error).split())[:300]}",
             hint="was it trained on another base? adapter_config.json names it",
         ) from None
     _check_every_tensor_was_used(policy, folder, name)
+    _refuse_adapted_head(policy, str(folder))
     return _with_fp32_adapter(policy)
 
 
@@ -127,7 +130,9 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
         kind = raw.get("peft_type")
         strange = [
-            key for key in ("use_dora", "use_qalora", "trainable_token_indices", "modules_to_save") if raw.get(key)
+            key
+            for key in ("use_dora", "use_qalora", "lora_bias", "trainable_token_indices", "modules_to_save")
+            if raw.get(key)
         ]
         if raw.get("bias", "none") != "none":
             strange.append("bias")
@@ -208,10 +213,23 @@ def train_mode(policy: PeftModel) -> None:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """PEFT 0.21 reads a property that transformers 5.23 has renamed: nothing the person at the keyboard can act on."""
+    """No warnings that the person at the keyboard cannot act on.
+
+    PEFT 0.21 reads a property that transformers 5.23 has renamed, and of missing tensors it only warns: that we refuse.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+        warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
         yield
+
+
+def _refuse_adapted_head(policy: PeftModel, what: str) -> None:
+    """Log-probs are read off the head's own weight (`learning.logprobs`): an adapter on it would never be trained."""
+    if isinstance(policy.get_base_model().get_output_embeddings(), lora.LoraLayer):
+        raise ModelError(
+            f"{what} adapts the language-model head, which DPO Studio cannot train",
+            hint="take the head out of the targets; `all-linear` leaves it out by itself",
+        )
 
 
 def _with_fp32_adapter(policy: PeftModel) -> PeftModel:

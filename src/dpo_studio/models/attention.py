@@ -52,7 +52,7 @@ def attention_arguments(config: Any, batch: MicroBatch) -> dict[str, Any]:
 
 
 def dense_mask(batch: MicroBatch, window: int | None = None) -> Tensor:
-    """Same pair, not later, in the prompt or the same answer, within the window: bool, (1, 1, T, T), True = may look."""
+    """Same pair, not later, in the prompt or the same answer, within the window: bool (1, 1, T, T), True = may look."""
     pair_T, part_T, position_T = batch.pair_T, batch.part_T, batch.position_ids_1T[0]
     place_T = torch.arange(len(pair_T), device=pair_T.device)
     visible_TT = (pair_T[:, None] == pair_T) & (place_T[:, None] >= place_T)
@@ -79,8 +79,8 @@ def _attend_pairs(
 ) -> tuple[Tensor, None]:
     """Every pair of the row on its own: prompt and chosen answer causally, then the rejected answer behind the prompt.
 
-    A dense mask over a row of four pairs spends most of its products on what it then masks: on two cores a step took 1.4
-    times as long. On a CPU the scores are formed in fp32, nearer to the textbook and, strangely, faster: torch's bf16
+    A dense mask over a row of four pairs spends most of its products on what it then masks: on two cores a step took
+    1.4 times as long. On a CPU the scores are formed in fp32, nearer to the textbook and, strangely, faster: torch's bf16
     kernel takes twice as long for answers of a hundred tokens, and a step 1.2 times.
     """
     if pack_spans is None:

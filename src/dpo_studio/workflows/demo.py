@@ -28,8 +28,8 @@ _PROMPTS = 120
 """Held-out prompts that both models answer."""
 
 _CAUTION = (
-    "No model was trained on these prompts, but the demo's pairs and settings were chosen with them and this rule in view: "
-    "expect somewhat less on prompts of your own."
+    "No model was trained on these prompts, but the demo's pairs and settings were chosen with them and this rule in "
+    "view: expect somewhat less on prompts of your own."
 )
 
 Outcome = Literal["win", "tie", "loss"]

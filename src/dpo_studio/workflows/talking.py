@@ -53,7 +53,13 @@ def generate_answers(
 def answers(
     loaded: Loaded, chats: Sequence[Sequence[Message]], sampling: Sampling, *, tuned: bool, progress: Progress
 ) -> list[Completion]:
-    """One answer to each chat from the policy (tuned) or its reference; a function of its arguments alone."""
+    """One answer to each chat from the policy (tuned) or its reference; a function of its arguments alone.
+
+    Raises:
+        UsageError: `sampling.top_p` is not 1, which only a stream draws by.
+    """
+    if sampling.top_p != 1:
+        raise UsageError(f"top_p {sampling.top_p}: many answers at once are drawn from all tokens", hint="top_p=1")
     encoder = loaded.base.encoder
     prompts = [encoder.prompt_ids(chat) for chat in chats]
     title = "tuned answers" if tuned else "base answers"

@@ -1,0 +1,144 @@
+"""Every command and every recipe that the documents show is one that exists."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+import yaml
+
+from dpo_studio.cli import app
+from dpo_studio.config import load_recipe, parse_override, validate_recipe
+
+ROOT = Path(__file__).parent.parent
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+_FENCE = re.compile(r"^ *```(\w*)[^\n]*\n(.*?)^ *```", re.DOTALL | re.MULTILINE)
+_INLINE = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"(?<!!)\[[^\]]*\]\(([^)\s]+)\)|!\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+
+
+def blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Language and content of every fenced block."""
+    for match in _FENCE.finditer(text):
+        yield match[1], match[2]
+
+
+def commands(text: str) -> Iterator[str]:
+    """Every `dpo ...` that a reader could type: in a shell block, or between backticks."""
+    for language, content in blocks(text):
+        if language in ("", "bash", "sh", "shell", "console"):
+            joined = content.replace("\\\n", " ")
+            yield from (line.strip().removeprefix("$ ") for line in joined.splitlines() if _is_command(line))
+    yield from (code for code in _INLINE.findall(_FENCE.sub("", text)) if code.startswith("dpo "))
+
+
+def _is_command(line: str) -> bool:
+    return line.strip().removeprefix("$ ").startswith(("dpo ", ".venv/bin/dpo "))
+
+
+def problems(command: str) -> Iterator[str]:
+    """What the command line would refuse, values apart: NAMES IN CAPITALS and ... stand for something."""
+    words = shlex.split(command, comments=True)
+    words = words[
+        : next((at for at, word in enumerate(words) if word in ("|", ">", ">>", "&&", ";", "2>")), len(words))
+    ]
+    tree: Any = typer.main.get_command(app)
+    context = tree.make_context("dpo", ["schema"])
+    verbs = [word for word in words[1:] if not word.startswith("-")]
+    if not verbs:
+        known = {option for parameter in tree.params for option in parameter.opts} | {"--help"}
+    elif (verb := tree.get_command(context, verbs[0])) is None:
+        yield f"no such verb: {verbs[0]}"
+        return
+    else:
+        known = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
+    yield from (f"no such option: {word}" for word in words if _option(word) and _option(word) not in known)
+    for flag, value in pairwise(words):
+        if flag == "--set" and "..." not in value and value != "a.b=c":
+            keys, _ = parse_override(value)
+            if not _is_key(keys):
+                yield f"no such key: {value}"
+
+
+def _option(word: str) -> str:
+    found = re.match(r"\[?(--[a-z][\w-]*)", word)
+    return found[1] if found else ""
+
+
+def _is_key(keys: list[str]) -> bool:
+    """Whether the recipe knows the key: any problem but the unknown name is about the value."""
+    raw: dict[str, Any] = {}
+    inner = raw
+    for key in keys[:-1]:
+        inner = inner.setdefault(key, {})
+    inner[keys[-1]] = None
+    try:
+        validate_recipe(raw, where="")
+    except Exception as error:
+        return "unknown key" not in str(error)
+    return True
+
+
+def test_there_is_something_to_read() -> None:
+    assert DOCUMENTS
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_command_in_a_document_exists(document: Path) -> None:
+    found = {command: list(problems(command)) for command in commands(document.read_text(encoding="utf-8"))}
+    assert {command: wrong for command, wrong in found.items() if wrong} == {}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_recipe_in_a_document_is_one(document: Path, tmp_path: Path) -> None:
+    """A snippet with only some sections is read together with the two keys a recipe cannot be without."""
+    for language, content in blocks(document.read_text(encoding="utf-8")):
+        if language not in ("yaml", "yml"):
+            continue
+        snippet = yaml.safe_load(content)
+        if not isinstance(snippet, dict) or not snippet.keys() & {"model", "data", "adapter", "objective", "training"}:
+            continue
+        file = tmp_path / "recipe.yaml"
+        file.write_text(content)
+        missing = [change for key, change in _REQUIRED.items() if not _has(snippet, key.split("."))]
+        load_recipe(file, missing)
+
+
+_REQUIRED = {"model.path": "model.path=some/model", "data.train.source": "data.train.source=some/pairs"}
+
+
+def _has(raw: Any, keys: list[str]) -> bool:
+    for key in keys:
+        if not isinstance(raw, dict) or key not in raw:
+            return False
+        raw = raw[key]
+    return True
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_every_relative_link_leads_somewhere(document: Path) -> None:
+    text = _INLINE.sub("", _FENCE.sub("", document.read_text(encoding="utf-8")))
+    targets = ["".join(groups).partition("#")[0] for groups in _LINK.findall(text)]
+    local = [target for target in targets if target and "://" not in target and not target.startswith("mailto:")]
+    assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+@pytest.mark.parametrize(
+    ("command", "wrong"),
+    [
+        ("dpo train recipes/demo.yaml --set training.epochs=2", []),
+        ("dpo score MODEL_OR_RUN SOURCE [--out FILE] | head -1", []),
+        ("dpo --help", []),
+        ("dpo tarin r.yaml", ["no such verb: tarin"]),
+        ("dpo train r.yaml --resume", ["no such option: --resume"]),
+        ("dpo train r.yaml --set training.epoch=2", ["no such key: training.epoch=2"]),
+    ],
+)
+def test_the_reader_of_commands_sees_a_wrong_one(command: str, wrong: list[str]) -> None:
+    assert list(problems(command)) == wrong

@@ -1,0 +1,111 @@
+"""Law 8: every recipe shipped loads, validates and runs two steps.
+
+What lives on the Hub is replaced by small local folders of the same shape: a Mistral of 50,000 parameters, and a
+Parquet folder with the columns and the split names of HuggingFaceH4/ultrafeedback_binarized.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow as arrow
+import pyarrow.parquet as parquet
+import pytest
+
+import dpo_studio
+from dpo_studio.config import load_recipe
+from dpo_studio.runs import RunFolder
+from tests.tiny_models import tiny_folder
+from tests.tiny_runs import Said, dpo, tiny_rows
+
+FOLDER = Path(dpo_studio.__file__).parent / "recipes"
+SHIPPED = sorted(file.stem for file in FOLDER.glob("*.yaml"))
+GPTQ = "openhermes-gptq-ultrafeedback"
+
+
+@pytest.fixture(scope="module")
+def mistral(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Mistral's architecture, and a template that writes BOS and wants turns to alternate, as Mistral's does."""
+    return tiny_folder(tmp_path_factory.mktemp("mistral") / "model", "mistral", family="llama2")
+
+
+@pytest.fixture(scope="module")
+def ultrafeedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """20 training and 8 test rows as the Hub's dataset has them: whole dialogues, scores, six splits (two suffice)."""
+    folder = tmp_path_factory.mktemp("ultrafeedback")
+    (folder / "data").mkdir()
+    for split, count, seed in (("train_prefs", 20, 0), ("test_prefs", 8, 1)):
+        rows = [_ultrafeedback_row(row) for row in tiny_rows(count, seed=seed)]
+        parquet.write_table(arrow.Table.from_pylist(rows), folder / "data" / f"{split}-00000-of-00001.parquet")
+    return folder
+
+
+def _ultrafeedback_row(row: dict[str, Any]) -> dict[str, Any]:
+    def dialogue(answer: str) -> list[dict[str, str]]:
+        return [{"content": row["prompt"], "role": "user"}, {"content": answer, "role": "assistant"}]
+
+    sides = {side: dialogue(row[side]) for side in ("chosen", "rejected")}
+    scores = {"score_chosen": 8.0, "score_rejected": 5.0}
+    return {"prompt": row["prompt"], "prompt_id": row["prompt"], **sides, "messages": sides["chosen"], **scores}
+
+
+def train(name: str, folder: Path, model: Path, ultrafeedback: Path, *changes: str) -> Said:
+    """Two steps of a shipped recipe, its Hub names replaced."""
+    recipe = load_recipe(FOLDER / f"{name}.yaml").recipe
+    sources = {"data.train.source": recipe.data.train.source, "data.held_out.source": recipe.data.held_out.source}
+    local = {
+        key: source.replace("HuggingFaceH4/ultrafeedback_binarized", str(ultrafeedback))
+        for key, source in sources.items()
+        if source is not None
+    }
+    replaced = [f"{key}={value}" for key, value in local.items()]
+    flags = [f"model.path={model}", *replaced, "training.max_steps=2", f"run.folder={folder}", *changes]
+    return dpo("train", FOLDER / f"{name}.yaml", *(part for flag in flags for part in ("--set", flag)))
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_recipe_trains_two_steps(name: str, mistral: Path, ultrafeedback: Path, tmp_path: Path) -> None:
+    """Only what cannot be had here is replaced; the demo's pairs are its own, a few of them."""
+    few = ["data.train.rows=12", "data.held_out.rows=4"] if name == "demo" else []
+    said = train(name, tmp_path / "run", mistral, ultrafeedback, *few)
+    assert said.code == 0, said.err
+    result = RunFolder(tmp_path / "run").result()
+    assert result is not None and result["steps"] == 2
+    assert result["held_out_pairs"] > 0
+    assert "warning" not in said.err
+
+
+def test_the_tutorials_recipe_is_refused_on_its_gptq_base_with_the_reason(
+    mistral: Path, ultrafeedback: Path, tmp_path: Path
+) -> None:
+    quantised = tmp_path / "gptq"
+    quantised.mkdir()
+    for file in mistral.iterdir():
+        (quantised / file.name).write_bytes(file.read_bytes())
+    config = json.loads((mistral / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}
+    (quantised / "config.json").write_text(json.dumps(config))
+    said = train(GPTQ, tmp_path / "run", quantised, ultrafeedback)
+    assert said.code == 1
+    assert "is quantised (gptq)" in said.err and "hint:" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_tutorials_recipe_carries_the_tutorials_settings() -> None:
+    recipe = load_recipe(FOLDER / f"{GPTQ}.yaml").recipe
+    assert recipe.model.path == "TheBloke/OpenHermes-2-Mistral-7B-GPTQ"
+    assert recipe.data.train.source == "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
+    assert (recipe.data.max_length, recipe.data.too_long) == (256, "cut_answer_end")
+    adapter, training = recipe.adapter, recipe.training
+    assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.targets) == (4, 8, 0.1, ["q_proj", "v_proj"])
+    assert (recipe.objective.beta, training.learning_rate, training.warmup) == (0.1, 3e-4, 2)
+    assert (training.max_steps, training.pairs_per_step) == (50, 1)
+
+
+def test_the_recipes_are_found_in_a_clone_and_in_a_wheel() -> None:
+    """`recipes/` at the top of a clone is the folder that the package ships."""
+    top = FOLDER.parents[2] / "recipes"
+    assert not top.exists() or top.resolve() == FOLDER.resolve()
+    assert {"demo", "lora-7b", GPTQ} <= set(SHIPPED)

@@ -1,0 +1,149 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from dpo_studio.errors import UsageError
+from dpo_studio.preferences.pair import Message
+from dpo_studio.reports.progress import Progress
+from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.workflows.talking import Chat, Sampling, answers, generate_answers
+from tests.tiny_runs import Said, dpo
+
+HEADING = "/base  /tuned  /new  /quit"
+SHORT = ("--max-new-tokens", "12", "--dtype", "float32")
+
+
+@pytest.fixture(scope="module")
+def loaded(tiny_run: Path) -> Loaded:
+    return load_any(str(tiny_run))
+
+
+def generate(model: Path, *more: object) -> Said:
+    return dpo("generate", model, "--prompt", "What is water?", *SHORT, *more)
+
+
+def chat(model: Path, *lines: str, more: tuple[object, ...] = ()) -> list[str]:
+    """What is answered to each line. An answer of a tiny model may hold line breaks, so it is asked for one by one."""
+    said = dpo("chat", model, *SHORT, *more, stdin="".join(f"{line}\n" for line in lines))
+    assert said.code == 0, said.err
+    assert said.err.startswith(HEADING)
+    return said.out.splitlines()
+
+
+# dpo generate
+
+
+def test_the_same_seed_gives_the_same_answer_and_another_seed_another(tiny_run: Path) -> None:
+    first = generate(tiny_run, "--seed", 3)
+    assert first.code == 0
+    assert first.out.strip()
+    assert generate(tiny_run, "--seed", 3).out == first.out
+    assert len({generate(tiny_run, "--seed", seed).out for seed in range(3, 6)}) == 3
+
+
+def test_at_temperature_0_the_seed_does_not_matter(tiny_run: Path) -> None:
+    assert generate(tiny_run, "--temperature", 0, "--seed", 1).out == generate(tiny_run, "--temperature", 0).out
+
+
+def test_base_answers_as_the_model_before_training(tiny_run: Path, tiny_base: Path) -> None:
+    base = generate(tiny_run, "--base", "--temperature", 0)
+    assert base.out == generate(tiny_base, "--temperature", 0).out
+    assert base.out != generate(tiny_run, "--temperature", 0).out
+    assert generate(tiny_run / "adapter", "--temperature", 0).out == generate(tiny_run, "--temperature", 0).out
+
+
+def test_the_prompt_may_come_from_stdin(tiny_base: Path) -> None:
+    said = dpo("generate", tiny_base, "--prompt", "-", *SHORT, stdin="What is water?")
+    assert said.out == generate(tiny_base).out
+
+
+def test_a_system_turn_is_heard(tiny_base: Path) -> None:
+    assert generate(tiny_base, "--system", "Answer in French.").out != generate(tiny_base).out
+
+
+@pytest.mark.parametrize("prompt", ["", "  \n"])
+def test_an_empty_prompt_is_wrong_usage(prompt: str, tiny_base: Path) -> None:
+    said = dpo("generate", tiny_base, "--prompt", prompt)
+    assert (said.code, said.out) == (2, "")
+    assert "the prompt is empty" in said.err
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        *(("--temperature", "-1"), ("--temperature", "nan"), ("--max-new-tokens", "0"), ("--top-p", "0")),
+        *(("--top-p", "1.5"), ("--dtype", "int8"), ("--seed", "x")),
+    ],
+)
+def test_an_impossible_setting_is_wrong_usage(flags: tuple[str, str], tiny_base: Path) -> None:
+    said = dpo("generate", tiny_base, "--prompt", "x", *flags)
+    assert (said.code, said.out) == (2, "")
+
+
+def test_text_beyond_ascii_goes_both_ways(tiny_base: Path) -> None:
+    assert dpo("generate", tiny_base, "--prompt", "पानी 📱 <|im_end|> \u202e", *SHORT).code == 0
+
+
+# Streamed and not
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_streamed_text_is_the_text_that_is_not_streamed(loaded: Loaded, temperature: float) -> None:
+    sampling = Sampling(temperature, max_new_tokens=20, seed=4)
+    for tuned in (True, False):
+        whole = answers(loaded, [[Message("user", "Why?")]], sampling, tuned=tuned, progress=Progress(quiet=True))
+        assert "".join(Chat(loaded, sampling, tuned=tuned).say("Why?")) == whole[0].text
+
+
+def test_the_python_api_answers_as_the_command_does(tiny_run: Path) -> None:
+    (answer,) = generate_answers(str(tiny_run), ["What is water?"], sampling=Sampling(max_new_tokens=12))
+    assert f"{answer.text}\n" == dpo("generate", tiny_run, "--prompt", "What is water?", "--max-new-tokens", 12).out
+
+
+def test_what_only_a_stream_can_do_is_refused_elsewhere(loaded: Loaded) -> None:
+    """Silently drawing from all tokens would be another answer than was asked for."""
+    with pytest.raises(UsageError, match="top_p"):
+        answers(loaded, [[Message("user", "x")]], Sampling(top_p=0.5), tuned=True, progress=Progress(quiet=True))
+
+
+# dpo chat
+
+
+def test_base_and_tuned_answer_as_generate_does(tiny_run: Path) -> None:
+    cold = ("--temperature", 0)
+    tuned, base = (generate(tiny_run, *cold, *flag).out.splitlines() for flag in ((), ("--base",)))
+    assert chat(tiny_run, "What is water?", more=cold) == tuned
+    assert chat(tiny_run, "/base", "What is water?", more=cold) == base
+    assert chat(tiny_run, "/base", "/tuned", "What is water?", more=cold) == tuned
+
+
+def test_a_turn_is_remembered_until_new(loaded: Loaded, tiny_run: Path) -> None:
+    """The second answer sees the first turn; after /new it does not. Cold, so that only the turns can differ."""
+    cold = ("--temperature", 0)
+    once = chat(tiny_run, "What is water?", more=cold)
+    assert chat(tiny_run, "Hello", "/new", "What is water?", more=cold)[-len(once) :] == once
+    assert chat(tiny_run, "Hello", "What is water?", more=cold)[-len(once) :] != once
+    talk = Chat(loaded, Sampling(0, 8))
+    first = "".join(talk.say("Hello"))
+    assert talk.turns == [Message("user", "Hello"), Message("assistant", first)]
+
+
+def test_an_answer_broken_off_is_not_remembered(loaded: Loaded) -> None:
+    talk = Chat(loaded, Sampling(0, 8))
+    pieces = talk.say("Hello")
+    next(pieces)
+    pieces.close()  # type: ignore[attr-defined]
+    assert talk.turns == []
+
+
+@pytest.mark.parametrize("lines", [(), ("",), ("/quit",), ("/quit", "What is water?"), ("/new", "/base")])
+def test_the_end_of_the_input_or_quit_ends_quietly(lines: tuple[str, ...], tiny_base: Path) -> None:
+    assert chat(tiny_base, *lines) == []
+
+
+def test_an_unknown_command_is_not_taken_for_a_prompt(tiny_base: Path) -> None:
+    said = dpo("chat", tiny_base, stdin="/foo\n")
+    assert (said.code, said.out) == (0, "")
+    assert "no such command: /foo" in said.err
