@@ -139,6 +139,16 @@ def write_pairs(file: Path, count: int, *, seed: int = 0) -> Path:
 
 
 @pytest.fixture(autouse=True, scope="session")
+def _one_thread() -> Iterator[None]:
+    """Here and in the processes that tests start: the models are tiny, and on busy cores OpenMP's threads wait for each
+    other (a step took 40 times as long). Bits hang on the number of threads, too."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
 def _cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """No test reads or writes the caches of whoever runs it."""
     with pytest.MonkeyPatch.context() as patch:

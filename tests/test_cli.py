@@ -20,7 +20,7 @@ from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows
 
 COMMAND = Path(sys.executable).parent / "dpo"
-HEAVY = ("torch", "numpy", "transformers", "datasets", "peft", "accelerate", "rich", "pydantic", "matplotlib")
+HEAVY = ("torch", "numpy", "transformers", "datasets", "peft", "accelerate", "rich", "matplotlib")
 VERBS = ("demo", "train", "score", "generate", "chat", "schema")
 
 
@@ -265,17 +265,19 @@ def test_a_recipe_that_asks_for_what_is_not_there_is_refused(
     assert not (tmp_path / "run").exists()
 
 
-def test_a_hub_id_without_a_network_is_refused(tiny_base: Path, tmp_path: Path) -> None:
-    """In a process of its own: the Hub's libraries read HF_HUB_OFFLINE once."""
+def test_a_hub_id_without_a_network_is_refused(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under HF_HUB_OFFLINE=1, which the Hub's libraries read once, when they are imported."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base)
-    offline = {"env": os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "hf")}}
-    model = real("train", recipe, "--set", "model.path=nosuch/model", **offline)
-    assert (model.returncode, model.stdout) == (1, "")
-    assert "nosuch/model is not on this machine, and HF_HUB_OFFLINE keeps the Hub away" in model.stderr
-    data = real("train", recipe, "--set", "data.train.source=nosuch/data:train", **offline)
-    assert (data.returncode, data.stdout) == (1, "")
-    assert "nosuch/data:train is no file or folder here" in data.stderr and "hint:" in data.stderr
-    assert "Traceback" not in model.stderr + data.stderr
+    model = dpo("train", recipe, "--set", "model.path=nosuch/model")
+    refused(model, "nosuch/model is not on this machine, and HF_HUB_OFFLINE keeps the Hub away", "hint:")
+    data = dpo("train", recipe, "--set", "data.train.source=nosuch/data:train")
+    refused(data, "nosuch/data:train is no file or folder here", "HF_HUB_OFFLINE", "hint:")
 
 
 def test_an_adapter_to_continue_must_be_one(tiny_base: Path, tiny_run: Path, tmp_path: Path) -> None:
@@ -394,7 +396,7 @@ def test_a_run_says_its_result_on_stdout_and_nothing_else(tiny_base: Path, tmp_p
 def test_a_reader_that_stops_reading_is_no_error_message(tiny_base: Path, tmp_path: Path) -> None:
     """`dpo score ... | head -1`, with more to say than a pipe holds."""
     pairs = write_rows(tmp_path / "pairs.jsonl", tiny_rows(400))
-    command = [COMMAND, "score", tiny_base, pairs, "--dtype", "float32"]
+    command = [str(part) for part in (COMMAND, "score", tiny_base, pairs, "--dtype", "float32")]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout is not None and process.stderr is not None
         process.stdout.readline()
@@ -402,6 +404,13 @@ def test_a_reader_that_stops_reading_is_no_error_message(tiny_base: Path, tmp_pa
         err = process.stderr.read()
     assert "Traceback" not in err and "Exception ignored" not in err and "BrokenPipe" not in err
     assert "policy 400/400" in err
+
+
+def test_a_slip_in_the_recipe_is_told_of_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "r.yaml").write_text("{model: {path: m}, data: {train: {source: s}}, trainig: {}}")
+    assert "torch" not in loaded_by(
+        f"sys.argv = ['dpo', 'train', {str(tmp_path / 'r.yaml')!r}]; import dpo_studio.cli\ntry: dpo_studio.cli.main()"
+    )
 
 
 def test_a_terminal_that_cannot_show_a_character_gets_its_number(tmp_path: Path) -> None:

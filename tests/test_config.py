@@ -153,7 +153,14 @@ def violations(value: Any, schema: dict[str, Any], definitions: dict[str, Any]) 
         yield f"{value!r} is not {schema['const']!r}"
     if value not in schema.get("enum", [value]):
         yield f"{value!r} is not in {schema['enum']}"
-    types = {"object": dict, "array": list, "string": str, "integer": int, "number": (int, float), "null": type(None)}
+    types: dict[str, Any] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "integer": int,
+        "number": (int, float),
+        "null": type(None),
+    }
     if "type" in schema and not isinstance(value, types.get(schema["type"], bool)):
         yield f"{value!r} is no {schema['type']}"
         return

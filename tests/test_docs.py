@@ -30,12 +30,13 @@ def blocks(text: str) -> Iterator[tuple[str, str]]:
 
 
 def commands(text: str) -> Iterator[str]:
-    """Every `dpo ...` that a reader could type: in a shell block, or between backticks."""
+    """Every `dpo ...` that a reader could type: in a shell block, or between backticks on a line not `(planned)`."""
     for language, content in blocks(text):
         if language in ("", "bash", "sh", "shell", "console"):
             joined = content.replace("\\\n", " ")
             yield from (line.strip().removeprefix("$ ") for line in joined.splitlines() if _is_command(line))
-    yield from (code for code in _INLINE.findall(_FENCE.sub("", text)) if code.startswith("dpo "))
+    plain = "\n".join(line for line in _FENCE.sub("", text).splitlines() if "(planned)" not in line)
+    yield from (code for code in _INLINE.findall(plain) if code.startswith("dpo "))
 
 
 def _is_command(line: str) -> bool:
@@ -142,3 +143,10 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
 )
 def test_the_reader_of_commands_sees_a_wrong_one(command: str, wrong: list[str]) -> None:
     assert list(problems(command)) == wrong
+
+
+def test_hints_and_docstrings_name_only_verbs_that_exist() -> None:
+    """Someone who is told to type a command must be able to."""
+    sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.yaml")]
+    named = {verb for file in sources for verb in re.findall(r"`dpo ([a-z]+)", file.read_text(encoding="utf-8"))}
+    assert {verb for verb in named if list(problems(f"dpo {verb}"))} == set()

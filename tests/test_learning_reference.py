@@ -142,10 +142,13 @@ def test_an_entry_is_of_ids_and_of_what_is_scored(cache: ReferenceCache) -> None
         encoded([5], [6, 7, 8], [9]),
         encoded([5, 6, 7], [8], [9]),
         encoded([5, 6], [7], [8, 9]),
-        encoded([5, 6], [7, 8], [9], unscored=(0,)),
+        encoded([5, 6], [7, 8], [9], unscored=(1,)),  # in the chosen answer alone
         one.swap(),
     ]
     assert cache.load(others) == [None] * 5
+    other_way = encoded([5, 6], [9], [7, 8], unscored=(1,))  # in the rejected answer alone
+    cache.save([one.swap()], PairLogps(*(torch.tensor([float(x)]) for x in (-2, -1, 1, 2))))
+    assert cache.load([other_way]) == [None]
     assert cache.load([encoded([5, 6], [7, 8], [9], row=99)]) == [(-1.0, -2.0)]
 
 

@@ -10,8 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import pyarrow as arrow
-import pyarrow.parquet as parquet
+import datasets
 import pytest
 
 import dpo_studio
@@ -38,7 +37,7 @@ def ultrafeedback(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "data").mkdir()
     for split, count, seed in (("train_prefs", 20, 0), ("test_prefs", 8, 1)):
         rows = [_ultrafeedback_row(row) for row in tiny_rows(count, seed=seed)]
-        parquet.write_table(arrow.Table.from_pylist(rows), folder / "data" / f"{split}-00000-of-00001.parquet")
+        datasets.Dataset.from_list(rows).to_parquet(folder / "data" / f"{split}-00000-of-00001.parquet")
     return folder
 
 

@@ -41,7 +41,7 @@ class Said:
 def dpo(*arguments: object, stdin: str = "") -> Said:
     """Run `dpo ...` in this process: a new one takes five seconds to import torch."""
     out, err = io.StringIO(), io.StringIO()
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     code: object = 0
     with (
         redirect_stdout(out),
@@ -49,12 +49,14 @@ def dpo(*arguments: object, stdin: str = "") -> Said:
         patch.object(sys, "argv", ["dpo", *map(str, arguments)]),
         patch.object(sys, "stdin", io.StringIO(stdin)),
     ):
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # a test run in the background has it ignored
         try:
             main()
         except SystemExit as done:
             code = done.code
         finally:
-            signal.signal(signal.SIGTERM, handler)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
     return Said(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())
 
 

@@ -54,10 +54,13 @@ def train(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and model; train nothing.")] = False,
 ) -> None:
     """Train what a recipe says; the same command again continues an unfinished run."""
-    from dpo_studio.workflows.training import check_recipe, train_recipe
+    from dpo_studio.config import load_recipe
 
     _one_of("--tracker", tracker, "tensorboard", "wandb", "trackio")
     changes = [*(overrides or []), *([f"run.tracker={tracker}"] if tracker else [])]
+    load_recipe(recipe, changes)  # a slip in it is told of before torch is imported, which takes five seconds
+    from dpo_studio.workflows.training import check_recipe, train_recipe
+
     if dry_run:
         check_recipe(recipe, changes)
         return
@@ -186,7 +189,9 @@ def main() -> None:
     _prepare_streams()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        if app(standalone_mode=False) == INTERRUPTED:  # typer hides a KeyboardInterrupt in what it returns
+        if (
+            app(prog_name="dpo", standalone_mode=False) == INTERRUPTED
+        ):  # typer hides a KeyboardInterrupt in what it returns
             raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
     except DPOStudioError as error:

@@ -80,8 +80,8 @@ def _attend_pairs(
     """Every pair of the row on its own: prompt and chosen answer causally, then the rejected answer behind the prompt.
 
     A dense mask over a row of four pairs spends most of its products on what it then masks: on two cores a step took
-    1.4 times as long. On a CPU the scores are formed in fp32, nearer to the textbook and, strangely, faster: torch's bf16
-    kernel takes twice as long for answers of a hundred tokens, and a step 1.2 times.
+    1.4 times as long. On a CPU the scores are formed in fp32, nearer to the textbook and, strangely, faster: torch's
+    bf16 kernel takes twice as long for answers of a hundred tokens, and a step 1.2 times.
     """
     if pack_spans is None:
         return sdpa_attention_forward(  # type: ignore[no-any-return]

