@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import resource
-import signal
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
@@ -19,30 +16,35 @@ from accelerate.tracking import get_available_trackers
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from dpo_studio.config import LoadedRecipe, ModelSection, Recipe, cache_folder, load_recipe
-from dpo_studio.errors import DataError, Interrupted, ModelError, RunError
+from dpo_studio.config import LoadedRecipe, Recipe, cache_folder, load_recipe
+from dpo_studio.errors import ModelError, RunError
 from dpo_studio.evaluation.accuracy import accuracy_summary
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore, save_checkpoint
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import StepReport, TrainingState, evaluate, held_out_metrics, train
-from dpo_studio.models.adapters import as_reference, attach, attach_existing, in_eval, save_adapter, train_mode
-from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate, weights_fingerprint
+from dpo_studio.models.adapters import in_eval, save_adapter, train_mode
+from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
 from dpo_studio.objectives import PairLogps, margin
-from dpo_studio.preferences.pair import Pair, prompt_key
-from dpo_studio.preferences.sources import PairSource, read_pairs
-from dpo_studio.preferences.split import Split, split_pairs
+from dpo_studio.preferences.pair import Pair
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder, environment
-from dpo_studio.tokens.chat import ChatEncoder
-from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
+from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
+from dpo_studio.workflows.preparing import (
+    CPU_TOKENS,
+    RunData,
+    attach_policy,
+    encode_both,
+    read_and_split,
+    reference_model,
+    settle_automatics,
+    steps_of,
+)
+from dpo_studio.workflows.signals import interrupted, stopping_signals
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
-
-_CPU_TOKENS = 2048
-"""Tokens of a micro-batch on a CPU: two cores are busy from 512 on; a step of eight short pairs then is one row."""
 
 
 @dataclass(frozen=True)
@@ -81,11 +83,11 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: P
         run = RunFolder(loaded.run_folder)
         recipe = run.settle(loaded.recipe)
         _check_tracker(recipe)
-        source, split = _read(recipe, shown)
+        source, split = read_and_split(recipe, shown)
         folder = locate(recipe.model.path, recipe.model.revision, shown.say)
         check_folder(folder, recipe.model)
-        data = _encode(recipe, source, split, load_encoder(folder, recipe.model), shown)
-        steps = _steps(recipe, data.train.pairs, budget=_CPU_TOKENS)
+        data = encode_both(recipe, source, split, load_encoder(folder, recipe.model), shown)
+        steps = steps_of(recipe, data.train.pairs, budget=CPU_TOKENS)
         shown.say(f"{steps.total} steps of {recipe.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
@@ -95,15 +97,15 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
     _check_tracker(recipe)
-    source, split = _read(recipe, progress)
+    source, split = read_and_split(recipe, progress)
     if (done := run.result()) is not None and _is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
         return TrainedRun(run, done, held_out=split.held_out)
     base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say)
-    recipe = _settle_automatics(recipe, base)
-    data = _encode(recipe, source, split, base.encoder, progress)
-    _check_not_shorter(run, _steps(recipe, data.train.pairs, _CPU_TOKENS).total)
-    policy = _attach(base, recipe)
+    recipe = settle_automatics(recipe, base)
+    data = encode_both(recipe, source, split, base.encoder, progress)
+    _check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
+    policy = attach_policy(base, recipe)
     run.start(loaded, recipe)
     run.result_file.unlink(missing_ok=True)
     session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"))
@@ -114,17 +116,6 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
     return TrainedRun(run, result, base, policy, split.held_out)
 
 
-@dataclass(frozen=True)
-class _Data:
-    """The run's pairs as token ids."""
-
-    source: PairSource
-    train: Encoded
-    held_out: Encoded
-    held_out_prompts: list[str]
-    shared_prompts_dropped: int
-
-
 @dataclass
 class _Session:
     """A training under way: everything `fit` and `finish` share."""
@@ -133,15 +124,12 @@ class _Session:
     recipe: Recipe
     base: ChatModel
     policy: PeftModel
-    data: _Data
+    data: RunData
     progress: Progress
     accelerator: Accelerator
     held_out_reference: PairLogps | None = None
     last_evaluation: dict[str, float] = field(default_factory=dict)
     held_out_logps: PairLogps | None = None
-    trained_pairs: int = 0
-    trained_tokens: int = 0
-    trained_seconds: float = 0.0
 
     def fit(self) -> None:
         """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
@@ -151,12 +139,12 @@ class _Session:
         difference = check_packing(self.policy, self.data.train.pairs)
         self.progress.say(f"packed and plain log-probs agree: {difference:.2g} nats a token apart")
         live, cached = self._references(budget)
-        steps = _steps(self.recipe, self.data.train.pairs, budget, cached)
+        steps = steps_of(self.recipe, self.data.train.pairs, budget, cached)
         state = TrainingState.fresh(self.policy, self.recipe.training, steps.total, self.accelerator)
         self._resume_or_begin(state, steps, live, budget)
         self._track()
         train_mode(self.policy)
-        with _signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
+        with stopping_signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
             advance(state.step)
             for report in train(self.policy, steps, self.recipe.objective, state, live):
                 held_out = self._maybe_evaluate(report.step, steps.total, budget)
@@ -165,7 +153,7 @@ class _Session:
                 if report.step % self.recipe.training.save_every == 0 or report.step == steps.total or asked.signal:
                     self._save(state)
                 if asked.signal and report.step < steps.total:
-                    raise _interrupted(asked.signal, report.step, self.run)
+                    raise interrupted(asked.signal, report.step, self.run)
         self.accelerator.end_training()
 
     def finish(self, seconds: float) -> dict[str, Any]:
@@ -204,7 +192,7 @@ class _Session:
         self, budget: int
     ) -> tuple[Callable[[MicroBatch], PairLogps] | None, Callable[..., PairLogps] | None]:
         """(how to compute the reference in the step, how to look it up): one of the two is None."""
-        with _reference_model(self.recipe, self.base, self.policy) as (model, context, computes):
+        with reference_model(self.recipe, self.base, self.policy) as (model, context, computes):
             cache = (
                 ReferenceCache(cache_folder() / "reference", context)
                 if self.recipe.reference.mode == "cached"
@@ -334,98 +322,6 @@ class _Session:
         self.accelerator.init_trackers("dpo-studio", config={})
 
 
-def _read(recipe: Recipe, progress: Progress) -> tuple[PairSource, Split]:
-    source = read_pairs(recipe.data.train, seed=recipe.data.split_seed)
-    progress.say(f"{source.name}: {source.rows} rows ({source.format}), {len(source.pairs)} pairs")
-    for reason, count in source.refused_by_reason().items():
-        progress.warn(f"{count} rows refused: {reason}")
-    split = split_pairs(source.pairs, recipe.data.held_out, seed=recipe.data.split_seed)
-    dropped = f", {split.shared_prompts_dropped} dropped for sharing a prompt" if split.shared_prompts_dropped else ""
-    progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}")
-    return source, split
-
-
-def _encode(recipe: Recipe, source: PairSource, split: Split, encoder: ChatEncoder, progress: Progress) -> _Data:
-    encoded = []
-    for name, pairs in (("training", split.train), ("held-out", split.held_out)):
-        part = encode_pairs(pairs, encoder, max_length=recipe.data.max_length, too_long=recipe.data.too_long)
-        for what, count in part.counts.items():
-            progress.say(f"{name} pairs: {count} {what}")
-        encoded.append(part)
-    train_side, held_out = encoded
-    if not train_side.pairs:
-        reason = train_side.refused[0][1] if train_side.refused else "none was there"
-        raise DataError(
-            f"no training pair is left of {len(split.train)}: {reason}",
-            hint=f"data.max_length is {recipe.data.max_length} and data.too_long {recipe.data.too_long}",
-        )
-    by_row = {pair.row: prompt_key(pair.prompt) for pair in split.held_out}
-    return _Data(
-        source, train_side, held_out, [by_row[pair.row] for pair in held_out.pairs], split.shared_prompts_dropped
-    )
-
-
-def _steps(
-    recipe: Recipe, pairs: Sequence[EncodedPair], budget: int, reference: Callable[..., PairLogps] | None = None
-) -> Steps:
-    section = recipe.training
-    return Steps(pairs, section.pairs_per_step, budget, section.seed, section.epochs, section.max_steps, reference)
-
-
-def _settle_automatics(recipe: Recipe, base: ChatModel) -> Recipe:
-    """Every `auto` that decides bits, decided once."""
-    tokens = recipe.training.tokens_per_micro_batch
-    if tokens == "auto":
-        tokens = _CPU_TOKENS if base.device.type == "cpu" else 8192
-    dtype: Any = str(base.model.dtype).removeprefix("torch.")
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"dtype": dtype}),
-            "training": recipe.training.model_copy(update={"tokens_per_micro_batch": tokens}),
-        }
-    )
-
-
-def _attach(base: ChatModel, recipe: Recipe) -> PeftModel:
-    if recipe.model.adapter is None:
-        return attach(base.model, recipe.adapter, seed=recipe.training.seed)
-    folder = Path(recipe.model.adapter)
-    policy = attach_existing(base.model, folder, trainable=True)
-    if recipe.reference.model is None and recipe.reference.adapter is None:
-        policy = attach_existing(policy, folder, trainable=False, name="reference")
-    return policy
-
-
-@contextmanager
-def _reference_model(
-    recipe: Recipe, base: ChatModel, policy: PeftModel
-) -> Iterator[tuple[Any, dict[str, str], Callable[[], Any]]]:
-    """(the model that computes the reference, what its numbers depend on, the state to compute them in)."""
-    section = recipe.reference
-    adapter = section.adapter or (recipe.model.adapter if section.model is None else None)
-    folder, model = base.folder, policy
-    if section.model is not None:
-        other = load_chat_model(
-            ModelSection(path=section.model, dtype=recipe.model.dtype, attention=recipe.model.attention)
-        )
-        if other.encoder.vocabulary() != base.encoder.vocabulary():
-            raise ModelError(f"reference.model {section.model} has another vocabulary than {base.typed}")
-        folder, model = other.folder, other.model
-        if section.adapter is not None:
-            model = attach_existing(other.model, Path(section.adapter), trainable=False)
-    elif section.adapter is not None:
-        policy = attach_existing(policy, Path(section.adapter), trainable=False, name="reference")
-    context = {
-        "weights": weights_fingerprint(folder),
-        "adapter": weights_fingerprint(Path(adapter)) if adapter is not None else "",
-        "dtype": str(base.model.dtype),
-        "attention": base.model.config._attn_implementation,
-        "device": base.device.type,
-        "torch": torch.__version__,
-    }
-    yield model, context, (lambda: as_reference(policy)) if model is policy else (lambda: in_eval(model))
-
-
 def _typed_model(loaded: LoadedRecipe) -> str:
     typed = loaded.typed.get("model")
     return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path
@@ -463,44 +359,6 @@ def _is_finished(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> bool
         recipe.training.max_steps,
     )
     return same_length and "steps" in result
-
-
-@dataclass
-class _Asked:
-    """Which signal asked the run to stop, if one did."""
-
-    signal: int = 0
-
-
-@contextmanager
-def _signals(progress: Progress) -> Iterator[_Asked]:
-    """SIGINT and SIGTERM wait for the step's end and its checkpoint; a second one does not."""
-    asked = _Asked()
-
-    def handle(number: int, frame: FrameType | None) -> None:
-        if asked.signal:
-            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        asked.signal = number
-        progress.say("stopping after this step, with a checkpoint; a second signal stops at once")
-
-    try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    except ValueError:  # not the main thread: whoever started it keeps the signals
-        yield asked
-        return
-    try:
-        yield asked
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _interrupted(number: int, step: int, run: RunFolder) -> Interrupted:
-    return Interrupted(
-        f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is in {run.checkpoints}",
-        exit_code=128 + number,
-        hint="the same command continues from there",
-    )
 
 
 def _unwritable(what: str, where: Path, error: Exception) -> RunError:

@@ -1,0 +1,150 @@
+"""What a training needs before its first step: pairs as token ids, a policy, and something to be its reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+
+from dpo_studio.config import ModelSection, Recipe
+from dpo_studio.errors import DataError, ModelError
+from dpo_studio.models.adapters import as_reference, attach, attach_existing, in_eval
+from dpo_studio.models.load import ChatModel, load_chat_model, weights_fingerprint
+from dpo_studio.objectives import PairLogps
+from dpo_studio.preferences.pair import prompt_key
+from dpo_studio.preferences.sources import PairSource, read_pairs
+from dpo_studio.preferences.split import Split, split_pairs
+from dpo_studio.reports.progress import Progress
+from dpo_studio.tokens.chat import ChatEncoder
+from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
+from dpo_studio.tokens.pack import Steps
+
+__all__ = [
+    "CPU_TOKENS",
+    "RunData",
+    "attach_policy",
+    "encode_both",
+    "read_and_split",
+    "reference_model",
+    "settle_automatics",
+    "steps_of",
+]
+
+CPU_TOKENS = 2048
+"""Tokens of a micro-batch on a CPU: two cores are busy from 512 on; a step of eight short pairs then is one row."""
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The run's pairs as token ids."""
+
+    source: PairSource
+    train: Encoded
+    held_out: Encoded
+    held_out_prompts: list[str]
+    shared_prompts_dropped: int
+
+
+def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Split]:
+    """The pairs of the recipe's sources on their two sides, with every refusal told."""
+    source = read_pairs(recipe.data.train, seed=recipe.data.split_seed)
+    progress.say(f"{source.name}: {source.rows} rows ({source.format}), {len(source.pairs)} pairs")
+    for reason, count in source.refused_by_reason().items():
+        progress.warn(f"{count} rows refused: {reason}")
+    split = split_pairs(source.pairs, recipe.data.held_out, seed=recipe.data.split_seed)
+    dropped = f", {split.shared_prompts_dropped} dropped for sharing a prompt" if split.shared_prompts_dropped else ""
+    progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}")
+    return source, split
+
+
+def encode_both(recipe: Recipe, source: PairSource, split: Split, encoder: ChatEncoder, progress: Progress) -> RunData:
+    """Both sides as token ids under the recipe's length rule, with every cut and drop told.
+
+    Raises:
+        DataError: nothing is left to train on.
+    """
+    encoded = []
+    for name, pairs in (("training", split.train), ("held-out", split.held_out)):
+        part = encode_pairs(pairs, encoder, max_length=recipe.data.max_length, too_long=recipe.data.too_long)
+        for what, count in part.counts.items():
+            progress.say(f"{name} pairs: {count} {what}")
+        encoded.append(part)
+    train_side, held_out = encoded
+    if not train_side.pairs:
+        reason = train_side.refused[0][1] if train_side.refused else "none was there"
+        raise DataError(
+            f"no training pair is left of {len(split.train)}: {reason}",
+            hint=f"data.max_length is {recipe.data.max_length} and data.too_long {recipe.data.too_long}",
+        )
+    by_row = {pair.row: prompt_key(pair.prompt) for pair in split.held_out}
+    return RunData(
+        source, train_side, held_out, [by_row[pair.row] for pair in held_out.pairs], split.shared_prompts_dropped
+    )
+
+
+def steps_of(
+    recipe: Recipe, pairs: Sequence[EncodedPair], budget: int, reference: Callable[..., PairLogps] | None = None
+) -> Steps:
+    """The run's steps, in the recipe's words."""
+    section = recipe.training
+    return Steps(pairs, section.pairs_per_step, budget, section.seed, section.epochs, section.max_steps, reference)
+
+
+def settle_automatics(recipe: Recipe, base: ChatModel) -> Recipe:
+    """Every `auto` that decides bits, decided once."""
+    tokens = recipe.training.tokens_per_micro_batch
+    if tokens == "auto":
+        tokens = CPU_TOKENS if base.device.type == "cpu" else 8192
+    dtype: Any = str(base.model.dtype).removeprefix("torch.")
+    return recipe.model_copy(
+        update={
+            "model": recipe.model.model_copy(update={"dtype": dtype}),
+            "training": recipe.training.model_copy(update={"tokens_per_micro_batch": tokens}),
+        }
+    )
+
+
+def attach_policy(base: ChatModel, recipe: Recipe) -> PeftModel:
+    """A fresh adapter on the base, or the recipe's own to continue, which then stays beside it as the reference."""
+    if recipe.model.adapter is None:
+        return attach(base.model, recipe.adapter, seed=recipe.training.seed)
+    folder = Path(recipe.model.adapter)
+    policy = attach_existing(base.model, folder, trainable=True)
+    if recipe.reference.model is None and recipe.reference.adapter is None:
+        policy = attach_existing(policy, folder, trainable=False, name="reference")
+    return policy
+
+
+@contextmanager
+def reference_model(
+    recipe: Recipe, base: ChatModel, policy: PeftModel
+) -> Iterator[tuple[Any, dict[str, str], Callable[[], Any]]]:
+    """(the model that computes the reference, what its numbers depend on, the state to compute them in)."""
+    section = recipe.reference
+    adapter = section.adapter or (recipe.model.adapter if section.model is None else None)
+    folder, model = base.folder, policy
+    if section.model is not None:
+        other = load_chat_model(
+            ModelSection(path=section.model, dtype=recipe.model.dtype, attention=recipe.model.attention)
+        )
+        if other.encoder.vocabulary() != base.encoder.vocabulary():
+            raise ModelError(f"reference.model {section.model} has another vocabulary than {base.typed}")
+        folder, model = other.folder, other.model
+        if section.adapter is not None:
+            model = attach_existing(other.model, Path(section.adapter), trainable=False)
+    elif section.adapter is not None:
+        policy = attach_existing(policy, Path(section.adapter), trainable=False, name="reference")
+    context = {
+        "weights": weights_fingerprint(folder),
+        "adapter": weights_fingerprint(Path(adapter)) if adapter is not None else "",
+        "dtype": str(base.model.dtype),
+        "attention": base.model.config._attn_implementation,
+        "device": base.device.type,
+        "torch": torch.__version__,
+    }
+    yield model, context, (lambda: as_reference(policy)) if model is policy else (lambda: in_eval(model))

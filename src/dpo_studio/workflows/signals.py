@@ -1,0 +1,54 @@
+"""SIGINT and SIGTERM, as a training hears them: at a step's end."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+from dpo_studio.errors import Interrupted
+from dpo_studio.reports.progress import Progress
+from dpo_studio.runs import RunFolder
+
+__all__ = ["Asked", "interrupted", "stopping_signals"]
+
+
+@dataclass
+class Asked:
+    """Which signal asked the run to stop, if one did."""
+
+    signal: int = 0
+
+
+@contextmanager
+def stopping_signals(progress: Progress) -> Iterator[Asked]:
+    """SIGINT and SIGTERM wait for the step's end and its checkpoint; a second one does not."""
+    asked = Asked()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if asked.signal:
+            raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
+        asked.signal = number
+        progress.say("stopping after this step, with a checkpoint; a second signal stops at once")
+
+    try:
+        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    except ValueError:  # not the main thread: whoever started it keeps the signals
+        yield asked
+        return
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def interrupted(number: int, step: int, run: RunFolder) -> Interrupted:
+    """What a stopped run raises: where it is and how it goes on."""
+    return Interrupted(
+        f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is in {run.checkpoints}",
+        exit_code=128 + number,
+        hint="the same command continues from there",
+    )
