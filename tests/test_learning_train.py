@@ -318,10 +318,10 @@ def golden_run() -> Iterator[list[float]]:
 
 
 def test_twenty_losses_are_those_on_file(golden_run: list[float]) -> None:
-    """A change that is meant to keep the numbers keeps these to 1e-6 (CPU, fp32). Bits may differ between processors
+    """A change that is meant to keep the numbers keeps these to 1e-5 (CPU, fp32). Bits may differ between processors
     and versions of torch; a difference beyond rounding means that the algorithm changed. To renew: delete the file."""
     if not GOLDEN.exists():
         GOLDEN.write_text(json.dumps(golden_run, indent=0) + "\n", encoding="utf-8")
         pytest.fail(f"{GOLDEN} was missing and has been written: read it over and run again")
-    assert golden_run == pytest.approx(json.loads(GOLDEN.read_text(encoding="utf-8")), abs=1e-6)
+    assert golden_run == pytest.approx(json.loads(GOLDEN.read_text(encoding="utf-8")), abs=1e-5)
     assert golden_run[-1] < math.log(2) - 0.1

@@ -643,7 +643,7 @@ def test_hub_errors_have_hints(error: Exception, hint: str, monkeypatch: pytest.
             "owner/a:b:c",
         ),
         *("~/no-such-folder-of-mine", "~nobody-here/x", "https://example.com/x.jsonl"),
-        *("", "nul\0", "x" * 5000 + ".json"),
+        *("nul\0", "x" * 5000 + ".json"),
     ],
 )
 def test_no_such_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

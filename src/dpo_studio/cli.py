@@ -88,6 +88,8 @@ def score(
     from dpo_studio.config import SourceSection
     from dpo_studio.workflows.scoring import score_pairs, score_to_file
 
+    if not source:
+        raise typer.BadParameter("the source is empty", param_hint="SOURCE")
     section = SourceSection(source=source)
     settings: dict[str, Any] = {
         "beta": beta,
@@ -189,9 +191,8 @@ def main() -> None:
     _prepare_streams()
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        if (
-            app(prog_name="dpo", standalone_mode=False) == INTERRUPTED
-        ):  # typer hides a KeyboardInterrupt in what it returns
+        outcome = app(prog_name="dpo", standalone_mode=False)
+        if outcome == INTERRUPTED:  # typer hides a KeyboardInterrupt in what it returns
             raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
     except DPOStudioError as error:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
@@ -92,7 +93,8 @@ class TrainingState:
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout masks come from (seed, step, micro-batch): nothing to restore on a resume."""
-        torch.manual_seed(hash((self.section.seed, self.step, micro_batch)) % 2**63)
+        words = np.random.SeedSequence([self.section.seed, self.step, micro_batch]).generate_state(2)
+        torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
 def train(
