@@ -29,6 +29,7 @@ import transformers
 from accelerate import Accelerator
 from datasets import Dataset
 from peft import LoraConfig
+from transformers import PrinterCallback
 from trl import DPOConfig, DPOTrainer
 
 from dpo_studio.config import AdapterSection, ModelSection, SourceSection, TrainingSection
@@ -120,6 +121,7 @@ def trl_seconds(model: str, pairs: Sequence[EncodedPair], max_length: int) -> fl
             processing_class=base.encoder._tokenizer,
             peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
+        trainer.remove_callback(PrinterCallback)
         start = time.perf_counter()
         trainer.train()
         return time.perf_counter() - start
