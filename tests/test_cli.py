@@ -15,7 +15,6 @@ import pytest
 
 import dpo_studio
 from dpo_studio.learning.train import TrainingState
-from dpo_studio.workflows import training
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows
 
@@ -466,14 +465,16 @@ def test_a_second_signal_does_not_wait(
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-@pytest.mark.parametrize("phase", ["encode_pairs", "load_chat_model", "check_packing", "write_report"])
+@pytest.mark.parametrize(
+    "phase", ["preparing.encode_pairs", "training.load_chat_model", "training.check_packing", "training.write_report"]
+)
 def test_a_signal_before_or_after_the_steps_ends_at_once(
     phase: str, number: signal.Signals, code: int, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """There is nothing to wait for; the same command does the rest."""
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base)
     with monkeypatch.context() as patched:
-        patched.setattr(training, phase, lambda *_, **__: signal.raise_signal(number))
+        patched.setattr(f"dpo_studio.workflows.{phase}", lambda *_, **__: signal.raise_signal(number))
         refused(dpo("train", recipe), "interrupted" if number == signal.SIGINT else "terminated", code=code)
     assert dpo("train", recipe).code == 0
 

@@ -63,11 +63,9 @@ class ModelSection(Section):
     """GPTQ bases: the precision of the forward products."""
 
 
-class SourceSection(Section):
-    """Where pairs come from."""
+class ReadingSection(Section):
+    """How a source of pairs is read."""
 
-    source: Annotated[str, Field(min_length=1)]
-    """File (.jsonl .json .jsonl.gz .parquet .csv), folder, `bundled:everyday`, or Hub id `name[/config][:split]`."""
     split: str | None = None
     """Which split of a folder or Hub dataset."""
     revision: str | None = None
@@ -77,34 +75,27 @@ class SourceSection(Section):
     format: str = "auto"
     """Name of the shape of a row; auto looks at the first rows."""
     rows: Annotated[int, Field(gt=0)] | None = None
-    """Take a seeded sample of this many rows."""
+    """Take a seeded sample of this many: of the rows, or of the held-out pairs."""
     map: dict[str, str] = {}
     """Which column (dots reach into nested ones) holds prompt, chosen, rejected, or first, second and label."""
     label: dict[str, str | int | float | bool] = {}
     """What the label's values mean: {first: 1, second: 2, tie: 0}. Compared as text."""
 
 
-class HeldOutSection(Section):
+class SourceSection(ReadingSection):
+    """Where pairs come from."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """File (.jsonl .json .jsonl.gz .parquet .csv), folder, `bundled:everyday`, or Hub id `name[/config][:split]`."""
+
+
+class HeldOutSection(ReadingSection):
     """Pairs that are never trained on: a share of the training prompts, or a source of their own."""
 
     fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
     """Share of prompts (not rows) held out of the training source. Not used when `source` is given."""
     source: str | None = None
     """A source of its own. Training pairs that share a prompt with it are dropped and counted."""
-    split: str | None = None
-    """Which split of `source`."""
-    revision: str | None = None
-    """Hub datasets: branch, tag or commit."""
-    data_dir: str | None = None
-    """Hub datasets: a sub-folder of the repository."""
-    format: str = "auto"
-    """Shape of the rows of `source`."""
-    rows: Annotated[int, Field(gt=0)] | None = None
-    """Use at most this many held-out pairs, a seeded sample."""
-    map: dict[str, str] = {}
-    """As in data.train."""
-    label: dict[str, str | int | float | bool] = {}
-    """As in data.train."""
 
     @model_validator(mode="after")
     def _one_origin(self) -> HeldOutSection:
@@ -375,7 +366,7 @@ _Loader.add_implicit_resolver(
 
 def _parse(text: str) -> Any:
     try:
-        return yaml.load(text, _Loader)  # noqa: S506 - a SafeLoader
+        return _Loader(text).get_single_data()
     except (ValueError, OverflowError) as error:  # a number of 5,000 digits, or one no calendar or base 60 knows
         raise yaml.YAMLError(str(error)) from None
 

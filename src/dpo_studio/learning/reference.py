@@ -26,7 +26,7 @@ from dpo_studio.tokens.pack import micro_batches
 __all__ = ["ReferenceCache", "batched_logps", "reference_logps"]
 
 _TABLE = "CREATE TABLE IF NOT EXISTS logps (pair BLOB PRIMARY KEY, chosen REAL, rejected REAL) WITHOUT ROWID"
-_PAIRS_BETWEEN_SAVES = 512
+_PAIRS_BETWEEN_SAVES = 128
 _T = TypeVar("_T")
 
 
