@@ -152,6 +152,11 @@ def margin(policy: PairLogps, reference: PairLogps) -> Tensor:
     return (policy.chosen_P - reference.chosen_P) - (policy.rejected_P - reference.rejected_P)
 
 
+def wins(difference_P: Tensor) -> Tensor:
+    """1 where the chosen side is ahead, one half for a tie, 0 otherwise, (P,) float64."""
+    return (difference_P > 0).double() + 0.5 * (difference_P == 0).double()
+
+
 def _smoothed_logistic(margin_P: Tensor, label_smoothing: float) -> Tensor:
     from torch.nn.functional import logsigmoid
 

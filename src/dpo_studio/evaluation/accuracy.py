@@ -9,14 +9,9 @@ import torch
 from torch import Tensor
 
 from dpo_studio.evaluation.winrate import share_ci95
-from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.objectives import PairLogps, margin, wins
 
-__all__ = ["accuracy_summary", "wins"]
-
-
-def wins(difference_P: Tensor) -> Tensor:
-    """1 where the chosen side is ahead, one half for a tie, 0 otherwise, (P,) float64."""
-    return (difference_P > 0).double() + 0.5 * (difference_P == 0).double()
+__all__ = ["accuracy_summary", "finite"]
 
 
 def accuracy_summary(

@@ -114,16 +114,14 @@ def batched_logps(
 ) -> PairLogps:
     """Log-probs of the pairs at `positions` under `model` as it is, in that order, on the CPU."""
     device = next(model.parameters()).device
-    columns = torch.zeros(4, len(positions))
+    sums_2P = torch.zeros(2, len(positions))
     place = {position: index for index, position in enumerate(positions)}
     for batch in micro_batches(pairs, positions, budget):
         logps = pair_logps(model, batch.to(device))
         where = torch.tensor([place[position] for position in batch.pairs])
-        columns[:, where] = torch.stack(
-            [logps.chosen_P, logps.rejected_P, logps.chosen_tokens_P.float(), logps.rejected_tokens_P.float()]
-        ).cpu()
+        sums_2P[:, where] = torch.stack([logps.chosen_P, logps.rejected_P]).cpu()
         progress(len(batch), batch.tokens)
-    return PairLogps(columns[0], columns[1], columns[2].long(), columns[3].long())
+    return PairLogps(sums_2P[0], sums_2P[1], *_token_counts([pairs[position] for position in positions]))
 
 
 def _token_counts(pairs: Sequence[EncodedPair]) -> tuple[Tensor, Tensor]:

@@ -18,7 +18,7 @@ from dpo_studio.errors import NonFiniteError
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.models.adapters import in_eval
-from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.objectives import PairLogps, margin, wins
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 
@@ -253,13 +253,12 @@ class _Seen:
     def metrics(self, beta: float) -> dict[str, float]:
         """Means over the pairs, by TRL's names. A tied margin counts one half."""
         loss, chosen, rejected, margins, chosen_logp, rejected_logp = torch.cat(self.columns, 1).double().cpu()
-        accuracy = (margins > 0).double() + 0.5 * (margins == 0).double()
         return {
             "loss": loss.mean().item(),
             "rewards/chosen": beta * chosen.mean().item(),
             "rewards/rejected": beta * rejected.mean().item(),
             "rewards/margins": beta * margins.mean().item(),
-            "rewards/accuracies": accuracy.mean().item(),
+            "rewards/accuracies": wins(margins).mean().item(),
             "logps/chosen": chosen_logp.mean().item(),
             "logps/rejected": rejected_logp.mean().item(),
         }

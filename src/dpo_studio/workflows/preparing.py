@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from peft import PeftModel
 
 from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.errors import DataError, ModelError
-from dpo_studio.models.adapters import as_reference, attach, attach_existing, in_eval
+from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval
 from dpo_studio.models.load import ChatModel, load_chat_model, weights_fingerprint
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import prompt_key
@@ -116,14 +116,13 @@ def attach_policy(base: ChatModel, recipe: Recipe) -> PeftModel:
     folder = Path(recipe.model.adapter)
     policy = attach_existing(base.model, folder, trainable=True)
     if recipe.reference.model is None and recipe.reference.adapter is None:
-        policy = attach_existing(policy, folder, trainable=False, name="reference")
+        policy = attach_existing(policy, folder, trainable=False, name=REFERENCE)
     return policy
 
 
-@contextmanager
 def reference_model(
     recipe: Recipe, base: ChatModel, policy: PeftModel
-) -> Iterator[tuple[Any, dict[str, str], Callable[[], Any]]]:
+) -> tuple[Any, dict[str, str], Callable[[], AbstractContextManager[None]]]:
     """(the model that computes the reference, what its numbers depend on, the state to compute them in)."""
     section = recipe.reference
     adapter = section.adapter or (recipe.model.adapter if section.model is None else None)
@@ -138,7 +137,7 @@ def reference_model(
         if section.adapter is not None:
             model = attach_existing(other.model, Path(section.adapter), trainable=False)
     elif section.adapter is not None:
-        policy = attach_existing(policy, Path(section.adapter), trainable=False, name="reference")
+        policy = attach_existing(policy, Path(section.adapter), trainable=False, name=REFERENCE)
     context = {
         "weights": weights_fingerprint(folder),
         "adapter": weights_fingerprint(Path(adapter)) if adapter is not None else "",
@@ -147,4 +146,4 @@ def reference_model(
         "device": base.device.type,
         "torch": torch.__version__,
     }
-    yield model, context, (lambda: as_reference(policy)) if model is policy else (lambda: in_eval(model))
+    return model, context, (lambda: as_reference(policy)) if model is policy else (lambda: in_eval(model))

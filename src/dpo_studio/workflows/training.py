@@ -192,23 +192,21 @@ class _Session:
         self, budget: int
     ) -> tuple[Callable[[MicroBatch], PairLogps] | None, Callable[..., PairLogps] | None]:
         """(how to compute the reference in the step, how to look it up): one of the two is None."""
-        with reference_model(self.recipe, self.base, self.policy) as (model, context, computes):
-            cache = (
-                ReferenceCache(cache_folder() / "reference", context)
-                if self.recipe.reference.mode == "cached"
-                else None
-            )
-            with computes():
-                self.held_out_reference = self._reference_of(model, self.data.held_out.pairs, budget, cache, "held-out")
-            if cache is None:
+        model, context, computes = reference_model(self.recipe, self.base, self.policy)
+        cache = (
+            ReferenceCache(cache_folder() / "reference", context) if self.recipe.reference.mode == "cached" else None
+        )
+        with computes():
+            self.held_out_reference = self._reference_of(model, self.data.held_out.pairs, budget, cache, "held-out")
+        if cache is None:
 
-                def live(batch: MicroBatch) -> PairLogps:
-                    with computes():
-                        return pair_logps(model, batch)
+            def live(batch: MicroBatch) -> PairLogps:
+                with computes():
+                    return pair_logps(model, batch)
 
-                return live, None
-            with computes():
-                whole = self._reference_of(model, self.data.train.pairs, budget, cache, "training")
+            return live, None
+        with computes():
+            whole = self._reference_of(model, self.data.train.pairs, budget, cache, "training")
         return None, lambda positions: whole.map(lambda x_P: x_P[list(positions)])
 
     def _reference_of(
