@@ -17,7 +17,7 @@ from torch import Tensor
 from dpo_studio.errors import ModelError
 from dpo_studio.learning import logprobs
 from dpo_studio.learning.logprobs import check_packing, pair_logps, plain_token_logps, token_logps
-from dpo_studio.models.attention import PAIRS, attention_arguments, dense_mask
+from dpo_studio.models.attention import FLEX, PAIRS, row_inputs
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Span, pack
@@ -33,6 +33,10 @@ ODD = [
 PAIRS_OF_ALL_KINDS = [*random_pairs(4), *ODD]
 WEIGHTS_P2 = torch.randn(len(PAIRS_OF_ALL_KINDS), 2, generator=torch.Generator().manual_seed(3))
 """Every answer's log-prob counts for something of its own in the gradient."""
+
+
+flex_on_a_cpu = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+"""FlexAttention's own reference: forward only, every score formed. Its kernel and gradients: tests/test_gpu.py."""
 
 
 def columns(logps: PairLogps) -> Tensor:
@@ -97,7 +101,8 @@ def test_equal_answers_have_equal_log_probs_wherever_they_stand() -> None:
     assert chosen == pytest.approx(rejected, rel=1e-6)
 
 
-@pytest.mark.parametrize("attention", [PAIRS, "sdpa"])
+@flex_on_a_cpu
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
 def test_a_pair_does_not_notice_its_neighbours(attention: str) -> None:
     """Alone, first, last or in the middle of a row: the same to 1e-5 relative."""
     model = tiny_model("qwen2-mixed", attn_implementation=attention)
@@ -123,7 +128,7 @@ def test_the_head_in_slices_is_the_head_at_once(monkeypatch: pytest.MonkeyPatch,
     draw = torch.Generator().manual_seed(0)
     hidden, head, bias = (torch.randn(*size, generator=draw) for size in ((20, 16), (50, 16), (50,)))
     target, weights = torch.randint(50, (20,), generator=draw), torch.randn(20, generator=draw)
-    monkeypatch.setattr(logprobs, "_LOGITS_AT_ONCE", rows * 50)
+    monkeypatch.setattr(logprobs, "_LOGITS_AT_ONCE", {"cpu": rows * 50})
     ours, exact = hidden.clone().requires_grad_(), hidden.double().requires_grad_()
     for b in (None, bias):
         got = logprobs._HeadLogps.apply(ours, head, b, target)  # type: ignore[no-untyped-call]
@@ -144,7 +149,8 @@ def test_plain_token_logps_are_the_textbook_s() -> None:
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
-@pytest.mark.parametrize("attention", [PAIRS, "sdpa"])
+@flex_on_a_cpu
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
 def test_in_bfloat16_packing_adds_no_more_noise_than_bfloat16_itself(architecture: str, attention: str) -> None:
     """A token's log-prob in bf16 is off by some rounding whether packed or plain. Mean error against fp32 over all
     tokens: packed at most 1.5 times plain's. initializer_range 0.08: at 0.3 bf16 itself is whole nats off."""
@@ -161,7 +167,8 @@ def test_in_bfloat16_packing_adds_no_more_noise_than_bfloat16_itself(architectur
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
-@pytest.mark.parametrize("attention", [PAIRS, "sdpa"])
+@flex_on_a_cpu
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
 def test_check_packing_passes_what_is_right(architecture: str, attention: str) -> None:
     assert check_packing(policy_on(architecture, attn_implementation=attention), random_pairs(20)) < 1e-4
 
@@ -180,15 +187,8 @@ def test_check_packing_is_blind_to_dropout() -> None:
 
 
 def wrong_mask(change: Callable[[MicroBatch], MicroBatch]) -> Callable[[Any, MicroBatch], dict[str, Any]]:
-    """Attention arguments for another row than the one that is read."""
-
-    def arguments(config: Any, batch: MicroBatch) -> dict[str, Any]:
-        changed = change(batch)
-        if config._attn_implementation == PAIRS:
-            return {"attention_mask": torch.zeros(1, 1, 1, 1), "pack_spans": changed.spans}
-        return {"attention_mask": dense_mask(changed)}
-
-    return arguments
+    """The right tokens with the mask of another row."""
+    return lambda config, batch: row_inputs(config, change(batch))
 
 
 def one_pair(batch: MicroBatch) -> MicroBatch:
@@ -196,7 +196,7 @@ def one_pair(batch: MicroBatch) -> MicroBatch:
     (first, last) = batch.spans[0], batch.spans[-1]
     return replace(
         batch,
-        pair_T=torch.zeros_like(batch.pair_T),
+        seen_until_T=torch.full_like(batch.seen_until_T, batch.tokens),
         spans=(Span(0, first.prompt_end, first.chosen_end, last.rejected_end),),
     )
 
@@ -204,15 +204,17 @@ def one_pair(batch: MicroBatch) -> MicroBatch:
 def one_answer(batch: MicroBatch) -> MicroBatch:
     """The rejected answer reads the chosen one."""
     spans = tuple(span._replace(chosen_end=span.rejected_end) for span in batch.spans)
-    return replace(batch, part_T=torch.zeros_like(batch.part_T), spans=spans)
+    seen_until = [torch.full((span.rejected_end - span.start,), span.rejected_end) for span in spans]
+    return replace(batch, seen_until_T=torch.cat(seen_until).int(), spans=spans)
 
 
-@pytest.mark.parametrize("attention", [PAIRS, "sdpa"])
+@flex_on_a_cpu
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
 @pytest.mark.parametrize("mistake", [one_pair, one_answer])
 def test_check_packing_catches_tokens_that_see_too_much(
     monkeypatch: pytest.MonkeyPatch, mistake: Callable[[MicroBatch], MicroBatch], attention: str
 ) -> None:
-    monkeypatch.setattr(logprobs, "attention_arguments", wrong_mask(mistake))
+    monkeypatch.setattr(logprobs, "row_inputs", wrong_mask(mistake))
     with pytest.raises(ModelError, match="packed and plain log-probs differ by") as refused:
         check_packing(tiny_model(attn_implementation=attention), random_pairs(20))
     assert "model.attention: sdpa" in str(refused.value.hint)
@@ -240,7 +242,8 @@ class Forgetful:
         return self.lies[name] if name in self.lies else getattr(self.config, name)
 
 
-@pytest.mark.parametrize("attention", [PAIRS, "sdpa"])
+@flex_on_a_cpu
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
 @pytest.mark.parametrize(
     ("architecture", "lies"),
     [
@@ -254,8 +257,7 @@ def test_check_packing_catches_a_lost_window(
     monkeypatch: pytest.MonkeyPatch, architecture: str, lies: dict[str, Any], attention: str
 ) -> None:
     """Also one that is a single token too wide."""
-    right = attention_arguments
-    monkeypatch.setattr(logprobs, "attention_arguments", lambda config, batch: right(Forgetful(config, **lies), batch))
+    monkeypatch.setattr(logprobs, "row_inputs", lambda config, batch: row_inputs(Forgetful(config, **lies), batch))
     with pytest.raises(ModelError, match="packed and plain"):
         check_packing(tiny_model(architecture, attn_implementation=attention), random_pairs(20))
 
@@ -265,11 +267,10 @@ def test_check_packing_looks_at_an_answer_longer_than_the_window(monkeypatch: py
     shows. One pair of 5 + 20 + 20 ids looks back at 24, and it is that one that must be compared."""
     short = random_pairs(40, prompt=(5, 5), answer=(5, 5))
     long = random_pairs(1, seed=1, prompt=(5, 5), answer=(20, 20))
-    right = attention_arguments
     monkeypatch.setattr(
         logprobs,
-        "attention_arguments",
-        lambda config, batch: right(Forgetful(config, sliding_window=None), batch),
+        "row_inputs",
+        lambda config, batch: row_inputs(Forgetful(config, sliding_window=None), batch),
     )
     model = tiny_model("mistral-window", attn_implementation=PAIRS)
     assert check_packing(model, short) < 1e-4
@@ -303,4 +304,4 @@ def test_scored_tokens_come_in_the_order_of_the_row() -> None:
             [plain_token_logps(model, p.prompt.tolist(), a) for p in ODD for a in (p.chosen, p.rejected)]
         )
     torch.testing.assert_close(logps, expected, rtol=1e-4, atol=1e-5)
-    assert batch.answer_N.tolist() == sorted(batch.answer_N.tolist())
+    assert batch.tokens_A.tolist() == [int(a.scored.sum()) for p in ODD for a in (p.chosen, p.rejected)]

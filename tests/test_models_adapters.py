@@ -21,7 +21,6 @@ from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.errors import ModelError
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.models.adapters import (
-    LoraLinear,
     adapter_state,
     as_reference,
     attach,
@@ -31,6 +30,7 @@ from dpo_studio.models.adapters import (
     train_mode,
 )
 from dpo_studio.models.attention import PAIRS
+from dpo_studio.models.lora import LoraLinear
 from dpo_studio.objectives import DPO
 from dpo_studio.tokens.pack import pack
 from tests.conftest import moved, plain_logps, policy_on, random_pairs, take_steps

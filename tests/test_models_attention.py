@@ -22,7 +22,16 @@ from transformers import (
 
 from dpo_studio.errors import ModelError
 from dpo_studio.learning.logprobs import token_logps
-from dpo_studio.models.attention import PAIRS, attention_arguments, check_architecture, dense_mask
+from dpo_studio.models.attention import (
+    BLOCK,
+    FLEX,
+    PAIRS,
+    _whole_blocks,
+    block_mask,
+    check_architecture,
+    dense_mask,
+    row_inputs,
+)
 from dpo_studio.tokens.pack import Span, pack
 from tests.conftest import encoded, random_pairs
 from tests.tiny_models import ARCHITECTURES, tiny_model
@@ -78,12 +87,12 @@ def test_every_kind_of_layer_gets_its_own_window(architecture: str, windows: Any
     """One mask for models with one kind of layer, else one for each; `pairs` gets the window itself, 0 for none."""
     config = tiny_model(architecture, attn_implementation=PAIRS).config
     batch = pack(random_pairs(3))
-    arguments = attention_arguments(config, batch)
+    arguments = row_inputs(config, batch)
     assert arguments["pack_spans"] == batch.spans
     noted = arguments["attention_mask"]
     assert (int(noted) if isinstance(noted, Tensor) else {kind: int(note) for kind, note in noted.items()}) == windows
     config._attn_implementation = "sdpa"
-    (dense,) = attention_arguments(config, batch).values()
+    dense = row_inputs(config, batch)["attention_mask"]
     masks = {"": dense} if isinstance(dense, Tensor) else dense
     for kind, mask in masks.items():
         window = windows[kind] if kind else windows
@@ -97,26 +106,69 @@ FULL: list[tuple[str, int | None]] = [(name, None) for name in ("llama", "llama-
 
 
 @pytest.mark.parametrize(("architecture", "window"), WINDOWED + FULL)
-def test_pair_by_pair_is_the_dense_mask(architecture: str, window: int | None) -> None:
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
+def test_pair_by_pair_and_flex_are_the_dense_mask(architecture: str, window: int | None) -> None:
     """The same model twice, whatever the window: one token, within an answer, across the prompt, or past it all."""
     batch = pack([*random_pairs(4, seed=window or 0), *TWO])
     changes = {} if window is None else {"sliding_window": window}
     with torch.no_grad():
-        by_pair, dense = (
+        by_pair, flex, dense = (
             token_logps(tiny_model(architecture, attn_implementation=kind, **changes), batch)
-            for kind in (PAIRS, "sdpa")
+            for kind in (PAIRS, FLEX, "sdpa")
         )
     torch.testing.assert_close(by_pair, dense, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-4)
 
 
-def test_without_a_pack_the_pairwise_attention_is_plain_sdpa() -> None:
+@pytest.mark.parametrize("window", [None, 1, 40, 128, 200, 500])
+@pytest.mark.parametrize("seed", range(3))
+def test_flex_visits_every_block_that_anyone_may_see_and_masks_in_all_but_full_ones(
+    window: int | None, seed: int
+) -> None:
+    """Of 128 x 128 tokens, against the dense mask cut into such blocks. Some are skipped, some are full: pairs of 3 to
+    1,400 tokens. A full block that is listed as a partial one would cost time, never a number; it happens with windows.
+    """
+    pairs = [*random_pairs(5, seed=seed, prompt=(1, 400), answer=(1, 500)), *random_pairs(6, seed=seed + 9)]
+    mask: Any = block_mask(pack(pairs), window)
+    dense_TT = dense_mask(_whole_blocks(pack(pairs), mask.seq_lengths[0]), window)[0, 0]
+    blocks = len(dense_TT) // BLOCK
+    cut = dense_TT.view(blocks, BLOCK, blocks, BLOCK).transpose(1, 2).flatten(2)
+    anyone, everyone = cut.any(2), cut.all(2)
+    partial, full = (
+        torch.stack([torch.zeros(blocks, dtype=torch.bool).scatter(0, row[:n].long(), True) for n, row in lists])
+        for lists in (
+            list(zip(mask.kv_num_blocks[0, 0], mask.kv_indices[0, 0], strict=True)),
+            list(zip(mask.full_kv_num_blocks[0, 0], mask.full_kv_indices[0, 0], strict=True)),
+        )
+    )
+    assert not (partial & full).any()
+    assert not (anyone & ~partial & ~full).any()
+    assert not (full & ~everyone).any()
+    assert not partial.all()
+    if window is None:
+        assert torch.equal(full, everyone)
+        assert full.any()
+    place_T = torch.arange(len(dense_TT))
+    assert torch.equal(mask.mask_mod(None, None, place_T[:, None], place_T), dense_TT)
+
+
+def test_a_row_is_filled_up_with_tokens_that_see_themselves_alone() -> None:
+    batch = _whole_blocks(pack(TWO))
+    assert batch.ids_1T.shape == batch.position_ids_1T.shape == (1, BLOCK)
+    assert torch.equal(dense_mask(batch)[0, 0, 7:, 7:], torch.eye(BLOCK - 7, dtype=torch.bool))
+    assert not dense_mask(batch)[0, 0, 7:, :7].any()
+    assert torch.equal(dense_mask(batch)[0, 0, :7, :7], dense_mask(pack(TWO))[0, 0])
+
+
+@pytest.mark.parametrize("attention", [PAIRS, FLEX])
+def test_without_a_pack_our_attentions_are_plain_sdpa(attention: str) -> None:
     """`dpo generate` uses the same loaded model: also with left padding."""
     ids, mask = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]]), torch.tensor([[0, 0, 1, 1, 1], [1, 1, 1, 1, 1]])
     for architecture in ("llama", "mistral-window", "gemma3"):
         with torch.no_grad():
             ours, theirs = (
                 tiny_model(architecture, attn_implementation=kind)(input_ids=ids, attention_mask=mask).logits
-                for kind in (PAIRS, "sdpa")
+                for kind in (attention, "sdpa")
             )
         assert torch.equal(ours[mask.bool()], theirs[mask.bool()])
 

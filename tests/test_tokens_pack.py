@@ -22,6 +22,7 @@ def test_a_row_by_hand() -> None:
     """place         0  1  2  3  4   5  6
     ids          11 12 21 22 31  13 24     23, 32, 25 and 33 come last in their answers and predict nothing
     position      0  1  2  3  2   0  1     31 stands where 21 does, behind the prompt
+    seen until   5  5  4  4  5   7  7      a prompt by all of its pair, an answer by itself
     predicts     both 21 22 23 32 both 25  12 predicts 21 and 31; 13 predicts 24 and 33
     """
     row = pack(TWO, [7, 3])
@@ -31,12 +32,11 @@ def test_a_row_by_hand() -> None:
     assert row.spans == (Span(0, 2, 4, 5), Span(5, 6, 7, 7))
     assert row.ids_1T.tolist() == [[11, 12, 21, 22, 31, 13, 24]]
     assert row.position_ids_1T.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
-    assert row.pair_T.tolist() == [0, 0, 0, 0, 0, 1, 1]
-    assert row.part_T.tolist() == [0, 0, 1, 1, 2, 0, 1]
+    assert row.seen_until_T.tolist() == [5, 5, 4, 4, 5, 7, 7]
     assert row.predictor_N.tolist() == [1, 2, 3, 1, 4, 5, 6, 5]
     assert row.target_N.tolist() == [21, 22, 23, 31, 32, 24, 25, 33]
-    assert row.answer_N.tolist() == [0, 0, 0, 1, 1, 2, 2, 3]
-    assert {tensor.dtype for tensor in (row.ids_1T, row.target_N, row.answer_N)} == {torch.int64}
+    assert row.tokens_A.tolist() == [3, 2, 2, 1]
+    assert {tensor.dtype for tensor in (row.ids_1T, row.target_N, row.tokens_A)} == {torch.int64}
 
 
 def test_tokens_that_are_not_scored_are_read_but_not_predicted() -> None:
@@ -45,7 +45,7 @@ def test_tokens_that_are_not_scored_are_read_but_not_predicted() -> None:
     assert row.ids_1T.tolist() == [[11, 12, 21, 22, 31]]
     assert row.predictor_N.tolist() == [2, 4]
     assert row.target_N.tolist() == [22, 32]
-    assert row.answer_N.tolist() == [0, 1]
+    assert row.tokens_A.tolist() == [1, 1]
 
 
 def test_a_pair_of_one_token_answers_is_its_prompt() -> None:
@@ -57,7 +57,7 @@ def test_a_pair_of_one_token_answers_is_its_prompt() -> None:
 
 def test_an_answer_of_which_nothing_is_scored_has_no_entry() -> None:
     row = pack([encoded([5], [6], [7], unscored=(0,)), TWO[0]])
-    assert row.answer_N.tolist() == [2, 2, 2, 3, 3]
+    assert row.tokens_A.tolist() == [0, 0, 3, 2]
 
 
 @pytest.mark.parametrize("count", [1, 2, 9])
@@ -71,7 +71,7 @@ def test_moving_to_a_device_takes_the_reference_along() -> None:
     row = next(micro_batches(TWO, [0, 1], 100, lambda places: PairLogps(*(torch.zeros(len(places)) for _ in range(4)))))
     there = row.to(torch.device("meta"))
     assert there.reference is not None
-    assert there.reference.chosen_P.device.type == there.ids_1T.device.type == there.answer_N.device.type == "meta"
+    assert there.reference.chosen_P.device.type == there.ids_1T.device.type == there.target_N.device.type == "meta"
     assert there.pairs == row.pairs
 
 

@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -18,9 +17,9 @@ from torch import Tensor, nn
 
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError
+from dpo_studio.models.lora import LoraLinear, link_mates
 
 __all__ = [
-    "LoraLinear",
     "adapter_state",
     "as_reference",
     "attach",
@@ -31,27 +30,6 @@ __all__ = [
 ]
 
 POLICY, REFERENCE = "default", "reference"
-
-
-class LoraLinear(lora.Linear):  # type: ignore[misc]
-    """LoRA with fp32 master weights and the base layer's compute precision (arXiv 2106.09685, Eq. 3).
-
-    PEFT's own forward casts the activations up to the adapter's fp32, an extra copy of every layer's input; casting
-    the two small matrices down instead gives the same product, and `addmm` adds it to the base's output in one pass.
-    """
-
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """y = W x + scale * B A dropout(x) for the active adapter."""
-        active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or len(active) != 1 or active[0] in self.lora_variant:
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
-        (name,) = active
-        y = self.base_layer(x, *args, **kwargs)
-        x = self.lora_dropout[name](x)
-        low = nn.functional.linear(x, self.lora_A[name].weight.to(x.dtype))
-        up = self.lora_B[name].weight.to(x.dtype)
-        flat = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name])
-        return flat.view(y.shape)
 
 
 def attach(base: nn.Module, section: AdapterSection, *, seed: int) -> PeftModel:
@@ -80,7 +58,7 @@ def attach(base: nn.Module, section: AdapterSection, *, seed: int) -> PeftModel:
                 f"adapter.targets {section.targets}: {error}", hint=f"this model's linear layers: {', '.join(linear)}"
             ) from None
     _refuse_adapted_head(policy, f"adapter.targets {section.targets}")
-    return _with_fp32_adapter(policy)
+    return _ready_to_train(policy)
 
 
 def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str = POLICY) -> PeftModel:
@@ -108,7 +86,7 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
         ) from None
     _check_every_tensor_was_used(policy, folder, name)
     _refuse_adapted_head(policy, str(folder))
-    return _with_fp32_adapter(policy)
+    return _ready_to_train(policy)
 
 
 def read_adapter_config(folder: Path) -> LoraConfig:
@@ -187,8 +165,14 @@ def as_reference(policy: nn.Module) -> Iterator[None]:
             finally:
                 policy.base_model.set_adapter(POLICY)
         else:
-            with policy.disable_adapter():
+            layers = [module for module in policy.modules() if isinstance(module, LoraLinear)]
+            for layer in layers:
+                layer.silent = True
+            try:
                 yield
+            finally:
+                for layer in layers:
+                    layer.silent = False
 
 
 @contextmanager
@@ -232,11 +216,12 @@ def _refuse_adapted_head(policy: PeftModel, what: str) -> None:
         )
 
 
-def _with_fp32_adapter(policy: PeftModel) -> PeftModel:
-    """Master weights in fp32: an update of 1e-5 is lost in bf16."""
+def _ready_to_train(policy: PeftModel) -> PeftModel:
+    """Master weights in fp32 (an update of 1e-5 is lost in bf16); layers that read one input computed together."""
     for name, p in policy.named_parameters():
         if ".lora_" in name:
             p.data = p.data.float()
+    link_mates(policy)
     return policy
 
 

@@ -6,7 +6,7 @@ to each other. The last token of an answer predicts nothing and is left out.
 
 Which pairs form a step is a pure function of (seed, epoch); how they are laid into rows changes speed only.
 
-Shapes: T = tokens of the row, N = scored answer tokens, P = pairs.
+Shapes: T = tokens of the row, N = scored answer tokens, P = pairs, A = answers (2 x P).
 """
 
 from __future__ import annotations
@@ -24,8 +24,6 @@ from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 
 __all__ = ["MicroBatch", "Span", "Steps", "fit", "micro_batches", "pack", "packed_tokens", "pair_order"]
-
-PROMPT, CHOSEN, REJECTED = 0, 1, 2
 
 
 class Span(NamedTuple):
@@ -47,16 +45,16 @@ class MicroBatch:
     """Where each pair lies in the row."""
     ids_1T: Tensor
     position_ids_1T: Tensor
-    pair_T: Tensor
-    """Which pair of this row a token belongs to."""
-    part_T: Tensor
-    """Prompt 0, chosen 1, rejected 2."""
+    seen_until_T: Tensor
+    """How far down the row a token is seen, itself included: q sees k when k <= q < seen_until[k]."""
     predictor_N: Tensor
     """The position in the row whose hidden state predicts each scored token."""
     target_N: Tensor
     """The scored token ids."""
-    answer_N: Tensor
-    """Which answer a scored token belongs to: 2 x pair for the chosen one, plus 1 for the rejected one."""
+    tokens_A: Tensor
+    """How many scored tokens each answer has, in the order of `target_N`: chosen, rejected, chosen, ..."""
+    room: int = 0
+    """Tokens the row could have held: rows of one run differ in length, and one kernel serves them all."""
     reference: PairLogps | None = None
     """The reference's log-probs of these pairs, when they are known before the step."""
 
@@ -69,9 +67,13 @@ class MicroBatch:
         return self.ids_1T.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on `device`."""
-        moved: dict[str, Any] = {name: x.to(device) for name, x in vars(self).items() if isinstance(x, Tensor)}
-        reference = self.reference.map(lambda logps_P: logps_P.to(device)) if self.reference is not None else None
+        """The same micro-batch on `device`; a GPU copies it while it still computes what came before."""
+
+        def move(x: Tensor) -> Tensor:
+            return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+        moved: dict[str, Any] = {name: move(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
+        reference = self.reference.map(move) if self.reference is not None else None
         return replace(self, **moved, reference=reference)
 
 
@@ -82,27 +84,27 @@ def packed_tokens(pair: EncodedPair) -> int:
 
 def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -> MicroBatch:
     """Lay pairs into one row."""
-    ids, places, owner, part, predictors, targets, answers = ([] for _ in range(7))
+    ids, places, seen_until, predictors, targets = ([] for _ in range(5))
+    counts: list[int] = []
     spans = []
     start = 0
-    for number, pair in enumerate(pairs):
+    for pair in pairs:
         prompt_length = len(pair.prompt)
         ids.append(pair.prompt)
         places.append(np.arange(prompt_length))
-        part.append(np.full(prompt_length, PROMPT))
+        seen_until.append(np.full(prompt_length, start + packed_tokens(pair)))
         ends = [start + prompt_length]
-        for side, answer in ((CHOSEN, pair.chosen), (REJECTED, pair.rejected)):
+        for answer in (pair.chosen, pair.rejected):
             length = len(answer.ids) - 1
             ids.append(answer.ids[:-1])
             places.append(np.arange(prompt_length, prompt_length + length))
-            part.append(np.full(length, side))
+            seen_until.append(np.full(length, ends[-1] + length))
             predictor = np.concatenate([[start + prompt_length - 1], np.arange(ends[-1], ends[-1] + length)])
             predictors.append(predictor[answer.scored])
             targets.append(answer.ids[answer.scored])
-            answers.append(np.full(int(answer.scored.sum()), 2 * number + (side == REJECTED)))
+            counts.append(int(answer.scored.sum()))
             ends.append(ends[-1] + length)
         spans.append(Span(start, *ends))
-        owner.append(np.full(ends[-1] - start, number))
         start = ends[-1]
 
     def tensor(parts: list[np.ndarray]) -> Tensor:
@@ -113,11 +115,10 @@ def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -
         spans=tuple(spans),
         ids_1T=tensor(ids)[None],
         position_ids_1T=tensor(places)[None],
-        pair_T=tensor(owner),
-        part_T=tensor(part),
+        seen_until_T=tensor(seen_until).int(),
         predictor_N=tensor(predictors),
         target_N=tensor(targets),
-        answer_N=tensor(answers),
+        tokens_A=torch.tensor(counts),
     )
 
 
@@ -198,5 +199,5 @@ def micro_batches(
     """The pairs at `positions` in rows of at most `budget` tokens."""
     for row in fit([packed_tokens(pairs[position]) for position in positions], budget):
         chosen = [positions[item] for item in row]
-        batch = pack([pairs[position] for position in chosen], chosen)
+        batch = replace(pack([pairs[position] for position in chosen], chosen), room=budget)
         yield replace(batch, reference=reference(chosen)) if reference is not None else batch
