@@ -24,16 +24,43 @@ _LOGITS_AT_ONCE = 2**24
 """Logits in memory at a time (64 MB in fp32): 340 rows of a 49k vocabulary. Fewer were slower, more no faster."""
 
 
-def pair_logps(model: nn.Module, batch: MicroBatch) -> PairLogps:
-    """Summed log-probs of both answers of every pair of a row, fp32, (P,) each; differentiable in `model`."""
-    logps_N = token_logps(model, batch)
-    sums_A = logps_N.new_zeros(2 * len(batch)).index_add(0, batch.answer_N, logps_N)
+def pair_logps(model: nn.Module, batch: MicroBatch, *, agreement: bool = False) -> PairLogps:
+    """Summed log-probs of both answers of every pair of a row, fp32, (P,) each; differentiable in `model`.
+
+    With `agreement`, `agreement_P` too.
+    """
+    collision_N = torch.empty(len(batch.target_N), device=batch.target_N.device) if agreement else None
+    logps_N = token_logps(model, batch, collision_N)
     tokens_A = torch.bincount(batch.answer_N, minlength=2 * len(batch))
-    return PairLogps(sums_A[0::2], sums_A[1::2], tokens_A[0::2], tokens_A[1::2])
+    sums_A = _sums(logps_N, batch)
+    shared_A = _sums(logps_N.where(_is_shared(tokens_A, batch), 0), batch)
+    agreement_A = None
+    if collision_N is not None:
+        agreement_A = _sums(logps_N.detach() - collision_N, batch) / tokens_A.clamp(min=1)
+    return PairLogps(
+        *(sums_A[0::2], sums_A[1::2], tokens_A[0::2], tokens_A[1::2], shared_A[0::2], shared_A[1::2]),
+        agreement_A[0::2] + agreement_A[1::2] if agreement_A is not None else None,
+    )
 
 
-def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Log-prob of every scored token of a row given what precedes it, fp32, (N,)."""
+def _sums(x_N: Tensor, batch: MicroBatch) -> Tensor:
+    """Of each answer, (A,)."""
+    return x_N.new_zeros(2 * len(batch)).index_add(0, batch.answer_N, x_N)
+
+
+def _is_shared(tokens_A: Tensor, batch: MicroBatch) -> Tensor:
+    """Which tokens stand no further back in their answer than the other answer is long, (N,)."""
+    first_A = tokens_A.cumsum(0) - tokens_A
+    place_N = torch.arange(len(batch.answer_N), device=tokens_A.device) - first_A[batch.answer_N]
+    shorter_A = torch.minimum(tokens_A[0::2], tokens_A[1::2]).repeat_interleave(2)
+    return place_N < shorter_A[batch.answer_N]
+
+
+def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None = None) -> Tensor:
+    """Log-prob of every scored token of a row given what precedes it, fp32, (N,).
+
+    `collision_N`, if given, is filled with the log-prob that two tokens drawn there are the same.
+    """
     causal_lm = _causal_lm(model)
     hidden_TH = causal_lm.base_model(
         input_ids=batch.ids_1T,
@@ -43,7 +70,7 @@ def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
     ).last_hidden_state[0]
     head = causal_lm.get_output_embeddings()
     logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_TH[batch.predictor_N], head.weight, head.bias, batch.target_N
+        hidden_TH[batch.predictor_N], head.weight, head.bias, batch.target_N, collision_N
     )
     return logps_N
 
@@ -62,7 +89,14 @@ class _HeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        collision_N: Tensor | None = None,
+    ) -> Tensor:
         needs_gradient = ctx.needs_input_grad[0]
         slope_NH = torch.empty_like(hidden_NH) if needs_gradient else None
         logps_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
@@ -74,6 +108,8 @@ class _HeadLogps(torch.autograd.Function):
             logps_nV = logits_nV.log_softmax(-1, dtype=torch.float32)
             target_n1 = target_N[at, None]
             logps_N[at] = logps_nV.gather(1, target_n1)[:, 0]
+            if collision_N is not None:
+                collision_N[at] = (2 * logps_nV).exp_().sum(-1).log_()  # at least -log V: no underflow
             if slope_NH is not None:
                 softmax_nV = logps_nV.exp_()
                 softmax_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -1, dtype=torch.float32))
@@ -82,9 +118,9 @@ class _HeadLogps(torch.autograd.Function):
         return logps_N
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope_NH,) = ctx.saved_tensors
-        return (slope_NH * gradient_N[:, None]).to(slope_NH.dtype), None, None, None
+        return (slope_NH * gradient_N[:, None]).to(slope_NH.dtype), None, None, None, None
 
 
 @torch.no_grad()
