@@ -263,6 +263,34 @@ def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
     assert known == [(float(place), -float(place)) * 2 for place in range(150)]
 
 
+@pytest.mark.parametrize("kind", ["simpo", "orpo", "sft", "wpo", "mixture"])
+def test_training_pairs_have_a_reference_only_where_the_objective_reads_it(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whole runs of two steps on 12 pairs with 5 held out: the cache has all 17, or the held-out ones, whose accuracy is
+    against the reference whatever was trained. The report is written. Live, nothing is computed in the step either."""
+    monkeypatch.setenv("DPO_STUDIO_CACHE", str(tmp_path / "cache"))
+    write_pairs(tmp_path / "pairs.jsonl", 12)
+    write_pairs(tmp_path / "held_out.jsonl", 5, seed=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {json.dumps(str(tiny_base))}, dtype: float32}}\n"
+        "data: {train: {source: pairs.jsonl}, held_out: {source: held_out.jsonl}}\n"
+        "training: {max_steps: 2, pairs_per_step: 4, tokens_per_micro_batch: 200, learning_rate: 1e-2}\n"
+        f"objective: {{kind: {kind}}}\n"
+    )
+    done = run_training(load_recipe(recipe, [f"run.folder={tmp_path / 'run'}"]), Progress(quiet=True))
+    (file,) = (tmp_path / "cache/reference").glob("*.sqlite")
+    with sqlite3.connect(file) as database:
+        (entries,) = database.execute("SELECT count(*) FROM logps4").fetchone()
+    assert entries == (5 if kind in ("simpo", "orpo", "sft") else 17)
+    assert 0 <= done.result["accuracy"] <= 1
+    assert (tmp_path / "run/report.html").is_file()
+    live = [f"run.folder={tmp_path / 'live'}", "reference.mode=live"]
+    again = run_training(load_recipe(recipe, live), Progress(quiet=True))
+    assert again.result["held_out_loss"] == pytest.approx(done.result["held_out_loss"], rel=1e-4)
+
+
 def test_what_a_run_s_numbers_depend_on_is_in_the_key_and_nothing_else(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
