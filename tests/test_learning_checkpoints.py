@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from dpo_studio.config import load_recipe
 from dpo_studio.errors import Interrupted
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore
+from dpo_studio.learning.train import TrainingState
 from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows import training
 from dpo_studio.workflows.training import run_training
@@ -129,8 +130,13 @@ def test_stopping_changes_no_bit_of_an_objective_with_a_memory_or_without_a_refe
     assert left_behind(tmp_path / "stopped") == left_behind(tmp_path / "through")
     if kind == "simpo":
         return
+
+    def forget(checkpoint: Path, policy: Any, state: TrainingState) -> None:
+        restore(checkpoint, policy, state)
+        state.mean_log_ratio = 0.0
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "restore", lambda *args: [restore(*args), setattr(args[2], "mean_log_ratio", 0.0)])
+        patch.setattr(training, "restore", forget)
         run(recipe, tmp_path / "forgotten", *settings)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("stopped", "forgotten")]
     assert lines[0][:4] == lines[1][:4]

@@ -267,8 +267,8 @@ def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
 def test_training_pairs_have_a_reference_only_where_the_objective_reads_it(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    """Whole runs of two steps on 12 pairs with 5 held out: the cache has all 17, or the held-out ones, whose accuracy is
-    against the reference whatever was trained. The report is written. Live, nothing is computed in the step either."""
+    """Whole runs of two steps on 12 pairs with 5 held out: the cache has all 17, or the held-out ones, whose accuracy
+    is against the reference whatever was trained. The report is written. Live, nothing is computed in the step."""
     monkeypatch.setenv("DPO_STUDIO_CACHE", str(tmp_path / "cache"))
     write_pairs(tmp_path / "pairs.jsonl", 12)
     write_pairs(tmp_path / "held_out.jsonl", 5, seed=1)

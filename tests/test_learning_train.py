@@ -151,7 +151,7 @@ class WholeStepDPO(DPO):
 class WholeStepMixture(Mixture):
     """A mixture made to, though its terms need not."""
 
-    whole_step: ClassVar[bool] = True  # type: ignore[assignment]
+    whole_step: ClassVar[bool] = True
 
 
 EVERY_COLUMN: dict[str, Any] = {"terms": (LDDPO(beta=0.3), WPO(), SFT()), "weights": (1.0, 500.0, 0.1)}

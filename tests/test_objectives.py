@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -64,17 +64,24 @@ def logps(
 ) -> PairLogps:
     """Columns from lists; half of a sum lies in the shared tokens and the weight is 1 where nothing else is said."""
     chosen_P, rejected_P = torch.as_tensor(chosen, dtype=torch.float32), torch.as_tensor(rejected, dtype=torch.float32)
-    counts = (torch.full(chosen_P.shape, count) for count in tokens)
-    halves = map(torch.tensor, shared) if shared is not None else (chosen_P / 2, rejected_P / 2)
+    chosen_tokens_P, rejected_tokens_P = (torch.full(chosen_P.shape, count) for count in tokens)
+    parts = map(torch.tensor, shared) if shared is not None else (chosen_P / 2, rejected_P / 2)
+    chosen_shared_P, rejected_shared_P = parts
     return PairLogps(
-        chosen_P, rejected_P, *counts, *halves, torch.zeros_like(chosen_P) if agreement is None else agreement
+        chosen_P,
+        rejected_P,
+        chosen_tokens_P,
+        rejected_tokens_P,
+        chosen_shared_P,
+        rejected_shared_P,
+        torch.zeros_like(chosen_P) if agreement is None else agreement,
     )
 
 
 POLICY = logps([-3.0], [-7.0], shared=([-3.0], [-4.0]), agreement=torch.tensor([math.log(0.25)]))
 REFERENCE = logps([-4.0], [-5.0], shared=([-4.0], [-3.0]))
-"""The chosen answer gained 1 nat, the rejected one lost 2: a margin of 3 nats. The chosen answer is as long as the first
-two of the rejected one's four tokens."""
+"""The chosen answer gained 1 nat, the rejected one lost 2: a margin of 3 nats. The chosen answer is as long as the
+first two of the rejected one's four tokens."""
 
 
 @pytest.mark.parametrize(
@@ -215,7 +222,7 @@ def exact(objective: Any, policy: PairLogps, reference: PairLogps) -> np.ndarray
             blend = sigmoid(m / objective.tau)
             return np.asarray((1 - blend) * soft(-m) + np.exp(-m - soft(-m / objective.tau)))
         case "f_dpo":
-            slope = {
+            slope: Any = {
                 "reverse_kl": lambda t: np.log(t) + 1,
                 "forward_kl": lambda t: -1 / t,
                 "js": lambda t: np.log(2 * t / (1 + t)),
@@ -228,10 +235,10 @@ def exact(objective: Any, policy: PairLogps, reference: PairLogps) -> np.ndarray
         case "wpo":
             return np.asarray(soft(-m) * np.exp(agreement))
         case "nca":
-            return soft(-chosen) + 0.5 * soft(chosen) + 0.5 * soft(rejected)
+            return np.asarray(soft(-chosen) + 0.5 * soft(chosen) + 0.5 * soft(rejected))
         case "bco":
             shift = 0 if objective.shift == "running" else objective.shift
-            return soft(shift - chosen) + soft(rejected - shift)
+            return np.asarray(soft(shift - chosen) + soft(rejected - shift))
         case "sppo":
             return np.asarray((c - 1 / (2 * beta)) ** 2 + (r + 1 / (2 * beta)) ** 2)
         case "apo_zero":
@@ -254,9 +261,7 @@ def exact(objective: Any, policy: PairLogps, reference: PairLogps) -> np.ndarray
 
 def columns(logps: PairLogps) -> list[np.ndarray[Any, Any]]:
     """Every column in float64."""
-    found = []
-    logps.map(lambda x: found.append(x.double().numpy()) or x)  # type: ignore[func-returns-value]
-    return found
+    return [getattr(logps, field.name).double().numpy() for field in fields(logps)]
 
 
 def soft(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
@@ -270,11 +275,11 @@ def sigmoid(x: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
 
 def random_logps(seed: int, count: int = 200) -> PairLogps:
     draw = np.random.default_rng(seed)
-    chosen, rejected = torch.from_numpy(draw.uniform(-80, -1, (2, count))).float()
-    tokens = torch.from_numpy(draw.integers(1, 50, (2, count)))
-    shared = torch.from_numpy(draw.uniform(0, 1, (2, count))).float()
-    agreement = torch.from_numpy(draw.uniform(-8, 1, count)).float()
-    return PairLogps(chosen, rejected, *tokens, shared[0] * chosen, shared[1] * rejected, agreement)
+    sums_2P = torch.from_numpy(draw.uniform(-80, -1, (2, count))).float()
+    tokens_2P = torch.from_numpy(draw.integers(1, 50, (2, count)))
+    shared_2P = sums_2P * torch.from_numpy(draw.uniform(0, 1, (2, count))).float()
+    agreement_P = torch.from_numpy(draw.uniform(-8, 1, count)).float()
+    return PairLogps(*(row_P for part_2P in (sums_2P, tokens_2P, shared_2P) for row_P in part_2P), agreement_P)
 
 
 @pytest.mark.parametrize("objective", ALL, ids=str)

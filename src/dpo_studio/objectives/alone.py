@@ -53,7 +53,7 @@ class SFT(_Alone):
 @dataclass(frozen=True)
 class SimPO(_Alone):
     """The log-sigmoid of the difference in log-prob a token, less a margin to reach (Meng et al. 2024, arXiv
-    2405.14734, Eq. 6)."""
+    2405.14734)."""
 
     kind: Literal["simpo"] = "simpo"
     beta: Positive = 2.0
@@ -70,7 +70,7 @@ class SimPO(_Alone):
 @dataclass(frozen=True)
 class ORPO(_Alone):
     """Fine-tuning on the chosen answer, and the log-sigmoid of the log odds ratio of the two (Hong et al. 2024, arXiv
-    2403.07691, Eqs. 4, 6 and 7). The likelihood is of the answer's tokens; TRL's takes the prompt's with them."""
+    2403.07691, Eqs. 4 and 7). The likelihood is of the answer's tokens; TRL's takes the prompt's with them."""
 
     kind: Literal["orpo"] = "orpo"
     beta: Positive = 0.1

@@ -150,7 +150,7 @@ class DiscoPOP(Formula):
 
 @dataclass(frozen=True)
 class FDPO(Formula):
-    """DPO with another divergence from the reference (Wang et al. 2023, arXiv 2309.16240, Table 1).
+    """DPO with another divergence from the reference (Wang et al. 2023, arXiv 2309.16240).
 
     The reward is f'(policy / reference), where DPO's (reverse KL) is the logarithm of that ratio.
     """
@@ -208,7 +208,7 @@ class LDDPO(Formula):
 @dataclass(frozen=True)
 class WPO(Formula):
     """DPO that hears the pairs most that the policy could have written itself (Zhou et al. 2024, arXiv 2406.11827,
-    Eq. 2, with the weights aligned over the vocabulary as in its section 3)."""
+    Eq. 2, the weights aligned by what a token drawn from the policy would have)."""
 
     kind: Literal["wpo"] = "wpo"
     beta: Positive = 0.1

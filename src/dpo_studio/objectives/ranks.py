@@ -40,7 +40,7 @@ class AOT(Formula):
 
 @dataclass(frozen=True)
 class AOTUnpaired(Formula):
-    """AOT that need not know which rejected answer belongs to which chosen one (arXiv 2406.05882, Alg. 1, unpaired).
+    """AOT that need not know which rejected answer belongs to which chosen one (arXiv 2406.05882, section 3).
 
     The log-ratios of all chosen answers of the step are sorted, those of all rejected ones too, and compared.
     """
