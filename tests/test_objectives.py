@@ -242,9 +242,9 @@ def exact(objective: Any, policy: PairLogps, reference: PairLogps) -> np.ndarray
         case "sppo":
             return np.asarray((c - 1 / (2 * beta)) ** 2 + (r + 1 / (2 * beta)) ** 2)
         case "apo_zero":
-            return 1 - sigmoid(chosen) + sigmoid(rejected)
+            return np.asarray(1 - sigmoid(chosen) + sigmoid(rejected))
         case "apo_down":
-            return sigmoid(chosen) + 1 - sigmoid(m)
+            return np.asarray(sigmoid(chosen) + 1 - sigmoid(m))
         case "aot" | "aot_unpaired":
             sides = (pc - pr, rc - rr) if objective.kind == "aot" else (c, r)
             m = beta * (np.sort(sides[0]) - np.sort(sides[1]))
@@ -279,7 +279,8 @@ def random_logps(seed: int, count: int = 200) -> PairLogps:
     tokens_2P = torch.from_numpy(draw.integers(1, 50, (2, count)))
     shared_2P = sums_2P * torch.from_numpy(draw.uniform(0, 1, (2, count))).float()
     agreement_P = torch.from_numpy(draw.uniform(-8, 1, count)).float()
-    return PairLogps(*(row_P for part_2P in (sums_2P, tokens_2P, shared_2P) for row_P in part_2P), agreement_P)
+    columns: list[Any] = [*sums_2P, *tokens_2P, *shared_2P, agreement_P]
+    return PairLogps(*columns)
 
 
 @pytest.mark.parametrize("objective", ALL, ids=str)
