@@ -90,7 +90,7 @@ def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
             }
     numbers = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     state.step = int(numbers["step"])
-    state.mean_log_ratio = float(numbers.get("mean_log_ratio", 0.0))  # checkpoints of version 0.1 have none
+    state.mean_log_ratio = float(numbers.get("mean_log_ratio", 0.0))  # older ones have none, nor an objective that asks
 
 
 _AVERAGES = ("exp_avg", "exp_avg_sq", "step")

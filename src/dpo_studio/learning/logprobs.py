@@ -109,7 +109,7 @@ class _HeadLogps(torch.autograd.Function):
             target_n1 = target_N[at, None]
             logps_N[at] = logps_nV.gather(1, target_n1)[:, 0]
             if collision_N is not None:
-                collision_N[at] = (2 * logps_nV).exp_().sum(-1).log_()  # at least -log V: no underflow
+                collision_N[at] = 2 * logps_nV.exp().norm(dim=-1).log()  # at least -log V: no underflow
             if slope_NH is not None:
                 softmax_nV = logps_nV.exp_()
                 softmax_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -1, dtype=torch.float32))

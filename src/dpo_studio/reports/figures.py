@@ -233,8 +233,8 @@ CHARTS = (
     Chart(
         "loss",
         "Loss",
-        "What training minimises; lower is better. DPO's is ln 2 where chosen and rejected are told apart no better than "
-        "by a coin.",
+        "What training minimises; lower is better. DPO’s is ln 2 while the model tells chosen from rejected no better "
+        "than a coin.",
         _draw_loss,
         lambda facts: _from_to(facts, ("Training loss", "loss"), ("held-out loss", "eval_loss")),
     ),
