@@ -49,7 +49,10 @@ def _sums(x_N: Tensor, batch: MicroBatch) -> Tensor:
 
 
 def _is_shared(tokens_A: Tensor, batch: MicroBatch) -> Tensor:
-    """Which tokens stand no further back in their answer than the other answer is long, (N,)."""
+    """Which tokens stand no further back in their answer than the other answer is long, (N,).
+
+    Scored tokens lie answer by answer, so a token's place in its answer is its place in the row less its answer's.
+    """
     first_A = tokens_A.cumsum(0) - tokens_A
     place_N = torch.arange(len(batch.answer_N), device=tokens_A.device) - first_A[batch.answer_N]
     shorter_A = torch.minimum(tokens_A[0::2], tokens_A[1::2]).repeat_interleave(2)

@@ -18,8 +18,7 @@ from dpo_studio.errors import NonFiniteError
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import COLUMNS, batched_logps
 from dpo_studio.models.adapters import in_eval
-from dpo_studio.objectives import PairLogps, wins
-from dpo_studio.objectives.logps import log_ratios
+from dpo_studio.objectives import PairLogps, log_ratios, wins
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 
@@ -128,8 +127,7 @@ def train(
         seen = _Seen(formula)
         for number, batch in enumerate(micro_batches):
             state.seed_dropout(number)
-            # PairLogps: sums and token counts, chosen and rejected
-            policy_logps = pair_logps(policy, batch, agreement=formula.needs_agreement)
+            policy_logps = pair_logps(policy, batch, agreement=formula.needs_agreement)  # PairLogps: sums and counts
             if slopes is None:
                 losses = formula(policy_logps, batch.reference)  # PairLogps in, (P,) out
             else:

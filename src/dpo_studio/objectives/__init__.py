@@ -6,7 +6,7 @@ formula are the same thing. Importing them imports no torch.
 
 from dpo_studio.objectives.alone import ORPO, SFT, SimPO
 from dpo_studio.objectives.answers import BCO, NCA, SPPO, APODown, APOZero
-from dpo_studio.objectives.logps import PairLogps, margin, wins
+from dpo_studio.objectives.logps import PairLogps, log_ratios, margin, wins
 from dpo_studio.objectives.margins import DPO, EXO, FDPO, IPO, LDDPO, WPO, DiscoPOP, DPONorm, Hinge, Robust
 from dpo_studio.objectives.mixture import Mixture, Objective
 from dpo_studio.objectives.ranks import AOT, AOTUnpaired
@@ -37,6 +37,7 @@ __all__ = [
     "PairLogps",
     "Robust",
     "SimPO",
+    "log_ratios",
     "margin",
     "wins",
 ]
