@@ -241,7 +241,7 @@ def test_a_template_in_a_file_is_the_way_on_for_a_tokenizer_without_one(tiny_bas
 @pytest.mark.parametrize(
     ("change", "parts"),
     [
-        ("objective.kind=dppo", ["unknown objective 'dppo'", "dpo, ipo, hinge, aot"]),
+        ("objective.kind=dppo", ["unknown objective 'dppo'", "dpo, ipo, hinge, exo"]),
         ("training.max_step=1", ["unknown key training.max_step", "did you mean training.max_steps?"]),
         ("training.epochs=x", ["training.epochs", "number"]),
         ("model.path=./nosuch", ["no such model folder"]),

@@ -14,7 +14,6 @@ from pydantic import BaseModel, ValidationError
 
 import dpo_studio
 from dpo_studio.config import (
-    OBJECTIVES,
     AdapterSection,
     LoadedRecipe,
     Recipe,
@@ -27,6 +26,7 @@ from dpo_studio.config import (
     validate_recipe,
 )
 from dpo_studio.errors import RecipeError, UsageError
+from dpo_studio.objectives import OBJECTIVES, SFT, Mixture
 
 SOURCE = Path(dpo_studio.__file__).parent
 SHIPPED = sorted((SOURCE / "recipes").glob("*.yaml"))
@@ -61,6 +61,11 @@ def recipe(text: str, folder: Path, *overrides: str) -> LoadedRecipe:
 def minimal(folder: Path, *overrides: str) -> LoadedRecipe:
     """The least a recipe says, with overrides."""
     return recipe("{model: {path: some/model}, data: {train: {source: some/pairs}}}", folder, *overrides)
+
+
+def mixed(terms: list[tuple[dict[str, Any], float]]) -> dict[str, Any]:
+    """A mixture of these terms with their weights."""
+    return {"kind": "mixture", "terms": [term for term, _ in terms], "weights": [weight for _, weight in terms]}
 
 
 def leaves(plain: dict[str, Any], *before: str) -> Iterator[tuple[str, Any]]:
@@ -196,7 +201,8 @@ def test_every_key_is_read_somewhere() -> None:
     assert unread == []
     formulas = {
         node.name: node
-        for node in ast.parse((SOURCE / "objectives.py").read_text()).body
+        for file in (SOURCE / "objectives").glob("*.py")
+        for node in ast.parse(file.read_text()).body
         if isinstance(node, ast.ClassDef)
     }
     for kind in OBJECTIVES:
@@ -217,7 +223,10 @@ def test_every_key_is_read_somewhere() -> None:
         ("data.heldout", {}, "unknown key data.heldout", "data.held_out"),
         ("learning_rate", 1, "unknown key learning_rate", "training.learning_rate"),
         ("training.beta", 1, "unknown key training.beta", "objective.beta"),
-        ("objective.kind", "dppo", "unknown objective 'dppo'", "dpo, ipo, hinge, aot"),
+        ("objective.kind", "dppo", "unknown objective 'dppo'", "dpo, ipo, hinge, exo, nca"),
+        ("objective.kind", "sigmoid", "unknown objective 'sigmoid'", "TRL's sigmoid is called dpo here"),
+        ("objective", mixed([({"kind": "bco_pair"}, 1.0)]), "unknown objective 'bco_pair'", "called bco here"),
+        ("objective", mixed([({"betta": 1}, 1.0)]), "unknown key objective.terms.0.betta", "objective.terms.0.beta"),
     ],
 )
 def test_a_misspelt_key_is_answered_with_the_nearest(key: str, value: Any, message: str, hint: str) -> None:
@@ -256,6 +265,11 @@ def test_a_misspelt_key_is_answered_with_the_nearest(key: str, value: Any, messa
         ("objective.beta", 0, "greater than 0"),
         ("objective.beta", True, "number"),
         ("objective.label_smoothing", 0.5, "less than 0.5"),
+        ("objective", {"kind": "exo", "label_smoothing": 0}, "greater than 0"),
+        ("objective", {"kind": "bco", "shift": "runing"}, "'running'"),
+        ("objective", {"kind": "mixture", "weights": [1.0]}, "3 terms with 1 weights"),
+        ("objective", {"kind": "mixture", "terms": [], "weights": []}, "0 terms"),
+        ("objective", {"kind": "mixture", "terms": [{"kind": "sft"}], "weights": [0]}, "greater than 0"),
         ("model.path", 7, "string"),
         ("model.path", "", "at least 1 character"),
         ("model.dtype", "int8", "'bfloat16'"),
@@ -289,6 +303,16 @@ def test_an_adapter_to_continue_brings_its_own_shape() -> None:
         validate_recipe(
             MINIMAL | {"model": {"path": "m", "adapter": "a"}, "adapter": {"rank": 4, "alpha": 8}}, where="r"
         )
+
+
+@pytest.mark.parametrize("kind", ["simpo", "orpo", "sft"])
+def test_a_reference_nobody_asks_is_not_to_be_named(kind: str) -> None:
+    """It would be loaded for nothing, and its author would believe the policy held to it. How it is kept may stand."""
+    named = MINIMAL | {"objective": {"kind": kind}, "reference": {"model": "m", "adapter": "a"}}
+    with pytest.raises(RecipeError, match=rf"objective.kind {kind} .* remove reference.model, reference.adapter"):
+        validate_recipe(named, where="r")
+    validate_recipe(named | {"objective": {"kind": "mixture"}}, where="r")
+    validate_recipe(named | {"reference": {"mode": "live"}}, where="r")
 
 
 def test_held_out_pairs_come_from_a_share_or_from_a_source() -> None:
@@ -482,6 +506,11 @@ def test_a_run_is_named_after_its_recipe_and_the_cache_after_its_variable(
 
 names = st.text(st.characters(exclude_categories=["Cs", "Cc"]), min_size=1, max_size=12)
 positive = st.floats(1e-12, 1e6, exclude_min=True)
+parts = st.fixed_dictionaries(
+    {"kind": st.sampled_from([kind.kind for kind in OBJECTIVES if kind not in (SFT, Mixture)]), "beta": positive}
+)
+
+
 recipes = st.fixed_dictionaries(
     {
         "model": st.fixed_dictionaries({"path": names}, optional={"revision": names, "adapter": names}),
@@ -494,8 +523,9 @@ recipes = st.fixed_dictionaries(
             optional={"held_out": st.one_of(st.fixed_dictionaries({"source": names}), st.just({"fraction": 0.0}))},
         ),
         "objective": st.one_of(
-            st.fixed_dictionaries({"kind": st.sampled_from([kind.kind for kind in OBJECTIVES]), "beta": positive}),
-            st.just({}),
+            parts,
+            st.fixed_dictionaries({"kind": st.sampled_from([kind.kind for kind in OBJECTIVES])}),
+            st.lists(st.tuples(parts, positive), min_size=1, max_size=3).map(mixed),
         ),
         "training": st.fixed_dictionaries(
             {},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Iterator
+from dataclasses import fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ import yaml
 
 from dpo_studio.cli import app
 from dpo_studio.config import load_recipe, parse_override, validate_recipe
+from dpo_studio.objectives import OBJECTIVES, Mixture
 
 ROOT = Path(__file__).parent.parent
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
@@ -120,6 +122,20 @@ def _has(raw: Any, keys: list[str]) -> bool:
             return False
         raw = raw[key]
     return True
+
+
+def test_the_table_of_objectives_has_every_kind_with_its_parameters_and_their_defaults() -> None:
+    rows = {
+        name: row
+        for row in (ROOT / "docs" / "recipe.md").read_text(encoding="utf-8").splitlines()
+        for name in re.findall(r"^\| `(\w+)` \|", row)
+    }
+    assert rows.keys() == {kind.kind for kind in OBJECTIVES}
+    for kind in OBJECTIVES:
+        for field in fields(kind):
+            default = f"{field.default:g}" if isinstance(field.default, float) else field.default
+            if field.name != "kind":
+                assert f"`{field.name}`{'' if kind is Mixture else f' {default}'}" in rows[kind.kind]
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

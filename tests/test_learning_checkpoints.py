@@ -21,7 +21,8 @@ from safetensors.torch import load_file
 
 from dpo_studio.config import load_recipe
 from dpo_studio.errors import Interrupted
-from dpo_studio.learning.checkpoints import newest_checkpoint
+from dpo_studio.learning.checkpoints import newest_checkpoint, restore
+from dpo_studio.learning.train import TrainingState, evaluate
 from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows import training
 from dpo_studio.workflows.training import run_training
@@ -110,6 +111,53 @@ def test_stopping_and_continuing_changes_no_bit(recipe: Path, through: Path, tmp
     whole = json.loads((through / "result.json").read_text())
     for name in ("steps", "pairs", "accuracy", "held_out_loss"):
         assert result[name] == whole[name]
+
+
+@pytest.mark.parametrize("kind", ["bco", "mixture", "simpo"])
+def test_stopping_changes_no_bit_of_an_objective_with_a_memory_or_without_a_reference(
+    recipe: Path, tmp_path: Path, kind: str
+) -> None:
+    """BCO's running mean, alone and in a mixture, comes back from the checkpoint; it is not 0, and forgotten it would
+    change the next loss."""
+    settings = (f"objective.kind={kind}", "training.max_steps=6")
+    run(recipe, tmp_path / "through", *settings)
+    for name in ("stopped", "forgotten"):
+        with stopping_after(3), pytest.raises(Interrupted):
+            run(recipe, tmp_path / name, *settings)
+    state = tmp_path / "forgotten/checkpoints/step-3/state.json"
+    assert (json.loads(state.read_text())["mean_log_ratio"] != 0) == (kind != "simpo")
+    run(recipe, tmp_path / "stopped", *settings)
+    assert left_behind(tmp_path / "stopped") == left_behind(tmp_path / "through")
+    if kind == "simpo":
+        return
+
+    def forget(checkpoint: Path, policy: Any, state: TrainingState) -> None:
+        restore(checkpoint, policy, state)
+        state.mean_log_ratio = 0.0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "restore", forget)
+        run(recipe, tmp_path / "forgotten", *settings)
+    lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("stopped", "forgotten")]
+    assert lines[0][:4] == lines[1][:4]
+    assert json.loads(lines[0][4])["loss"] != json.loads(lines[1][4])["loss"]
+
+
+def test_a_held_out_loss_is_taken_at_the_threshold_of_its_step(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Evaluated after steps 3 and 6: BCO's threshold is the mean reward of the first three steps, and of all six."""
+    shifts: list[float] = []
+
+    def listening(policy: Any, pairs: Any, reference: Any, objective: Any, **settings: Any) -> Any:
+        shifts.append(objective.shift)
+        return evaluate(policy, pairs, reference, objective, **settings)
+
+    monkeypatch.setattr(training, "evaluate", listening)
+    run(recipe, tmp_path / "run", "objective.kind=bco", "training.max_steps=6")
+    lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][1:]
+    means = [(line["rewards/chosen"] + line["rewards/rejected"]) / 2 for line in lines]
+    assert shifts == pytest.approx([sum(means[:3]) / 3, sum(means) / 6], rel=1e-6)
 
 
 def test_what_a_run_learns_is_more_than_rounding(recipe: Path, through: Path, tmp_path: Path) -> None:

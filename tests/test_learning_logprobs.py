@@ -95,6 +95,45 @@ def test_counts_are_of_scored_tokens() -> None:
     assert logps.chosen_P.dtype == torch.float32
 
 
+def test_shared_sums_stop_at_the_shorter_answer_s_length() -> None:
+    """By scored tokens: of 3 and 1, of 1 and 20 and so on, against each token of one sequence at a time. Their gradient
+    is theirs alone."""
+    model = tiny_model()
+    logps = pair_logps(model, pack(PAIRS_OF_ALL_KINDS))
+    assert logps.chosen_shared_P is not None
+    assert logps.rejected_shared_P is not None
+    for place, pair in enumerate(PAIRS_OF_ALL_KINDS):
+        chosen_N, rejected_N = (
+            plain_token_logps(model, pair.prompt.tolist(), answer) for answer in (pair.chosen, pair.rejected)
+        )
+        shorter = min(len(chosen_N), len(rejected_N))
+        assert logps.chosen_shared_P[place].item() == pytest.approx(chosen_N[:shorter].sum().item(), rel=1e-4)
+        assert logps.rejected_shared_P[place].item() == pytest.approx(rejected_N[:shorter].sum().item(), rel=1e-4)
+    assert (logps.chosen_shared_P - logps.chosen_P).abs().max() > 1
+    assert (logps.rejected_shared_P - logps.rejected_P).abs().max() > 1
+
+
+def test_agreement_is_log_p_against_what_a_draw_would_have() -> None:
+    """log p(token) - log sum p^2, averaged over an answer, both answers added, in float64 from the plain model's
+    logits. Asking for it changes no sum, and it carries no gradient."""
+    policy = policy_on()
+    logps = pair_logps(policy, pack(PAIRS_OF_ALL_KINDS), agreement=True)
+    without = pair_logps(policy, pack(PAIRS_OF_ALL_KINDS))
+    assert without.agreement_P is None
+    assert torch.equal(columns(logps), columns(without))
+    assert logps.agreement_P is not None
+    assert not logps.agreement_P.requires_grad
+    for place, pair in enumerate(PAIRS_OF_ALL_KINDS):
+        expected = 0.0
+        for answer in (pair.chosen, pair.rejected):
+            ids = torch.tensor([*pair.prompt.tolist(), *answer.ids.tolist()])
+            p_TV = policy(input_ids=ids[None]).logits[0].detach().double().softmax(-1)
+            at = [len(pair.prompt) + place - 1 for place in range(len(answer.ids)) if answer.scored[place]]
+            terms = [(p_TV[t, ids[t + 1]].log() - p_TV[t].square().sum().log()).item() for t in at]
+            expected += sum(terms) / len(terms)
+        assert logps.agreement_P[place].item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+
+
 def test_equal_answers_have_equal_log_probs_wherever_they_stand() -> None:
     """The rejected answer stands behind the chosen one in the row and must not notice."""
     chosen, rejected = columns(pair_logps(tiny_model(attn_implementation=PAIRS), pack([ODD[2]])))[0].tolist()

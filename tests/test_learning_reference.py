@@ -18,7 +18,7 @@ import torch
 from dpo_studio.config import load_recipe
 from dpo_studio.learning import reference
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.learning.reference import ReferenceCache, batched_logps, reference_logps
+from dpo_studio.learning.reference import COLUMNS, ReferenceCache, batched_logps, reference_logps
 from dpo_studio.models.adapters import as_reference
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import PairLogps
@@ -43,7 +43,7 @@ def model() -> Any:
 
 
 def values(logps: PairLogps) -> list[list[float]]:
-    return torch.stack([logps.chosen_P, logps.rejected_P], 1).tolist()
+    return torch.stack([getattr(logps, name) for name in COLUMNS], 1).tolist()
 
 
 @contextmanager
@@ -78,9 +78,12 @@ def test_the_cached_reference_is_the_live_one_and_the_textbook_s(cache: Referenc
             places = list(batch.pairs)
             torch.testing.assert_close(cached.chosen_P[places], live.chosen_P, rtol=1e-6, atol=0)
             torch.testing.assert_close(cached.rejected_P[places], live.rejected_P, rtol=1e-6, atol=0)
+            torch.testing.assert_close(
+                torch.tensor(values(cached))[places, 2:], torch.tensor(values(live))[:, 2:], rtol=1e-6, atol=0
+            )
             assert torch.equal(cached.chosen_tokens_P[places], live.chosen_tokens_P)
         expected_P2 = plain_logps(tiny_model(), THIRTY)
-    torch.testing.assert_close(torch.tensor(values(cached)), expected_P2, rtol=1e-4, atol=0)
+    torch.testing.assert_close(torch.tensor(values(cached))[:, :2], expected_P2, rtol=1e-4, atol=0)
 
 
 def test_a_second_use_computes_nothing(model: Any, cache: ReferenceCache) -> None:
@@ -137,7 +140,7 @@ def test_an_entry_is_of_ids_and_of_what_is_scored(cache: ReferenceCache) -> None
     """Moving a boundary between prompt, chosen and rejected, unscoring a token, swapping: all other entries. The row
     number is not part of it."""
     one = encoded([5, 6], [7, 8], [9])
-    cache.save([one], PairLogps(*(torch.tensor([float(x)]) for x in (-1, -2, 2, 1))))
+    cache.save([one], PairLogps(*(torch.tensor([float(x)]) for x in (-1, -2, 2, 1, -0.5, -2))))
     others = [
         encoded([5], [6, 7, 8], [9]),
         encoded([5, 6, 7], [8], [9]),
@@ -147,9 +150,9 @@ def test_an_entry_is_of_ids_and_of_what_is_scored(cache: ReferenceCache) -> None
     ]
     assert cache.load(others) == [None] * 5
     other_way = encoded([5, 6], [9], [7, 8], unscored=(1,))  # in the rejected answer alone
-    cache.save([one.swap()], PairLogps(*(torch.tensor([float(x)]) for x in (-2, -1, 1, 2))))
+    cache.save([one.swap()], PairLogps(*(torch.tensor([float(x)]) for x in (-2, -1, 1, 2, -2, -0.5))))
     assert cache.load([other_way]) == [None]
-    assert cache.load([encoded([5, 6], [7, 8], [9], row=99)]) == [(-1.0, -2.0)]
+    assert cache.load([encoded([5, 6], [7, 8], [9], row=99)]) == [(-1.0, -2.0, -0.5, -2.0)]
 
 
 def test_every_part_of_the_context_makes_another_file(tmp_path: Path) -> None:
@@ -164,15 +167,15 @@ def test_every_part_of_the_context_makes_another_file(tmp_path: Path) -> None:
 def test_numbers_that_are_not_finite_are_not_kept(cache: ReferenceCache) -> None:
     """They are asked for again, for the next time may be another dtype's fault mended."""
     columns = (torch.tensor([-1.0, math.nan, -3.0, -math.inf]), torch.tensor([-1.0, -2.0, math.inf, -4.0]))
-    cache.save(THIRTY[:4], PairLogps(*columns, *columns))
-    assert cache.load(THIRTY[:4]) == [(-1.0, -1.0), None, None, None]
+    cache.save(THIRTY[:4], PairLogps(*columns * 3))
+    assert cache.load(THIRTY[:4]) == [(-1.0,) * 4, None, None, None]
 
 
 def fill(model: Any, cache: ReferenceCache) -> list[list[float]]:
     """Enough entries for a file of several pages."""
     many = random_pairs(400, answer=(1, 2), prompt=(2, 3))
     numbers = torch.arange(400.0)
-    cache.save(many, PairLogps(numbers, numbers, numbers, numbers))
+    cache.save(many, PairLogps(*[numbers] * 6))
     return values(compute(model, THIRTY, cache))
 
 
@@ -244,7 +247,7 @@ def write_many(folder: str, start: int) -> None:
     pairs = random_pairs(150, seed=5)
     for place in range(start, start + 100):
         number = torch.tensor([float(place)])
-        cache.save([pairs[place]], PairLogps(number, -number, number, number))
+        cache.save([pairs[place]], PairLogps(*[number, -number] * 3))
 
 
 def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
@@ -257,7 +260,35 @@ def test_two_processes_may_write_at_once(tmp_path: Path) -> None:
         writer.join(600)
         assert writer.exitcode == 0
     known = ReferenceCache(tmp_path, {"weights": "a"}).load(random_pairs(150, seed=5))
-    assert known == [(float(place), -float(place)) for place in range(150)]
+    assert known == [(float(place), -float(place)) * 2 for place in range(150)]
+
+
+@pytest.mark.parametrize("kind", ["simpo", "orpo", "sft", "wpo", "mixture"])
+def test_training_pairs_have_a_reference_only_where_the_objective_reads_it(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """Whole runs of two steps on 12 pairs with 5 held out: the cache has all 17, or the held-out ones, whose accuracy
+    is against the reference whatever was trained. The report is written. Live, nothing is computed in the step."""
+    monkeypatch.setenv("DPO_STUDIO_CACHE", str(tmp_path / "cache"))
+    write_pairs(tmp_path / "pairs.jsonl", 12)
+    write_pairs(tmp_path / "held_out.jsonl", 5, seed=1)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(
+        f"model: {{path: {json.dumps(str(tiny_base))}, dtype: float32}}\n"
+        "data: {train: {source: pairs.jsonl}, held_out: {source: held_out.jsonl}}\n"
+        "training: {max_steps: 2, pairs_per_step: 4, tokens_per_micro_batch: 200, learning_rate: 1e-2}\n"
+        f"objective: {{kind: {kind}}}\n"
+    )
+    done = run_training(load_recipe(recipe, [f"run.folder={tmp_path / 'run'}"]), Progress(quiet=True))
+    (file,) = (tmp_path / "cache/reference").glob("*.sqlite")
+    with sqlite3.connect(file) as database:
+        (entries,) = database.execute("SELECT count(*) FROM logps4").fetchone()
+    assert entries == (5 if kind in ("simpo", "orpo", "sft") else 17)
+    assert 0 <= done.result["accuracy"] <= 1
+    assert (tmp_path / "run/report.html").is_file()
+    live = [f"run.folder={tmp_path / 'live'}", "reference.mode=live"]
+    again = run_training(load_recipe(recipe, live), Progress(quiet=True))
+    assert again.result["held_out_loss"] == pytest.approx(done.result["held_out_loss"], rel=1e-4)
 
 
 def test_what_a_run_s_numbers_depend_on_is_in_the_key_and_nothing_else(

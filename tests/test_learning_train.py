@@ -23,7 +23,20 @@ from dpo_studio.learning.reference import reference_logps
 from dpo_studio.learning.train import TrainingState, evaluate, learning_rate, train
 from dpo_studio.models.adapters import as_reference, train_mode
 from dpo_studio.models.attention import PAIRS
-from dpo_studio.objectives import AOT, DPO, IPO, Hinge, PairLogps
+from dpo_studio.objectives import (
+    AOT,
+    BCO,
+    DPO,
+    IPO,
+    LDDPO,
+    ORPO,
+    SFT,
+    WPO,
+    Hinge,
+    Mixture,
+    PairLogps,
+    SimPO,
+)
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack
 from tests.conftest import plain_logps, policy_on, random_pairs, take_steps
@@ -100,7 +113,11 @@ def test_held_out_numbers_are_the_textbook_s() -> None:
     torch.testing.assert_close(torch.stack([logps.chosen_P, logps.rejected_P], 1), tuned_P2, rtol=1e-4, atol=0)
 
 
-@pytest.mark.parametrize("objective", [DPO(), IPO(), Hinge(), AOT()], ids=lambda o: o.kind)
+@pytest.mark.parametrize(
+    "objective",
+    [DPO(), IPO(), Hinge(), AOT(), LDDPO(), SimPO(), BCO(), Mixture(terms=(LDDPO(), AOT()), weights=(1.0, 1.0))],
+    ids=lambda o: o.kind,
+)
 def test_packing_changes_speed_only(objective: Any) -> None:
     """A pair to a row, or all of a step in one, one-pass or two-pass: five steps, the fourth smaller, the same losses
     to 1e-5 (relative for IPO, whose loss is 25), and they move."""
@@ -130,11 +147,30 @@ class WholeStepDPO(DPO):
     whole_step: ClassVar[bool] = True
 
 
+@dataclass(frozen=True)
+class WholeStepMixture(Mixture):
+    """A mixture made to, though its terms need not."""
+
+    whole_step: ClassVar[bool] = True
+
+
+EVERY_COLUMN: dict[str, Any] = {"terms": (LDDPO(beta=0.3), WPO(), SFT()), "weights": (1.0, 500.0, 0.1)}
+"""Sums, shared sums and agreement; WPO's losses are a thousandth where the weights are random."""
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
-def test_the_two_pass_gradient_is_the_one_pass_gradient(dropout: float) -> None:
+@pytest.mark.parametrize(
+    ("objective", "in_two_passes"),
+    [
+        (DPO(beta=0.3), WholeStepDPO(beta=0.3)),
+        (Mixture(**EVERY_COLUMN), WholeStepMixture(**EVERY_COLUMN)),
+    ],
+    ids=["dpo", "mixture"],
+)
+def test_the_two_pass_gradient_is_the_one_pass_gradient(objective: Any, in_two_passes: Any, dropout: float) -> None:
     """Chain rule: dL/dw = sum of dL/dlogp x dlogp/dw. With dropout both passes draw the same masks."""
-    one, loss = gradients_of_a_step(policy(dropout=dropout), DPO(beta=0.3), budget=100)
-    two, same = gradients_of_a_step(policy(dropout=dropout), WholeStepDPO(beta=0.3), budget=100)
+    one, loss = gradients_of_a_step(policy(dropout=dropout), objective, budget=100)
+    two, same = gradients_of_a_step(policy(dropout=dropout), in_two_passes, budget=100)
     assert loss == pytest.approx(same, rel=1e-6)
     assert len(one) == 56
     for name, gradient in one.items():
@@ -154,6 +190,44 @@ def test_aot_in_micro_batches_is_aot_in_one_graph() -> None:
     for name, p in direct.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(found[name], p.grad, rtol=0, atol=1e-5 * p.grad.abs().max().item(), msg=name)
+
+
+@dataclass(frozen=True)
+class ListeningBCO(BCO):
+    """Notes the means it is given."""
+
+    heard: ClassVar[list[float]] = []
+
+    def given(self, mean_log_ratio: float) -> BCO:  # type: ignore[override]
+        self.heard.append(mean_log_ratio)
+        return BCO(beta=self.beta).given(mean_log_ratio)
+
+
+def test_bco_s_threshold_is_the_mean_reward_of_the_steps_before() -> None:
+    """From the metrics of steps 1 to k-1: (chosen + rejected reward) / 2 / beta, every step counted once, the smaller
+    fourth too. Nothing before the first step."""
+    reports = list(take_steps(policy(), THIRTY, SECTION, ListeningBCO(beta=0.3), steps=6))
+    means = [(line["rewards/chosen"] + line["rewards/rejected"]) / 2 / 0.3 for line in (r.metrics for r in reports)]
+    expected = [0.0, *(sum(means[:step]) / step for step in range(1, 6))]
+    assert ListeningBCO.heard == pytest.approx(expected, rel=1e-6, abs=1e-9)
+    assert min(map(abs, expected[1:])) > 0.1
+
+
+@pytest.mark.parametrize("objective", [SimPO(), ORPO(), SFT(), SFT(average="token")], ids=str)
+def test_an_objective_without_a_reference_learns_without_one(objective: Any) -> None:
+    """No log-probs come with the micro-batches. The loss falls; rewards are beta x the log-prob a token."""
+    model = policy(size=0)
+    state = TrainingState.fresh(model, SECTION, 6, Accelerator(cpu=True))
+    train_mode(model)
+    reports = list(train(model, Steps(THIRTY, 30, 100, SECTION.seed, 1, 6), objective, state))
+    assert reports[-1].metrics["loss"] < reports[0].metrics["loss"] - 0.02
+    base_P2, tokens_P2 = plain_logps(tiny_model(), THIRTY), [[len(p.chosen.ids), len(p.rejected.ids)] for p in THIRTY]
+    per_token_P2 = (base_P2 / torch.tensor(tokens_P2)).detach()
+    first = reports[0].metrics
+    assert first["rewards/chosen"] == pytest.approx(objective.beta * per_token_P2[:, 0].mean().item(), rel=1e-4)
+    assert first["rewards/rejected"] == pytest.approx(objective.beta * per_token_P2[:, 1].mean().item(), rel=1e-4)
+    assert first["rewards/accuracies"] == (per_token_P2[:, 0] > per_token_P2[:, 1]).double().mean().item()
+    assert state.mean_log_ratio == 0
 
 
 def test_a_smaller_last_step_averages_over_its_own_pairs() -> None:

@@ -18,11 +18,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpo_studio.errors import RecipeError, UsageError
-from dpo_studio.objectives import AOT, DPO, IPO, Hinge, Objective
+from dpo_studio.objectives import DPO, OBJECTIVES, TRL_NAMES, Objective
 
 __all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_override", "recipe_schema"]
 
-OBJECTIVES = (DPO, IPO, Hinge, AOT)
 _MAX_RECIPE_BYTES = 1_000_000
 BUNDLED = "bundled:"
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
@@ -220,6 +219,14 @@ class Recipe(Section):
         if self.model.adapter is not None and (conflicting := self.adapter.model_fields_set):
             keys = ", ".join(f"adapter.{name}" for name in sorted(conflicting))
             raise ValueError(f"model.adapter brings its own rank, alpha, dropout and targets; remove {keys}")
+        return self
+
+    @model_validator(mode="after")
+    def _an_objective_without_a_reference_has_none(self) -> Recipe:
+        named = [name for name in ("model", "adapter") if getattr(self.reference, name) is not None]
+        if named and not self.objective.needs_reference:
+            keys = ", ".join(f"reference.{name}" for name in named)
+            raise ValueError(f"objective.kind {self.objective.kind} holds the policy to no reference; remove {keys}")
         return self
 
     def to_plain(self) -> dict[str, Any]:
@@ -450,8 +457,12 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> tuple[list[str], li
             if near := _nearest(keys):
                 hints.append(f"did you mean {near}?")
         elif item["type"] == "union_tag_invalid" and isinstance(item["input"], dict):
-            problems.append(f"unknown objective {item['ctx']['tag']!r}")
-            hints.append(f"objective.kind is one of {', '.join(kind.kind for kind in OBJECTIVES)}")
+            problems.append(f"unknown objective {(tag := item['ctx']['tag'])!r}")
+            hints.append(
+                f"TRL's {tag} is called {TRL_NAMES[tag]} here"
+                if tag in TRL_NAMES
+                else f"objective.kind is one of {', '.join(kind.kind for kind in OBJECTIVES)}"
+            )
         elif item["type"] == "missing":
             problems.append(f"{key} is required")
         else:
@@ -498,7 +509,7 @@ def _nearest(keys: list[str]) -> str | None:
 
 def _known_keys(keys: list[str]) -> list[str]:
     """Names of the fields of the section at `keys`."""
-    if keys == ["objective"]:
+    if keys[:1] == ["objective"]:  # and its terms, which are objectives again
         return list(dict.fromkeys(field.name for kind in OBJECTIVES for field in fields(kind)))
     section: Any = Recipe
     for key in keys:

@@ -62,7 +62,8 @@ def save_checkpoint(folder: Path, policy: PeftModel, state: TrainingState, *, ba
 def _write(scratch: Path, policy: PeftModel, state: TrainingState, base: str) -> None:
     save_adapter(policy, scratch / "adapter", base=base)
     save_file(_optimizer_tensors(policy, state.optimizer), scratch / "optimizer.safetensors")
-    (scratch / "state.json").write_text(json.dumps({"step": state.step}) + "\n", encoding="utf-8")
+    numbers = {"step": state.step, "mean_log_ratio": state.mean_log_ratio}
+    (scratch / "state.json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     (scratch / _MANIFEST).write_text(json.dumps(_manifest(scratch), indent=1, sort_keys=True) + "\n", encoding="utf-8")
     sync_folder(scratch)
 
@@ -87,7 +88,9 @@ def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
             state.optimizer.state[p] = {
                 key: averages[f"{name}.{key}"].to(p.device if key != "step" else "cpu") for key in _AVERAGES
             }
-    state.step = int(json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))["step"])
+    numbers = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
+    state.step = int(numbers["step"])
+    state.mean_log_ratio = float(numbers.get("mean_log_ratio", 0.0))  # older ones have none, nor an objective that asks
 
 
 _AVERAGES = ("exp_avg", "exp_avg_sq", "step")

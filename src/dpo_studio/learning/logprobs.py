@@ -25,22 +25,40 @@ _LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 """Logits in memory at a time, whatever the vocabulary: 340 rows of 49k on a CPU (64 MB in fp32), 1,365 on a GPU."""
 
 
-def pair_logps(model: nn.Module, batch: MicroBatch) -> PairLogps:
-    """Summed log-probs of both answers of every pair of a row, fp32, (P,) each; differentiable in `model`."""
-    logps_N = token_logps(model, batch)
-    # not index_add: on a GPU it adds in whatever order its threads arrive, and a resume would not be bit for bit
-    sums_A = torch.segment_reduce(logps_N, "sum", lengths=batch.tokens_A, unsafe=True)
-    return PairLogps(sums_A[0::2], sums_A[1::2], batch.tokens_A[0::2], batch.tokens_A[1::2])
+def pair_logps(model: nn.Module, batch: MicroBatch, *, agreement: bool = False) -> PairLogps:
+    """Summed log-probs of both answers of every pair of a row, fp32, (P,) each; differentiable in `model`.
+
+    With `agreement`, `agreement_P` too.
+    """
+    collision_N = torch.empty(len(batch.target_N), device=batch.target_N.device) if agreement else None
+    logps_N = token_logps(model, batch, collision_N)
+    tokens_A = batch.tokens_A
+    sums_A, shared_A = _sums(logps_N, batch), _sums(logps_N.where(batch.shared_N, 0), batch)
+    agreement_A = None
+    if collision_N is not None:
+        agreement_A = _sums(logps_N.detach() - collision_N, batch) / tokens_A.clamp(min=1)
+    return PairLogps(
+        *(sums_A[0::2], sums_A[1::2], tokens_A[0::2], tokens_A[1::2], shared_A[0::2], shared_A[1::2]),
+        agreement_A[0::2] + agreement_A[1::2] if agreement_A is not None else None,
+    )
 
 
-def token_logps(model: nn.Module, batch: MicroBatch) -> Tensor:
-    """Log-prob of every scored token of a row given what precedes it, fp32, (N,)."""
+def _sums(x_N: Tensor, batch: MicroBatch) -> Tensor:
+    """Of each answer, (A,). On a GPU index_add would add in whatever order threads arrive: other bits each time."""
+    return torch.segment_reduce(x_N, "sum", lengths=batch.tokens_A, unsafe=True)
+
+
+def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None = None) -> Tensor:
+    """Log-prob of every scored token of a row given what precedes it, fp32, (N,).
+
+    `collision_N`, if given, is filled with the log-prob that two tokens drawn there are the same.
+    """
     causal_lm = _causal_lm(model)
     inputs = row_inputs(causal_lm.config, batch)
     hidden_TH = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state[0]
     head = causal_lm.get_output_embeddings()
     logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_TH.index_select(0, batch.predictor_N), head.weight, head.bias, batch.target_N
+        hidden_TH.index_select(0, batch.predictor_N), head.weight, head.bias, batch.target_N, collision_N
     )
     return logps_N
 
@@ -59,7 +77,14 @@ class _HeadLogps(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, hidden_NH: Tensor, head_VH: Tensor, bias_V: Tensor | None, target_N: Tensor) -> Tensor:
+    def forward(
+        ctx: Any,
+        hidden_NH: Tensor,
+        head_VH: Tensor,
+        bias_V: Tensor | None,
+        target_N: Tensor,
+        collision_N: Tensor | None = None,
+    ) -> Tensor:
         slope_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         logps_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
         terms = _compiled_head_terms() if hidden_NH.is_cuda else _head_terms
@@ -68,15 +93,17 @@ class _HeadLogps(torch.autograd.Function):
             at = slice(start, start + rows)
             logits_nV = _logits(hidden_NH[at], head_VH, bias_V)
             logps_N[at], off_nV = terms(logits_nV, target_N[at, None], head_VH.dtype if slope_NH is not None else None)
+            if collision_N is not None:  # at least -log V: no underflow
+                collision_N[at] = 2 * logits_nV.softmax(-1, dtype=torch.float32).norm(dim=-1).log()
             if slope_NH is not None and off_nV is not None:
                 slope_NH[at] = (off_nV @ head_VH).neg_()
         ctx.save_for_backward(slope_NH)
         return logps_N
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None, None]:
         (slope_NH,) = ctx.saved_tensors
-        return (slope_NH * gradient_N[:, None]).to(slope_NH.dtype), None, None, None
+        return (slope_NH * gradient_N[:, None]).to(slope_NH.dtype), None, None, None, None
 
 
 def _logits(hidden_nH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import sqlite3
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -25,7 +26,12 @@ from dpo_studio.tokens.pack import micro_batches
 
 __all__ = ["ReferenceCache", "batched_logps", "reference_logps"]
 
-_TABLE = "CREATE TABLE IF NOT EXISTS logps (pair BLOB PRIMARY KEY, chosen REAL, rejected REAL) WITHOUT ROWID"
+COLUMNS = ("chosen_P", "rejected_P", "chosen_shared_P", "rejected_shared_P")
+"""What is kept of a pair. Token counts follow from its ids."""
+_TABLE = (  # named anew when the columns change: entries of another shape are not looked at
+    "CREATE TABLE IF NOT EXISTS logps4 (pair BLOB PRIMARY KEY, chosen REAL, rejected REAL, "
+    "chosen_shared REAL, rejected_shared REAL) WITHOUT ROWID"
+)
 _PAIRS_BETWEEN_SAVES = 128
 _T = TypeVar("_T")
 
@@ -44,18 +50,18 @@ class ReferenceCache:
         digest = hashlib.sha256(json.dumps(self.context, sort_keys=True).encode()).hexdigest()
         return self.folder / f"{digest[:32]}.sqlite"
 
-    def load(self, pairs: Sequence[EncodedPair]) -> list[tuple[float, float] | None]:
-        """(chosen, rejected) of each pair, None where it is not known."""
+    def load(self, pairs: Sequence[EncodedPair]) -> list[tuple[float, ...] | None]:
+        """`COLUMNS` of each pair, None where it is not known."""
         keys = [_pair_key(pair) for pair in pairs]
-        query = "SELECT chosen, rejected FROM logps WHERE pair = ?"
+        query = "SELECT chosen, rejected, chosen_shared, rejected_shared FROM logps4 WHERE pair = ?"
         rows = self._use(lambda database: [database.execute(query, (key,)).fetchone() for key in keys])
-        return [(float(row[0]), float(row[1])) if row and None not in row else None for row in rows]
+        return [tuple(map(float, row)) if row and None not in row else None for row in rows]
 
     def save(self, pairs: Sequence[EncodedPair], logps: PairLogps) -> None:
         """Keep the log-probs of `pairs`. Numbers that are not finite are not kept."""
-        rows = zip(map(_pair_key, pairs), logps.chosen_P.tolist(), logps.rejected_P.tolist(), strict=True)
-        kept = [row for row in rows if _finite(row)]
-        self._use(lambda database: database.executemany("INSERT OR REPLACE INTO logps VALUES (?, ?, ?)", kept))
+        rows = zip(map(_pair_key, pairs), *(getattr(logps, name).tolist() for name in COLUMNS), strict=True)
+        kept = [row for row in rows if all(map(math.isfinite, row[1:]))]
+        self._use(lambda database: database.executemany("INSERT OR REPLACE INTO logps4 VALUES (?, ?, ?, ?, ?)", kept))
 
     def _use(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """One transaction; on a damaged file once more with a new one, for what was in it can be computed again."""
@@ -87,7 +93,7 @@ def reference_logps(
 
     `model` computes as the reference does when called (see `models.adapters.as_reference`).
     """
-    known: list[tuple[float, float] | None] = [None] * len(pairs)
+    known: list[tuple[float, ...] | None] = [None] * len(pairs)
     if cache is not None:
         known = cache.load(pairs)
     missing = [position for position, value in enumerate(known) if value is None]
@@ -97,10 +103,11 @@ def reference_logps(
         part = batched_logps(model, pairs, positions, budget=budget, progress=progress)
         if cache is not None:
             cache.save([pairs[position] for position in positions], part)
-        for position, values in zip(positions, zip(part.chosen_P, part.rejected_P, strict=True), strict=True):
-            known[position] = (float(values[0]), float(values[1]))
-    values_P2 = torch.tensor([value for value in known if value is not None], dtype=torch.float32).reshape(-1, 2)
-    return PairLogps(values_P2[:, 0], values_P2[:, 1], *_token_counts(pairs))
+        rows = zip(*(getattr(part, name).tolist() for name in COLUMNS), strict=True)
+        for position, row in zip(positions, rows, strict=True):
+            known[position] = row
+    values = [value for value in known if value is not None]
+    return _from_columns(COLUMNS, torch.tensor(values, dtype=torch.float32).reshape(-1, len(COLUMNS)).T, pairs)
 
 
 @torch.no_grad()
@@ -110,24 +117,27 @@ def batched_logps(
     positions: Sequence[int],
     *,
     budget: int,
+    agreement: bool = False,
     progress: Callable[[int, int], None] = lambda pairs, tokens: None,
 ) -> PairLogps:
     """Log-probs of the pairs at `positions` under `model` as it is, in that order, on the CPU."""
     device = next(model.parameters()).device
-    sums_2P = torch.zeros(2, len(positions))
+    names = (*COLUMNS, "agreement_P") if agreement else COLUMNS
+    columns_CP = torch.zeros(len(names), len(positions))
     place = {position: index for index, position in enumerate(positions)}
     for batch in micro_batches(pairs, positions, budget):
-        logps = pair_logps(model, batch.to(device))
+        logps = pair_logps(model, batch.to(device), agreement=agreement)
         where = torch.tensor([place[position] for position in batch.pairs])
-        sums_2P[:, where] = torch.stack([logps.chosen_P, logps.rejected_P]).cpu()
+        columns_CP[:, where] = torch.stack([getattr(logps, name) for name in names]).cpu()
         progress(len(batch), batch.tokens)
-    return PairLogps(sums_2P[0], sums_2P[1], *_token_counts([pairs[position] for position in positions]))
+    return _from_columns(names, columns_CP, [pairs[position] for position in positions])
 
 
-def _token_counts(pairs: Sequence[EncodedPair]) -> tuple[Tensor, Tensor]:
+def _from_columns(names: Sequence[str], columns_CP: Tensor, pairs: Sequence[EncodedPair]) -> PairLogps:
     counts = [[int(pair.chosen.scored.sum()), int(pair.rejected.scored.sum())] for pair in pairs]
-    counts_P2 = torch.tensor(counts, dtype=torch.int64).reshape(-1, 2)
-    return counts_P2[:, 0], counts_P2[:, 1]
+    chosen_tokens_P, rejected_tokens_P = torch.tensor(counts, dtype=torch.int64).reshape(-1, 2).T
+    named: dict[str, Any] = dict(zip(names, columns_CP, strict=True))
+    return PairLogps(chosen_tokens_P=chosen_tokens_P, rejected_tokens_P=rejected_tokens_P, **named)
 
 
 def _pair_key(pair: EncodedPair) -> bytes:
@@ -136,7 +146,3 @@ def _pair_key(pair: EncodedPair) -> bytes:
         digest.update(len(array).to_bytes(8, "little"))
         digest.update(array.tobytes())
     return digest.digest()
-
-
-def _finite(row: tuple[Any, float, float]) -> bool:
-    return abs(row[1]) < float("inf") and abs(row[2]) < float("inf")

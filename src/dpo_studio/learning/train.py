@@ -16,16 +16,16 @@ from torch import Tensor, nn
 from dpo_studio.config import TrainingSection
 from dpo_studio.errors import NonFiniteError
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.learning.reference import batched_logps
+from dpo_studio.learning.reference import COLUMNS, batched_logps
 from dpo_studio.models.adapters import in_eval
-from dpo_studio.objectives import PairLogps, margin, wins
+from dpo_studio.objectives import PairLogps, log_ratios, wins
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 
 __all__ = ["StepReport", "TrainingState", "evaluate", "held_out_metrics", "learning_rate", "train"]
 
 ObjectiveFunction = Any
-"""One of `dpo_studio.objectives`: (policy, reference) -> losses, with `needs_reference` and `whole_step`."""
+"""One of `dpo_studio.objectives`: (policy, reference) -> losses, and what its base class `Formula` says of it."""
 Reference = Callable[[MicroBatch], PairLogps]
 
 
@@ -51,6 +51,8 @@ class TrainingState:
     total_steps: int
     accelerator: Accelerator
     step: int = 0
+    mean_log_ratio: float = 0.0
+    """Of all answers of a step, averaged over the steps taken, in nats: BCO's threshold is made of it."""
     last: dict[str, float] = field(default_factory=dict)
     """Gradient norm and learning rate of the last step."""
 
@@ -91,6 +93,10 @@ class TrainingState:
         self.step += 1
         self.last = {"grad_norm": norm, "learning_rate": rate}
 
+    def remember(self, log_ratio: float) -> None:
+        """Take the mean log-ratio of the step just taken into the running one; every step counts the same."""
+        self.mean_log_ratio += (log_ratio - self.mean_log_ratio) / self.step
+
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout masks come from (seed, step, micro-batch): nothing to restore on a resume."""
         words = np.random.SeedSequence([self.section.seed, self.step, micro_batch]).generate_state(2)
@@ -106,7 +112,8 @@ def train(
 ) -> Iterator[StepReport]:
     """Fit the adapter to the pairs; yield what each optimizer step did.
 
-    Every micro-batch brings its reference's log-probs, or `live_reference` computes them.
+    Every micro-batch brings its reference's log-probs, or `live_reference` computes them; an objective that needs none
+    gets none.
 
     Raises:
         NonFiniteError: a loss or gradient is not finite; the step was not taken.
@@ -115,23 +122,24 @@ def train(
     for micro_batches in steps(after=state.step):
         pairs_in_step = sum(len(batch) for batch in micro_batches)
         micro_batches = _on_device(micro_batches, state.accelerator.device, live_reference)
-        slopes = _whole_step_slopes(policy, micro_batches, objective, state) if objective.whole_step else None
-        seen = _Seen()
+        formula = objective.given(state.mean_log_ratio)  # BCO's threshold moves; every other objective is itself
+        slopes = _whole_step_slopes(policy, micro_batches, formula, state) if formula.whole_step else None
+        seen = _Seen(formula)
         for number, batch in enumerate(micro_batches):
             state.seed_dropout(number)
-            policy_logps = pair_logps(policy, batch)  # PairLogps: sums and token counts, chosen and rejected
+            policy_logps = pair_logps(policy, batch, agreement=formula.needs_agreement)  # PairLogps: sums and counts
             if slopes is None:
-                losses = objective(policy_logps, batch.reference)  # PairLogps in, (P,) out
+                losses = formula(policy_logps, batch.reference)  # PairLogps in, (P,) out
             else:
                 losses = slopes.losses_of(number, policy_logps)
             _refuse_non_finite(losses, batch, state.step + 1)
             state.accelerator.backward(losses.sum() / pairs_in_step)  # over the step's pairs, never a mean of means
-            seen.add(policy_logps, batch, losses if slopes is None else slopes.values[number])
+            seen.add(policy_logps, batch.reference, losses if slopes is None else slopes.values[number])
         state.advance(policy)
+        means, log_ratio = seen.together()
+        state.remember(log_ratio)
         now = time.perf_counter()
-        metrics = (
-            {"epoch": steps.epoch_at(state.step)} | seen.metrics(objective.beta) | state.last | {"pairs": pairs_in_step}
-        )
+        metrics = {"epoch": steps.epoch_at(state.step)} | means | state.last | {"pairs": pairs_in_step}
         yield StepReport(state.step, metrics, pairs_in_step, sum(b.tokens for b in micro_batches), now - started)
         started = time.perf_counter()
 
@@ -147,14 +155,17 @@ def evaluate(
 ) -> tuple[dict[str, float], PairLogps]:
     """Loss, rewards, accuracy and margin on held-out pairs, and the policy's log-probs of them."""
     with in_eval(policy):
-        policy_logps = batched_logps(policy, pairs, range(len(pairs)), budget=budget, progress=progress)
+        policy_logps = batched_logps(
+            policy, pairs, range(len(pairs)), budget=budget, agreement=objective.needs_agreement, progress=progress
+        )
     return held_out_metrics(policy_logps, reference, objective), policy_logps
 
 
 def held_out_metrics(policy: PairLogps, reference: PairLogps, objective: ObjectiveFunction) -> dict[str, float]:
     """A step's metrics for pairs that were not trained on, by TRL's names."""
-    seen = _Seen([_columns(policy, reference, objective(policy, reference))])
-    return {f"eval_{name}": value for name, value in seen.metrics(objective.beta).items()}
+    seen = _Seen(objective)
+    seen.add(policy, reference, objective(policy, reference))
+    return {f"eval_{name}": value for name, value in seen.together()[0].items()}
 
 
 def learning_rate(section: TrainingSection, step: int, total_steps: int) -> float:
@@ -179,14 +190,15 @@ def learning_rate(section: TrainingSection, step: int, total_steps: int) -> floa
 class _Slopes:
     """dL/dlogp of a whole-step objective, micro-batch by micro-batch."""
 
-    slopes: list[PairLogps]
+    slopes: list[Tensor]
+    """With respect to each of the log-probs in `COLUMNS`, (C, P)."""
     values: list[Tensor]
     """The losses themselves, for the metrics."""
 
     def losses_of(self, number: int, policy: PairLogps) -> Tensor:
         """(P,) whose sum has the objective's gradient: the chain rule, with the outer factor already known."""
-        slope = self.slopes[number]
-        return slope.chosen_P * policy.chosen_P + slope.rejected_P * policy.rejected_P
+        sums = torch.stack([getattr(policy, name) for name in COLUMNS])
+        return (self.slopes[number] * sums).sum(0)
 
 
 def _whole_step_slopes(
@@ -197,17 +209,14 @@ def _whole_step_slopes(
     with torch.no_grad():
         for number, batch in enumerate(micro_batches):
             state.seed_dropout(number)
-            parts.append(pair_logps(policy, batch))
+            parts.append(pair_logps(policy, batch, agreement=objective.needs_agreement))
     logps = PairLogps.cat(parts)
-    logps = replace(logps, chosen_P=logps.chosen_P.requires_grad_(), rejected_P=logps.rejected_P.requires_grad_())
-    losses = objective(
-        logps, PairLogps.cat([batch.reference for batch in micro_batches if batch.reference is not None])
-    )
-    chosen_P, rejected_P = torch.autograd.grad(losses.sum(), [logps.chosen_P, logps.rejected_P])
+    sums = [getattr(logps, name).requires_grad_() for name in COLUMNS]
+    known = [batch.reference for batch in micro_batches if batch.reference is not None]
+    losses = objective(logps, PairLogps.cat(known) if known else None)
+    slopes_CP = torch.stack(torch.autograd.grad(losses.sum(), sums, materialize_grads=True))
     sizes = [len(batch) for batch in micro_batches]
-    columns = (chosen_P, rejected_P, logps.chosen_tokens_P, logps.rejected_tokens_P)
-    slopes = [PairLogps(*part) for part in zip(*(torch.split(column, sizes) for column in columns), strict=True)]
-    return _Slopes(slopes, list(torch.split(losses.detach(), sizes)))
+    return _Slopes(list(torch.split(slopes_CP, sizes, dim=1)), list(torch.split(losses.detach(), sizes)))
 
 
 def _on_device(batches: list[MicroBatch], device: torch.device, live_reference: Reference | None) -> list[MicroBatch]:
@@ -226,34 +235,25 @@ def _refuse_non_finite(losses: Tensor, batch: MicroBatch, step: int) -> None:
         )
 
 
-def _columns(policy: PairLogps, reference: PairLogps, losses: Tensor) -> Tensor:
-    """What the metrics are made of, (6, P)."""
-    return torch.stack(
-        [
-            losses.detach(),
-            (policy.chosen_P - reference.chosen_P).detach(),
-            (policy.rejected_P - reference.rejected_P).detach(),
-            margin(policy, reference).detach(),
-            policy.chosen_P.detach(),
-            policy.rejected_P.detach(),
-        ]
-    )
-
-
 @dataclass
 class _Seen:
     """Collects a step's numbers on the device; they leave it once, together."""
 
+    objective: ObjectiveFunction
     columns: list[Tensor] = field(default_factory=list)
 
-    def add(self, policy: PairLogps, batch: MicroBatch, losses: Tensor) -> None:
-        assert batch.reference is not None
-        self.columns.append(_columns(policy, batch.reference, losses))
+    def add(self, policy: PairLogps, reference: PairLogps | None, losses: Tensor) -> None:
+        scores = self.objective.scores(policy, reference)
+        ratios = log_ratios(policy, reference) if reference is not None else [torch.zeros_like(losses)] * 2
+        rows = [losses, *scores, scores[0] - scores[1], policy.chosen_P, policy.rejected_P, *ratios]
+        self.columns.append(torch.stack(rows).detach())
 
-    def metrics(self, beta: float) -> dict[str, float]:
-        """Means over the pairs, by TRL's names. A tied margin counts one half."""
-        loss, chosen, rejected, margins, chosen_logp, rejected_logp = torch.cat(self.columns, 1).double().cpu()
-        return {
+    def together(self) -> tuple[dict[str, float], float]:
+        """Means over the pairs, by TRL's names (a tied margin counts one half), and over all answers' log-ratios."""
+        rows = torch.cat(self.columns, 1).double().cpu()
+        loss, chosen, rejected, margins, chosen_logp, rejected_logp = rows[:6]
+        beta = self.objective.beta
+        metrics = {
             "loss": loss.mean().item(),
             "rewards/chosen": beta * chosen.mean().item(),
             "rewards/rejected": beta * rejected.mean().item(),
@@ -262,3 +262,4 @@ class _Seen:
             "logps/chosen": chosen_logp.mean().item(),
             "logps/rejected": rejected_logp.mean().item(),
         }
+        return metrics, rows[6:].mean().item()

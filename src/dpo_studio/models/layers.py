@@ -64,7 +64,7 @@ def set_recompute(model: nn.Module, what: Recompute) -> None:
 
 
 @cache
-def _recomputing(plain: type[nn.Module], *, whole: bool) -> type[nn.Module]:
+def _recomputing(plain: Any, *, whole: bool) -> Any:
     """The class of an MLP that forms its activations, or `whole` all it keeps, a second time.
 
     A class, not a function put on each module: all layers must look alike to torch.compile, or each is compiled.
@@ -85,7 +85,7 @@ def _recomputing(plain: type[nn.Module], *, whole: bool) -> type[nn.Module]:
     return Recomputing if whole or plain.__name__ in _GATED else plain
 
 
-def _plain(mlp: type[nn.Module]) -> type[nn.Module]:
+def _plain(mlp: type) -> type:
     """The class as transformers has it."""
     return mlp if mlp.__name__ != "Recomputing" else mlp.__bases__[0]
 

@@ -50,11 +50,10 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         if isinstance(dropout, nn.Dropout) and dropout.training:  # each layer drops its own: nothing is shared
             return self._with_dropout(x, name)
         layers = [layer for layer in self.mates if name in layer.lora_A] or [self]
-        for layer, y in zip(layers, lora_outputs(x, layers, name), strict=True):
+        mine, *others = lora_outputs(x, layers, name)
+        for layer, y in zip(layers[1:], others, strict=True):
             layer._ready = (x, y)
-        mine, self._ready = self._ready, None
-        assert mine is not None
-        return mine[1]
+        return mine
 
     def _with_dropout(self, x: Tensor, name: str) -> Tensor:
         y = self.base_layer(x)

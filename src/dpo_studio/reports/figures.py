@@ -233,7 +233,8 @@ CHARTS = (
     Chart(
         "loss",
         "Loss",
-        "What training minimises; lower is better. At ln 2 the model tells chosen from rejected no better than a coin.",
+        "What training minimises; lower is better. DPO’s is ln 2 while the model tells chosen from rejected no better "
+        "than a coin.",
         _draw_loss,
         lambda facts: _from_to(facts, ("Training loss", "loss"), ("held-out loss", "eval_loss")),
     ),

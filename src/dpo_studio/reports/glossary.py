@@ -11,7 +11,8 @@ _TRAINING = (
     (
         "Reward",
         "beta times how much more likely an answer has become than it was under the reference (the difference of "
-        "their log-probs). It is measured from the reference, so every reward is 0 at the start.",
+        "their log-probs). It is measured from the reference, so every reward is 0 at the start. Objectives without a "
+        "reference (SimPO, ORPO, SFT) take beta times the log-prob a token in its place.",
     ),
     (
         "Margin",

@@ -53,6 +53,8 @@ class MicroBatch:
     """The scored token ids."""
     tokens_A: Tensor
     """How many scored tokens each answer has, in the order of `target_N`: chosen, rejected, chosen, ..."""
+    shared_N: Tensor
+    """Which scored tokens stand no further back in their answer than the other answer is long."""
     room: int = 0
     """Tokens the row could have held: rows of one run differ in length, and one kernel serves them all."""
     reference: PairLogps | None = None
@@ -86,6 +88,7 @@ def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -
     """Lay pairs into one row."""
     ids, places, seen_until, predictors, targets = ([] for _ in range(5))
     counts: list[int] = []
+    shared = []
     spans = []
     start = 0
     for pair in pairs:
@@ -104,6 +107,7 @@ def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -
             targets.append(answer.ids[answer.scored])
             counts.append(int(answer.scored.sum()))
             ends.append(ends[-1] + length)
+        shared += [np.arange(count) < min(counts[-2:]) for count in counts[-2:]]
         spans.append(Span(start, *ends))
         start = ends[-1]
 
@@ -119,6 +123,7 @@ def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -
         predictor_N=tensor(predictors),
         target_N=tensor(targets),
         tokens_A=torch.tensor(counts),
+        shared_N=torch.from_numpy(np.concatenate(shared)),
     )
 
 

@@ -127,6 +127,8 @@ class _Session:
     data: RunData
     progress: Progress
     accelerator: Accelerator
+    state: TrainingState | None = None
+    """From the moment there are steps to take."""
     held_out_reference: PairLogps | None = None
     last_evaluation: dict[str, float] = field(default_factory=dict)
     held_out_logps: PairLogps | None = None
@@ -140,7 +142,7 @@ class _Session:
         self.progress.say(f"packed and plain log-probs agree: {difference:.2g} nats a token apart")
         live, cached = self._references(budget)
         steps = steps_of(self.recipe, self.data.train.pairs, budget, cached)
-        state = TrainingState.fresh(self.policy, self.recipe.training, steps.total, self.accelerator)
+        self.state = state = TrainingState.fresh(self.policy, self.recipe.training, steps.total, self.accelerator)
         self._resume_or_begin(state, steps, live, budget)
         self._track()
         train_mode(self.policy)
@@ -191,13 +193,18 @@ class _Session:
     def _references(
         self, budget: int
     ) -> tuple[Callable[[MicroBatch], PairLogps] | None, Callable[..., PairLogps] | None]:
-        """(how to compute the reference in the step, how to look it up): one of the two is None."""
+        """(how to compute the reference in the step, how to look it up): one of the two is None.
+
+        Both are where the objective needs no reference: then only held-out pairs have one, for their accuracy.
+        """
         model, context, computes = reference_model(self.recipe, self.base, self.policy)
         cache = (
             ReferenceCache(cache_folder() / "reference", context) if self.recipe.reference.mode == "cached" else None
         )
         with computes():
             self.held_out_reference = self._reference_of(model, self.data.held_out.pairs, budget, cache, "held-out")
+        if not self.recipe.objective.needs_reference:
+            return None, None
         if cache is None:
 
             def live(batch: MicroBatch) -> PairLogps:
@@ -244,7 +251,7 @@ class _Session:
         Raises:
             ModelError: it does not, by more than rounding explains.
         """
-        if self._has_other_reference():
+        if self._has_other_reference() or not self.recipe.objective.needs_reference:
             return
         batch = batch.to(self.base.device)
         with torch.no_grad(), in_eval(self.policy):
@@ -269,7 +276,7 @@ class _Session:
 
     def _evaluate_start(self, budget: int) -> dict[str, float]:
         """Held-out numbers before the first step: the policy still is its reference, so no pass over them is needed."""
-        if self._has_other_reference():
+        if self._has_other_reference() or self.recipe.objective.needs_agreement:
             return self._evaluate(budget)
         assert self.held_out_reference is not None
         return held_out_metrics(self.held_out_reference, self.held_out_reference, self.recipe.objective)
@@ -279,13 +286,14 @@ class _Session:
 
     def _evaluate(self, budget: int) -> dict[str, float]:
         assert self.held_out_reference is not None
+        assert self.state is not None
         pairs = self.data.held_out.pairs
         with self.progress.task("held-out", len(pairs), "pairs") as advance:
             numbers, self.held_out_logps = evaluate(
                 self.policy,
                 pairs,
                 self.held_out_reference,
-                self.recipe.objective,
+                self.recipe.objective.given(self.state.mean_log_ratio),
                 budget=budget,
                 progress=lambda done, tokens: advance(done),
             )
