@@ -13,11 +13,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dpo_studio.config import TrainingSection
+from dpo_studio.config import ReferenceSection, TrainingSection
 from dpo_studio.errors import NonFiniteError
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.models.adapters import in_eval
+from dpo_studio.models.moving import move_reference
 from dpo_studio.objectives import PairLogps, margin, wins
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
@@ -27,6 +28,7 @@ __all__ = ["StepReport", "TrainingState", "evaluate", "held_out_metrics", "learn
 ObjectiveFunction = Any
 """One of `dpo_studio.objectives`: (policy, reference) -> losses, with `needs_reference` and `whole_step`."""
 Reference = Callable[[MicroBatch], PairLogps]
+_FIXED = ReferenceSection()
 
 
 @dataclass(frozen=True)
@@ -50,13 +52,20 @@ class TrainingState:
     section: TrainingSection
     total_steps: int
     accelerator: Accelerator
+    reference: ReferenceSection = _FIXED
+    """When the reference moves, and how far."""
     step: int = 0
     last: dict[str, float] = field(default_factory=dict)
-    """Gradient norm and learning rate of the last step."""
+    """Gradient norm and learning rate of the last step, and what a move of the reference cut off."""
 
     @classmethod
     def fresh(
-        cls, policy: nn.Module, section: TrainingSection, total_steps: int, accelerator: Accelerator
+        cls,
+        policy: nn.Module,
+        section: TrainingSection,
+        total_steps: int,
+        accelerator: Accelerator,
+        reference: ReferenceSection = _FIXED,
     ) -> TrainingState:
         """AdamW over what is trainable, at step 0."""
         parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -68,7 +77,7 @@ class TrainingState:
             weight_decay=section.weight_decay,
             fused=True,  # one pass over all parameters; the plain loop took 4 % of a step on two cores
         )
-        return cls(optimizer, section, total_steps, accelerator)
+        return cls(optimizer, section, total_steps, accelerator, reference)
 
     def advance(self, policy: nn.Module) -> None:
         """Clip, set the learning rate, let the optimizer step, forget the gradients, step += 1.
@@ -90,6 +99,12 @@ class TrainingState:
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.last = {"grad_norm": norm, "learning_rate": rate}
+
+    def move_reference(self, policy: Any) -> None:
+        """Every `update_every` steps, let the reference take its share of the policy's weights; nothing by default."""
+        every = self.reference.update_every
+        if every is not None and self.step % every == 0:
+            self.last["reference/cut"] = move_reference(policy, self.reference.update_share)
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout masks come from (seed, step, micro-batch): nothing to restore on a resume."""
@@ -128,6 +143,7 @@ def train(
             state.accelerator.backward(losses.sum() / pairs_in_step)  # over the step's pairs, never a mean of means
             seen.add(policy_logps, batch, losses if slopes is None else slopes.values[number])
         state.advance(policy)
+        state.move_reference(policy)  # TR-DPO; without reference.update_every it stays where it is
         now = time.perf_counter()
         metrics = (
             {"epoch": steps.epoch_at(state.step)} | seen.metrics(objective.beta) | state.last | {"pairs": pairs_in_step}

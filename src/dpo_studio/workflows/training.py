@@ -140,7 +140,9 @@ class _Session:
         self.progress.say(f"packed and plain log-probs agree: {difference:.2g} nats a token apart")
         live, cached = self._references(budget)
         steps = steps_of(self.recipe, self.data.train.pairs, budget, cached)
-        state = TrainingState.fresh(self.policy, self.recipe.training, steps.total, self.accelerator)
+        state = TrainingState.fresh(
+            self.policy, self.recipe.training, steps.total, self.accelerator, self.recipe.reference
+        )
         self._resume_or_begin(state, steps, live, budget)
         self._track()
         train_mode(self.policy)
