@@ -140,14 +140,14 @@ def by_hand(share: float, every: int, steps: int) -> Iterator[float]:
 def test_twenty_steps_are_those_of_a_loop_written_by_hand() -> None:
     """TRL refuses to move a PEFT policy's reference, so the oracle is written out above. Updates after 4, 8, 12 and 16
     steps fill the reference's ranks and cut nothing. 1e-5, and the reference is felt: without it the losses differ."""
-    moving = [report.metrics["loss"] for report in live_steps(policy(size=0), MOVING, 20)]
-    fixed = [report.metrics["loss"] for report in live_steps(policy(size=0), ReferenceSection(mode="live"), 20)]
+    every_four, never = ReferenceSection(update_every=4, update_share=0.6), ReferenceSection(mode="live")
+    moving, fixed = (
+        [report.metrics["loss"] for report in live_steps(policy(size=0), reference, 20)]
+        for reference in (every_four, never)
+    )
     assert moving == pytest.approx(list(by_hand(0.6, 4, 20)), abs=1e-5)
     assert moving[:4] == fixed[:4]
     assert abs(moving[-1] - fixed[-1]) > 0.05
-
-
-MOVING = ReferenceSection(update_every=4, update_share=0.6)
 
 
 def test_what_is_cut_off_is_the_least_that_can_be() -> None:
@@ -172,20 +172,20 @@ def test_a_stack_wider_than_its_layer_loses_nothing() -> None:
 
 
 def test_over_a_whole_training_the_cuts_stay_small_and_within_their_bound() -> None:
-    """An update every step, 24 in all, 20 of them cut to rank 16: the reference is never further from the exact mixture
-    than the worst cut / share. Five steps of policy at share 0.5 weigh more than 3 % each; older ones are what goes."""
+    """An update every step, 24 in all, 20 of them cut to rank 16 of 24. What was cut off earlier counts half as much
+    after each update: 1 + 1/2 + 1/4 + ... = 2 = 1 / share of the worst. Measured at share 0.5: 2e-5."""
     model, exact, worst = policy(size=0), dense(policy(size=0), REFERENCE), 0.0
     for report in live_steps(model, ReferenceSection(update_every=1, update_share=0.5), 24):
         exact = mixed(dense(model, "default"), exact, 0.5)
         worst = max(worst, report.metrics["reference/cut"])
         assert apart(dense(model, REFERENCE), exact) <= worst / 0.5 + 1e-6
     assert {len(p) for name, p in reference_state(model).items() if "lora_A" in name} == {RANKS_KEPT * 4}
-    assert 1e-6 < worst < 0.01
+    assert 1e-6 < worst < 1e-4
 
 
 def test_policies_with_nothing_in_common_are_the_worst_case() -> None:
-    """A, B drawn anew before each of twelve updates: unlike in training the ranks really are needed, and the bound
-    still holds."""
+    """A and B drawn anew before each of twelve updates, all of a size: unlike in training every rank is needed. At share
+    0.6 the fifth newest policy still weighs 0.4^4 = 2.6 % of the newest, and that is what goes."""
     model, exact = policy(), dense(policy(), REFERENCE)
     cuts = []
     for seed in range(12):
@@ -194,9 +194,9 @@ def test_policies_with_nothing_in_common_are_the_worst_case() -> None:
             p.data = torch.randn(p.shape, generator=draw)
         exact = mixed(dense(model, "default"), exact, 0.6)
         cuts.append(move_reference(model, 0.6))
-        assert apart(dense(model, REFERENCE), exact) <= max(cuts) / 0.6 * 1.5 + 1e-6
+        assert apart(dense(model, REFERENCE), exact) <= max(cuts) / 0.6 + 1e-6
     assert cuts[:4] == [0, 0, 0, 0]
-    assert 1e-4 < max(cuts) < 0.1
+    assert max(cuts) < 0.026
 
 
 @pytest.mark.parametrize("share", [0.3, 1.0])
