@@ -68,9 +68,9 @@ def mixed(one: Dense, other: Dense, share: float) -> Dense:
 
 def apart(one: Dense, other: Dense) -> float:
     """The largest relative difference of two models' updates of the base, layer by layer."""
-    base = {name: p.double() for name, p in tiny_model().named_parameters()}
+    base = {name: p.detach().double() for name, p in tiny_model().named_parameters()}
     changes = [(one[name] - other[name], other[name] - base[f"{name}.weight"]) for name in one]
-    return max((error.norm() / change.norm()).item() for error, change in changes)
+    return max(float(error.norm() / change.norm()) for error, change in changes)
 
 
 def reference_logps(model: Any) -> Tensor:
@@ -184,8 +184,8 @@ def test_over_a_whole_training_the_cuts_stay_small_and_within_their_bound() -> N
 
 
 def test_policies_with_nothing_in_common_are_the_worst_case() -> None:
-    """A and B drawn anew before each of twelve updates, all of a size: unlike in training every rank is needed. At share
-    0.6 the fifth newest policy still weighs 0.4^4 = 2.6 % of the newest, and that is what goes."""
+    """A and B drawn anew before each of twelve updates, all of a size: unlike in training every rank is needed. At
+    share 0.6 the fifth newest policy still weighs 0.4^4 = 2.6 % of the newest, and that is what goes."""
     model, exact = policy(), dense(policy(), REFERENCE)
     cuts = []
     for seed in range(12):
@@ -215,7 +215,7 @@ def test_the_starting_reference_may_be_an_adapter_of_another_shape(tmp_path: Pat
 
 
 def test_what_is_saved_and_put_back_is_the_reference_to_the_bit(tmp_path: Path) -> None:
-    """Also onto a policy that never moved one; its own adapter, what is trained and what is saved stay what they were."""
+    """Also onto a policy that never moved one; what is trained and saved stays what it was."""
     model = policy()
     assert reference_state(model) == {}
     names = list(adapter_state(model))

@@ -154,7 +154,7 @@ class ReferenceSection(Section):
     adapter: str | None = None
     """Another adapter as the reference, on `reference.model` or on the base."""
     update_every: Annotated[int, Field(gt=0)] | None = None
-    """Steps after which the reference moves towards the policy (TR-DPO, arXiv 2404.09656), again and again. Then live."""
+    """Move the reference towards the policy after every so many steps (TR-DPO, arXiv 2404.09656); needs mode: live."""
     update_share: Annotated[float, Field(gt=0, le=1)] = 1.0
     """How much of the policy the moving reference takes; what it was keeps the rest. 1: it becomes the policy."""
 
