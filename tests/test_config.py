@@ -274,6 +274,9 @@ def test_a_misspelt_key_is_answered_with_the_nearest(key: str, value: Any, messa
         ("model.path", "", "at least 1 character"),
         ("model.dtype", "int8", "'bfloat16'"),
         ("reference.mode", "frozen", "'live'"),
+        ("reference.update_every", 0, "greater than 0"),
+        ("reference.update_share", 0, "greater than 0"),
+        ("reference.update_share", 1.1, "less than or equal to 1"),
         ("run.tracker", "csv", "'wandb'"),
     ],
 )
@@ -311,8 +314,31 @@ def test_a_reference_nobody_asks_is_not_to_be_named(kind: str) -> None:
     named = MINIMAL | {"objective": {"kind": kind}, "reference": {"model": "m", "adapter": "a"}}
     with pytest.raises(RecipeError, match=rf"objective.kind {kind} .* remove reference.model, reference.adapter"):
         validate_recipe(named, where="r")
+    with pytest.raises(RecipeError, match=r"remove reference\.update_every"):
+        validate_recipe(MINIMAL | {"objective": {"kind": kind}, "reference": {"update_every": 5}}, where="r")
     validate_recipe(named | {"objective": {"kind": "mixture"}}, where="r")
     validate_recipe(named | {"reference": {"mode": "live"}}, where="r")
+
+
+def test_a_reference_that_moves_is_computed_live() -> None:
+    """Without saying so; a recipe written out in full, as the run folder has it, reads back the same."""
+    moving = validate_recipe(with_key("reference.update_every", 5), where="r")
+    assert moving.reference.mode == "live"
+    assert validate_recipe(moving.to_plain(), where="r") == moving
+    assert validate_recipe(with_key("reference.update_every", None), where="r").reference.mode == "cached"
+
+
+@pytest.mark.parametrize(
+    ("section", "reason"),
+    [
+        ({"update_every": 5, "mode": "cached"}, "grow stale: use mode: live"),
+        ({"update_every": 5, "model": "other/model"}, r"remove reference\.model"),
+        ({"update_share": 0.6}, "say when, with update_every"),
+    ],
+)
+def test_a_reference_cannot_move_and_stay(section: dict[str, Any], reason: str) -> None:
+    with pytest.raises(RecipeError, match=f"reference: .*{reason}"):
+        validate_recipe(MINIMAL | {"reference": section}, where="r")
 
 
 def test_held_out_pairs_come_from_a_share_or_from_a_source() -> None:

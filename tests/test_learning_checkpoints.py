@@ -91,23 +91,29 @@ def left_behind(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("mode", ["cached", "live"])
-def test_stopping_and_continuing_changes_no_bit(recipe: Path, through: Path, tmp_path: Path, mode: str) -> None:
-    """Stopped after step 3 (in the first epoch, no multiple of save_every), then after 5, then to the end."""
-    if mode == "live":
+@pytest.mark.parametrize("reference", ["mode=cached", "mode=live", "update_every=1", "update_every=4"])
+def test_stopping_and_continuing_changes_no_bit(recipe: Path, through: Path, tmp_path: Path, reference: str) -> None:
+    """Stopped after step 3 (in the first epoch, no multiple of save_every), then after 5, then to the end. A reference
+    that moves: every step, so that ranks are cut on both sides of a checkpoint, or after 4, between two of them."""
+    settings = [f"reference.{reference}"]
+    if reference.startswith("update"):
+        settings.append("reference.update_share=0.6")
+    if reference != "mode=cached":
         through = tmp_path / "through"
-        run(recipe, through, "reference.mode=live")
+        run(recipe, through, *settings)
     stopped = tmp_path / "stopped"
     for step in (3, 5):
         with stopping_after(step), pytest.raises(Interrupted) as interrupted:
-            run(recipe, stopped, f"reference.mode={mode}")
+            run(recipe, stopped, *settings)
         assert interrupted.value.exit_code == 130
         assert f"after step {step}" in interrupted.value.message
         assert (stopped / f"checkpoints/step-{step}").is_dir()
         assert not (stopped / "result.json").exists()
     torch.manual_seed(12345)  # nothing may hang on the process's own random state
-    result = run(recipe, stopped, f"reference.mode={mode}")
+    result = run(recipe, stopped, *settings)
     assert left_behind(stopped) == left_behind(through)
+    moved = "checkpoints/step-8/reference.safetensors" in left_behind(stopped)
+    assert moved == reference.startswith("update")
     whole = json.loads((through / "result.json").read_text())
     for name in ("steps", "pairs", "accuracy", "held_out_loss"):
         assert result[name] == whole[name]

@@ -152,6 +152,27 @@ class ReferenceSection(Section):
     """Another model as the reference: a folder or Hub id with the same tokenizer."""
     adapter: str | None = None
     """Another adapter as the reference, on `reference.model` or on the base."""
+    update_every: Annotated[int, Field(gt=0)] | None = None
+    """Move the reference towards the policy after every so many steps (TR-DPO, arXiv 2404.09656); needs mode: live."""
+    update_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much of the policy the moving reference takes; what it was keeps the rest. 1: it becomes the policy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_moves_is_live(cls, raw: Any) -> Any:
+        if isinstance(raw, dict) and raw.get("update_every") is not None and "mode" not in raw:
+            return raw | {"mode": "live"}
+        return raw
+
+    @model_validator(mode="after")
+    def _what_moves_is_an_adapter_on_the_base(self) -> ReferenceSection:
+        if self.update_every is None and self.update_share != 1:
+            raise ValueError("update_share says how far the reference moves: say when, with update_every")
+        if self.update_every is not None and self.mode == "cached":
+            raise ValueError("log-probs of a reference that moves (update_every) grow stale: use mode: live")
+        if self.update_every is not None and self.model is not None:
+            raise ValueError("only the base with an adapter can move (update_every): remove reference.model")
+        return self
 
 
 class TrainingSection(Section):
@@ -223,7 +244,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _an_objective_without_a_reference_has_none(self) -> Recipe:
-        named = [name for name in ("model", "adapter") if getattr(self.reference, name) is not None]
+        named = [name for name in ("model", "adapter", "update_every") if getattr(self.reference, name) is not None]
         if named and not self.objective.needs_reference:
             keys = ", ".join(f"reference.{name}" for name in named)
             raise ValueError(f"objective.kind {self.objective.kind} holds the policy to no reference; remove {keys}")

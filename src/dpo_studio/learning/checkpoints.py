@@ -3,6 +3,7 @@
 checkpoints/step-50/
   adapter/                 as PEFT saves it
   optimizer.safetensors    AdamW's averages, by parameter
+  reference.safetensors    where a moving reference has got to
   state.json               the step and what else must be equal on a resume
   manifest.json            size and sha256 of each file, written last
 """
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models.adapters import adapter_state, save_adapter
+from dpo_studio.models.moving import put_reference, reference_state
 
 __all__ = ["KEPT", "newest_checkpoint", "restore", "save_checkpoint", "sync_folder"]
 
@@ -32,6 +34,7 @@ KEPT = 2
 """Checkpoints that stay; a 7B run's takes half a gigabyte."""
 _NAME = re.compile(r"step-(\d+)")
 _MANIFEST = "manifest.json"
+_REFERENCE = "reference.safetensors"
 
 
 def save_checkpoint(folder: Path, policy: PeftModel, state: TrainingState, *, base: str) -> Path:
@@ -62,6 +65,8 @@ def save_checkpoint(folder: Path, policy: PeftModel, state: TrainingState, *, ba
 def _write(scratch: Path, policy: PeftModel, state: TrainingState, base: str) -> None:
     save_adapter(policy, scratch / "adapter", base=base)
     save_file(_optimizer_tensors(policy, state.optimizer), scratch / "optimizer.safetensors")
+    if state.reference.update_every is not None and (reference := reference_state(policy)):
+        save_file(reference, scratch / _REFERENCE)
     numbers = {"step": state.step, "mean_log_ratio": state.mean_log_ratio}
     (scratch / "state.json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     (scratch / _MANIFEST).write_text(json.dumps(_manifest(scratch), indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -78,7 +83,7 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
 
 
 def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
-    """Put weights, optimizer and step back as they were."""
+    """Put weights, optimizer, step and a moving reference back as they were."""
     saved = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
     for name, p in adapter_state(policy).items():
         p.data.copy_(saved[name.replace(".default.weight", ".weight")])
@@ -88,6 +93,8 @@ def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
             state.optimizer.state[p] = {
                 key: averages[f"{name}.{key}"].to(p.device if key != "step" else "cpu") for key in _AVERAGES
             }
+    if (checkpoint / _REFERENCE).exists():
+        put_reference(policy, load_file(checkpoint / _REFERENCE))
     numbers = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
     state.step = int(numbers["step"])
     state.mean_log_ratio = float(numbers.get("mean_log_ratio", 0.0))  # older ones have none, nor an objective that asks

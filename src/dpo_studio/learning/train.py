@@ -13,11 +13,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
-from dpo_studio.config import TrainingSection
+from dpo_studio.config import ReferenceSection, TrainingSection
 from dpo_studio.errors import NonFiniteError
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import COLUMNS, batched_logps
 from dpo_studio.models.adapters import in_eval
+from dpo_studio.models.moving import move_reference
 from dpo_studio.objectives import PairLogps, log_ratios, wins
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
@@ -27,6 +28,7 @@ __all__ = ["StepReport", "TrainingState", "evaluate", "held_out_metrics", "learn
 ObjectiveFunction = Any
 """One of `dpo_studio.objectives`: (policy, reference) -> losses, and what its base class `Formula` says of it."""
 Reference = Callable[[MicroBatch], PairLogps]
+_FIXED = ReferenceSection()
 
 
 @dataclass(frozen=True)
@@ -50,15 +52,22 @@ class TrainingState:
     section: TrainingSection
     total_steps: int
     accelerator: Accelerator
+    reference: ReferenceSection = _FIXED
+    """When the reference moves, and how far."""
     step: int = 0
     mean_log_ratio: float = 0.0
     """Of all answers of a step, averaged over the steps taken, in nats: BCO's threshold is made of it."""
     last: dict[str, float] = field(default_factory=dict)
-    """Gradient norm and learning rate of the last step."""
+    """Gradient norm and learning rate of the last step, and what a move of the reference cut off."""
 
     @classmethod
     def fresh(
-        cls, policy: nn.Module, section: TrainingSection, total_steps: int, accelerator: Accelerator
+        cls,
+        policy: nn.Module,
+        section: TrainingSection,
+        total_steps: int,
+        accelerator: Accelerator,
+        reference: ReferenceSection = _FIXED,
     ) -> TrainingState:
         """AdamW over what is trainable, at step 0."""
         parameters = [p for p in policy.parameters() if p.requires_grad]
@@ -70,7 +79,7 @@ class TrainingState:
             weight_decay=section.weight_decay,
             fused=True,  # one pass over all parameters; the plain loop took 4 % of a step on two cores
         )
-        return cls(optimizer, section, total_steps, accelerator)
+        return cls(optimizer, section, total_steps, accelerator, reference)
 
     def advance(self, policy: nn.Module) -> None:
         """Clip, set the learning rate, let the optimizer step, forget the gradients, step += 1.
@@ -96,6 +105,12 @@ class TrainingState:
     def remember(self, log_ratio: float) -> None:
         """Take the mean log-ratio of the step just taken into the running one; every step counts the same."""
         self.mean_log_ratio += (log_ratio - self.mean_log_ratio) / self.step
+
+    def move_reference(self, policy: Any) -> None:
+        """Every `update_every` steps, let the reference take its share of the policy's weights; nothing by default."""
+        every = self.reference.update_every
+        if every is not None and self.step % every == 0:
+            self.last["reference/cut"] = move_reference(policy, self.reference.update_share)
 
     def seed_dropout(self, micro_batch: int) -> None:
         """Dropout masks come from (seed, step, micro-batch): nothing to restore on a resume."""
@@ -138,6 +153,7 @@ def train(
         state.advance(policy)
         means, log_ratio = seen.together()
         state.remember(log_ratio)
+        state.move_reference(policy)  # TR-DPO; without reference.update_every it stays where it is
         now = time.perf_counter()
         metrics = {"epoch": steps.epoch_at(state.step)} | means | state.last | {"pairs": pairs_in_step}
         yield StepReport(state.step, metrics, pairs_in_step, sum(b.tokens for b in micro_batches), now - started)

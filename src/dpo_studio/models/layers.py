@@ -70,7 +70,7 @@ def _recomputing(plain: Any, *, whole: bool) -> Any:
     A class, not a function put on each module: all layers must look alike to torch.compile, or each is compiled.
     """
 
-    class Recomputing(plain):  # type: ignore[misc, valid-type]
+    class Recomputing(plain):  # type: ignore[misc]
         def forward(self, x: Tensor) -> Tensor:
             if whole:
                 return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]

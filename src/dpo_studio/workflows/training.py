@@ -142,7 +142,10 @@ class _Session:
         self.progress.say(f"packed and plain log-probs agree: {difference:.2g} nats a token apart")
         live, cached = self._references(budget)
         steps = steps_of(self.recipe, self.data.train.pairs, budget, cached)
-        self.state = state = TrainingState.fresh(self.policy, self.recipe.training, steps.total, self.accelerator)
+        self.state = state = TrainingState.fresh(
+            self.policy, self.recipe.training, steps.total, self.accelerator, self.recipe.reference
+        )
+        self._warn_if_the_reference_never_moves(steps.total)
         self._resume_or_begin(state, steps, live, budget)
         self._track()
         train_mode(self.policy)
@@ -280,6 +283,13 @@ class _Session:
             return self._evaluate(budget)
         assert self.held_out_reference is not None
         return held_out_metrics(self.held_out_reference, self.held_out_reference, self.recipe.objective)
+
+    def _warn_if_the_reference_never_moves(self, total: int) -> None:
+        every = self.recipe.reference.update_every
+        if every is not None and every >= total:
+            self.progress.warn(
+                f"reference.update_every is {every}, and the run has {total} steps: the reference never moves"
+            )
 
     def _has_other_reference(self) -> bool:
         return self.recipe.reference.model is not None or self.recipe.reference.adapter is not None
