@@ -41,8 +41,8 @@ def run(job: Job, meter: Meter) -> dict[str, Any]:
     setting = Rival.named(job.system)
     shape, mix = shaped(job.shape, window=job.window, vocabulary=job.vocabulary), MIXES[job.mix]
     pairs = random_pairs(mix, job.pairs, shape.vocabulary)
-    batches = batches_of(pairs, setting)
     meter.say("making the model")
+    batches = batches_of(pairs, setting)
     with tempfile.TemporaryDirectory() as folder:
         trainer = AsGiven(
             model=random_model(shape, meter.device, "sdpa"),

@@ -81,17 +81,23 @@ def steady(options: argparse.Namespace) -> dict[str, Any]:
             result["share_of_card"] = result["tflops"] / card
         record["systems"].append(result)
         record["ratios"] = ratios(record["systems"])
-        record["ratio"] = next(iter(record["ratios"].values()), None)
+        record["ratio"] = headline(record["ratios"], against_trl=any(name.startswith("trl") for name in options.systems))
         print(line(result), flush=True)
         _write(options, record)
     return record
+
+
+def headline(found: dict[str, float], *, against_trl: bool) -> float | None:
+    """The ratio of the last line: over TRL if TRL was asked for, whatever became of it."""
+    names = ("reference counted", "reference left out") if against_trl else ("prompt shared, over unshared",)
+    return next((found[name] for name in names if name in found), None)
 
 
 def ratios(results: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Ours over TRL's best: with the reference's cost in both, without it in either; and what prompt sharing gives.
 
     Like with like: our cached reference counts its pass over one epoch against settings that ask it in the step, and
-    leaves it out against settings whose pass is left out. The first entry is the headline.
+    leaves it out against settings whose pass is left out.
     """
     rates: dict[tuple[str, bool], float] = {}
     done = {result["system"]: result for result in results if result["status"] == "ok"}
