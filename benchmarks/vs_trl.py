@@ -81,7 +81,9 @@ def steady(options: argparse.Namespace) -> dict[str, Any]:
             result["share_of_card"] = result["tflops"] / card
         record["systems"].append(result)
         record["ratios"] = ratios(record["systems"])
-        record["ratio"] = headline(record["ratios"], against_trl=any(name.startswith("trl") for name in options.systems))
+        record["ratio"] = headline(
+            record["ratios"], against_trl=any(name.startswith("trl") for name in options.systems)
+        )
         print(line(result), flush=True)
         _write(options, record)
     return record
