@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import Job, measure, versions
+from jobs import Job, end_on_request, measure, versions
 from shapes import MIXES, SHAPES
 
 __all__ = ["GROWN", "compared"]
@@ -28,6 +28,7 @@ GROWN = {"base": {}, "2x pairs": {"pairs": 2}, "2x length": {"scale": 2}, "2x vo
 def main() -> None:
     """Measure the base and each grown setting; print and write the ratios."""
     options = _options()
+    end_on_request()
     base = Job(
         system="ours-cached",
         device=options.device,

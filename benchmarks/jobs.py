@@ -19,14 +19,14 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OURS", "Job", "Rival", "check_system", "measure", "versions"]
+__all__ = ["OURS", "Job", "Rival", "check_system", "end_on_request", "measure", "versions"]
 
 _KEPT_OUTPUT = 2000
 
 OURS = {
-    "ours-live": "reference computed in the step",
-    "ours-cached": "reference computed once, before",
-    "ours-unshared": "as live, the prompt read once for each answer",
+    "ours-live": "reference in the step",
+    "ours-cached": "reference computed once (not counted)",
+    "ours-unshared": "reference in the step, prompts not shared",
 }
 
 
@@ -104,14 +104,23 @@ def check_system(name: str) -> str:
     return OURS.get(name) or str(Rival.named(name))
 
 
+def end_on_request() -> None:
+    """Let SIGTERM end a benchmark as Ctrl-C does: with its processes."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
 def measure(job: Job) -> dict[str, Any]:
     """Run a system elsewhere; say what it did, or why it did not."""
     with tempfile.TemporaryDirectory() as folder:
         notes, output = Path(folder, "notes.json"), Path(folder, "output.txt")
         worker = Path(__file__).with_name("worker.py")
         command = [sys.executable, str(worker), json.dumps(asdict(job)), str(notes), str(time.time())]
+        # one GPU, for TRL's trainer refuses to run on two without a launcher; nothing is looked up on the Hub
+        environment = {"CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "1", **os.environ}
         with output.open("w") as sink:
-            process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, start_new_session=True)
+            process = subprocess.Popen(
+                command, stdout=sink, stderr=subprocess.STDOUT, env=environment, start_new_session=True
+            )
         try:
             code = process.wait(job.limit)
         except subprocess.TimeoutExpired:

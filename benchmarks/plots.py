@@ -13,7 +13,7 @@ from typing import Any
 
 __all__ = ["draw", "growth_table", "table"]
 
-_OURS, _THEIRS, _INK = "#0072b2", "#b4b8bd", "#303438"
+_OURS, _UNSHARED, _THEIRS, _INK = "#0072b2", "#8dbfdc", "#b4b8bd", "#303438"
 """Okabe and Ito's blue against grey: told apart by eyes without red or green, and in print without colour."""
 _COLUMNS = ("system", "setting", "pairs/s", "unique tokens/s", "TFLOP/s", "share of card", "peak GiB", "first step, s")
 
@@ -110,16 +110,15 @@ def draw(records: Sequence[dict[str, Any]], file: Path) -> None:
     )
     for record, some, panel in zip(records, bars, panels[:, 0], strict=True):
         rates = [result["pairs_per_second"] for result in some]
-        colours = [_OURS if result["system"].startswith("ours") else _THEIRS for result in some]
         places = range(len(some))
-        panel.barh(places, rates, height=0.72, color=colours)
+        panel.barh(places, rates, height=0.72, color=[_colour(result["system"]) for result in some])
         for place, result in zip(places, some, strict=True):
             text = f" {result['pairs_per_second']:.1f}   {result['peak_gib']:.0f} GiB"
             panel.text(result["pairs_per_second"], place, text, va="center", color=_INK, fontsize=9)
         labels = [f"{_who(result)}: {result['setting']}" for result in some]
         panel.set_yticks(places, labels=labels, fontsize=9, color=_INK)
         panel.set_title(
-            f"{record['mix']}: pairs per second and peak memory", loc="left", fontsize=11, color=_INK, fontweight="bold"
+            f"{record['mix']}: pairs a second, peak memory", loc="left", fontsize=11, color=_INK, fontweight="bold"
         )
         panel.set_xlim(0, 1.18 * max(rates, default=1))
         panel.invert_yaxis()
@@ -134,6 +133,12 @@ def draw(records: Sequence[dict[str, Any]], file: Path) -> None:
 def _bars(record: dict[str, Any]) -> list[dict[str, Any]]:
     done = [result for result in record["systems"] if result["status"] == "ok"]
     return sorted(done, key=lambda result: -result["pairs_per_second"])
+
+
+def _colour(system: str) -> str:
+    if system == "ours-unshared":
+        return _UNSHARED
+    return _OURS if system.startswith("ours") else _THEIRS
 
 
 def _who(result: dict[str, Any]) -> str:

@@ -61,7 +61,7 @@ class Shape:
 SHAPES = {
     "mistral-7b": Shape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8),
     "smollm2-135m": Shape(layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_size=64),
-    "small": Shape(layers=4, hidden=512, intermediate=1408, heads=8, kv_heads=2, vocabulary=16384, head_size=64),
+    "small": Shape(layers=4, hidden=256, intermediate=704, heads=4, kv_heads=2, vocabulary=8192, head_size=64),
     "tiny": Shape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocabulary=512, head_size=16),
 }
 """`mistral-7b` has SmolLM2's vocabulary, as all figures in docs/log.md; `small` and `tiny` are for CPUs and tests."""

@@ -20,7 +20,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import Job, Rival, check_system, measure, versions
+from jobs import Job, Rival, check_system, end_on_request, measure, versions
 from shapes import MIXES, SHAPES
 
 __all__ = ["ratios"]
@@ -37,6 +37,7 @@ _LEAST_SECONDS = 20
 def main() -> None:
     """Parse, measure, print, write."""
     options = _options()
+    end_on_request()
     if options.shape is None:
         from epochs import alternate
 

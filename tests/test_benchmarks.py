@@ -10,6 +10,7 @@ import re
 import statistics
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +23,11 @@ import vs_trl
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.tokens.pack import pack
-from jobs import Rival, check_system
+from jobs import Job, Rival, check_system, measure
 from meter import Meter
 from ours import unshared_pack
 from shapes import MIXES, SHAPES, random_pairs, unique_tokens
-from tests.conftest import policy_on
+from tests.conftest import policy_on, write_pairs
 from tests.conftest import random_pairs as short_pairs
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
@@ -106,32 +107,56 @@ def test_a_rival_reads_both_sequences_of_a_pair_padded_to_the_longest() -> None:
     assert sum(map(rivals.padded_tokens, grouped)) < sum(map(rivals.padded_tokens, plain))
 
 
-def test_the_benchmark_runs_end_to_end_and_a_failed_system_costs_only_itself(tmp_path: Path) -> None:
-    """TRL cannot make a batch of 99 out of 16 pairs; the others go on, and the last line is a number."""
-    record = _run(tmp_path / "a.json", "--systems", "ours-live,trl-b99,trl-b2")
-    results = {result["system"]: result for result in record["systems"]}
-    assert {name: result["status"] for name, result in results.items()} == {
-        "ours-live": "ok",
-        "trl-b99": "failed",
-        "trl-b2": "ok",
-    }
-    assert "fewer than a batch of 99" in results["trl-b99"]["reason"]
-    assert results["ours-live"]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
-    assert results["trl-b2"]["first_loss"] == pytest.approx(0.6931, abs=1e-3)
+def test_the_benchmark_runs_end_to_end(tmp_path: Path) -> None:
+    """Both sides begin at ln 2 = 0.6931, and the last line is ours over theirs."""
+    record = _run(tmp_path / "a.json", "--systems", "ours-live,trl-b2")
+    ours, theirs = record["systems"]
+    assert [(result["system"], result["status"]) for result in (ours, theirs)] == [
+        ("ours-live", "ok"),
+        ("trl-b2", "ok"),
+    ]
+    assert [result["first_loss"] for result in (ours, theirs)] == pytest.approx([0.6931, 0.6931], abs=1e-3)
     assert record["card"]["tflops"] > 0
-    ours, theirs = (results[name]["pairs_per_second"] for name in ("ours-live", "trl-b2"))
-    assert record["ratio"] == pytest.approx(ours / theirs)
-    assert "trl-b2" not in plots.table(record)
-    assert plots.table(record).count("\n") == 4
+    assert record["ratio"] == pytest.approx(ours["pairs_per_second"] / theirs["pairs_per_second"])
+    assert plots.table(record).count("\n") == 3
+
+
+_CARD = Job("card", "cpu", "tiny", "ultrafeedback", pairs=1, pairs_per_step=1, tokens_per_micro_batch=64, seconds=0.1)
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"shape": "no such"}, r"KeyError: 'no such' \(at: products\)"),
+        ({"limit": 0.2}, "stopped after 0 s, at: (starting|importing)"),
+    ],
+)
+def test_a_system_that_fails_or_never_ends_says_why(change: dict[str, Any], reason: str) -> None:
+    result = measure(replace(_CARD, **change))
+    assert result["status"] == "failed"
+    assert re.fullmatch(reason, result["reason"])
+    assert vs_trl.line(result) == f"{'card':18} {result['reason']}"
+
+
+def test_whole_epochs_of_a_model_folder_alternate(tiny_base: Path, tmp_path: Path) -> None:
+    """The mode for a CPU: two rounds each of TRL and ours on the same four pairs."""
+    source = write_pairs(tmp_path / "pairs.jsonl", 12)
+    arguments = ["--model", str(tiny_base), "--source", str(source), "--pairs", "4", "--rounds", "2"]
+    record = _vs_trl(tmp_path / "a.json", *arguments)
+    assert {name: len(seconds) for name, seconds in record["seconds"].items()} == {"trl": 2, "ours": 2}
+    assert (record["kind"], record["pairs"]) == ("epochs", 4)
 
 
 def _run(file: Path, *arguments: str) -> dict[str, Any]:
-    """`vs_trl.py` on the tiny shape, as a process; its JSON."""
+    """`vs_trl.py` on the tiny shape; its JSON."""
     size = ["--pairs", "16", "--pairs-per-step", "4", "--tokens-per-micro-batch", "2048", "--seconds", "0.2"]
-    command = [sys.executable, str(BENCHMARKS / "vs_trl.py"), "--shape", "tiny", "--device", "cpu"]
-    done = subprocess.run(
-        [*command, *size, "--json", str(file), *arguments], capture_output=True, text=True, timeout=240
-    )
+    return _vs_trl(file, "--shape", "tiny", *size, *arguments)
+
+
+def _vs_trl(file: Path, *arguments: str) -> dict[str, Any]:
+    """`vs_trl.py` as a process; its JSON."""
+    command = [sys.executable, str(BENCHMARKS / "vs_trl.py"), "--device", "cpu", "--json", str(file), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stdout + done.stderr
     assert re.fullmatch(r"ratio=\d+\.\d\d", done.stdout.splitlines()[-1])
     record: dict[str, Any] = json.loads(file.read_text())
