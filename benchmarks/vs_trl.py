@@ -1,10 +1,11 @@
-"""Ours against TRL's DPOTrainer: the same model, pairs, token ids and LoRA, alternating, median of three.
+"""Ours against TRL's DPOTrainer. The last line is `ratio=`: our pairs/s over those of TRL's best setting.
 
     python benchmarks/vs_trl.py --device cpu
+    python benchmarks/vs_trl.py --device cuda --shape mistral-7b --mix ultrafeedback --json gpu.json
 
-Counted: every forward, backward and optimizer step of one epoch, the reference's log-probs included. Not counted:
-imports, loading, tokenising. Both take steps of four pairs, bf16, no gradient checkpointing. The last line is
-`ratio=`: our pairs/s over TRL's.
+Without a shape: a real model, whole epochs, alternating, median of three (`epochs.py`). With one: random weights in the
+true shape and random ids of true lengths, steady state, every system in a process of its own (`jobs.py`).
+docs/performance.md says what is counted and why.
 """
 
 from __future__ import annotations
@@ -12,182 +13,188 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import logging
-import os
-import platform
-import statistics
-import tempfile
+import sys
 import time
-import warnings
-from collections.abc import Callable, Sequence
-from importlib.metadata import version
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import transformers
-from accelerate import Accelerator
-from datasets import Dataset
-from peft import LoraConfig
-from transformers import PrinterCallback
-from trl import DPOConfig, DPOTrainer
+from jobs import Job, Rival, check_system, end_on_request, measure, versions
+from shapes import MIXES, SHAPES
 
-from dpo_studio.config import AdapterSection, ModelSection, SourceSection, TrainingSection
-from dpo_studio.learning.reference import reference_logps
-from dpo_studio.learning.train import TrainingState, train
-from dpo_studio.models.adapters import as_reference, attach, train_mode
-from dpo_studio.models.load import ChatModel, load_chat_model
-from dpo_studio.objectives import DPO
-from dpo_studio.preferences.sources import read_pairs
-from dpo_studio.tokens.encode import EncodedPair, encode_pairs
-from dpo_studio.tokens.pack import Steps, packed_tokens
+__all__ = ["ratios"]
 
-PAIRS_PER_STEP = 4
-TOKENS_PER_MICRO_BATCH = 2048
-LEARNING_RATE = 1e-5
+DEFAULT_SYSTEMS = [
+    *("ours-live", "ours-cached", "trl-b4", "trl-b4-group", "trl-b8-group", "trl-b8"),
+    *("trl-b4-ckpt", "trl-b8-ckpt", "trl-b4-pre-group", "trl-b4-compile"),
+]
+"""Ours first, then TRL's likely best ones: a run that is cut short has them. Compiling is last: it may not end."""
+_LEAST_SECONDS = 20
+"""A process that has less than this left does not get to measure anything."""
 
 
 def main() -> None:
     """Parse, measure, print, write."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", choices=["cpu"], default="cpu")
-    parser.add_argument("--model", default="bundled:smollm2-135m-instruct")
-    parser.add_argument("--source", default="bundled:everyday", help="any SOURCE that `dpo train` reads")
-    parser.add_argument("--pairs", type=int, default=24)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--max-length", type=int, default=512)
-    parser.add_argument("--json", type=Path, help="write every number here")
-    options = parser.parse_args()
-    _quieten()
+    options = _options()
+    end_on_request()
+    if options.shape is None:
+        from epochs import alternate
 
-    pairs = _pairs(options)
-    print(f"{len(pairs)} pairs, {sum(map(packed_tokens, pairs))} packed tokens, {_unshared(pairs)} unshared")
-    systems: dict[str, Callable[[Sequence[EncodedPair]], float]] = {
-        "trl": lambda some: trl_seconds(options.model, some, options.max_length),
-        "ours": lambda some: our_seconds(options.model, some),
-    }
-    for run in systems.values():
-        run(pairs[:PAIRS_PER_STEP])  # warm-up: allocators, thread pools, oneDNN's kernels
-    seconds: dict[str, list[float]] = {name: [] for name in systems}
-    for number in range(options.rounds):
-        for name, run in systems.items():
-            seconds[name].append(run(pairs))
-            print(
-                f"round {number + 1}  {name:5}{seconds[name][-1]:8.1f} s{len(pairs) / seconds[name][-1]:8.3f} pairs/s"
-            )
-    medians = {name: statistics.median(values) for name, values in seconds.items()}
-    ratio = medians["trl"] / medians["ours"]
-    if options.json:
-        options.json.write_text(json.dumps(_record(options, pairs, seconds, ratio), indent=2) + "\n")
-    print(f"ratio={ratio:.2f}")
+        ratio, record = alternate(options)
+        _write(options, record)
+        print(f"ratio={ratio:.2f}")
+        return
+    record = steady(options)
+    for name, value in record["ratios"].items():
+        print(f"{name}: {value:.2f}")
+    print(f"ratio={record['ratio']:.2f}" if record["ratio"] else "ratio=nan")
+    if not record["ratio"]:
+        sys.exit(1)
 
 
-def trl_seconds(model: str, pairs: Sequence[EncodedPair], max_length: int) -> float:
-    """One epoch of TRL's DPOTrainer on these ids, in this order."""
-
-    class Trainer(DPOTrainer):  # type: ignore[misc]
-        def _prepare_dataset(self, dataset: Dataset, *_: Any, **__: Any) -> Dataset:
-            return dataset
-
-    rows = [
-        {
-            "prompt_ids": pair.prompt.tolist(),
-            "chosen_ids": pair.chosen.ids.tolist(),
-            "rejected_ids": pair.rejected.ids.tolist(),
-        }
-        for pair in pairs
-    ]
-    with tempfile.TemporaryDirectory() as folder:
-        settings = DPOConfig(
-            output_dir=folder,
-            per_device_train_batch_size=PAIRS_PER_STEP,
-            num_train_epochs=1,
-            max_length=max_length,
-            learning_rate=LEARNING_RATE,
-            train_sampling_strategy="sequential",
-            gradient_checkpointing=False,
-            bf16=True,
-            use_cpu=True,
-            save_strategy="no",
-            report_to=[],
-            disable_tqdm=True,
-            logging_steps=1000,
-        )
-        base = _load(model)
-        trainer = Trainer(
-            model=base.model,
-            args=settings,
-            train_dataset=Dataset.from_list(rows),
-            processing_class=base.encoder._tokenizer,
-            peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
-        )
-        trainer.remove_callback(PrinterCallback)
-        start = time.perf_counter()
-        trainer.train()
-        return time.perf_counter() - start
-
-
-def our_seconds(model: str, pairs: Sequence[EncodedPair]) -> float:
-    """One epoch of ours: the reference's log-probs first, then the steps."""
-    base = _load(model)
-    policy = attach(base.model, AdapterSection(), seed=0)
-    section = TrainingSection(pairs_per_step=PAIRS_PER_STEP, learning_rate=LEARNING_RATE)
-    start = time.perf_counter()
-    with as_reference(policy):
-        reference = reference_logps(policy, pairs, budget=TOKENS_PER_MICRO_BATCH, cache=None)
-    steps = Steps(
-        pairs,
-        PAIRS_PER_STEP,
-        TOKENS_PER_MICRO_BATCH,
-        seed=0,
-        epochs=1,
-        reference=lambda positions: reference.map(lambda logps_P: logps_P[list(positions)]),
+def steady(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one system after another; what is known is printed and written each time."""
+    started = time.monotonic()
+    job = Job(
+        system="card",
+        device=options.device,
+        shape=options.shape,
+        mix=options.mix,
+        pairs=options.pairs or 256,
+        pairs_per_step=options.pairs_per_step,
+        tokens_per_micro_batch=options.tokens_per_micro_batch,
+        seconds=options.seconds,
+        limit=options.limit,
+        window=options.window,
     )
-    state = TrainingState.fresh(policy, section, steps.total, Accelerator(cpu=True))
-    train_mode(policy)
-    for _ in train(policy, steps, DPO(), state):
-        pass
-    return time.perf_counter() - start
+    record: dict[str, Any] = {"kind": "steady", **_settings(options, job), "card": measure(job), "systems": []}
+    card = record["card"].get("tflops")
+    print(f"the card: {card:.0f} TFLOP/s" if card else f"the card: {record['card']['reason']}", flush=True)
+    for name in options.systems:
+        left = options.within - (time.monotonic() - started)
+        if left < _LEAST_SECONDS:
+            result = {"system": name, "status": "failed", "reason": f"not begun: {options.within:.0f} s were over"}
+        else:
+            result = measure(replace(job, system=name, limit=min(options.limit, left)))
+        result["setting"] = check_system(name)
+        if card and result["status"] == "ok":
+            result["share_of_card"] = result["tflops"] / card
+        record["systems"].append(result)
+        record["ratios"] = ratios(record["systems"])
+        record["ratio"] = headline(
+            record["ratios"], against_trl=any(name.startswith("trl") for name in options.systems)
+        )
+        print(line(result), flush=True)
+        _write(options, record)
+    return record
 
 
-def _pairs(options: argparse.Namespace) -> list[EncodedPair]:
-    source = read_pairs(SourceSection(source=options.source, rows=2 * options.pairs))
-    encoded = encode_pairs(source.pairs, _load(options.model).encoder, max_length=options.max_length)
-    return encoded.pairs[: options.pairs]
+def headline(found: dict[str, float], *, against_trl: bool) -> float | None:
+    """The ratio of the last line: over TRL if TRL was asked for, whatever became of it."""
+    names = ("reference counted", "reference left out") if against_trl else ("prompt shared, over unshared",)
+    return next((found[name] for name in names if name in found), None)
 
 
-def _load(model: str) -> ChatModel:
-    return load_chat_model(ModelSection(path=model, dtype="bfloat16"))
+def ratios(results: Iterable[dict[str, Any]]) -> dict[str, float]:
+    """Ours over TRL's best: with the reference's cost in both, without it in either; and what prompt sharing gives.
+
+    Like with like: our cached reference counts its pass over one epoch against settings that ask it in the step, and
+    leaves it out against settings whose pass is left out.
+    """
+    rates: dict[tuple[str, bool], float] = {}
+    done = {result["system"]: result for result in results if result["status"] == "ok"}
+    for name, result in done.items():
+        if name == "ours-unshared":
+            continue
+        side = "ours" if name.startswith("ours-") else "trl"
+        free = name == "ours-cached" or (side == "trl" and Rival.named(name).precomputed)
+        if name == "ours-cached":
+            _keep_best(rates, (side, False), result["pairs_per_second_with_reference"])
+        _keep_best(rates, (side, free), result["pairs_per_second"])
+    found = {}
+    for free, name in ((False, "reference counted"), (True, "reference left out")):
+        if ("ours", free) in rates and ("trl", free) in rates:
+            found[name] = rates["ours", free] / rates["trl", free]
+    if {"ours-live", "ours-unshared"} <= done.keys():
+        found["prompt shared, over unshared"] = (
+            done["ours-live"]["pairs_per_second"] / done["ours-unshared"]["pairs_per_second"]
+        )
+    return found
 
 
-def _unshared(pairs: Sequence[EncodedPair]) -> int:
-    return sum(2 * len(pair.prompt) + len(pair.chosen.ids) + len(pair.rejected.ids) for pair in pairs)
+def _keep_best(rates: dict[tuple[str, bool], float], kind: tuple[str, bool], rate: float) -> None:
+    rates[kind] = max(rate, rates.get(kind, 0.0))
 
 
-def _record(
-    options: argparse.Namespace, pairs: Sequence[EncodedPair], seconds: dict[str, list[float]], ratio: float
-) -> dict[str, Any]:
-    return {
-        "ratio": ratio,
-        "seconds": seconds,
-        "pairs_per_second": {name: len(pairs) / statistics.median(values) for name, values in seconds.items()},
-        "pairs": len(pairs),
-        "source": options.source,
-        "model": options.model,
-        "max_length": options.max_length,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "cpus": os.cpu_count(),
-        "machine": platform.processor() or platform.machine(),
-        "versions": {name: version(name) for name in ("dpo-studio", "trl", "torch", "transformers", "peft")},
-    }
+def line(result: dict[str, Any]) -> str:
+    """A finished system, for the terminal."""
+    if result["status"] != "ok":
+        return f"{result['system']:18} {result['reason']}"
+    share = f"{result['share_of_card']:5.0%} of the card" if "share_of_card" in result else ""
+    return (
+        f"{result['system']:18}{result['pairs_per_second']:8.2f} pairs/s"
+        f"{result['unique_tokens_per_second']:9.0f} unique tokens/s{result['tflops']:8.1f} TFLOP/s {share}"
+        f"{result['peak_gib']:8.1f} GiB   first step {result['first_step_seconds']:.1f} s"
+        f" + {result['import_seconds']:.1f} s imports"
+    )
 
 
-def _quieten() -> None:
-    warnings.simplefilter("ignore")
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    logging.disable(logging.WARNING)
-    torch.manual_seed(0)
+def _settings(options: argparse.Namespace, job: Job) -> dict[str, Any]:
+    names = (
+        "device",
+        "shape",
+        "mix",
+        "window",
+        "pairs",
+        "pairs_per_step",
+        "tokens_per_micro_batch",
+        "seconds",
+        "limit",
+    )
+    return {name: getattr(job, name) for name in names} | {"command": " ".join(sys.argv[1:])}
+
+
+def _write(options: argparse.Namespace, record: dict[str, Any]) -> None:
+    if options.json:
+        stamp = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "versions": versions()}
+        options.json.write_text(json.dumps(record | stamp, indent=2) + "\n")
+
+
+def _systems(text: str) -> list[str]:
+    names = text.split(",")
+    for name in names:
+        try:
+            check_system(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return names
+
+
+def _options() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument("--pairs", type=int, help="default: 24 of a real model, 256 of a shape")
+    parser.add_argument("--json", type=Path, help="write every number here")
+    real = parser.add_argument_group("a real model, whole epochs")
+    real.add_argument("--model", default="bundled:smollm2-135m-instruct")
+    real.add_argument("--source", default="bundled:everyday", help="any SOURCE that `dpo train` reads")
+    real.add_argument("--rounds", type=int, default=3)
+    real.add_argument("--max-length", type=int, default=512)
+    steady = parser.add_argument_group("a shape, steady state")
+    steady.add_argument("--shape", choices=SHAPES, help="default on a GPU: mistral-7b")
+    steady.add_argument("--mix", choices=MIXES, default="ultrafeedback")
+    steady.add_argument("--systems", type=_systems, default=DEFAULT_SYSTEMS, help="by name, with commas")
+    steady.add_argument("--seconds", type=float, default=15, help="measured a system, after two steps of warm-up")
+    steady.add_argument("--limit", type=float, default=75, help="seconds a system may take in all")
+    steady.add_argument("--within", type=float, default=540, help="seconds the whole run may take")
+    steady.add_argument("--pairs-per-step", type=int, default=64, help="of ours")
+    steady.add_argument("--tokens-per-micro-batch", type=int, default=8192, help="of ours, and rows of the card's test")
+    steady.add_argument("--window", type=int, help="sliding window of the model")
+    options = parser.parse_args()
+    if options.shape is None and options.device == "cuda":
+        options.shape = "mistral-7b"
+    return options
 
 
 if __name__ == "__main__":

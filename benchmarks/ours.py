@@ -1,0 +1,156 @@
+"""Our systems under measurement, through the product's own functions."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from peft import PeftModel
+
+from dpo_studio.config import AdapterSection, TrainingSection
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.reference import reference_logps
+from dpo_studio.learning.train import TrainingState, train
+from dpo_studio.models.adapters import as_reference, attach, train_mode
+from dpo_studio.models.attention import PAIRS
+from dpo_studio.objectives import DPO, PairLogps
+from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
+from dpo_studio.tokens.pack import MicroBatch, Steps, fit, pack
+from jobs import OURS, Job
+from meter import Meter, synchronise
+from shapes import (
+    ALPHA,
+    MIXES,
+    RANK,
+    TARGETS,
+    Shape,
+    mean_unique_tokens,
+    random_model,
+    random_pairs,
+    shaped,
+    unique_tokens,
+)
+
+__all__ = ["our_policy", "run", "unshared_pack"]
+
+_FORWARD, _BACKWARD = 2, 2
+"""Floating-point operations a weight and token; the frozen weights need no gradient of their own."""
+
+
+def our_policy(shape: Shape, device: torch.device) -> PeftModel:
+    """A policy with random weights, ready for training: what `load_chat_model` and the run do for a real one."""
+    attention = PAIRS if device.type == "cpu" else "sdpa"
+    base = random_model(shape, device, attention)
+    base.requires_grad_(False)
+    base.eval()
+    return attach(base, AdapterSection(rank=RANK, alpha=ALPHA, targets=list(TARGETS)), seed=0)
+
+
+def run(job: Job, meter: Meter) -> dict[str, Any]:
+    """Train until the meter has seen enough."""
+    shape = shaped(job.shape, window=job.window, vocabulary=job.vocabulary)
+    pairs = random_pairs(replace(MIXES[job.mix], scale=job.scale), job.pairs, shape.vocabulary)
+    meter.say("making the model")
+    policy = our_policy(shape, meter.device)
+    cached = _Cached.of(policy, pairs, job, meter) if job.system == "ours-cached" else None
+    section = TrainingSection(pairs_per_step=job.pairs_per_step, schedule="constant", warmup=0)
+    steps = (_Unshared if job.system == "ours-unshared" else Steps)(
+        pairs,
+        job.pairs_per_step,
+        job.tokens_per_micro_batch,
+        seed=0,
+        epochs=1,
+        max_steps=10**6,  # the meter ends it
+        reference=cached.look_up if cached else None,
+    )
+
+    def live(batch: MicroBatch) -> PairLogps:
+        with as_reference(policy):
+            return pair_logps(policy, batch)
+
+    accelerator = Accelerator(cpu=meter.device.type == "cpu")
+    state = TrainingState.fresh(policy, section, steps.total, accelerator)
+    train_mode(policy)
+    losses = []
+    meter.begin()
+    for report in train(policy, steps, DPO(), state, None if cached else live):
+        losses.append(report.metrics["loss"])
+        unique = sum(unique_tokens(pairs[position]) for position in steps.pairs_of(report.step))
+        if meter.note(report.pairs, unique, report.tokens):
+            break
+    passes = _FORWARD + _BACKWARD + (0 if cached else _FORWARD)
+    result = meter.result(mean_unique_tokens(pairs), passes * shape.layer_parameters)
+    result |= {"setting": OURS[job.system], "first_loss": losses[0], "last_loss": losses[-1]}
+    result["tokens_per_micro_batch"] = job.tokens_per_micro_batch
+    return result | (cached.result(result["pairs_per_second"]) if cached else {})
+
+
+@dataclass(frozen=True)
+class _Cached:
+    """The reference's log-probs of all pairs, and what they cost."""
+
+    logps: PairLogps
+    seconds: float
+    """Of the second half: the first pays for the warm-up."""
+    pairs: float
+    """In units of the mean pair, as in `Meter.result`."""
+    first_seconds: float
+
+    @classmethod
+    def of(cls, policy: PeftModel, pairs: Sequence[EncodedPair], job: Job, meter: Meter) -> _Cached:
+        """Ask the reference, in two halves."""
+        meter.say("the reference's log-probs")
+        half = max(1, len(pairs) // 2)
+        parts, spent = [], []
+        with as_reference(policy):
+            for some in (pairs[:half], pairs[half:]):
+                start = time.perf_counter()
+                parts.append(reference_logps(policy, some, budget=job.tokens_per_micro_batch, cache=None))
+                synchronise(meter.device)
+                spent.append(time.perf_counter() - start)
+        rest = sum(map(unique_tokens, pairs[half:])) / mean_unique_tokens(pairs)
+        return cls(PairLogps.cat(parts), spent[1], rest, spent[0])
+
+    def look_up(self, positions: Sequence[int]) -> PairLogps:
+        """What `Steps` asks for."""
+        return self.logps.map(lambda logps_P: logps_P[list(positions)])
+
+    def result(self, pairs_per_second: float) -> dict[str, float]:
+        """The pass, and pairs/s of one epoch when it is counted."""
+        rate = self.pairs / self.seconds
+        return {
+            "reference_seconds": self.first_seconds + self.seconds,
+            "reference_pairs_per_second": rate,
+            "pairs_per_second_with_reference": 1 / (1 / pairs_per_second + 1 / rate),
+        }
+
+
+class _Unshared(Steps):
+    """The same pairs in the same steps, each answer behind its own copy of the prompt: what sharing saves."""
+
+    def __call__(self, *, after: int) -> Iterator[list[MicroBatch]]:
+        """The micro-batches of step after+1, after+2, ..."""
+        for step in range(after + 1, self.total + 1):
+            yield list(self._rows(self.pairs_of(step)))
+
+    def _rows(self, positions: Sequence[int]) -> Iterator[MicroBatch]:
+        lengths = [unique_tokens(self.pairs[place]) + len(self.pairs[place].prompt) - 2 for place in positions]
+        for row in fit(lengths, self.tokens_per_micro_batch):
+            chosen = [positions[item] for item in row]
+            yield unshared_pack([self.pairs[position] for position in chosen], chosen)
+
+
+def unshared_pack(pairs: Sequence[EncodedPair], positions: Sequence[int]) -> MicroBatch:
+    """A row in which nothing is shared: every pair laid down as two, each with one answer and a last token unscored."""
+    nothing = EncodedAnswer(np.zeros(1, np.int32), np.zeros(1, np.bool_))
+    halves = [
+        replace(pair, chosen=answer, rejected=nothing) for pair in pairs for answer in (pair.chosen, pair.rejected)
+    ]
+    batch = pack(halves)
+    # answers are numbered 2 x half for the only one of each half: half of that is 2 x pair, plus 1 for the rejected
+    return replace(batch, pairs=tuple(positions), answer_N=batch.answer_N // 2)
