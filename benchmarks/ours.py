@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,9 +69,9 @@ def run(job: Job, meter: Meter) -> dict[str, Any]:
         reference=cached.look_up if cached else None,
     )
 
-    def live(batch: MicroBatch) -> PairLogps:
+    def live(batches: Sequence[MicroBatch]) -> list[PairLogps]:
         with as_reference(policy):
-            return pair_logps(policy, batch)
+            return [pair_logps(policy, batch) for batch in batches]
 
     accelerator = Accelerator(cpu=meter.device.type == "cpu")
     state = TrainingState.fresh(policy, section, steps.total, accelerator)
@@ -133,16 +133,15 @@ class _Cached:
 class _Unshared(Steps):
     """The same pairs in the same steps, each answer behind its own copy of the prompt: what sharing saves."""
 
-    def __call__(self, *, after: int) -> Iterator[list[MicroBatch]]:
-        """The micro-batches of step after+1, after+2, ..."""
-        for step in range(after + 1, self.total + 1):
-            yield list(self._rows(self.pairs_of(step)))
-
-    def _rows(self, positions: Sequence[int]) -> Iterator[MicroBatch]:
+    def micro_batches_of(self, step: int) -> list[MicroBatch]:
+        """The micro-batches of step number `step`."""
+        positions = self.pairs_of(step)
         lengths = [unique_tokens(self.pairs[place]) + len(self.pairs[place].prompt) - 2 for place in positions]
-        for row in fit(lengths, self.tokens_per_micro_batch):
-            chosen = [positions[item] for item in row]
-            yield unshared_pack([self.pairs[position] for position in chosen], chosen)
+        rows = [[positions[item] for item in row] for row in fit(lengths, self.tokens_per_micro_batch)]
+        return [
+            replace(unshared_pack([self.pairs[place] for place in row], row), room=self.tokens_per_micro_batch)
+            for row in rows
+        ]
 
 
 def unshared_pack(pairs: Sequence[EncodedPair], positions: Sequence[int]) -> MicroBatch:
@@ -152,5 +151,4 @@ def unshared_pack(pairs: Sequence[EncodedPair], positions: Sequence[int]) -> Mic
         replace(pair, chosen=answer, rejected=nothing) for pair in pairs for answer in (pair.chosen, pair.rejected)
     ]
     batch = pack(halves)
-    # answers are numbered 2 x half for the only one of each half: half of that is 2 x pair, plus 1 for the rejected
-    return replace(batch, pairs=tuple(positions), answer_N=batch.answer_N // 2)
+    return replace(batch, pairs=tuple(positions), tokens_A=batch.tokens_A[0::2])  # without the answers of nothing

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +41,9 @@ def policy(**changes: Any) -> Any:
 def live_steps(model: Any, reference: ReferenceSection, steps: int) -> Iterator[StepReport]:
     """Our loop as `dpo train` runs it with a live reference."""
 
-    def live(batch: MicroBatch) -> PairLogps:
+    def live(batches: Sequence[MicroBatch]) -> list[PairLogps]:
         with as_reference(model):
-            return pair_logps(model, batch)
+            return [pair_logps(model, batch) for batch in batches]
 
     state = TrainingState.fresh(model, SECTION, steps, Accelerator(cpu=True), reference)
     return train(model, Steps(TWENTY, 4, 100, SECTION.seed, 1, steps), DPO(), state, live)

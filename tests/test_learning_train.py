@@ -247,9 +247,9 @@ def test_a_live_reference_is_a_cached_one() -> None:
     """Law 3, over five steps: the same losses to 1e-5."""
     model = policy(size=0)
 
-    def live(batch: MicroBatch) -> PairLogps:
+    def live(batches: Sequence[MicroBatch]) -> list[PairLogps]:
         with as_reference(model):
-            return pair_logps(model, batch)
+            return [pair_logps(model, batch) for batch in batches]
 
     state = TrainingState.fresh(model, SECTION, 5, Accelerator(cpu=True))
     train_mode(model)

@@ -10,9 +10,11 @@ import hashlib
 import json
 import math
 import sqlite3
+from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.memory import too_long_for_memory, unless_out_of_memory
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import micro_batches
@@ -123,14 +126,21 @@ def batched_logps(
     """Log-probs of the pairs at `positions` under `model` as it is, in that order, on the CPU."""
     device = next(model.parameters()).device
     names = (*COLUMNS, "agreement_P") if agreement else COLUMNS
-    columns_CP = torch.zeros(len(names), len(positions))
+    columns_CP = torch.zeros(len(names), len(positions), device=device)  # read once: a GPU is not waited for row by row
     place = {position: index for index, position in enumerate(positions)}
-    for batch in micro_batches(pairs, positions, budget):
-        logps = pair_logps(model, batch.to(device), agreement=agreement)
-        where = torch.tensor([place[position] for position in batch.pairs])
-        columns_CP[:, where] = torch.stack([getattr(logps, name) for name in names]).cpu()
+    rows = deque(micro_batches(pairs, positions, budget))
+    while rows:
+        batch = rows.popleft()
+        logps = unless_out_of_memory(partial(pair_logps, model, batch.to(device), agreement=agreement))
+        if logps is None:
+            if len(batch) == 1:
+                raise too_long_for_memory(batch.tokens)
+            rows.extendleft(micro_batches(pairs, batch.pairs, batch.tokens // 2))
+            continue
+        where = torch.tensor([place[position] for position in batch.pairs], device=device)
+        columns_CP[:, where] = torch.stack([getattr(logps, name) for name in names])
         progress(len(batch), batch.tokens)
-    return _from_columns(names, columns_CP, [pairs[position] for position in positions])
+    return _from_columns(names, columns_CP.cpu(), [pairs[position] for position in positions])
 
 
 def _from_columns(names: Sequence[str], columns_CP: Tensor, pairs: Sequence[EncodedPair]) -> PairLogps:

@@ -13,6 +13,7 @@ from peft import PeftModel
 
 from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.errors import DataError, ModelError
+from dpo_studio.learning.memory import Limit, plan_limit
 from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval
 from dpo_studio.models.load import ChatModel, load_chat_model, weights_fingerprint
 from dpo_studio.objectives import PairLogps
@@ -25,18 +26,15 @@ from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
 from dpo_studio.tokens.pack import Steps
 
 __all__ = [
-    "CPU_TOKENS",
     "RunData",
     "attach_policy",
     "encode_both",
     "read_and_split",
     "reference_model",
-    "settle_automatics",
+    "settle_dtype",
+    "settle_tokens",
     "steps_of",
 ]
-
-CPU_TOKENS = 2048
-"""Tokens of a micro-batch on a CPU: two cores are busy from 512 on; a step of eight short pairs then is one row."""
 
 
 @dataclass(frozen=True)
@@ -95,18 +93,25 @@ def steps_of(
     return Steps(pairs, section.pairs_per_step, budget, section.seed, section.epochs, section.max_steps, reference)
 
 
-def settle_automatics(recipe: Recipe, base: ChatModel) -> Recipe:
-    """Every `auto` that decides bits, decided once."""
-    tokens = recipe.training.tokens_per_micro_batch
-    if tokens == "auto":
-        tokens = CPU_TOKENS if base.device.type == "cpu" else 8192
+def settle_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
+    """The precision the base was loaded in, for good."""
     dtype: Any = str(base.model.dtype).removeprefix("torch.")
-    return recipe.model_copy(
-        update={
-            "model": recipe.model.model_copy(update={"dtype": dtype}),
-            "training": recipe.training.model_copy(update={"tokens_per_micro_batch": tokens}),
-        }
-    )
+    return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+
+
+def settle_tokens(
+    recipe: Recipe, policy: PeftModel, pairs: Sequence[EncodedPair], device: torch.device, progress: Progress
+) -> tuple[Recipe, Limit]:
+    """How many tokens are in memory at once: the recipe's number, or measured, and then it stays so."""
+    tokens = recipe.training.tokens_per_micro_batch
+    if tokens != "auto":
+        return recipe, Limit(0, tokens)
+    limit = plan_limit(policy, pairs, recipe.training.pairs_per_step, device)
+    if device.type == "cuda":
+        again = f", with the backward pass forming each {limit.recompute} anew" if limit.recompute != "nothing" else ""
+        progress.say(f"{limit.tokens} tokens a micro-batch fill this GPU{again}")
+    settled = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
+    return recipe.model_copy(update={"training": settled}), limit
 
 
 def attach_policy(base: ChatModel, recipe: Recipe) -> PeftModel:

@@ -1,0 +1,197 @@
+"""Running out of memory, without a GPU to run out of: a limit on tokens that raises what torch raises."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+
+from dpo_studio.config import TrainingSection
+from dpo_studio.errors import RunError
+from dpo_studio.learning import memory, reference, train
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, plan_limit, unless_out_of_memory
+from dpo_studio.learning.reference import batched_logps
+from dpo_studio.learning.train import StepReport, TrainingState
+from dpo_studio.models.adapters import as_reference, train_mode
+from dpo_studio.models.attention import PAIRS
+from dpo_studio.objectives import AOT, DPO, PairLogps
+from dpo_studio.tokens.pack import MicroBatch, Steps, packed_tokens
+from tests.conftest import policy_on, random_pairs
+from tests.tiny_runs import dpo, write_recipe
+
+THIRTY = random_pairs(30)
+LONGEST = max(map(packed_tokens, THIRTY))
+SECTION = TrainingSection(pairs_per_step=8, learning_rate=3e-3, warmup=0, schedule="constant")
+
+
+def limited(most: int, met: list[int] | None = None) -> Callable[..., PairLogps]:
+    """`pair_logps` on a device where rows of more than `most` tokens are too much."""
+
+    def compute(model: Any, batch: MicroBatch, **kwargs: Any) -> PairLogps:
+        if batch.tokens > most:
+            if met is not None:
+                met.append(batch.tokens)
+            raise torch.OutOfMemoryError("CUDA out of memory (pretended)")
+        return pair_logps(model, batch, **kwargs)
+
+    return compute
+
+
+def run(budget: int, known: list[Limit] | None = None, objective: Any = DPO()) -> tuple[list[StepReport], list[Limit]]:  # noqa: B008 - frozen
+    """Five steps with a live reference, and the limits they met."""
+    policy = policy_on(size=0, attn_implementation=PAIRS)
+
+    def live(batches: Any) -> list[PairLogps]:
+        with as_reference(policy):
+            return [vars(train)["pair_logps"](policy, batch) for batch in batches]
+
+    met: list[Limit] = []
+    steps = Steps(THIRTY, 8, budget, 0, 1, 5)
+    state = TrainingState.fresh(policy, SECTION, 5, Accelerator(cpu=True))
+    train_mode(policy)
+    reports = list(train.train(policy, steps, objective, state, live, Room(policy, steps, known or [], met.append)))
+    return reports, met
+
+
+def losses(reports: list[StepReport]) -> list[float]:
+    return [report.metrics["loss"] for report in reports]
+
+
+@pytest.mark.parametrize("objective", [DPO(), AOT()], ids=str)
+def test_a_run_that_runs_out_of_memory_ends_with_the_same_losses(
+    monkeypatch: pytest.MonkeyPatch, objective: Any
+) -> None:
+    """Rows of 400 tokens, of which 150 fit: 400 is halved to 200, 200 to 100, and all five steps have their pairs."""
+    free, nothing_met = run(400, objective=objective)
+    met_rows: list[int] = []
+    monkeypatch.setattr(train, "pair_logps", limited(150, met_rows))
+    short, met = run(400, objective=objective)
+    assert nothing_met == []
+    assert met == [Limit(1, 200), Limit(1, 100)]
+    assert all(tokens > 150 for tokens in met_rows)
+    assert losses(short) == pytest.approx(losses(free), abs=1e-6)
+    assert [(r.step, r.pairs, r.tokens) for r in short] == [(r.step, r.pairs, r.tokens) for r in free]
+    assert losses(run(100, objective=objective)[0]) == losses(short)
+
+
+def test_a_limit_met_on_the_way_is_met_again_on_a_resume() -> None:
+    """Bits hang on rows: with the limit known, the steps before and after it are those of the run that met it."""
+    plain = losses(run(400)[0])
+    known = losses(run(400, [Limit(3, 100)])[0])
+    assert known[:2] == plain[:2]
+    assert known == pytest.approx(plain, abs=1e-6)
+    later = run(400, [Limit(3, 100)])[0]
+    assert losses(later) == known
+
+
+def test_when_one_pair_is_too_much_the_backward_pass_forms_more_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """400 tokens, down to the longest pair; then its MLPs, then whole layers; then there is nothing left to do."""
+    monkeypatch.setattr(train, "pair_logps", limited(LONGEST - 1))
+    policy = policy_on(size=0, attn_implementation=PAIRS)
+    steps = Steps(THIRTY, 30, 2 * LONGEST, 0, 1, 1)
+    state = TrainingState.fresh(policy, SECTION, 1, Accelerator(cpu=True))
+    met: list[Limit] = []
+
+    def live(batches: Any) -> list[PairLogps]:
+        return [pair_logps(policy, batch) for batch in batches]
+
+    with pytest.raises(RunError, match=f"the longest pair, {LONGEST} tokens, does not fit") as refused:
+        list(train.train(policy, steps, DPO(), state, live, Room(policy, steps, [], met.append)))
+    assert met == [Limit(1, LONGEST), Limit(1, LONGEST, "mlp"), Limit(1, LONGEST, "layer")]
+    assert "data.max_length" in str(refused.value.hint)
+
+
+def test_log_probs_without_a_gradient_halve_their_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Order and values stay; a pair that is too much on its own is named."""
+    policy = policy_on(attn_implementation=PAIRS)
+    free = batched_logps(policy, THIRTY, range(30), budget=400)
+    monkeypatch.setattr(reference, "pair_logps", limited(LONGEST))
+    short = batched_logps(policy, THIRTY, range(30), budget=400)
+    torch.testing.assert_close(short.chosen_P, free.chosen_P, rtol=1e-5, atol=0)
+    torch.testing.assert_close(short.rejected_P, free.rejected_P, rtol=1e-5, atol=0)
+    monkeypatch.setattr(reference, "pair_logps", limited(LONGEST - 1))
+    with pytest.raises(RunError, match=f"the longest pair, {LONGEST} tokens"):
+        batched_logps(policy, THIRTY, range(30), budget=400)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
+    with pytest.raises(RuntimeError, match="something else"):
+        unless_out_of_memory(lambda: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+def test_a_cpu_is_given_its_own_number() -> None:
+    policy = policy_on(attn_implementation=PAIRS)
+    assert plan_limit(policy, THIRTY, 8, torch.device("cpu")) == Limit(0, CPU_TOKENS)
+
+
+@pytest.mark.parametrize(
+    ("free_tokens", "expected"),
+    [
+        (10_000, Limit(0, 256)),  # more than a step has: 8 pairs of some 25 tokens, and a quarter
+        (200, Limit(0, 128)),  # what fits, in whole blocks
+        (LONGEST, Limit(0, LONGEST)),
+        (LONGEST - 10, Limit(0, LONGEST, "mlp")),  # at half the memory a token
+        (LONGEST // 3, Limit(0, LONGEST, "layer")),  # at a fifth
+    ],
+)
+def test_the_plan_is_a_straight_line_through_two_measured_rows(
+    monkeypatch: pytest.MonkeyPatch, free_tokens: int, expected: Limit
+) -> None:
+    """A make-believe card: 5,000 bytes to begin with, 10 a token (5 and 2 with less kept), room for `free_tokens` and
+    for the tenth that is never planned with."""
+    a_token = {"nothing": 10, "mlp": 5, "layer": 2}
+    now = {"what": "nothing"}
+    room = 10.05 * free_tokens / memory._SPARE
+
+    def peak(_policy: Any, row: MicroBatch) -> int:
+        used = a_token[now["what"]] * row.tokens
+        if used > room:
+            raise torch.OutOfMemoryError("pretended")
+        return 5_000 + used
+
+    monkeypatch.setattr(memory, "_peak_bytes", peak)
+    monkeypatch.setattr(memory, "set_recompute", lambda _policy, what: now.update(what=what))
+    monkeypatch.setattr(memory, "_usable_bytes", lambda: 5_000 + room)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5_000)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    policy = policy_on(attn_implementation=PAIRS)
+    assert plan_limit(policy, THIRTY, 8, torch.device("cuda")) == expected
+
+
+def test_a_card_that_holds_not_even_one_pair_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_peak_bytes", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    with pytest.raises(RunError, match="the longest pair"):
+        plan_limit(policy_on(attn_implementation=PAIRS), THIRTY, 8, torch.device("cuda"))
+
+
+def test_a_run_says_so_and_writes_it_down(monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path) -> None:
+    """`dpo train` with rows too large at its third step: a line says what was done, memory.jsonl keeps it for a resume,
+    and the metrics are those of the run that had room."""
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base, training={"tokens_per_micro_batch": 2048})
+    assert dpo("train", recipe, "--set", f"run.folder={tmp_path / 'free'}").code == 0
+    calls = {"n": 0}
+
+    def third(model: Any, batch: MicroBatch, **kwargs: Any) -> PairLogps:
+        calls["n"] += 1
+        if calls["n"] == 3:
+            raise torch.OutOfMemoryError("pretended")
+        return pair_logps(model, batch, **kwargs)
+
+    monkeypatch.setattr(train, "pair_logps", third)
+    said = dpo("train", recipe, "--set", f"run.folder={tmp_path / 'short'}")
+    assert said.code == 0, said.err
+    assert "step 3 ran out of GPU memory: 1024 tokens a micro-batch from here on" in said.err
+    lines = (tmp_path / "short" / "memory.jsonl").read_text().splitlines()
+    assert [json.loads(line) for line in lines] == [{"step": 3, "tokens": 1024, "recompute": "nothing"}]
+    free, short = (
+        [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("free", "short")
+    )
+    assert [line["loss"] for line in short[1:]] == pytest.approx([line["loss"] for line in free[1:]], abs=1e-6)
