@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +18,8 @@ from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import reference_logps
 from dpo_studio.learning.train import TrainingState, train
 from dpo_studio.models.adapters import as_reference, attach, train_mode
-from dpo_studio.models.attention import PAIRS
+from dpo_studio.models.attention import FLEX, PAIRS
+from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, fit, pack
@@ -44,19 +46,27 @@ _FORWARD, _BACKWARD = 2, 2
 
 def our_policy(shape: Shape, device: torch.device) -> PeftModel:
     """A policy with random weights, ready for training: what `load_chat_model` and the run do for a real one."""
-    attention = PAIRS if device.type == "cpu" else "sdpa"
-    base = random_model(shape, device, attention)
+    base = random_model(shape, device, FLEX if device.type == "cuda" else PAIRS)
     base.requires_grad_(False)
     base.eval()
-    return attach(base, AdapterSection(rank=RANK, alpha=ALPHA, targets=list(TARGETS)), seed=0)
+    policy = attach(base, AdapterSection(rank=RANK, alpha=ALPHA, targets=list(TARGETS)), seed=0)
+    train_mode(policy)
+    if device.type == "cuda":
+        set_recompute(policy, "nothing")
+    return policy
 
 
 def run(job: Job, meter: Meter) -> dict[str, Any]:
-    """Train until the meter has seen enough."""
+    """Train until the meter has seen enough; layers are compiled on a GPU, as in any run long enough."""
     shape = shaped(job.shape, window=job.window, vocabulary=job.vocabulary)
     pairs = random_pairs(replace(MIXES[job.mix], scale=job.scale), job.pairs, shape.vocabulary)
     meter.say("making the model")
     policy = our_policy(shape, meter.device)
+    with compiled_layers(policy) if meter.device.type == "cuda" else nullcontext():
+        return _trained(job, meter, shape, pairs, policy)
+
+
+def _trained(job: Job, meter: Meter, shape: Shape, pairs: Sequence[EncodedPair], policy: PeftModel) -> dict[str, Any]:
     cached = _Cached.of(policy, pairs, job, meter) if job.system == "ours-cached" else None
     section = TrainingSection(pairs_per_step=job.pairs_per_step, schedule="constant", warmup=0)
     steps = (_Unshared if job.system == "ours-unshared" else Steps)(
@@ -75,7 +85,6 @@ def run(job: Job, meter: Meter) -> dict[str, Any]:
 
     accelerator = Accelerator(cpu=meter.device.type == "cpu")
     state = TrainingState.fresh(policy, section, steps.total, accelerator)
-    train_mode(policy)
     losses = []
     meter.begin()
     for report in train(policy, steps, DPO(), state, None if cached else live):

@@ -62,10 +62,10 @@ def plain_logps(model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
     sums = []
     for pair in pairs:
         for answer in (pair.chosen, pair.rejected):
-            ids = torch.tensor([*pair.prompt.tolist(), *answer.ids.tolist()])
+            ids = torch.tensor([*pair.prompt.tolist(), *answer.ids.tolist()], device=model.device)
             logps = model(input_ids=ids[None]).logits[0].float().log_softmax(-1)
             places = [len(pair.prompt) + place for place in range(len(answer.ids)) if answer.scored[place]]
-            sums.append(sum((logps[place - 1, ids[place]] for place in places), torch.zeros(())))
+            sums.append(sum((logps[place - 1, ids[place]] for place in places), torch.zeros((), device=ids.device)))
     return torch.stack(sums).view(-1, 2)
 
 

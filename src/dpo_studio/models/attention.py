@@ -28,11 +28,21 @@ from transformers.masking_utils import sdpa_mask
 from dpo_studio.errors import ModelError
 from dpo_studio.tokens.pack import MicroBatch, Span
 
-__all__ = ["FLEX", "PAIRS", "block_mask", "check_architecture", "dense_mask", "longest_read", "row_inputs"]
+__all__ = [
+    "FLEX",
+    "PAIRS",
+    "block_mask",
+    "check_architecture",
+    "choose_attention",
+    "dense_mask",
+    "longest_read",
+    "row_inputs",
+]
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 PAIRS, FLEX = "dpo_studio_pairs", "dpo_studio_flex"
 """Names of our attentions in transformers' registry; without a pack they are plain SDPA."""
+_SMALLEST_FLEX_HEAD = 16
 BLOCK = 128
 """Rows and columns of a block that FlexAttention computes or skips; a row's length is made a multiple of it."""
 
@@ -204,11 +214,12 @@ def _attend_pairs(
         k_prompt, k_chosen, k_rejected = keys[3 * pair : 3 * pair + 3]
         v_prompt, v_chosen, v_rejected = values[3 * pair : 3 * pair + 3]
         k, v = torch.cat([k_prompt, k_chosen], 2), torch.cat([v_prompt, v_chosen], 2)
-        mask = _answer_mask(0, k.shape[2], window, k.dtype) if window is not None and k.shape[2] > window else None
+        cut = window is not None and k.shape[2] > window
+        mask = _answer_mask(0, k.shape[2], window, k.dtype, k.device) if cut else None
         outputs.append(_attend(q_chosen, k, v, mask, scaling))
         if q_rejected.shape[2]:
             k, v = torch.cat([k_prompt, k_rejected], 2), torch.cat([v_prompt, v_rejected], 2)
-            mask = _answer_mask(k_prompt.shape[2], k_rejected.shape[2], window, k.dtype)
+            mask = _answer_mask(k_prompt.shape[2], k_rejected.shape[2], window, k.dtype, k.device)
             outputs.append(_attend(q_rejected, k, v, mask, scaling))
     return torch.cat(outputs, 2).transpose(1, 2).to(dtype).contiguous(), None
 
@@ -219,18 +230,27 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float |
 
 
 @lru_cache(maxsize=256)
-def _answer_mask(prompt: int, answer: int, window: int | None, dtype: torch.dtype) -> Tensor:
+def _answer_mask(prompt: int, answer: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What an answer's tokens see of [prompt, answer], added to the scores; the same for all layers, so kept."""
-    row, column = torch.arange(prompt, prompt + answer)[:, None], torch.arange(prompt + answer)
+    column = torch.arange(prompt + answer, device=device)
+    row = column[prompt:, None]
     visible = row >= column
     if window is not None:
         visible &= row - column < window
-    return torch.zeros(visible.shape, dtype=dtype).masked_fill_(~visible, float("-inf"))
+    return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
 
 
 for _name, _attention in ((PAIRS, _attend_pairs), (FLEX, _attend_flex)):
     AttentionInterface.register(_name, _attention)
     AttentionMaskInterface.register(_name, sdpa_mask)
+
+
+def choose_attention(wanted: str, config: Any, device: torch.device) -> str:
+    """The implementation for `model.attention`, by transformers' name for it."""
+    if wanted != "auto":
+        return wanted
+    heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return FLEX if device.type == "cuda" and heads >= _SMALLEST_FLEX_HEAD else PAIRS
 
 
 def check_architecture(config: Any, name: str) -> None:

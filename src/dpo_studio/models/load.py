@@ -18,7 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_studio.config import BUNDLED, ModelSection, user_path
 from dpo_studio.errors import ModelError
-from dpo_studio.models.attention import FLEX, PAIRS, check_architecture
+from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.tokens.chat import ChatEncoder
 
@@ -61,7 +61,8 @@ def load_chat_model(
     encoder = load_encoder(folder, section)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, reason = choose_dtype(section.dtype, device)
-    attention = (FLEX if device.type == "cuda" else PAIRS) if section.attention == "auto" else "sdpa"
+    config = AutoConfig.from_pretrained(folder).get_text_config()
+    attention = choose_attention(section.attention, config, device)
     model = _load_weights(folder, dtype, attention, section.path).to(device)
     model.requires_grad_(False)
     model.eval()
