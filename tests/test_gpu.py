@@ -2,7 +2,7 @@
 
     python -m pytest tests/test_gpu.py
 
-Skipped where there is no CUDA. fp32 oracles: the plain model with transformers' eager attention, one sequence at a time.
+Skipped where there is no CUDA. The oracle: the plain model in fp32, eager attention, one sequence at a time.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ pytestmark = [
     pytest.mark.filterwarnings("default"),
 ]
 CUDA = torch.device("cuda")
-SHAPE = {"head_dim": 16}
+SHAPE: dict[str, Any] = {"head_dim": 16}
 PAIRS = [*random_pairs(6), *random_pairs(3, seed=5, prompt=(30, 90), answer=(20, 200))]
 WEIGHTS_P2 = torch.randn(len(PAIRS), 2, generator=torch.Generator().manual_seed(3))
 ARCHITECTURES = ["llama", "mistral-window", "qwen3", "gemma3"]
@@ -134,7 +134,7 @@ def steps_of(policy: Any, tokens: int, known: Sequence[Limit] = (), steps: int =
 
 def larger() -> Any:
     """Some 25 MB of activations for a thousand tokens."""
-    changes = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64, "initializer_range": 0.05}
+    changes: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 1024, "head_dim": 64, "initializer_range": 0.05}
     return policy_on(attn_implementation=FLEX, size=0, **changes).to(CUDA)
 
 
