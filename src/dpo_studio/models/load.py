@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -16,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dpo_studio.config import BUNDLED, ModelSection, user_path
+from dpo_studio.config import BUNDLED, ModelSection, cache_folder, user_path
 from dpo_studio.errors import ModelError
 from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
@@ -60,6 +61,7 @@ def load_chat_model(
     check_folder(folder, section)
     encoder = load_encoder(folder, section)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)
     config = AutoConfig.from_pretrained(folder).get_text_config()
     attention = choose_attention(section.attention, config, device)

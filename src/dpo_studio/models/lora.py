@@ -31,14 +31,16 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
     mates: Sequence[LoraLinear] = ()
     """The layers computed in this one's call, itself the first; nothing for the others."""
     silent: bool = False
-    """Compute the base alone. PEFT's own switch also turns every parameter's gradient off and on again."""
+    """Compute the base alone. PEFT's own switch also turns every parameter's gradient off and on: 25 ms on a 7B."""
     _ready: tuple[Tensor, Tensor] | None = None
     """(input, output) of this layer, computed in its leader's call and not asked for yet."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output for the one active adapter; whatever else PEFT can do is PEFT's."""
-        if self.silent or (self.disable_adapters and not self.merged):
+        if self.disable_adapters and not self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
+        if self.silent:
+            return self._base_alone(x)
         active = [name for name in self.active_adapters if name in self.lora_A]
         if self.merged or len(active) != 1 or active[0] in self.lora_variant:
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
@@ -54,6 +56,17 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         for layer, y in zip(layers[1:], others, strict=True):
             layer._ready = (x, y)
         return mine
+
+    def _base_alone(self, x: Tensor) -> Tensor:
+        """An adapter of rank 0: the products, kernels and rounding of a policy that has not moved, so ln 2 is ln 2.
+
+        The plain product would be 1.6 % of a step cheaper, and in bf16 some nats a pair off.
+        """
+        base = self.base_layer
+        nothing = x.new_empty(0, base.in_features), [x.new_empty(base.out_features, 0)]
+        y_TN, _ = torch.ops.dpo_studio.lora(x.flatten(0, -2), [base.weight], *nothing)
+        y: Tensor = y_TN.view(*x.shape[:-1], -1)
+        return y if base.bias is None else y + base.bias
 
     def _with_dropout(self, x: Tensor, name: str) -> Tensor:
         y = self.base_layer(x)
