@@ -1,0 +1,97 @@
+"""Layers that keep less, and layers that are compiled, against the same layers plain."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.models.adapters import as_reference, train_mode
+from dpo_studio.models.attention import PAIRS
+from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
+from dpo_studio.tokens.pack import pack
+from tests.conftest import policy_on, random_pairs
+from tests.tiny_models import ARCHITECTURES
+
+SIX, FOUR = pack(random_pairs(6)), pack(random_pairs(4, seed=1))
+
+
+def numbers(policy: Any, row: Any) -> tuple[Tensor, dict[str, Tensor]]:
+    """Log-probs of policy and reference, and every LoRA gradient."""
+    logps = pair_logps(policy, row)
+    torch.autograd.backward(logps.chosen_P.sum() - 0.5 * logps.rejected_P.sum())
+    found = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
+    policy.zero_grad(set_to_none=True)
+    with torch.no_grad(), as_reference(policy):
+        reference = pair_logps(policy, row)
+    return torch.cat([logps.chosen_P, logps.rejected_P, reference.chosen_P]).detach(), found
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "gemma3"])
+def test_forming_anew_changes_no_bit(architecture: str) -> None:
+    """Whatever is chosen, in whatever order; afterwards the model's classes are transformers' or pass for them."""
+    policy = policy_on(architecture, attn_implementation=PAIRS)
+    train_mode(policy)
+    logps, gradients = numbers(policy, SIX)
+    for what in (*RUNGS, "mlp", "nothing"):
+        set_recompute(policy, what)
+        again, anew = numbers(policy, SIX)
+        assert torch.equal(again, logps)
+        assert all(torch.equal(anew[name], gradients[name]) for name in gradients)
+
+
+class Kept:
+    """Storages that autograd holds for the backward pass, and their bytes."""
+
+    def __init__(self) -> None:
+        self.storages: dict[int, int] = {}
+
+    def note(self, x: Tensor) -> Tensor:
+        self.storages[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+
+def test_less_is_kept_on_each_rung() -> None:
+    policy = policy_on(attn_implementation=PAIRS)
+    train_mode(policy)
+    held = []
+    for what in RUNGS:
+        set_recompute(policy, what)
+        kept = Kept()
+        with torch.autograd.graph.saved_tensors_hooks(kept.note, lambda x: x):
+            pair_logps(policy, SIX)
+        held.append(sum(kept.storages.values()))
+    assert held[0] > 1.3 * held[1] > 1.3 * 1.3 * held[2]
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+def test_compiled_layers_are_the_plain_ones() -> None:
+    """One compilation for four layers and two lengths, policy and reference; on the way out they are plain again.
+    Dense masks: FlexAttention has no backward pass on a CPU (tests/test_gpu.py has it)."""
+    policy = policy_on("mistral-window", attn_implementation="sdpa")
+    train_mode(policy)
+    plain = [numbers(policy, row) for row in (SIX, FOUR)]
+    set_recompute(policy, "nothing")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with compiled_layers(policy):
+        compiled = [numbers(policy, row) for row in (SIX, FOUR)]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    assert torch.equal(numbers(policy, FOUR)[0], plain[1][0])
+    for (logps, gradients), (again, anew) in zip(plain, compiled, strict=True):
+        torch.testing.assert_close(again, logps, rtol=1e-5, atol=1e-5)
+        for name, gradient in gradients.items():
+            largest = gradient.abs().max().item()
+            torch.testing.assert_close(anew[name], gradient, rtol=0, atol=1e-4 * largest, msg=name)
+
+
+def test_every_architecture_s_layers_are_found() -> None:
+    for architecture in ARCHITECTURES:
+        policy = policy_on(architecture)
+        set_recompute(policy, "mlp")
+        assert sum("Recomputing" in type(module).__name__ for module in policy.modules()) == 4
