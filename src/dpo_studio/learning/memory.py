@@ -9,9 +9,8 @@ from __future__ import annotations
 import gc
 from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, repeat
 from typing import TypeVar
 
 import torch
@@ -105,52 +104,63 @@ def unless_out_of_memory(compute: Callable[[], _T]) -> _T | None:
 
 
 def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: int, device: torch.device) -> Limit:
-    """As many tokens as fill the device, measured: two rows forward and backward say what a token costs.
+    """As many tokens as keep the device busy, or as fit: two rows forward and backward say what a token costs.
 
-    The policy's gradients are gone afterwards. Enough is enough: rows beyond what keeps a GPU busy only take memory.
+    The policy's gradients are gone afterwards.
 
     Raises:
         RunError: the longest pair does not fit.
     """
     if device.type != "cuda":
         return Limit(0, CPU_TOKENS)
-    longest = max(map(packed_tokens, pairs))
+    by_length = sorted(pairs, key=packed_tokens, reverse=True)
+    longest = packed_tokens(by_length[0])
     weights = sum(p.numel() for p in policy.parameters())
     step_tokens = pairs_per_step * sum(map(packed_tokens, pairs)) / len(pairs)
-    wanted = max(longest, min(max(_GPU_WORK / weights, _GPU_TOKENS[0]), _GPU_TOKENS[1], 1.25 * step_tokens))
+    wanted = _in_whole_blocks(
+        min(max(_GPU_WORK / weights, _GPU_TOKENS[0]), _GPU_TOKENS[1], 1.25 * step_tokens), longest
+    )
     for recompute in RUNGS:
         set_recompute(policy, recompute)
-        fits = _tokens_that_fit(policy, pairs, longest)
-        if fits >= longest:
-            return Limit(0, _in_whole_blocks(min(wanted, fits), longest), recompute)
+        if recompute == RUNGS[0] and _fits(policy, _row(by_length, wanted)):
+            return Limit(0, wanted)
+        fitting = _tokens_that_fit(policy, by_length)
+        if fitting >= longest:
+            return Limit(0, _in_whole_blocks(min(wanted, fitting), longest), recompute)
     raise too_long_for_memory(longest)
 
 
-def _tokens_that_fit(policy: nn.Module, pairs: Sequence[EncodedPair], longest: int) -> float:
+def _fits(policy: nn.Module, row: MicroBatch) -> bool:
+    """Whether a row leaves what is to be spared: on a large card one look is enough."""
+    before = torch.cuda.memory_allocated()
+    peak = unless_out_of_memory(partial(_peak_bytes, policy, row))
+    policy.zero_grad(set_to_none=True)
+    return peak is not None and peak - before <= _SPARE * (_usable_bytes() - before)
+
+
+def _tokens_that_fit(policy: nn.Module, by_length: Sequence[EncodedPair]) -> float:
     """By a straight line through the peaks of two rows; 0 where even the longest pair is too much."""
-    by_length = sorted(pairs, key=packed_tokens, reverse=True)
-    rows = [pack(by_length[:1]), pack([by_length[0], *_about(longest, by_length)])]
+    longest = packed_tokens(by_length[0])
+    before = torch.cuda.memory_allocated()
     peaks: list[int] = []
-    for row in rows:
-        peak = unless_out_of_memory(partial(_peak_bytes, policy, row))
+    for tokens in (longest, 2 * longest):
+        peak = unless_out_of_memory(partial(_peak_bytes, policy, _row(by_length[:1], tokens)))
         policy.zero_grad(set_to_none=True)
         if peak is None:
             return longest if peaks else 0
-        peaks.append(peak)
-    a_token = (peaks[1] - peaks[0]) / (rows[1].tokens - rows[0].tokens)
-    room = _SPARE * (_usable_bytes() - torch.cuda.memory_allocated())
-    fixed = peaks[0] - a_token * rows[0].tokens - torch.cuda.memory_allocated()
-    return (room - fixed) / a_token
+        peaks.append(peak - before)
+    a_token = (peaks[1] - peaks[0]) / longest
+    return (_SPARE * (_usable_bytes() - before) - peaks[0]) / a_token + longest
 
 
-def _about(tokens: int, by_length: Sequence[EncodedPair]) -> list[EncodedPair]:
-    """Pairs of that many tokens or more; the longest again and again if need be."""
+def _row(by_length: Sequence[EncodedPair], tokens: int) -> MicroBatch:
+    """A row of that many tokens or a few less: the longest pairs that still fit, the same ones again and again."""
     chosen: list[EncodedPair] = []
-    for pair in chain(by_length[1:], repeat(by_length[0])):
-        if sum(map(packed_tokens, chosen)) >= tokens:
-            break
+    left = tokens
+    while (pair := next((pair for pair in by_length if packed_tokens(pair) <= left), None)) is not None:
         chosen.append(pair)
-    return chosen
+        left -= packed_tokens(pair)
+    return replace(pack(chosen), room=tokens)
 
 
 def _peak_bytes(policy: nn.Module, row: MicroBatch) -> int:

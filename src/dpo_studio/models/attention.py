@@ -43,6 +43,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 PAIRS, FLEX = "dpo_studio_pairs", "dpo_studio_flex"
 """Names of our attentions in transformers' registry; without a pack they are plain SDPA."""
 _SMALLEST_FLEX_HEAD = 16
+_LEAST_ROOM = 2048
+"""Shorter rows share one kernel; what they leave empty is skipped."""
 BLOCK = 128
 """Rows and columns of a block that FlexAttention computes or skips; a row's length is made a multiple of it."""
 
@@ -85,7 +87,7 @@ def dense_mask(batch: MicroBatch, window: int | None = None) -> Tensor:
 
 def block_mask(batch: MicroBatch, window: int | None = None) -> BlockMask:
     """The same for FlexAttention. Which blocks it visits follows from their extremes; no T x T mask is formed."""
-    batch = _whole_blocks(batch, max(batch.tokens, batch.room))
+    batch = _whole_blocks(batch, max(batch.tokens, batch.room, _LEAST_ROOM))
     until_BR, position_BR = batch.seen_until_T.view(-1, BLOCK), batch.position_ids_1T.view(-1, BLOCK)
     start_B = torch.arange(len(until_BR), device=until_BR.device) * BLOCK
     earlier_BB = start_B[:, None] > start_B
