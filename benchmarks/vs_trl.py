@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import sys
 import time
 from collections.abc import Iterable
@@ -38,6 +39,8 @@ def main() -> None:
     """Parse, measure, print, write."""
     options = _options()
     end_on_request()
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks: the product takes a GPU where there is one
     if options.shape is None:
         from epochs import alternate
 

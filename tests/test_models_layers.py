@@ -90,6 +90,24 @@ def test_compiled_layers_are_the_plain_ones() -> None:
             torch.testing.assert_close(anew[name], gradient, rtol=0, atol=1e-4 * largest, msg=name)
 
 
+@pytest.mark.parametrize("what", RUNGS)
+def test_layers_that_form_anew_are_compiled_whole(what: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No graph break on any rung: one graph for the policy, one for the reference (traced, not turned into kernels)."""
+    policy = policy_on(attn_implementation="sdpa")
+    train_mode(policy)
+    plain, _ = numbers(policy, SIX)
+    set_recompute(policy, what)
+    compile_ = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **how: compile_(self, backend="aot_eager", **how))
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with compiled_layers(policy):
+        traced, _ = numbers(policy, SIX)
+    assert not torch._dynamo.utils.counters["graph_break"]
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+    torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-5)
+
+
 def test_every_architecture_s_layers_are_found() -> None:
     for architecture in ARCHITECTURES:
         policy = policy_on(architecture)

@@ -4,6 +4,7 @@ recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` s
 recipe.typed.yaml   as given
 metrics.jsonl       one line a step; equal after a resume
 timing.jsonl        pairs/s, tokens/s, memory; may differ
+memory.jsonl        where memory ran out, and what was done; not there if it did not
 checkpoints/        step-N/, whole or not there
 adapter/            the result, in PEFT's format
 evaluation/         answers and their verdicts
@@ -126,6 +127,8 @@ class RunFolder:
         """Make the folder and write down what is run, before anything long begins."""
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+        if not self._has_begun():  # of a start that got no further, with other numbers perhaps
+            (self.path / "memory.jsonl").unlink(missing_ok=True)
         self.write_yaml("recipe.yaml", recipe.to_plain())
         self.write_yaml("recipe.typed.yaml", loaded.typed)
 
@@ -136,7 +139,7 @@ class RunFolder:
         write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
 
     def append(self, name: str, line: dict[str, Any]) -> None:
-        """Add one line to metrics.jsonl or timing.jsonl."""
+        """Add one line to metrics.jsonl, timing.jsonl or memory.jsonl."""
         with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
 

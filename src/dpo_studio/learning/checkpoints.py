@@ -90,9 +90,7 @@ def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
     averages = load_file(checkpoint / "optimizer.safetensors")
     for name, p in adapter_state(policy).items():
         if f"{name}.exp_avg" in averages:
-            state.optimizer.state[p] = {
-                key: averages[f"{name}.{key}"].to(p.device if key != "step" else "cpu") for key in _AVERAGES
-            }
+            state.optimizer.state[p] = {key: averages[f"{name}.{key}"].to(p.device) for key in _AVERAGES}
     if (checkpoint / _REFERENCE).exists():
         put_reference(policy, load_file(checkpoint / _REFERENCE))
     numbers = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))

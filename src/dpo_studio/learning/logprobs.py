@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.attention import row_inputs
+from dpo_studio.models.layers import causal_lm
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, pack, packed_tokens
@@ -53,19 +54,14 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
 
     `collision_N`, if given, is filled with the log-prob that two tokens drawn there are the same.
     """
-    causal_lm = _causal_lm(model)
-    inputs = row_inputs(causal_lm.config, batch)
-    hidden_TH = causal_lm.base_model(**inputs, use_cache=False).last_hidden_state[0]
-    head = causal_lm.get_output_embeddings()
+    base = causal_lm(model)
+    inputs = row_inputs(base.config, batch)
+    hidden_TH = base.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    head = base.get_output_embeddings()
     logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
         hidden_TH.index_select(0, batch.predictor_N), head.weight, head.bias, batch.target_N, collision_N
     )
     return logps_N
-
-
-def _causal_lm(model: nn.Module) -> Any:
-    """The transformers model inside a PEFT wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]
 
 
 class _HeadLogps(torch.autograd.Function):
@@ -148,7 +144,7 @@ def _compiled_head_terms() -> Any:
 @torch.no_grad()
 def plain_token_logps(model: nn.Module, prompt: Sequence[int], answer: EncodedAnswer) -> Tensor:
     """Log-prob of every scored token of an answer as textbooks have it: one sequence, its own logits; fp32, (N,)."""
-    ids_1T = torch.tensor([[*prompt, *answer.ids.tolist()]], device=_causal_lm(model).device)
+    ids_1T = torch.tensor([[*prompt, *answer.ids.tolist()]], device=causal_lm(model).device)
     logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1]
     logps_AV = logits_TV.float().log_softmax(-1)
     scored_A = torch.from_numpy(answer.scored).to(logps_AV.device)
@@ -164,9 +160,9 @@ def check_packing(model: nn.Module, pairs: Sequence[EncodedPair]) -> float:
     Raises:
         ModelError: they differ by more than this precision explains.
     """
-    causal_lm = _causal_lm(model)
-    sample = _telling_pairs(pairs, getattr(causal_lm.config, "sliding_window", None))
-    device = causal_lm.device
+    base = causal_lm(model)
+    sample = _telling_pairs(pairs, getattr(base.config, "sliding_window", None))
+    device = base.device
     with torch.no_grad(), in_eval(model):
         packed_N = token_logps(model, pack(sample).to(device))
         plain_N = torch.cat(
@@ -177,11 +173,11 @@ def check_packing(model: nn.Module, pairs: Sequence[EncodedPair]) -> float:
             ]
         )
     difference = (packed_N - plain_N).abs().mean().item()
-    limit = 1e-3 if causal_lm.dtype == torch.float32 else 0.1
+    limit = 1e-3 if base.dtype == torch.float32 else 0.1
     if not difference <= limit:
         raise ModelError(
             f"packed and plain log-probs differ by {difference:.3g} nats a token, more than the {limit} that "
-            f"{str(causal_lm.dtype).removeprefix('torch.')} explains: this model's attention is not what it seems",
+            f"{str(base.dtype).removeprefix('torch.')} explains: this model's attention is not what it seems",
             hint="try model.attention: sdpa; if it stays, please report the model",
         )
     return difference

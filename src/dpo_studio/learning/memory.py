@@ -7,7 +7,6 @@ pairs. When a single pair is too much, the backward pass forms more anew instead
 from __future__ import annotations
 
 import gc
-from bisect import insort
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,6 +18,7 @@ from torch import nn
 from dpo_studio.errors import RunError
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.layers import RUNGS, Recompute, set_recompute
+from dpo_studio.models.lora import forget_what_is_ready
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
 
@@ -35,7 +35,7 @@ _SPARE = 0.9
 _T = TypeVar("_T")
 
 
-@dataclass(frozen=True, order=True)
+@dataclass(frozen=True)
 class Limit:
     """What is kept in memory at once, from a step on."""
 
@@ -57,47 +57,55 @@ class Room:
         tell: Callable[[Limit], None] = lambda limit: None,
     ) -> None:
         self._policy, self._steps, self._tell = policy, steps, tell
-        self._limits = sorted({Limit(0, steps.tokens_per_micro_batch), *known})
-        self._now = self._limits[0]
+        self._limits = [Limit(0, steps.tokens_per_micro_batch)]
+        self._now: Limit | None = None
+        for limit in known:
+            self._learn(limit)
 
     def packed(self, micro_batches: list[MicroBatch], step: int) -> list[MicroBatch]:
         """The step's micro-batches as its limit has them: these, or packed anew."""
-        self._set(max(limit for limit in self._limits if limit.step <= step))
-        if all(batch.room == self._now.tokens for batch in micro_batches):
+        limit = [limit for limit in self._limits if limit.step <= step][-1]
+        self._set(limit)
+        if all(batch.room == limit.tokens for batch in micro_batches):
             return micro_batches
         return self._steps.micro_batches_of(step)
 
-    def shrink(self, step: int) -> None:
-        """After an out-of-memory: half the tokens from `step` on; from the longest pair on, less to keep of each.
+    def shrink(self, step: int, largest: int) -> None:
+        """After an out-of-memory: half the `largest` row's tokens from `step` on; once that is the longest pair's, less
+        to keep of each.
 
         Raises:
             RunError: a single pair does not fit although the backward pass keeps next to nothing.
         """
         longest = max(map(packed_tokens, self._steps.pairs))
-        tokens, recompute = self._now.tokens, self._now.recompute
-        if tokens > longest:
-            limit = Limit(step, max(longest, tokens // 2), recompute)
-        elif recompute != RUNGS[-1]:
-            limit = Limit(step, tokens, RUNGS[RUNGS.index(recompute) + 1])
+        now = [limit for limit in self._limits if limit.step <= step][-1]
+        if largest > longest:
+            limit = Limit(step, max(longest, min(now.tokens, largest) // 2), now.recompute)
+        elif now.recompute != RUNGS[-1]:
+            limit = Limit(step, now.tokens, RUNGS[RUNGS.index(now.recompute) + 1])
         else:
             raise too_long_for_memory(longest)
-        self._limits = [known for known in self._limits if known.step < step]
-        insort(self._limits, limit)
+        self._learn(limit)
         self._tell(limit)
 
+    def _learn(self, limit: Limit) -> None:
+        """A later word on a step replaces what was said of it and of later ones."""
+        self._limits = [known for known in self._limits if known.step < limit.step] + [limit]
+
     def _set(self, limit: Limit) -> None:
-        if limit.recompute != self._now.recompute:
+        if self._now is None or limit.recompute != self._now.recompute:
             set_recompute(self._policy, limit.recompute)
         self._now = limit
         self._steps.tokens_per_micro_batch = limit.tokens
 
 
-def unless_out_of_memory(compute: Callable[[], _T]) -> _T | None:
-    """The result, or None where the GPU's memory did not suffice; what the attempt held is given back."""
+def unless_out_of_memory(model: nn.Module, compute: Callable[[], _T]) -> _T | None:
+    """What `compute` does with `model`, or None where memory did not suffice; what the attempt held is given back."""
     try:
         return compute()
     except torch.OutOfMemoryError:
         pass  # and on, out of the handler: while it runs, the traceback holds the attempt's tensors
+    forget_what_is_ready(model)
     gc.collect()
     torch.cuda.empty_cache()
     return None
@@ -133,7 +141,7 @@ def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: 
 def _fits(policy: nn.Module, row: MicroBatch) -> bool:
     """Whether a row leaves what is to be spared: on a large card one look is enough."""
     before = torch.cuda.memory_allocated()
-    peak = unless_out_of_memory(partial(_peak_bytes, policy, row))
+    peak = unless_out_of_memory(policy, partial(_peak_bytes, policy, row))
     policy.zero_grad(set_to_none=True)
     return peak is not None and peak - before <= _SPARE * (_usable_bytes() - before)
 
@@ -144,12 +152,12 @@ def _tokens_that_fit(policy: nn.Module, by_length: Sequence[EncodedPair]) -> flo
     before = torch.cuda.memory_allocated()
     peaks: list[int] = []
     for tokens in (longest, 2 * longest):
-        peak = unless_out_of_memory(partial(_peak_bytes, policy, _row(by_length[:1], tokens)))
+        peak = unless_out_of_memory(policy, partial(_peak_bytes, policy, _row(by_length[:1], tokens)))
         policy.zero_grad(set_to_none=True)
         if peak is None:
             return longest if peaks else 0
         peaks.append(peak - before)
-    a_token = (peaks[1] - peaks[0]) / longest
+    a_token = max(1.0, (peaks[1] - peaks[0]) / longest)
     return (_SPARE * (_usable_bytes() - before) - peaks[0]) / a_token + longest
 
 

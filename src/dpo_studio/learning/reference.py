@@ -126,21 +126,24 @@ def batched_logps(
     """Log-probs of the pairs at `positions` under `model` as it is, in that order, on the CPU."""
     device = next(model.parameters()).device
     names = (*COLUMNS, "agreement_P") if agreement else COLUMNS
-    columns_CP = torch.zeros(len(names), len(positions), device=device)  # read once: a GPU is not waited for row by row
-    place = {position: index for index, position in enumerate(positions)}
+    done: list[int] = []
+    columns: list[Tensor] = []
     rows = deque(micro_batches(pairs, positions, budget))
     while rows:
         batch = rows.popleft()
-        logps = unless_out_of_memory(partial(pair_logps, model, batch.to(device), agreement=agreement))
+        logps = unless_out_of_memory(model, partial(pair_logps, model, batch.to(device), agreement=agreement))
         if logps is None:
             if len(batch) == 1:
                 raise too_long_for_memory(batch.tokens)
             rows.extendleft(micro_batches(pairs, batch.pairs, batch.tokens // 2))
             continue
-        where = torch.tensor([place[position] for position in batch.pairs], device=device)
-        columns_CP[:, where] = torch.stack([getattr(logps, name) for name in names])
+        done += batch.pairs
+        columns.append(torch.stack([getattr(logps, name) for name in names]))
         progress(len(batch), batch.tokens)
-    return _from_columns(names, columns_CP.cpu(), [pairs[position] for position in positions])
+    columns_CP = torch.cat(columns, 1).cpu() if columns else torch.zeros(len(names), 0)  # read once: nobody waits a row
+    place = {position: index for index, position in enumerate(done)}
+    in_order = columns_CP[:, [place[position] for position in positions]]
+    return _from_columns(names, in_order, [pairs[position] for position in positions])
 
 
 def _from_columns(names: Sequence[str], columns_CP: Tensor, pairs: Sequence[EncodedPair]) -> PairLogps:

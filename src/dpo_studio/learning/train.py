@@ -146,10 +146,11 @@ def train(
         seen = None
         while seen is None:
             micro_batches = room.packed(micro_batches, state.step + 1)
-            seen = unless_out_of_memory(partial(_learn_from, micro_batches, policy, formula, state, live_reference))
+            attempt = partial(_learn_from, micro_batches, policy, formula, state, live_reference)
+            seen = unless_out_of_memory(policy, attempt)
             if seen is None:
                 state.optimizer.zero_grad(set_to_none=True)
-                room.shrink(state.step + 1)
+                room.shrink(state.step + 1, max(batch.tokens for batch in micro_batches))
         means, log_ratio = seen.together()
         if not math.isfinite(means["loss"]):
             raise seen.not_finite(state.step + 1)

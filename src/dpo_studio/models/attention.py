@@ -87,7 +87,9 @@ def dense_mask(batch: MicroBatch, window: int | None = None) -> Tensor:
 
 def block_mask(batch: MicroBatch, window: int | None = None) -> BlockMask:
     """The same for FlexAttention. Which blocks it visits follows from their extremes; no T x T mask is formed."""
-    batch = _whole_blocks(batch, max(batch.tokens, batch.room, _LEAST_ROOM))
+    # a pair over its room is met rarely, and each length would have a kernel of its own
+    room = batch.room if batch.tokens <= batch.room else 1 << (batch.tokens - 1).bit_length()
+    batch = _whole_blocks(batch, max(room, _LEAST_ROOM))
     until_BR, position_BR = batch.seen_until_T.view(-1, BLOCK), batch.position_ids_1T.view(-1, BLOCK)
     start_B = torch.arange(len(until_BR), device=until_BR.device) * BLOCK
     earlier_BB = start_B[:, None] > start_B
@@ -145,7 +147,9 @@ def _window_note(_batch: MicroBatch, window: int | None) -> Tensor:
 
 @cache
 def _compiled_flex() -> Any:
-    """FlexAttention as a kernel: without compilation it forms every score."""
+    """FlexAttention as a kernel: without compilation it forms every score, and so it does beyond torch's own limit of
+    eight kernels."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["RUNGS", "Recompute", "compiled_layers", "set_recompute"]
+__all__ = ["RUNGS", "Recompute", "causal_lm", "compiled_layers", "set_recompute"]
 
 Recompute = Literal["nothing", "mlp", "layer"]
 RUNGS: tuple[Recompute, ...] = ("nothing", "mlp", "layer")
 """What the backward pass computes a second time instead of keeping it, the cheapest first."""
+_ALLOW_MATES = "skip_fwd_side_effects_in_bwd_under_checkpoint"
+"""torch's name for it: what a checkpointed part hands from q to k and v never leaves that part. Else it stays eager."""
 _GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma3MLP"}
 """Classes that are down(act(gate(x)) * up(x))."""
 
@@ -33,9 +35,13 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     layers = _layers(model)
     for layer in layers:
         layer.compile(dynamic=True)
-    hook = _causal_lm(model).get_input_embeddings().register_forward_hook(_needing_gradient)
+    hook = causal_lm(model).get_input_embeddings().register_forward_hook(_needing_gradient)
+    # policy, reference and evaluation, two kinds of layer, some lengths of the attention's kernel
+    settings: dict[str, Any] = {"recompile_limit": 64}
+    if hasattr(torch._dynamo.config, _ALLOW_MATES):
+        settings[_ALLOW_MATES] = True
     try:
-        with torch._dynamo.config.patch(recompile_limit=32):  # policy, reference and evaluation, two kinds of layer
+        with torch._dynamo.config.patch(settings):
             yield
     finally:
         hook.remove()
@@ -49,7 +55,7 @@ def set_recompute(model: nn.Module, what: Recompute) -> None:
     Even with "nothing", compiled layers form act(gate) * up again: that takes 3 % of a layer's time in one memory-bound
     pass, and keeping it a fifth of its memory.
     """
-    base: Any = _causal_lm(model)
+    base = causal_lm(model)
     # transformers 5.17 says gradient_checkpointing, 5.23 activation_checkpointing
     new_name = hasattr(base, "activation_checkpointing_enable")
     prefix = "activation_checkpointing" if new_name else "gradient_checkpointing"
@@ -59,8 +65,9 @@ def set_recompute(model: nn.Module, what: Recompute) -> None:
         getattr(base, f"{prefix}_disable")()
     for layer in _layers(model):
         layer.training = what == "layer"  # transformers' layers ask this before they checkpoint; nothing else does
-        mlp: Any = layer.mlp
-        mlp.__class__ = _recomputing(_plain(type(mlp)), whole=what == "mlp")
+        mlp: Any = getattr(layer, "mlp", None)
+        if mlp is not None:
+            mlp.__class__ = _recomputing(_plain(type(mlp)), whole=what == "mlp")
 
 
 @cache
@@ -95,10 +102,10 @@ def _needing_gradient(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tenso
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    layers: nn.ModuleList = _causal_lm(model).base_model.layers
+    layers: nn.ModuleList = getattr(causal_lm(model).base_model, "layers", nn.ModuleList())
     return layers
 
 
-def _causal_lm(model: nn.Module) -> Any:
+def causal_lm(model: nn.Module) -> Any:
     """The transformers model inside a PEFT wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "peft_config") else model  # type: ignore[operator]

@@ -19,7 +19,7 @@ import torch
 from peft.tuners import lora
 from torch import Tensor, nn
 
-__all__ = ["READ_TOGETHER", "LoraLinear", "link_mates"]
+__all__ = ["READ_TOGETHER", "LoraLinear", "forget_what_is_ready", "link_mates"]
 
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that stand in one module and read the same tensor, in the order they are called."""
@@ -95,6 +95,13 @@ def link_mates(model: nn.Module) -> None:
             mates = [layer for layer in layers if isinstance(layer, LoraLinear)]
             if len(mates) > 1:
                 mates[0].mates = mates
+
+
+def forget_what_is_ready(model: nn.Module) -> None:
+    """Let go of outputs nobody will ask for: a forward pass broke off between a layer and its mates."""
+    for module in model.modules():
+        if isinstance(module, LoraLinear):
+            module._ready = None
 
 
 @torch.library.custom_op("dpo_studio::lora", mutates_args=())

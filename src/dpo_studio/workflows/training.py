@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dpo_studio.errors import ModelError, RunError
 from dpo_studio.evaluation.accuracy import accuracy_summary
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore, save_checkpoint
 from dpo_studio.learning.logprobs import check_packing, pair_logps
-from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room
+from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, unless_out_of_memory
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.models.adapters import in_eval, save_adapter, train_mode
@@ -119,7 +120,9 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
         recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
         run.start(loaded, recipe)
         run.result_file.unlink(missing_ok=True)
-        session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"), limit)
+        if limit.recompute != "nothing":
+            run.append("memory.jsonl", asdict(limit))
+        session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"))
         session.fit()
     result = session.finish(time.perf_counter() - started) | (result_extra or {})
     run.write_json("result.json", result)
@@ -138,8 +141,6 @@ class _Session:
     data: RunData
     progress: Progress
     accelerator: Accelerator
-    limit: Limit
-    """What is kept in memory at once when the run begins."""
     state: TrainingState | None = None
     """From the moment there are steps to take."""
     held_out_reference: PairLogps | None = None
@@ -165,7 +166,7 @@ class _Session:
         with stopping_signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
             advance(state.step)
             for report in train(self.policy, steps, self.recipe.objective, state, live, room):
-                held_out = self._maybe_evaluate(report.step, steps.total, budget)
+                held_out = self._maybe_evaluate(report.step, steps.total, steps.tokens_per_micro_batch)
                 self._write(report, held_out)
                 advance(1, figures=_figures(report, held_out))
                 if report.step % self.recipe.training.save_every == 0 or report.step == steps.total or asked.signal:
@@ -251,7 +252,8 @@ class _Session:
             self.progress.say(f"continuing {self.run.path} after step {state.step} of {steps.total}")
         self.run.cut_back(state.step if checkpoint is not None else -1)
         if checkpoint is None:
-            self._check_start(steps.micro_batches_of(1)[0], live)
+            first = min(steps.micro_batches_of(1), key=len)  # whatever else does not fit, this row does or none will
+            unless_out_of_memory(self.policy, partial(self._check_start, first, live))
             if self.data.held_out.pairs:
                 self.run.append("metrics.jsonl", {"step": 0} | self._evaluate_start(budget))
         elif state.step >= steps.total and self.data.held_out.pairs:
@@ -331,9 +333,7 @@ class _Session:
                 "the step is taken again with the same pairs"
             )
 
-        if not known and self.limit.recompute != "nothing":
-            self.run.append("memory.jsonl", asdict(self.limit))
-        return Room(self.policy, steps, [self.limit, *known], tell)
+        return Room(self.policy, steps, known, tell)
 
     def _write(self, report: StepReport, held_out: dict[str, float]) -> None:
         self.run.append("metrics.jsonl", {"step": report.step} | report.metrics | held_out)
@@ -368,7 +368,9 @@ def _accelerated(
     recipe: Recipe, base: ChatModel, policy: PeftModel, data: RunData, progress: Progress
 ) -> Iterator[None]:
     """Compiled layers where there is enough to do that they pay for their compilation."""
-    if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX:
+    # the two passes of a whole-step objective are compiled apart and would not drop out alike
+    unlike = recipe.objective.whole_step and recipe.adapter.dropout > 0
+    if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX or unlike:
         yield
         return
     set_recompute(policy, "nothing")
