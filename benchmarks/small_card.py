@@ -2,8 +2,8 @@
 
     python benchmarks/small_card.py --gib 24
 
-Random weights in the true shape, the ultrafeedback mix (max_length 1024), live reference. What torch may
-allocate is limited to `--gib`: weights, activations, optimizer and cache, not the CUDA context. The last line is the peak.
+Random weights in the true shape, the ultrafeedback mix (max_length 1024), live reference. `--gib` limits what torch may
+allocate: weights, activations, optimizer and cache, not the CUDA context. The last line is the peak.
 """
 
 from __future__ import annotations
