@@ -7,6 +7,7 @@ Skipped where there is no CUDA. The oracle: the plain model in fp32, eager atten
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 from collections.abc import Iterator, Sequence
@@ -139,10 +140,12 @@ def larger() -> Any:
 
 
 @contextmanager
-def memory_limit(gib: float) -> Iterator[None]:
-    total = torch.cuda.get_device_properties(0).total_memory
+def room_for(gib: float) -> Iterator[None]:
+    """Inside, so much and no more can be allocated on top of what is."""
+    gc.collect()
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction(gib * 2**30 / total)
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + gib * 2**30) / total)
     try:
         yield
     finally:
@@ -150,10 +153,10 @@ def memory_limit(gib: float) -> Iterator[None]:
 
 
 def test_a_real_lack_of_memory_ends_with_the_same_losses() -> None:
-    """Rows of 16,384 tokens on a card made to have 0.2 GiB left: the same losses as with all the room there is."""
+    """Rows of 16,384 tokens, some 80 KB each, where 0.2 GiB are left: the same losses as with all the room there is."""
     free, nothing = steps_of(larger(), 16384)
     policy = larger()
-    with memory_limit(torch.cuda.memory_reserved() / 2**30 + 0.2):
+    with room_for(0.2):
         short, met = steps_of(policy, 16384)
     assert nothing == []
     assert met
@@ -167,7 +170,7 @@ def test_the_plan_fits_and_fills() -> None:
     pairs = random_pairs(48, prompt=(100, 300), answer=(100, 400))
     policy = larger()
     train_mode(policy)
-    with memory_limit(torch.cuda.memory_reserved() / 2**30 + 0.3):
+    with room_for(0.3):
         limit = plan_limit(policy, pairs, 48, CUDA)
         assert limit.recompute == "nothing"
         assert steps_of(policy, limit.tokens)[1] == []

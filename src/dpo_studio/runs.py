@@ -27,6 +27,7 @@ from typing import Any
 
 import yaml
 
+from dpo_studio import __version__
 from dpo_studio.config import LoadedRecipe, Recipe, validate_recipe
 from dpo_studio.errors import RunError
 
@@ -192,14 +193,15 @@ def _writing(path: Path) -> Iterator[None]:
 
 def environment(device: str, **more: Any) -> dict[str, Any]:
     """What the run ran on."""
-    packages = ("dpo-studio", "torch", "transformers", "peft", "accelerate", "datasets")
+    packages = ("torch", "transformers", "peft", "accelerate", "datasets")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "device": device,
         "cpus": os.cpu_count(),
         "platform": platform.platform(),
         "python": sys.version.split()[0],
-        "versions": {name: version(name) for name in packages},
+        # our own from the source: a checkout on PYTHONPATH has no metadata, and a run must not end over that
+        "versions": {"dpo-studio": __version__} | {name: version(name) for name in packages},
     } | more
 
 
