@@ -198,7 +198,7 @@ class Steps:
     def __call__(self, *, after: int) -> Iterator[list[MicroBatch]]:
         """The micro-batches of step after+1, after+2, ... to the end; a thread packs the next while one is used.
 
-        A thread, not a process: a row of 8,192 tokens takes it 1 ms, and a GPU some 600.
+        A thread, not a process: a row of 8,192 tokens takes it 2 ms, and a GPU some 600.
         """
         with ThreadPoolExecutor(max_workers=1) as packer:
             coming = packer.submit(self.micro_batches_of, after + 1)

@@ -6,6 +6,7 @@ import resource
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -110,9 +111,14 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
     if (done := run.result()) is not None and _is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
         return TrainedRun(run, done, held_out=split.held_out)
-    base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say)
+    folder = locate(recipe.model.path, recipe.model.revision, progress.say)
+    check_folder(folder, recipe.model)
+    encoder = load_encoder(folder, recipe.model)
+    with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
+        encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
+        base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say)
+        data = encoding.result()
     recipe = settle_dtype(recipe, base)
-    data = encode_both(recipe, source, split, base.encoder, progress)
     _check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
     policy = attach_policy(base, recipe)
     train_mode(policy)
