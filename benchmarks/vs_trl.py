@@ -189,7 +189,7 @@ def _options() -> argparse.Namespace:
     steady.add_argument("--mix", choices=MIXES, default="ultrafeedback")
     steady.add_argument("--systems", type=_systems, default=DEFAULT_SYSTEMS, help="by name, with commas")
     steady.add_argument("--seconds", type=float, default=15, help="measured a system, after two steps of warm-up")
-    steady.add_argument("--limit", type=float, default=75, help="seconds a system may take in all")
+    steady.add_argument("--limit", type=float, default=150, help="seconds a system may take in all")
     steady.add_argument("--within", type=float, default=540, help="seconds the whole run may take")
     steady.add_argument("--pairs-per-step", type=int, default=64, help="of ours")
     steady.add_argument("--tokens-per-micro-batch", type=int, default=8192, help="of ours, and rows of the card's test")

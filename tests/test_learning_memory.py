@@ -16,7 +16,14 @@ from dpo_studio.config import TrainingSection
 from dpo_studio.errors import RunError
 from dpo_studio.learning import memory, reference, train
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, plan_limit, unless_out_of_memory
+from dpo_studio.learning.memory import (
+    CPU_TOKENS,
+    Limit,
+    Room,
+    plan_limit,
+    tokens_without_gradient,
+    unless_out_of_memory,
+)
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.learning.train import StepReport, TrainingState
 from dpo_studio.models.adapters import as_reference, train_mode
@@ -158,6 +165,13 @@ def test_a_broken_off_forward_pass_holds_nothing(monkeypatch: pytest.MonkeyPatch
 def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
     with pytest.raises(RuntimeError, match="something else"):
         unless_out_of_memory(torch.nn.Identity(), lambda: (_ for _ in ()).throw(RuntimeError("something else")))
+
+
+def test_passes_without_a_gradient_take_a_gpu_s_full_measure() -> None:
+    """However little training has room for; a CPU's measure stays."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [tokens_without_gradient(tokens, gpu) for tokens in (1630, 65536)] == [8192, 65536]
+    assert tokens_without_gradient(1630, cpu) == 1630
 
 
 def test_a_cpu_is_given_its_own_number() -> None:

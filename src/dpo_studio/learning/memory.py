@@ -22,7 +22,15 @@ from dpo_studio.models.lora import forget_what_is_ready
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
 
-__all__ = ["CPU_TOKENS", "Limit", "Room", "plan_limit", "too_long_for_memory", "unless_out_of_memory"]
+__all__ = [
+    "CPU_TOKENS",
+    "Limit",
+    "Room",
+    "plan_limit",
+    "tokens_without_gradient",
+    "too_long_for_memory",
+    "unless_out_of_memory",
+]
 
 CPU_TOKENS = 2048
 """Tokens of a micro-batch on a CPU: two cores are busy from 512 on; a step of eight short pairs then is one row."""
@@ -109,6 +117,11 @@ def unless_out_of_memory(model: nn.Module, compute: Callable[[], _T]) -> _T | No
     gc.collect()
     torch.cuda.empty_cache()
     return None
+
+
+def tokens_without_gradient(tokens: int, device: torch.device) -> int:
+    """Tokens at once in passes that keep nothing for a backward pass: a GPU has room for its full measure of them."""
+    return max(tokens, _GPU_TOKENS[0]) if device.type == "cuda" else tokens
 
 
 def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: int, device: torch.device) -> Limit:

@@ -13,6 +13,7 @@ from dpo_studio.config import SourceSection, TooLong
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite
 from dpo_studio.learning.logprobs import check_packing
+from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import prompt_key
@@ -22,8 +23,6 @@ from dpo_studio.tokens.encode import EncodedPair, encode_pairs
 from dpo_studio.workflows.loading import load_any
 
 __all__ = ["score_pairs"]
-
-_TOKENS = 2048
 
 
 def score_pairs(
@@ -79,8 +78,9 @@ def score_pairs(
 def _logps(loaded: Any, pairs: Sequence[EncodedPair], tuned: bool, progress: Progress) -> PairLogps:
     title = "policy" if tuned else "reference"
     with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
+        budget = tokens_without_gradient(CPU_TOKENS, next(loaded.policy.parameters()).device)
         return batched_logps(
-            loaded.policy, pairs, range(len(pairs)), budget=_TOKENS, progress=lambda done, tokens: advance(done)
+            loaded.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
         )
 
 

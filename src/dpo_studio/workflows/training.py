@@ -24,7 +24,7 @@ from dpo_studio.errors import ModelError, RunError
 from dpo_studio.evaluation.accuracy import accuracy_summary
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore, save_checkpoint
 from dpo_studio.learning.logprobs import check_packing, pair_logps
-from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, unless_out_of_memory
+from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_gradient, unless_out_of_memory
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.models.adapters import in_eval, save_adapter, train_mode
@@ -160,19 +160,20 @@ class _Session:
         budget = int(self.recipe.training.tokens_per_micro_batch)
         difference = check_packing(self.policy, self.data.train.pairs)
         self.progress.say(f"packed and plain log-probs agree: {difference:.2g} nats a token apart")
-        live, cached = self._references(budget)
+        at_once = tokens_without_gradient(budget, self.base.device)
+        live, cached = self._references(at_once)
         steps = steps_of(self.recipe, self.data.train.pairs, budget, cached)
         self.state = state = TrainingState.fresh(
             self.policy, self.recipe.training, steps.total, self.accelerator, self.recipe.reference
         )
         self._warn_if_the_reference_never_moves(steps.total)
-        self._resume_or_begin(state, steps, live, budget)
+        self._resume_or_begin(state, steps, live, at_once)
         self._track()
         room = self._room(steps)
         with stopping_signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
             advance(state.step)
             for report in train(self.policy, steps, self.recipe.objective, state, live, room):
-                held_out = self._maybe_evaluate(report.step, steps.total, steps.tokens_per_micro_batch)
+                held_out = self._maybe_evaluate(report.step, steps.total, at_once)
                 self._write(report, held_out)
                 advance(1, figures=_figures(report, held_out))
                 if report.step % self.recipe.training.save_every == 0 or report.step == steps.total or asked.signal:
