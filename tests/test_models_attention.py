@@ -30,6 +30,7 @@ from dpo_studio.models.attention import (
     _whole_blocks,
     block_mask,
     check_architecture,
+    choose_attention,
     dense_mask,
     row_inputs,
 )
@@ -183,6 +184,19 @@ def test_without_a_pack_our_attentions_are_plain_sdpa(attention: str) -> None:
 def test_spans_are_where_the_parts_lie() -> None:
     """First pair: prompt 0-2, chosen 2-4, rejected 4-5; second: prompt 5-6, chosen 6-7, no rejected token is read."""
     assert pack(TWO).spans == (Span(0, 2, 4, 5), Span(5, 6, 7, 7))
+
+
+def test_the_kernel_is_chosen_where_it_can_be_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU, with heads it takes, Triton and a C compiler; what the recipe names is not questioned."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    small, usual = (tiny_model(head_dim=size).config for size in (8, 16))
+    monkeypatch.setattr("dpo_studio.models.attention.find_spec", lambda name: name)
+    monkeypatch.setenv("CC", "cc")
+    assert [choose_attention("auto", usual, gpu), choose_attention("auto", small, gpu)] == [FLEX, PAIRS]
+    assert [choose_attention("auto", usual, cpu), choose_attention("sdpa", usual, gpu)] == [PAIRS, "sdpa"]
+    monkeypatch.delenv("CC")
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    assert choose_attention("auto", usual, gpu) == PAIRS
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.models.adapters import as_reference, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
@@ -103,8 +103,10 @@ def test_layers_that_form_anew_are_compiled_whole(what: Any, monkeypatch: pytest
     torch._dynamo.utils.counters.clear()
     with compiled_layers(policy):
         traced, _ = numbers(policy, SIX)
-    assert not torch._dynamo.utils.counters["graph_break"]
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        assert not torch._dynamo.utils.counters["graph_break"]
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
+        check_packing(policy, random_pairs(5))  # the plain model's four sequences are not worth a compilation
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 3
     torch.testing.assert_close(traced, plain, rtol=1e-5, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.attention import row_inputs
-from dpo_studio.models.layers import causal_lm
+from dpo_studio.models.layers import causal_lm, plain_layers
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, pack, packed_tokens
@@ -145,7 +145,8 @@ def _compiled_head_terms() -> Any:
 def plain_token_logps(model: nn.Module, prompt: Sequence[int], answer: EncodedAnswer) -> Tensor:
     """Log-prob of every scored token of an answer as textbooks have it: one sequence, its own logits; fp32, (N,)."""
     ids_1T = torch.tensor([[*prompt, *answer.ids.tolist()]], device=causal_lm(model).device)
-    logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1]
+    with plain_layers(model):
+        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1]
     logps_AV = logits_TV.float().log_softmax(-1)
     scored_A = torch.from_numpy(answer.scored).to(logps_AV.device)
     logps_A: Tensor = logps_AV.gather(1, ids_1T[0, len(prompt) :, None])[:, 0]

@@ -12,9 +12,12 @@ Shapes: T = tokens of the row, B = blocks of 128 of them, H = heads, D = head si
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from functools import cache, lru_cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -32,6 +35,7 @@ __all__ = [
     "FLEX",
     "PAIRS",
     "block_mask",
+    "can_compile",
     "check_architecture",
     "choose_attention",
     "dense_mask",
@@ -256,7 +260,13 @@ def choose_attention(wanted: str, config: Any, device: torch.device) -> str:
     if wanted != "auto":
         return wanted
     heads = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return FLEX if device.type == "cuda" and heads >= _SMALLEST_FLEX_HEAD else PAIRS
+    return FLEX if device.type == "cuda" and heads >= _SMALLEST_FLEX_HEAD and can_compile() else PAIRS
+
+
+def can_compile() -> bool:
+    """Whether kernels can be made on this machine: Triton, and the C compiler that it calls."""
+    compiler = os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang")
+    return compiler is not None and find_spec("triton") is not None
 
 
 def check_architecture(config: Any, name: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["RUNGS", "Recompute", "causal_lm", "compiled_layers", "set_recompute"]
+__all__ = ["RUNGS", "Recompute", "causal_lm", "compiled_layers", "plain_layers", "set_recompute"]
 
 Recompute = Literal["nothing", "mlp", "layer"]
 RUNGS: tuple[Recompute, ...] = ("nothing", "mlp", "layer")
@@ -47,6 +47,20 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
         hook.remove()
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+@contextmanager
+def plain_layers(model: nn.Module) -> Iterator[None]:
+    """Inside, layers run as they are: nothing is compiled for a sequence that comes once."""
+    layers = _layers(model)
+    compiled = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
+        layer._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for layer, call in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = call
 
 
 def set_recompute(model: nn.Module, what: Recompute) -> None:

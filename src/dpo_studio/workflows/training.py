@@ -28,7 +28,7 @@ from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_g
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.models.adapters import in_eval, save_adapter, train_mode
-from dpo_studio.models.attention import FLEX
+from dpo_studio.models.attention import FLEX, can_compile
 from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
 from dpo_studio.objectives import PairLogps, margin
@@ -375,6 +375,11 @@ def _accelerated(
     recipe: Recipe, base: ChatModel, policy: PeftModel, data: RunData, progress: Progress
 ) -> Iterator[None]:
     """Compiled layers where there is enough to do that they pay for their compilation."""
+    if base.device.type == "cuda" and not can_compile():
+        progress.warn(
+            "no kernels can be compiled here (Triton and a C compiler such as gcc are needed): "
+            "training works, at less than half the speed"
+        )
     # the two passes of a whole-step objective are compiled apart and would not drop out alike
     unlike = recipe.objective.whole_step and recipe.adapter.dropout > 0
     if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX or unlike:
