@@ -18,6 +18,7 @@ from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.reference import reference_logps
 from dpo_studio.learning.train import StepReport, TrainingState, train
 from dpo_studio.models.adapters import as_reference, attach, train_mode
+from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import Steps
 from tests.tiny_models import tiny_folder, tiny_model
@@ -67,6 +68,19 @@ def plain_logps(model: Any, pairs: Sequence[EncodedPair]) -> Tensor:
             places = [len(pair.prompt) + place for place in range(len(answer.ids)) if answer.scored[place]]
             sums.append(sum((logps[place - 1, ids[place]] for place in places), torch.zeros((), device=ids.device)))
     return torch.stack(sums).view(-1, 2)
+
+
+def columns(logps: PairLogps) -> Tensor:
+    """Both answers' log-probs, (P, 2)."""
+    return torch.stack([logps.chosen_P, logps.rejected_P], 1)
+
+
+def gradients(model: Any, value: Tensor) -> dict[str, Tensor]:
+    """Of `value` in every trainable tensor; the model is left without any."""
+    torch.autograd.backward(value)
+    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    model.zero_grad(set_to_none=True)
+    return found
 
 
 def moved(policy: Any, *, seed: int = 0, size: float = 0.1) -> Any:

@@ -19,10 +19,9 @@ from dpo_studio.learning import logprobs
 from dpo_studio.learning.logprobs import check_packing, pair_logps, plain_token_logps, token_logps
 from dpo_studio.models import attention
 from dpo_studio.models.attention import FLEX, PAIRS, row_inputs
-from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Span, pack
-from tests.conftest import encoded, plain_logps, plain_peft_on, policy_on, random_pairs
+from tests.conftest import columns, encoded, gradients, plain_logps, plain_peft_on, policy_on, random_pairs
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 ODD = [
@@ -44,18 +43,6 @@ flex_on_a_cpu = pytest.mark.filterwarnings("ignore:flex_attention called without
 def _small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU FlexAttention forms every score of a row's room, seen or not: 2,048 x 2,048 take seconds."""
     monkeypatch.setattr(attention, "_LEAST_ROOM", attention.BLOCK)
-
-
-def columns(logps: PairLogps) -> Tensor:
-    return torch.stack([logps.chosen_P, logps.rejected_P], 1)
-
-
-def gradients(model: Any, value: Tensor) -> dict[str, Tensor]:
-    """Of `value` in every trainable tensor; the model is left without any."""
-    torch.autograd.backward(value)
-    found = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
-    model.zero_grad(set_to_none=True)
-    return found
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

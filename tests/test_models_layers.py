@@ -14,7 +14,7 @@ from dpo_studio.models.adapters import as_reference, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
 from dpo_studio.tokens.pack import pack
-from tests.conftest import policy_on, random_pairs
+from tests.conftest import gradients, policy_on, random_pairs
 from tests.tiny_models import ARCHITECTURES
 
 SIX, FOUR = pack(random_pairs(6)), pack(random_pairs(4, seed=1))
@@ -23,9 +23,7 @@ SIX, FOUR = pack(random_pairs(6)), pack(random_pairs(4, seed=1))
 def numbers(policy: Any, row: Any) -> tuple[Tensor, dict[str, Tensor]]:
     """Log-probs of policy and reference, and every LoRA gradient."""
     logps = pair_logps(policy, row)
-    torch.autograd.backward(logps.chosen_P.sum() - 0.5 * logps.rejected_P.sum())
-    found = {name: p.grad for name, p in policy.named_parameters() if p.requires_grad}
-    policy.zero_grad(set_to_none=True)
+    found = gradients(policy, logps.chosen_P.sum() - 0.5 * logps.rejected_P.sum())
     with torch.no_grad(), as_reference(policy):
         reference = pair_logps(policy, row)
     return torch.cat([logps.chosen_P, logps.rejected_P, reference.chosen_P]).detach(), found
@@ -36,12 +34,12 @@ def test_forming_anew_changes_no_bit(architecture: str) -> None:
     """Whatever is chosen, in whatever order; afterwards the model's classes are transformers' or pass for them."""
     policy = policy_on(architecture, attn_implementation=PAIRS)
     train_mode(policy)
-    logps, gradients = numbers(policy, SIX)
+    logps, slopes = numbers(policy, SIX)
     for what in (*RUNGS, "mlp", "nothing"):
         set_recompute(policy, what)
         again, anew = numbers(policy, SIX)
         assert torch.equal(again, logps)
-        assert all(torch.equal(anew[name], gradients[name]) for name in gradients)
+        assert all(torch.equal(anew[name], slopes[name]) for name in slopes)
 
 
 class Kept:
@@ -83,9 +81,9 @@ def test_compiled_layers_are_the_plain_ones() -> None:
         compiled = [numbers(policy, row) for row in (SIX, FOUR)]
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 2
     assert torch.equal(numbers(policy, FOUR)[0], plain[1][0])
-    for (logps, gradients), (again, anew) in zip(plain, compiled, strict=True):
+    for (logps, wanted), (again, anew) in zip(plain, compiled, strict=True):
         torch.testing.assert_close(again, logps, rtol=1e-5, atol=1e-5)
-        for name, gradient in gradients.items():
+        for name, gradient in wanted.items():
             largest = gradient.abs().max().item()
             torch.testing.assert_close(anew[name], gradient, rtol=0, atol=1e-4 * largest, msg=name)
 

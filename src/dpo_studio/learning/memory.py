@@ -72,7 +72,7 @@ class Room:
 
     def packed(self, micro_batches: list[MicroBatch], step: int) -> list[MicroBatch]:
         """The step's micro-batches as its limit has them: these, or packed anew."""
-        limit = [limit for limit in self._limits if limit.step <= step][-1]
+        limit = self._at(step)
         self._set(limit)
         if all(batch.room == limit.tokens for batch in micro_batches):
             return micro_batches
@@ -86,7 +86,7 @@ class Room:
             RunError: a single pair does not fit although the backward pass keeps next to nothing.
         """
         longest = max(map(packed_tokens, self._steps.pairs))
-        now = [limit for limit in self._limits if limit.step <= step][-1]
+        now = self._at(step)
         if largest > longest:
             limit = Limit(step, max(longest, min(now.tokens, largest) // 2), now.recompute)
         elif now.recompute != RUNGS[-1]:
@@ -95,6 +95,9 @@ class Room:
             raise too_long_for_memory(longest)
         self._learn(limit)
         self._tell(limit)
+
+    def _at(self, step: int) -> Limit:
+        return [limit for limit in self._limits if limit.step <= step][-1]
 
     def _learn(self, limit: Limit) -> None:
         """A later word on a step replaces what was said of it and of later ones."""

@@ -50,20 +50,23 @@ class ChatModel:
 
 
 def load_chat_model(
-    section: ModelSection, *, typed: str | None = None, say: Callable[[str], None] = lambda _: None
+    section: ModelSection,
+    *,
+    typed: str | None = None,
+    say: Callable[[str], None] = lambda _: None,
+    encoder: ChatEncoder | None = None,
 ) -> ChatModel:
-    """Load a base and its tokenizer onto the best device there is.
+    """Load a base and its tokenizer, unless its `encoder` is at hand, onto the best device there is.
 
     Raises:
         ModelError: not found, unsafe, unsupported, or with tensors missing or left over.
     """
     folder = locate(section.path, section.revision, say)
-    check_folder(folder, section)
-    encoder = load_encoder(folder, section)
+    config = check_folder(folder, section)
+    encoder = encoder or load_encoder(folder, section)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)
-    config = AutoConfig.from_pretrained(folder).get_text_config()
     attention = choose_attention(section.attention, config, device)
     model = _load_weights(folder, dtype, attention, section.path).to(device)
     model.requires_grad_(False)
@@ -125,8 +128,8 @@ def _is_whole(folder: Path) -> bool:
     return bool(wanted) and all((folder / name).is_file() for name in wanted)
 
 
-def check_folder(folder: Path, section: ModelSection) -> None:
-    """Look a model folder over before anything in it is loaded.
+def check_folder(folder: Path, section: ModelSection) -> Any:
+    """Look a model folder over before anything in it is loaded; return the config of its text model.
 
     Raises:
         ModelError: no config, remote code, pickle-only weights, quantised in a way we cannot train, or unsupported.
@@ -156,10 +159,11 @@ def check_folder(folder: Path, section: ModelSection) -> None:
     if section.residency != "packed" or section.compute != "auto":
         raise ModelError("model.residency and model.compute are for GPTQ bases", hint=f"{name} is not one: remove them")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder).get_text_config()
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
-    check_architecture(config.get_text_config(), name)
+    check_architecture(config, name)
+    return config
 
 
 def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:

@@ -116,7 +116,7 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
     encoder = load_encoder(folder, recipe.model)
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
-        base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say)
+        base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say, encoder=encoder)
         data = encoding.result()
     recipe = settle_dtype(recipe, base)
     _check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
