@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -13,21 +14,44 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-__all__ = ["OURS", "Job", "Rival", "check_system", "end_on_request", "measure", "versions"]
+__all__ = [
+    "OURS",
+    "OURS_ON_GPTQ",
+    "Job",
+    "Rival",
+    "check_system",
+    "end_on_request",
+    "measure",
+    "measure_each",
+    "on_gptq",
+    "systems_by_name",
+    "versions",
+]
 
 _KEPT_OUTPUT = 2000
+_LEAST_SECONDS = 20
+"""A process that has less than this left does not get to measure anything."""
 
 OURS = {
     "ours-live": "reference in the step",
     "ours-cached": "reference computed once (not counted)",
     "ours-unshared": "reference in the step, prompts not shared",
 }
+OURS_ON_GPTQ = {
+    "packed-live": "GPTQ base, reference in the step",
+    "packed-cached": "GPTQ base, reference computed once (not counted)",
+    "fp8-live": "GPTQ base, FP8, reference in the step",
+    "fp8-cached": "GPTQ base, FP8, reference computed once (not counted)",
+    "resident-live": "GPTQ base formed once in bf16, reference in the step",
+}
+"""Four bits in groups of 128 inputs."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +59,7 @@ class Job:
     """What to measure."""
 
     system: str
-    """`card`, one of `OURS`, or a `Rival` by name."""
+    """`card`, one of `OURS` or `OURS_ON_GPTQ`, or a `Rival` by name."""
     device: str
     shape: str
     mix: str
@@ -60,13 +84,15 @@ class Job:
 
 @dataclass(frozen=True)
 class Rival:
-    """What can be chosen about TRL, by its name here: `trl-b4-ckpt-pre-group-compile`."""
+    """What can be chosen about TRL, by its name here: `trl-b4-ckpt-pre-group-compile`, `trl-gptq-b4`."""
 
     batch: int
     checkpointing: bool
     precomputed: bool
     grouped: bool
     compiled: bool
+    gptq: bool = False
+    """On gptqmodel's linear layers instead of a bf16 base."""
 
     @classmethod
     def named(cls, name: str) -> Rival:
@@ -75,16 +101,17 @@ class Rival:
         Raises:
             ValueError: none.
         """
-        found = re.fullmatch(rf"trl-b(\d+)((?:-(?:{'|'.join(_WORDS)}))*)", name)
+        found = re.fullmatch(rf"trl-(gptq-)?b(\d+)((?:-(?:{'|'.join(_WORDS)}))*)", name)
         if not found:
-            raise ValueError(f"{name}: no such system; there are {', '.join(OURS)} and trl-b4[-{'][-'.join(_WORDS)}]")
-        words = found[2].split("-")
-        return cls(int(found[1]), *(word in words for word in _WORDS))
+            ours = ", ".join([*OURS, *OURS_ON_GPTQ])
+            raise ValueError(f"{name}: no such system; there are {ours} and trl-[gptq-]b4[-{'][-'.join(_WORDS)}]")
+        words = found[3].split("-")
+        return replace(cls(int(found[2]), *(word in words for word in _WORDS)), gptq=bool(found[1]))
 
     def __str__(self) -> str:
         chosen = (self.checkpointing, self.precomputed, self.grouped, self.compiled)
         words = [text for text, on in zip(_WORDS.values(), chosen, strict=True) if on]
-        return ", ".join([f"batch {self.batch}", *words])
+        return ", ".join([*(["gptqmodel's GPTQ base"] if self.gptq else []), f"batch {self.batch}", *words])
 
 
 _WORDS = {
@@ -101,12 +128,39 @@ def check_system(name: str) -> str:
     Raises:
         ValueError: there is no such system.
     """
-    return OURS.get(name) or str(Rival.named(name))
+    return OURS.get(name) or OURS_ON_GPTQ.get(name) or str(Rival.named(name))
+
+
+def on_gptq(name: str) -> bool:
+    """Whether a system trains on a GPTQ base; the others have one in bf16."""
+    return name in OURS_ON_GPTQ or (name not in OURS and Rival.named(name).gptq)
+
+
+def systems_by_name(text: str) -> list[str]:
+    """Systems with commas between them, for argparse."""
+    names = text.split(",")
+    for name in names:
+        try:
+            check_system(name)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+    return names
 
 
 def end_on_request() -> None:
     """Let SIGTERM end a benchmark as Ctrl-C does: with its processes."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+def measure_each(job: Job, systems: Sequence[str], until: float) -> Iterator[dict[str, Any]]:
+    """One system after another, each with its setting in words; none is begun that cannot end by `time.monotonic()`."""
+    for name in systems:
+        left = until - time.monotonic()
+        if left < _LEAST_SECONDS:
+            result = {"system": name, "status": "failed", "reason": "not begun: the time for the whole run is over"}
+        else:
+            result = measure(replace(job, system=name, limit=min(job.limit, left)))
+        yield result | {"setting": check_system(name)}
 
 
 def measure(job: Job) -> dict[str, Any]:
@@ -150,7 +204,7 @@ def _outcome(job: Job, code: int | None, notes: Path, output: Path) -> dict[str,
 def versions() -> dict[str, str]:
     """Of what was measured, as installed; carried source folders have none."""
     found = {}
-    for name in ("dpo-studio", "trl", "torch", "transformers", "peft", "accelerate", "triton"):
+    for name in ("dpo-studio", "trl", "torch", "transformers", "peft", "accelerate", "triton", "gptqmodel"):
         with suppress(PackageNotFoundError):
             found[name] = version(name)
     return found

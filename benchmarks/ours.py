@@ -6,12 +6,14 @@ import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
+from torch import nn
 
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.logprobs import pair_logps
@@ -19,34 +21,44 @@ from dpo_studio.learning.reference import reference_logps
 from dpo_studio.learning.train import TrainingState, train
 from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.models.attention import FLEX, PAIRS
+from dpo_studio.models.fp8 import device_obstacle, fp8_obstacle
+from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, fit, pack
-from jobs import OURS, Job
+from jobs import Job, check_system
 from meter import Meter, synchronise
 from shapes import (
     ALPHA,
+    GPTQ_BITS,
+    GPTQ_ZERO,
     MIXES,
     RANK,
     TARGETS,
     Shape,
+    gptq_group,
     mean_unique_tokens,
+    random_gptq,
     random_model,
     random_pairs,
     shaped,
     unique_tokens,
 )
 
-__all__ = ["our_policy", "run", "unshared_pack"]
+__all__ = ["gptq_linear", "our_policy", "run", "unshared_pack"]
 
 _FORWARD, _BACKWARD = 2, 2
 """Floating-point operations a weight and token; the frozen weights need no gradient of their own."""
 
 
-def our_policy(shape: Shape, device: torch.device) -> PeftModel:
-    """A policy with random weights, ready for training: what `load_chat_model` and the run do for a real one."""
-    base = random_model(shape, device, FLEX if device.type == "cuda" else PAIRS)
+def our_policy(shape: Shape, device: torch.device, kind: str = "ours") -> PeftModel:
+    """A policy with random weights, ready for training: what `load_chat_model` and the run do for a real one.
+
+    Its base is bf16 (`ours`) or GPTQ: `packed`, with `fp8` products, or formed once (`resident`).
+    """
+    attention = FLEX if device.type == "cuda" else PAIRS
+    base = random_model(shape, device, attention, None if kind == "ours" else partial(gptq_linear, kind=kind))
     base.requires_grad_(False)
     base.eval()
     policy = attach(base, AdapterSection(rank=RANK, alpha=ALPHA, targets=list(TARGETS)), seed=0)
@@ -56,18 +68,39 @@ def our_policy(shape: Shape, device: torch.device) -> PeftModel:
     return policy
 
 
+def gptq_linear(dense: nn.Linear, kind: str) -> nn.Linear:
+    """A GPTQ layer of this one's size with random weights, as `load_chat_model` makes one of a checkpoint's."""
+    inputs, outputs, device = dense.in_features, dense.out_features, dense.weight.device
+    group = gptq_group(inputs)
+    if kind == "fp8":
+        obstacle = device_obstacle(device) or fp8_obstacle(inputs, outputs, GPTQ_BITS, group, act_order=False)
+        if obstacle:
+            raise RuntimeError(f"FP8: {obstacle}")
+    layer = GPTQLinear(inputs, outputs, GPTQ_BITS, group, device=device)
+    words_NW, scales_NG = random_gptq(dense)
+    layer.words_NW.copy_(words_NW)
+    layer.scales_NG.copy_(scales_NG)
+    layer.zeros_NG.fill_(GPTQ_ZERO)
+    if kind == "fp8":
+        return FP8Linear(layer)
+    if kind != "resident":
+        return layer
+    dense.weight.data = layer.packed.formed(dense.weight.dtype)
+    return dense
+
+
 def run(job: Job, meter: Meter) -> dict[str, Any]:
     """Train until the meter has seen enough; layers are compiled on a GPU, as in any run long enough."""
     shape = shaped(job.shape, window=job.window, vocabulary=job.vocabulary)
     pairs = random_pairs(replace(MIXES[job.mix], scale=job.scale), job.pairs, shape.vocabulary)
     meter.say("making the model")
-    policy = our_policy(shape, meter.device)
+    policy = our_policy(shape, meter.device, job.system.partition("-")[0])
     with compiled_layers(policy) if meter.device.type == "cuda" else nullcontext():
         return _trained(job, meter, shape, pairs, policy)
 
 
 def _trained(job: Job, meter: Meter, shape: Shape, pairs: Sequence[EncodedPair], policy: PeftModel) -> dict[str, Any]:
-    cached = _Cached.of(policy, pairs, job, meter) if job.system == "ours-cached" else None
+    cached = _Cached.of(policy, pairs, job, meter) if job.system.endswith("-cached") else None
     section = TrainingSection(pairs_per_step=job.pairs_per_step, schedule="constant", warmup=0)
     steps = (_Unshared if job.system == "ours-unshared" else Steps)(
         pairs,
@@ -94,7 +127,7 @@ def _trained(job: Job, meter: Meter, shape: Shape, pairs: Sequence[EncodedPair],
             break
     passes = _FORWARD + _BACKWARD + (0 if cached else _FORWARD)
     result = meter.result(mean_unique_tokens(pairs), passes * shape.layer_parameters)
-    result |= {"setting": OURS[job.system], "first_loss": losses[0], "last_loss": losses[-1]}
+    result |= {"setting": check_system(job.system), "first_loss": losses[0], "last_loss": losses[-1]}
     result["tokens_per_micro_batch"] = job.tokens_per_micro_batch
     return result | (cached.result(result["pairs_per_second"]) if cached else {})
 

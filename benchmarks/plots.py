@@ -1,4 +1,4 @@
-"""The figure and the tables of docs/performance.md, from the JSON of `vs_trl.py --shape` and `growth.py`.
+"""The figure and the tables of docs/performance.md, from the JSON of `vs_trl.py --shape`, `gptq.py`, `growth.py`.
 
 python benchmarks/plots.py ultrafeedback.json summarisation.json growth.json --figure docs/images/performance.png
 """
@@ -26,7 +26,7 @@ def main() -> None:
     options = parser.parse_args()
     records = [json.loads(file.read_text(encoding="utf-8")) for file in options.files]
     steady = [record for record in records if record["kind"] == "steady"]
-    for record in steady:
+    for record in [*steady, *(record for record in records if record["kind"] == "gptq")]:
         print(f"{caption(record)}\n\n{table(record)}\n")
     for record in records:
         if record["kind"] == "growth":
@@ -69,7 +69,7 @@ def _row(result: dict[str, Any]) -> list[str]:
         f"{result['unique_tokens_per_second']:,.0f}",
         f"{result['tflops']:.0f}",
         "" if share is None else f"{share:.0%}",
-        f"{result['peak_gib']:.0f}",
+        f"{result['peak_gib']:.1f}",
         f"{result['first_step_seconds']:.0f} + {result['import_seconds']:.0f} imports",
     ]
 
@@ -138,11 +138,11 @@ def _bars(record: dict[str, Any]) -> list[dict[str, Any]]:
 def _colour(system: str) -> str:
     if system == "ours-unshared":
         return _UNSHARED
-    return _OURS if system.startswith("ours") else _THEIRS
+    return _THEIRS if system.startswith("trl") else _OURS
 
 
 def _who(result: dict[str, Any]) -> str:
-    return "DPO Studio" if result["system"].startswith("ours") else "TRL"
+    return "TRL" if result["system"].startswith("trl") else "DPO Studio"
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -13,6 +13,7 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig
 from tokenizers import Tokenizer, models
+from torch import nn
 from transformers import PreTrainedTokenizerFast, PrinterCallback, TrainerCallback
 from transformers.trainer_pt_utils import get_length_grouped_indices
 from trl import DPOConfig, DPOTrainer
@@ -20,9 +21,23 @@ from trl import DPOConfig, DPOTrainer
 from dpo_studio.tokens.encode import EncodedPair
 from jobs import Job, Rival
 from meter import Meter
-from shapes import ALPHA, MIXES, RANK, TARGETS, mean_unique_tokens, random_model, random_pairs, shaped, unique_tokens
+from shapes import (
+    ALPHA,
+    GPTQ_BITS,
+    GPTQ_ZERO,
+    MIXES,
+    RANK,
+    TARGETS,
+    gptq_group,
+    mean_unique_tokens,
+    random_gptq,
+    random_model,
+    random_pairs,
+    shaped,
+    unique_tokens,
+)
 
-__all__ = ["AsGiven", "dataset_of", "padded_tokens", "run"]
+__all__ = ["AsGiven", "dataset_of", "gptqmodel_linear", "padded_tokens", "run"]
 
 _MEGA_BATCH = 50
 """Batches that transformers' length-grouped sampler sorts at a time in a data set of thousands."""
@@ -45,7 +60,7 @@ def run(job: Job, meter: Meter) -> dict[str, Any]:
     batches = batches_of(pairs, setting)
     with tempfile.TemporaryDirectory() as folder:
         trainer = AsGiven(
-            model=random_model(shape, meter.device, "sdpa"),
+            model=random_model(shape, meter.device, "sdpa", gptqmodel_linear if setting.gptq else None),
             args=_arguments(setting, folder, mix.max_length, meter.device),
             train_dataset=dataset_of([pair for batch in batches for pair in batch], shape.vocabulary),
             processing_class=_tokenizer(),
@@ -64,6 +79,31 @@ def run(job: Job, meter: Meter) -> dict[str, Any]:
     passes = _FORWARD + _BACKWARD + (0 if setting.precomputed else _FORWARD)
     result = meter.result(mean_unique_tokens(pairs), passes * shape.layer_parameters)
     return result | {"setting": str(setting), "first_loss": _first_loss(trainer)}
+
+
+def gptqmodel_linear(dense: nn.Linear) -> nn.Module:
+    """gptqmodel's own layer with the weights of `ours.gptq_linear`, in train mode: otherwise it gives no gradient."""
+    from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+    from gptqmodel.nn_modules.qlinear.tritonv2 import TritonV2Linear
+
+    inputs, device = dense.in_features, dense.weight.device
+    group = gptq_group(inputs)
+    words_NW, scales_NG = random_gptq(dense)
+    layer: Any = (TritonV2Linear if device.type == "cuda" else TorchLinear)(
+        bits=GPTQ_BITS,
+        group_size=group,
+        desc_act=False,
+        sym=True,
+        in_features=inputs,
+        out_features=dense.out_features,
+        bias=False,
+    ).to(device)
+    layer.qweight = words_NW.t().contiguous()
+    layer.qzeros.fill_(sum(GPTQ_ZERO << at for at in range(0, 32, GPTQ_BITS)) - 2**32)  # as int32
+    layer.scales = scales_NG.t().to(dense.weight.dtype).contiguous()
+    layer.g_idx = torch.arange(inputs, device=device, dtype=torch.int32) // group
+    layer.post_init()
+    return layer.train()  # type: ignore[no-any-return]
 
 
 def batches_of(pairs: Sequence[EncodedPair], setting: Rival) -> list[list[EncodedPair]]:

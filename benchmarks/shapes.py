@@ -2,27 +2,45 @@
 
 Speed depends on neither the weights nor the words, so nothing is downloaded. Light to import: torch only on use.
 
-Shapes: V = vocabulary, H = hidden size.
+Shapes: N = outputs, K = inputs, W = words of a row (eight 4-bit inputs in each), G = groups of inputs.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
 
     from dpo_studio.tokens.encode import EncodedPair
 
-__all__ = ["MIXES", "SHAPES", "TARGETS", "Mix", "Shape", "random_model", "random_pairs", "unique_tokens"]
+__all__ = [
+    "MIXES",
+    "SHAPES",
+    "TARGETS",
+    "Mix",
+    "Shape",
+    "gptq_group",
+    "random_gptq",
+    "random_model",
+    "random_pairs",
+    "unique_tokens",
+]
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """What both sides adapt: all seven projections of a layer."""
 RANK, ALPHA = 16, 32
+GPTQ_BITS, GPTQ_ZERO = 4, 8
+"""Of the GPTQ base: symmetric, as most checkpoints are."""
+_GPTQ_GROUP = 128
+_STANDARD_DEVIATION = 0.02
+"""Of weights: what transformers itself begins with."""
 _FIRST_ID = 10
 """Ids below it are left to the special tokens."""
 
@@ -149,8 +167,17 @@ def mean_unique_tokens(pairs: Sequence[EncodedPair]) -> float:
     return sum(map(unique_tokens, pairs)) / len(pairs)
 
 
-def random_model(shape: Shape, device: torch.device, attention: str) -> Any:
-    """The shape with random bf16 weights, made on the device: 7B parameters there are seconds, on a CPU minutes."""
+def random_model(
+    shape: Shape,
+    device: torch.device,
+    attention: str,
+    linear: Callable[[nn.Linear], nn.Module] | None = None,
+) -> Any:
+    """The shape with random bf16 weights, made on the device: 7B parameters there are seconds, on a CPU minutes.
+
+    `linear` makes what is to stand in a linear layer's place. Layers are made one by one: the dense weights of two at
+    most are ever in memory.
+    """
     import torch
     from transformers import AutoModelForCausalLM, MistralConfig
 
@@ -158,7 +185,7 @@ def random_model(shape: Shape, device: torch.device, attention: str) -> Any:
         vocab_size=shape.vocabulary,
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
-        num_hidden_layers=shape.layers,
+        num_hidden_layers=shape.layers if linear is None else 1,
         num_attention_heads=shape.heads,
         num_key_value_heads=shape.kv_heads,
         head_dim=shape.head_size,
@@ -171,7 +198,51 @@ def random_model(shape: Shape, device: torch.device, attention: str) -> Any:
     )
     torch.manual_seed(0)
     with torch.device(device):
-        return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.bfloat16)
+    if linear is not None:
+        _stack(model, shape.layers, linear)
+    return model
+
+
+def _stack(model: Any, count: int, linear: Callable[[nn.Linear], nn.Module]) -> None:
+    """`count` copies of the model's only layer, with other linear layers in each."""
+    from torch import nn
+
+    layers = model.model.layers
+    pattern = layers.pop(0)
+    for index in range(count):
+        layer = deepcopy(pattern)
+        layer.self_attn.layer_idx = index
+        for block in (layer.self_attn, layer.mlp):
+            for name, child in list(block.named_children()):
+                if isinstance(child, nn.Linear):
+                    setattr(block, name, linear(child))
+        layers.append(layer)
+    model.config.num_hidden_layers = count
+
+
+def random_gptq(dense: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
+    """Words (N, W) int32 and scales (N, G) float16 of a layer of this one's size, on its device.
+
+    Normal weights rounded to the nearest step: products of fewer different or of lopsided values would draw less power.
+    """
+    import torch
+
+    outputs, inputs, device = dense.out_features, dense.in_features, dense.weight.device
+    groups = (outputs, inputs // gptq_group(inputs), gptq_group(inputs))
+    weights_NGK = torch.normal(0.0, _STANDARD_DEVIATION, groups, device=device)
+    scales_NG = (weights_NGK.abs().amax(-1) / (GPTQ_ZERO - 1)).half()
+    integers = (weights_NGK / scales_NG[..., None]).round_().int().add_(GPTQ_ZERO).clamp_(0, 2**GPTQ_BITS - 1)
+    fields = integers.view(outputs, -1, 32 // GPTQ_BITS)
+    words_NW = torch.zeros(fields.shape[:2], dtype=torch.int32, device=device)
+    for place in range(fields.shape[-1]):
+        words_NW |= fields[..., place] << GPTQ_BITS * place
+    return words_NW, scales_NG
+
+
+def gptq_group(inputs: int) -> int:
+    """Inputs that share a scale: 128, or what of it divides those of a small shape."""
+    return math.gcd(_GPTQ_GROUP, inputs)
 
 
 def shaped(name: str, *, window: int | None = None, vocabulary: int | None = None) -> Shape:

@@ -1,9 +1,11 @@
 """A 7B on a card made small: what the memory plan chooses, and what training then takes.
 
     python benchmarks/small_card.py --gib 24
+    python benchmarks/small_card.py --gib 12 --base gptq
 
-Random weights in the true shape, the ultrafeedback mix (max_length 1024), live reference. `--gib` limits what torch may
-allocate: weights, activations, optimizer and cache, not the CUDA context. The last line is the peak.
+Random weights in the true shape, bf16 or GPTQ's four bits in groups of 128, the ultrafeedback mix (max_length 1024),
+live reference. `--gib` limits what torch may allocate: weights, activations, optimizer and cache, not the CUDA context.
+The last line is the peak.
 """
 
 from __future__ import annotations
@@ -26,11 +28,15 @@ from dpo_studio.tokens.pack import MicroBatch, Steps
 from ours import our_policy
 from shapes import MIXES, SHAPES, random_pairs, shaped
 
+_BASES = {"bf16": "ours", "gptq": "packed", "gptq-fp8": "fp8"}
+"""As `our_policy` calls them."""
+
 
 def main() -> None:
     """Plan, train, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, default=24)
+    parser.add_argument("--base", choices=_BASES, default="bf16")
     parser.add_argument("--shape", choices=SHAPES, default="mistral-7b")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--pairs-per-step", type=int, default=32)
@@ -42,7 +48,7 @@ def main() -> None:
     torch.cuda.set_per_process_memory_fraction(options.gib * 2**30 / total)
     shape = shaped(options.shape)
     pairs = random_pairs(MIXES["ultrafeedback"], 256, shape.vocabulary)
-    policy = our_policy(shape, device)
+    policy = our_policy(shape, device, _BASES[options.base])
 
     def live(batches: Sequence[MicroBatch]) -> list[PairLogps]:
         with as_reference(policy):

@@ -17,11 +17,10 @@ import os
 import sys
 import time
 from collections.abc import Iterable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from jobs import Job, Rival, check_system, end_on_request, measure, versions
+from jobs import Job, Rival, end_on_request, measure, measure_each, on_gptq, systems_by_name, versions
 from shapes import MIXES, SHAPES
 
 __all__ = ["ratios"]
@@ -31,8 +30,6 @@ DEFAULT_SYSTEMS = [
     *("trl-b4-ckpt", "trl-b8-ckpt", "trl-b4-pre-group", "trl-b4-compile"),
 ]
 """Ours first, then TRL's likely best ones: a run that is cut short has them. Compiling is last: it may not end."""
-_LEAST_SECONDS = 20
-"""A process that has less than this left does not get to measure anything."""
 
 
 def main() -> None:
@@ -58,7 +55,7 @@ def main() -> None:
 
 def steady(options: argparse.Namespace) -> dict[str, Any]:
     """Measure one system after another; what is known is printed and written each time."""
-    started = time.monotonic()
+    until = time.monotonic() + options.within
     job = Job(
         system="card",
         device=options.device,
@@ -74,13 +71,7 @@ def steady(options: argparse.Namespace) -> dict[str, Any]:
     record: dict[str, Any] = {"kind": "steady", **_settings(options, job), "card": measure(job), "systems": []}
     card = record["card"].get("tflops")
     print(f"the card: {card:.0f} TFLOP/s" if card else f"the card: {record['card']['reason']}", flush=True)
-    for name in options.systems:
-        left = options.within - (time.monotonic() - started)
-        if left < _LEAST_SECONDS:
-            result = {"system": name, "status": "failed", "reason": f"not begun: {options.within:.0f} s were over"}
-        else:
-            result = measure(replace(job, system=name, limit=min(options.limit, left)))
-        result["setting"] = check_system(name)
+    for result in measure_each(job, options.systems, until):
         if card and result["status"] == "ok":
             result["share_of_card"] = result["tflops"] / card
         record["systems"].append(result)
@@ -108,7 +99,7 @@ def ratios(results: Iterable[dict[str, Any]]) -> dict[str, float]:
     rates: dict[tuple[str, bool], float] = {}
     done = {result["system"]: result for result in results if result["status"] == "ok"}
     for name, result in done.items():
-        if name == "ours-unshared":
+        if name == "ours-unshared" or on_gptq(name):
             continue
         side = "ours" if name.startswith("ours-") else "trl"
         free = name == "ours-cached" or (side == "trl" and Rival.named(name).precomputed)
@@ -164,16 +155,6 @@ def _write(options: argparse.Namespace, record: dict[str, Any]) -> None:
         options.json.write_text(json.dumps(record | stamp, indent=2) + "\n")
 
 
-def _systems(text: str) -> list[str]:
-    names = text.split(",")
-    for name in names:
-        try:
-            check_system(name)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-    return names
-
-
 def _options() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
@@ -187,7 +168,7 @@ def _options() -> argparse.Namespace:
     steady = parser.add_argument_group("a shape, steady state")
     steady.add_argument("--shape", choices=SHAPES, help="default on a GPU: mistral-7b")
     steady.add_argument("--mix", choices=MIXES, default="ultrafeedback")
-    steady.add_argument("--systems", type=_systems, default=DEFAULT_SYSTEMS, help="by name, with commas")
+    steady.add_argument("--systems", type=systems_by_name, default=DEFAULT_SYSTEMS, help="by name, with commas")
     steady.add_argument("--seconds", type=float, default=15, help="measured a system, after two steps of warm-up")
     steady.add_argument("--limit", type=float, default=150, help="seconds a system may take in all")
     steady.add_argument("--within", type=float, default=540, help="seconds the whole run may take")

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jobs import Job
+from jobs import OURS, OURS_ON_GPTQ, Job, Rival
 
 _TO_FINISH = 4.0
 """Seconds before the limit at which a measurement ends by itself with what it has."""
@@ -83,10 +83,12 @@ def _runner(system: str) -> Callable[[Job, Any], dict[str, Any]]:
         from meter import measure_card
 
         return measure_card
-    if system.startswith("ours-"):
+    if system in OURS or system in OURS_ON_GPTQ:
         import ours
 
         return ours.run
+    if Rival.named(system).gptq:
+        import gptqmodel  # noqa: F401 - it chooses torch's allocator as it is imported: later is too late
     import rivals
 
     return rivals.run

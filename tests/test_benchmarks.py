@@ -11,22 +11,26 @@ import statistics
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+import gptq
 import growth
 import plots
 import vs_trl
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.attention import PAIRS
+from dpo_studio.models.gptq import GPTQLinear
 from dpo_studio.tokens.pack import pack
-from jobs import Job, Rival, check_system, measure
+from jobs import Job, Rival, check_system, measure, on_gptq
 from meter import Meter
-from ours import unshared_pack
-from shapes import MIXES, SHAPES, random_pairs, unique_tokens
+from ours import gptq_linear, unshared_pack
+from shapes import MIXES, SHAPES, random_model, random_pairs, unique_tokens
 from tests.conftest import policy_on, write_pairs
 from tests.conftest import random_pairs as short_pairs
 
@@ -66,11 +70,40 @@ def test_unshared_rows_give_the_shared_rows_log_probs() -> None:
 
 
 def test_every_default_system_has_a_setting_and_a_wrong_name_is_refused() -> None:
-    assert all(map(check_system, vs_trl.DEFAULT_SYSTEMS))
+    assert all(map(check_system, [*vs_trl.DEFAULT_SYSTEMS, *gptq.DEFAULT_SYSTEMS]))
     assert Rival.named("trl-b8-pre-group") == Rival(8, False, True, True, False)
-    for wrong in ("trl", "trl-b", "trl-b4-fast", "trl-b4-", "ours", "trl-4"):
+    assert Rival.named("trl-gptq-b4-ckpt") == Rival(4, True, False, False, False, gptq=True)
+    assert not any(map(on_gptq, vs_trl.DEFAULT_SYSTEMS))
+    assert {name for name in gptq.DEFAULT_SYSTEMS if not on_gptq(name)} == {"ours-live", "ours-cached"}
+    for wrong in ("trl", "trl-b", "trl-b4-fast", "trl-b4-", "ours", "trl-4", "trl-b4-gptq", "packed", "gptq-live"):
         with pytest.raises(ValueError, match="no such system"):
             check_system(wrong)
+
+
+def test_a_gptq_base_has_the_shape_and_weights_like_a_fresh_model() -> None:
+    """Two layers of seven packed ones, none like another, nothing dense among them. transformers' own weights have a
+    standard deviation of 0.02; rounding to steps of 0.02 x 2.8 / 7 adds that squared over 12: 1 %."""
+    model = random_model(SHAPES["tiny"], torch.device("cpu"), PAIRS, partial(gptq_linear, kind="packed"))
+    linear = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
+    packed = [module for module in linear if isinstance(module, GPTQLinear)]
+    assert len(packed) == len(linear) == 14
+    assert len({layer.words_NW.sum().item() for layer in packed}) == 14
+    weights = torch.cat([layer.dense_weight(torch.float32).flatten() for layer in packed])
+    assert weights.std().item() == pytest.approx(0.02, rel=0.02)
+    assert abs(weights.mean().item()) < 2e-4
+    assert [layer.self_attn.layer_idx for layer in model.model.layers] == [0, 1]
+    assert model.config.num_hidden_layers == 2
+
+
+def test_a_resident_base_holds_the_packed_ones_weights() -> None:
+    layers = []
+    for kind in ("packed", "resident"):
+        torch.manual_seed(1)
+        layers.append(gptq_linear(torch.nn.Linear(256, 96, bias=False, dtype=torch.bfloat16), kind))
+    packed, resident = layers
+    assert isinstance(packed, GPTQLinear)
+    assert type(resident) is torch.nn.Linear
+    assert torch.equal(resident.weight, packed.dense_weight(torch.bfloat16))
 
 
 def test_a_meter_leaves_the_warm_up_out(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -121,6 +154,35 @@ def test_the_benchmark_runs_end_to_end(tmp_path: Path) -> None:
     assert plots.table(record).count("\n") == 3
 
 
+def test_a_gptq_base_is_measured_end_to_end(tmp_path: Path) -> None:
+    """Every kind of base begins at ln 2; what a CPU cannot do says why; the last lines are the ratios."""
+    systems = "ours-live,packed-live,packed-cached,fp8-live"
+    record, said = _gptq(tmp_path / "a.json", systems)
+    *done, failed = record["systems"]
+    assert [result["status"] for result in done] == ["ok"] * 3
+    assert [result["first_loss"] for result in done] == pytest.approx([0.6931] * 3, abs=1e-3)
+    assert (
+        failed["reason"]
+        == "RuntimeError: FP8: needs an NVIDIA GPU of the Hopper generation or later (at: making the model)"
+    )
+    rates = {result["system"]: result["pairs_per_second"] for result in done}
+    ratio = rates["packed-live"] / rates["ours-live"]
+    assert record["ratios"] == pytest.approx({"packed over bf16, live": ratio})
+    assert said[-1] == f"ratio={ratio:.3f} packed over bf16, live"
+    assert re.fullmatch(r"gib=-?\d\.\d\d saved by packed, live", said[-2])
+    assert "| DPO Studio | GPTQ base, reference in the step |" in plots.table(record)
+
+
+@pytest.mark.skipif(not (find_spec("gptqmodel") and find_spec("optimum")), reason="needs gptqmodel and optimum")
+def test_gptqmodel_is_measured_end_to_end(tmp_path: Path) -> None:
+    """TRL on gptqmodel's layers begins at ln 2 as well. Its layers compile their own dequantising: half a minute."""
+    record, _ = _gptq(tmp_path / "a.json", "packed-live,trl-gptq-b2")
+    ours, theirs = record["systems"]
+    assert [result["first_loss"] for result in (ours, theirs)] == pytest.approx([0.6931, 0.6931], abs=1e-3)
+    ratio = ours["pairs_per_second"] / theirs["pairs_per_second"]
+    assert record["ratios"] == pytest.approx({"packed over gptqmodel, PEFT and TRL, live": ratio})
+
+
 _CARD = Job("card", "cpu", "tiny", "ultrafeedback", pairs=1, pairs_per_step=1, tokens_per_micro_batch=64, seconds=0.1)
 
 
@@ -151,6 +213,17 @@ def _run(file: Path, *arguments: str) -> dict[str, Any]:
     """`vs_trl.py` on the tiny shape; its JSON."""
     size = ["--pairs", "16", "--pairs-per-step", "4", "--tokens-per-micro-batch", "2048", "--seconds", "0.2"]
     return _vs_trl(file, "--shape", "tiny", *size, *arguments)
+
+
+def _gptq(file: Path, systems: str) -> tuple[dict[str, Any], list[str]]:
+    """`gptq.py` on the tiny shape; its JSON and what it said."""
+    size = ["--shape", "tiny", "--pairs", "8", "--pairs-per-step", "4", "--tokens-per-micro-batch", "2048"]
+    command = [sys.executable, str(BENCHMARKS / "gptq.py"), "--device", "cpu", "--json", str(file), *size]
+    command += ["--seconds", "0.1", "--systems", systems]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    record: dict[str, Any] = json.loads(file.read_text())
+    return record, done.stdout.splitlines()
 
 
 def _vs_trl(file: Path, *arguments: str) -> dict[str, Any]:
@@ -205,6 +278,33 @@ def test_like_is_compared_with_like() -> None:
     assert vs_trl.headline(found, against_trl=True) == 3
     assert vs_trl.headline(found, against_trl=False) == 1.5
     assert vs_trl.headline(vs_trl.ratios(_MADE["systems"][2:5]), against_trl=True) is None
+
+
+def test_bases_are_compared_with_the_reference_counted_alike() -> None:
+    """Live: packed 14.7 over bf16's 15 = 0.98, fp8 17.64 over 15 = 1.176 and over packed 1.2; gptqmodel's best setting
+    is 4.9, so 3 and 3.6. Cached: 22 over 20. What failed is left out. 45 - 35 GiB are saved."""
+    results = [
+        _result("ours-live", 15.0, peak_gib=45.0),
+        _result("packed-live", 14.7, peak_gib=35.0),
+        _result("fp8-live", 17.64, peak_gib=35.5),
+        _result("trl-gptq-b4-group", 4.9, peak_gib=90.0),
+        _result("trl-gptq-b4-ckpt-group", 4.0, peak_gib=15.0),
+        _result("ours-cached", 20.0, peak_gib=45.0, pairs_per_second_with_reference=14.0),
+        _result("packed-cached", 22.0, peak_gib=36.0),
+        {"system": "fp8-cached", "setting": "", "status": "failed", "reason": "stopped"},
+    ]
+    assert gptq.ratios(results) == pytest.approx(
+        {
+            "packed over bf16, live": 0.98,
+            "fp8 over bf16, live": 1.176,
+            "fp8 over packed, live": 1.2,
+            "packed over bf16, cached": 1.1,
+            "packed over gptqmodel, PEFT and TRL, live": 3.0,
+            "fp8 over gptqmodel, PEFT and TRL, live": 3.6,
+        }
+    )
+    assert gptq.saved(results) == {"packed, live": 10.0, "fp8, live": 9.5, "packed, cached": 9.0}
+    assert vs_trl.ratios(results) == {}
 
 
 def test_the_tables_and_the_figure_say_what_the_json_says(tmp_path: Path) -> None:

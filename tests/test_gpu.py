@@ -19,17 +19,20 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dpo_studio.config import TrainingSection
+from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.learning.memory import Limit, Room, plan_limit
 from dpo_studio.learning.train import TrainingState, train
-from dpo_studio.models.adapters import adapter_state, as_reference, train_mode
+from dpo_studio.models.adapters import adapter_state, as_reference, attach, train_mode
 from dpo_studio.models.attention import FLEX
+from dpo_studio.models.fp8 import fp8_product, fp8_rows, fp8_weight
+from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
+from dpo_studio.models.packed import Packed
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.tokens.pack import Steps, pack
 from tests.conftest import columns, gradients, plain_logps, plain_peft_on, policy_on, random_pairs
-from tests.tiny_models import tiny_folder
+from tests.tiny_models import tiny_folder, tiny_model
 from tests.tiny_runs import dpo, write_recipe
 
 pytestmark = [
@@ -102,6 +105,117 @@ def test_in_bfloat16_compiled_packs_add_no_more_noise_than_bfloat16_itself() -> 
             packed = columns(pair_logps(half, pack(PAIRS).to(CUDA)))
     noise, ours = ((x - exact).abs().sum().item() / tokens for x in (plain, packed))
     assert 0 < ours < 1.5 * noise
+
+
+def packed_weight(bits: int, group_size: int, *, act_order: bool, outputs: int = 200, inputs: int = 768) -> Packed:
+    """Random words, scales and zero points, on the CPU; outputs that fill no whole tile."""
+    draw = torch.Generator().manual_seed(bits)
+    groups = inputs // group_size
+    words = torch.randint(-(2**31), 2**31 - 1, (outputs, inputs * bits // 32), generator=draw, dtype=torch.int32)
+    scales = (0.01 * torch.randn(outputs, groups, generator=draw)).half()
+    zeros = torch.randint(0, 2**bits, (outputs, groups), generator=draw).byte()
+    order = torch.randint(0, groups, (inputs,), generator=draw, dtype=torch.int32) if act_order else None
+    return Packed(words, scales, zeros, order, bits, group_size)
+
+
+def on_gpu(weight: Packed) -> Packed:
+    """The same on the device."""
+    group = None if weight.group_K is None else weight.group_K.to(CUDA)
+    words, scales, zeros = (x.to(CUDA) for x in (weight.words_NW, weight.scales_NG, weight.zeros_NG))
+    return Packed(words, scales, zeros, group, weight.bits, weight.group_size)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("group_size", [32, 64, 128, 768])
+@pytest.mark.parametrize("act_order", [False, True])
+def test_weights_formed_by_the_kernel_are_those_of_plain_torch(bits: int, group_size: int, act_order: bool) -> None:
+    """To the bit, in bf16 and fp16; plain torch's are gptqmodel's (tests/test_models_gptq.py)."""
+    weight = packed_weight(bits, group_size, act_order=act_order)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
+        assert torch.equal(on_gpu(weight).formed(dtype).cpu(), weight.exact(rounded).to(dtype))
+
+
+def test_fp8_loses_nothing_of_the_weights() -> None:
+    """Activations of one value a block are exact in e4m3, so what is left is bf16's own rounding of the result; with
+    random ones the error is that of three-bit mantissas, about 2.6 %."""
+    packed = on_gpu(packed_weight(4, 128, act_order=False, outputs=256, inputs=1024))
+    dense, weight = packed.exact(torch.float32), fp8_weight(packed)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert torch.equal(weight.formed(dtype), packed.exact(dtype))
+    draw = torch.Generator(CUDA).manual_seed(0)
+    flat = torch.randn(64, 8, 1, generator=draw, device=CUDA).expand(-1, -1, 128).reshape(64, 1024).bfloat16()
+    exact = flat.double() @ dense.double().t()
+    found = fp8_product(*fp8_rows(flat), weight)[:64]
+    assert ((found.double() - exact).norm() / exact.norm()).item() < 3e-3
+    x = torch.randn(77, 1024, generator=draw, device=CUDA).bfloat16()
+    exact = x.double() @ dense.double().t()
+    found = fp8_product(*fp8_rows(x), weight)[:77]
+    assert 5e-3 < ((found.double() - exact).norm() / exact.norm()).item() < 4e-2
+
+
+def gptq_policy(*, fp8: bool = False, resident: bool = False) -> Any:
+    """A tiny Llama whose linears hold random 4-bit words in groups of 128, bf16, its adapter moved."""
+    shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
+    model = tiny_model(attn_implementation=FLEX, initializer_range=0.05, **shape).bfloat16().to(CUDA)
+    for name, linear in [(n, m) for n, m in model.named_modules() if n.endswith("_proj")]:
+        weight = packed_weight(4, 128, act_order=False, outputs=linear.out_features, inputs=linear.in_features)
+        layer = GPTQLinear(linear.in_features, linear.out_features, 4, 128, device=CUDA)
+        layer.words_NW, layer.scales_NG = weight.words_NW.to(CUDA), weight.scales_NG.abs().to(CUDA)
+        layer.zeros_NG.fill_(8)
+        parent, _, child = name.rpartition(".")
+        if resident:
+            linear.weight.data = layer.packed.formed(torch.bfloat16)
+        else:
+            setattr(model.get_submodule(parent), child, FP8Linear(layer) if fp8 else layer)
+    model.requires_grad_(False)
+    policy = attach(model, AdapterSection(rank=4, alpha=8), seed=0)
+    for name, p in policy.named_parameters():
+        if "lora_B" in name:
+            draw = torch.Generator().manual_seed(len(name))
+            p.data = 0.02 * torch.randn(p.shape, generator=draw).to(CUDA)
+    train_mode(policy)
+    set_recompute(policy, "nothing")
+    return policy
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_packed_base_is_the_dense_one(compiled: bool) -> None:
+    """Log-probs and gradients of a base that forms its weights again and again, and of one that holds them, in bf16."""
+    found = []
+    for resident in (False, True):
+        policy = gptq_policy(resident=resident)
+        with compiled_layers(policy) if compiled else nullcontext():
+            logps_P2 = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
+            found.append((logps_P2.detach(), gradients(policy, (WEIGHTS_P2.to(CUDA) * logps_P2).sum())))
+    (packed_logps, packed_slopes), (dense_logps, dense_slopes) = found
+    assert torch.equal(packed_logps, dense_logps)
+    for name, gradient in packed_slopes.items():
+        assert torch.equal(gradient, dense_slopes[name]), name
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_fp8_starts_at_ln_2_and_stays_near_bf16(compiled: bool) -> None:
+    """Policy and reference err alike: with B at zero the margins are 0 to the bit. Per token both stay near bf16's."""
+    policy = gptq_policy(fp8=True)
+    plain = gptq_policy()
+    tokens = sum(len(a.ids) for pair in PAIRS for a in (pair.chosen, pair.rejected))
+    with compiled_layers(policy) if compiled else nullcontext():
+        logps_P2 = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
+        slopes = gradients(policy, (WEIGHTS_P2.to(CUDA) * logps_P2).sum())
+        expected_P2 = columns(pair_logps(plain, pack(PAIRS).to(CUDA)))
+        expected = gradients(plain, (WEIGHTS_P2.to(CUDA) * expected_P2).sum())
+        assert 0 < ((logps_P2 - expected_P2).abs().sum() / tokens).item() < 0.05
+        for name, gradient in slopes.items():
+            assert torch.nn.functional.cosine_similarity(gradient.flatten(), expected[name].flatten(), 0) > 0.9, name
+        for name, p in policy.named_parameters():
+            if "lora_B" in name:
+                p.data.zero_()
+        with torch.no_grad():
+            now = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
+            with as_reference(policy):
+                reference = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
+        assert torch.equal(now, reference)
 
 
 def steps_of(policy: Any, tokens: int, known: Sequence[Limit] = (), steps: int = 4) -> tuple[list[float], list[Limit]]:

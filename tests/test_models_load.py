@@ -151,18 +151,16 @@ def test_code_that_comes_with_a_model_is_never_run(
 
 
 @pytest.mark.parametrize(
-    ("quantisation", "method"),
+    ("quantisation", "words"),
     [
-        ({"quant_method": "gptq", "bits": 4}, "gptq"),
-        ({"quant_method": "bitsandbytes"}, "bitsandbytes"),
-        ("?", "unknown"),
+        ({"quant_method": "bitsandbytes"}, "is quantised with bitsandbytes"),
+        ({"quant_method": "awq", "bits": 4}, "is quantised with awq"),
+        ("?", "quantization_config is not an object"),
     ],
 )
-def test_quantised_bases_are_refused_with_their_method(folder: Path, quantisation: Any, method: str) -> None:
+def test_other_quantisations_than_gptq_are_refused_by_name(folder: Path, quantisation: Any, words: str) -> None:
     rewrite(folder / "config.json", quantization_config=quantisation)
-    error = refusal(folder)
-    assert f"is quantised ({method})" in error.message
-    assert "bf16" in str(error.hint)
+    assert words in refusal(folder).message
 
 
 @pytest.mark.parametrize("key", [{"residency": "bf16"}, {"compute": "fp8"}])

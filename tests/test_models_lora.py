@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from dpo_studio.config import AdapterSection
 from dpo_studio.models.adapters import as_reference, attach
 from dpo_studio.models.lora import LoraLinear
+from dpo_studio.models.packed import Dense, Packed, flatten
+from dpo_studio.models.products import products
 from tests.conftest import moved, plain_logps, random_pairs
 from tests.tiny_models import tiny_model
 
@@ -36,6 +38,11 @@ def by_formula(x: Tensor, weights: list[Tensor], down: Tensor, ups: list[Tensor]
     return [x @ w.t() + (x @ a.t()) @ b.t() for w, a, b in zip(weights, parts, ups, strict=True)]
 
 
+def by_operator(x: Tensor, weights: list[Tensor], down: Tensor, ups: list[Tensor]) -> list[Tensor]:
+    """The product's own, of dense weights."""
+    return products(x, [Dense(weight) for weight in weights], down, ups)
+
+
 def value_and_slopes(outputs: list[Tensor], parameters: list[Tensor]) -> list[Tensor]:
     """Outputs, and the gradients of a sum in which every entry counts for something of its own."""
     total = sum((y.double() * torch.linspace(-1, 2, y.numel()).view_as(y)).sum() for y in outputs)
@@ -49,7 +56,7 @@ def test_outputs_and_every_gradient_are_the_formula_s(needs_input: bool) -> None
     found, exact = (
         value_and_slopes(compute(x, w, a, b), [*([x] if needs_input else []), a, *b])
         for compute, (x, w, a, b) in (
-            (lambda *inputs: torch.ops.dpo_studio.lora(*inputs)[:-1], drawn(torch.float32, needs_input=needs_input)),
+            (by_operator, drawn(torch.float32, needs_input=needs_input)),
             (by_formula, drawn(torch.float64, needs_input=needs_input)),
         )
     )
@@ -59,7 +66,17 @@ def test_outputs_and_every_gradient_are_the_formula_s(needs_input: bool) -> None
 
 def test_the_operator_keeps_torch_s_rules() -> None:
     """torch's own examination: shapes without data, gradients, nothing aliased, the same under AOT dispatch."""
-    torch.library.opcheck(torch.ops.dpo_studio.lora.default, drawn(torch.float32))
+    x, weights, down, ups = drawn(torch.float32)
+    torch.library.opcheck(torch.ops.dpo_studio.lora.default, (x, *flatten([Dense(w) for w in weights]), down, ups))
+
+
+def test_it_keeps_them_with_packed_weights_too() -> None:
+    """Four bits, one group: 32 inputs a row of four words."""
+    words = [torch.randint(-(2**31), 2**31 - 1, (n, 4), dtype=torch.int32) for n in OUTPUTS]
+    packed = [Packed(w, torch.rand(len(w), 1).half(), torch.full((len(w), 1), 8).byte(), None, 4, 32) for w in words]
+    x, down = torch.randn(7, 32, requires_grad=True), torch.randn(sum(RANKS), 32, requires_grad=True)
+    ups = drawn(torch.float32)[3]
+    torch.library.opcheck(torch.ops.dpo_studio.lora.default, (x, *flatten(packed), down, ups))
 
 
 def layer_in(model: Any, name: str) -> Any:

@@ -21,6 +21,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -33,6 +34,8 @@ from transformers.cache_utils import Cache, DynamicLayer
 from dpo_studio.errors import DataError, ModelError, NonFiniteError, UsageError
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.adapters import in_eval
+from dpo_studio.models.gptq import held_dense
+from dpo_studio.models.layers import causal_lm
 
 __all__ = ["generate", "stream"]
 
@@ -83,7 +86,7 @@ def generate(
     luck = _luck(prompts, max_new_tokens, f"{seed} {sample} {float(temperature)!r}")
     choose = partial(_choose, temperature=float(temperature))
     answers: list[list[int]] = [[] for _ in prompts]
-    with in_eval(model):
+    with in_eval(model), held_dense(model):
         for places in _batches(prompts, batch_size):
             for rows, ids in _write(model, [prompts[i] for i in places], luck[places], choose, eos_ids, pad_id):
                 for row, token in zip(rows, ids, strict=True):
@@ -206,6 +209,8 @@ def _write(
     device = next(model.parameters()).device
     ids_BW, mask_BW = _left_padded(prompts, pad_id, device)
     cache = Cache(layer_class_to_replicate=_CacheLayer)
+    # transformers 5.24 calls `cache` what 5.17 to 5.23 called `past_key_values`
+    name = "cache" if "cache" in signature(causal_lm(model).forward).parameters else "past_key_values"
     rows = list(range(len(prompts)))
     for step in range(luck.shape[1]):
         with torch.inference_mode():
@@ -214,9 +219,9 @@ def _write(
                 input_ids=ids_BW,
                 attention_mask=mask_BW,
                 position_ids=position_BW,
-                past_key_values=cache,
                 use_cache=True,
                 logits_to_keep=1,
+                **{name: cache},
             )
             chosen_B = choose(output.logits[:, -1], torch.as_tensor(luck[rows, step], device=device))
         chosen: list[int] = chosen_B.tolist()

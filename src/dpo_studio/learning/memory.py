@@ -17,6 +17,7 @@ from torch import nn
 
 from dpo_studio.errors import RunError
 from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.layers import RUNGS, Recompute, set_recompute
 from dpo_studio.models.lora import forget_what_is_ready
 from dpo_studio.tokens.encode import EncodedPair
@@ -139,7 +140,7 @@ def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: 
         return Limit(0, CPU_TOKENS)
     by_length = sorted(pairs, key=packed_tokens, reverse=True)
     longest = packed_tokens(by_length[0])
-    weights = sum(p.numel() for p in policy.parameters())
+    weights = weight_count(policy)
     step_tokens = pairs_per_step * sum(map(packed_tokens, pairs)) / len(pairs)
     wanted = _in_whole_blocks(
         min(max(_GPU_WORK / weights, _GPU_TOKENS[0]), _GPU_TOKENS[1], 1.25 * step_tokens), longest

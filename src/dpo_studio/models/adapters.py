@@ -11,6 +11,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
+from peft.utils import other as peft_utils
+from peft.utils import quantization_utils
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -197,14 +199,24 @@ def train_mode(policy: PeftModel) -> None:
 
 @contextmanager
 def _quiet_peft() -> Iterator[None]:
-    """No warnings that the person at the keyboard cannot act on.
+    """No warnings that the person at the keyboard cannot act on, and no gptqmodel.
 
     PEFT 0.21 reads a property that transformers 5.23 has renamed, and of missing tensors it only warns: that we refuse.
+    Where gptqmodel is installed PEFT imports it to ask whether a layer is one of its own (never, here): 5 s, 500 MB
+    and a banner on stdout.
     """
+    askers = [peft_utils, quantization_utils]
+    before = [asker.is_gptqmodel_available for asker in askers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
-        yield
+        for asker in askers:
+            asker.is_gptqmodel_available = lambda: False
+        try:
+            yield
+        finally:
+            for asker, ask in zip(askers, before, strict=True):
+                asker.is_gptqmodel_available = ask
 
 
 def _refuse_adapted_head(policy: PeftModel, what: str) -> None:

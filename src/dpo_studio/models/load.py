@@ -21,6 +21,7 @@ from dpo_studio.config import BUNDLED, ModelSection, cache_folder, user_path
 from dpo_studio.errors import ModelError
 from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
+from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["ChatModel", "choose_dtype", "load_chat_model", "load_encoder", "locate", "weights_fingerprint"]
@@ -68,7 +69,22 @@ def load_chat_model(
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)
     attention = choose_attention(section.attention, config, device)
-    model = _load_weights(folder, dtype, attention, section.path).to(device)
+    quantization = read_quantization(folder)
+    if quantization is None:
+        model = _load_weights(folder, dtype, attention, section.path).to(device)
+    else:
+        model = load_gptq(
+            folder,
+            config,
+            quantization,
+            name=section.path,
+            dtype=dtype,
+            attention=attention,
+            device=device,
+            residency=section.residency,
+            compute=section.compute,
+            say=say,
+        )
     model.requires_grad_(False)
     model.eval()
     return ChatModel(model, encoder, folder, typed or section.path, reason)
@@ -135,7 +151,7 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
         ModelError: no config, remote code, pickle-only weights, quantised in a way we cannot train, or unsupported.
     """
     name = section.path
-    raw = _read_config(folder, name)
+    _check_config(folder, name)
     for file in ("config.json", "tokenizer_config.json"):
         if "auto_map" in _read_json(folder / file):
             raise ModelError(
@@ -150,13 +166,9 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
                 hint="convert it to safetensors with a tool you trust, or use a repository that has them",
             )
         raise ModelError(f"{name} has no .safetensors weights in {folder}")
-    if quantised := raw.get("quantization_config"):
-        method = str(quantised.get("quant_method", "unknown")) if isinstance(quantised, dict) else "unknown"
-        raise ModelError(
-            f"{name} is quantised ({method}): training through quantised bases is not built yet",
-            hint="use the model's bf16 version; GPTQ bases are next on the list",
-        )
-    if section.residency != "packed" or section.compute != "auto":
+    if read_quantization(folder) is not None:
+        pass  # what `residency` and `compute` are for
+    elif section.residency != "packed" or section.compute != "auto":
         raise ModelError("model.residency and model.compute are for GPTQ bases", hint=f"{name} is not one: remove them")
     try:
         config = AutoConfig.from_pretrained(folder).get_text_config()
@@ -210,7 +222,7 @@ def weights_fingerprint(folder: Path) -> str:
     model whole takes a minute; its header and a quarter of a megabyte take milliseconds.
     """
     digest = hashlib.sha256()
-    for config in (folder / "config.json", folder / "adapter_config.json"):
+    for config in (folder / name for name in ("config.json", "quantize_config.json", "adapter_config.json")):
         if config.is_file():
             digest.update(f"{config.name}:".encode() + hashlib.sha256(config.read_bytes()).digest())
     for file in sorted(folder.glob("*.safetensors")):
@@ -262,7 +274,7 @@ def _time_product(dtype: torch.dtype) -> float:
     return best
 
 
-def _read_config(folder: Path, name: str) -> dict[str, Any]:
+def _check_config(folder: Path, name: str) -> None:
     if not (folder / "config.json").is_file():
         hint = None
         if (folder / "adapter_config.json").is_file():
@@ -270,7 +282,6 @@ def _read_config(folder: Path, name: str) -> dict[str, Any]:
         elif (folder / "recipe.yaml").is_file():
             hint = f"this is a run: give its base as model.path and {folder / 'adapter'} as model.adapter"
         raise ModelError(f"{name} has no config.json: not a model folder", hint=hint)
-    return _read_json(folder / "config.json")
 
 
 def _read_json(file: Path) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_studio.objectives import PairLogps
@@ -112,7 +113,7 @@ def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -
         spans.append(Span(start, *ends))
         start = ends[-1]
 
-    def tensor(parts: list[np.ndarray]) -> Tensor:
+    def tensor(parts: Sequence[NDArray[Any]]) -> Tensor:
         return torch.from_numpy(np.concatenate(parts).astype(np.int64))
 
     return MicroBatch(

@@ -9,6 +9,7 @@ from itertools import count
 from dpo_studio.errors import UsageError
 from dpo_studio.evaluation.generation import generate, stream
 from dpo_studio.evaluation.judges import Completion
+from dpo_studio.models.gptq import held_dense
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.loading import Loaded, load_any
@@ -80,7 +81,7 @@ def answers(
 def stream_answer(loaded: Loaded, chat: Sequence[Message], sampling: Sampling, *, tuned: bool = True) -> Iterator[str]:
     """The answer to a chat, piece by piece as it is drawn."""
     encoder = loaded.base.encoder
-    with loaded.tuned(tuned):
+    with loaded.tuned(tuned), held_dense(loaded.policy):
         yield from stream(
             loaded.policy,
             encoder.prompt_ids(chat),

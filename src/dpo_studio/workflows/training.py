@@ -29,6 +29,7 @@ from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.models.adapters import in_eval, save_adapter, train_mode
 from dpo_studio.models.attention import FLEX, can_compile
+from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
 from dpo_studio.objectives import PairLogps, margin
@@ -388,7 +389,7 @@ def _accelerated(
     set_recompute(policy, "nothing")
     steps = steps_of(recipe, data.train.pairs, CPU_TOKENS)
     tokens = steps.total * steps.pairs_per_step * sum(map(packed_tokens, data.train.pairs)) / len(data.train.pairs)
-    if tokens * base.model.num_parameters() < _WORTH_COMPILING:
+    if tokens * weight_count(base.model) < _WORTH_COMPILING:
         yield
         return
     progress.say("compiling the model's layers: a minute the first time, then it is kept")

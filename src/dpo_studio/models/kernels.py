@@ -1,0 +1,181 @@
+"""Triton kernels for packed weights: integers to bfloat16 or FP8 near the memory's own rate, activations to FP8.
+
+Each reads what it needs once and writes its result once: a 7B's weights are formed in 5 ms on an H200, where its
+products over 8,192 tokens take 160. Imported only where there is a GPU.
+
+Shapes: N = outputs, K = inputs, W = words of a row, G = groups of inputs, M = rows of activations.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dpo_studio.models.packed import Block8, Packed
+
+__all__ = ["FP8_BLOCK", "dequantise", "fp8_integers", "fp8_rows", "scaled_integers"]
+
+FP8_BLOCK = 128
+"""Inputs that share a scale in a block-scaled FP8 product."""
+_ROWS = 64
+_FP8_LARGEST = 448.0
+
+
+def dequantise(weight: Packed, dtype: torch.dtype) -> Tensor:
+    """scale x (integer - zero point) in `dtype`, (N, K)."""
+    return _launch(weight, dtype)
+
+
+def fp8_integers(weight: Packed) -> Tensor:
+    """integer - zero point as e4m3, (N, K): at most 15 in size, so exact."""
+    return _launch(weight, torch.float8_e4m3fn)
+
+
+def scaled_integers(weight: Block8, dtype: torch.dtype) -> Tensor:
+    """scale x integer in `dtype`, (N, K)."""
+    outputs, inputs = weight.integers_NK.shape
+    out_NK = torch.empty(outputs, inputs, dtype=dtype, device=weight.integers_NK.device)
+    grid = (inputs // FP8_BLOCK, triton.cdiv(outputs, _ROWS))
+    with torch.cuda.device(out_NK.device):
+        _scaled[grid](weight.integers_NK, weight.scales_NG, out_NK, outputs, inputs, _ROWS, FP8_BLOCK)
+    return out_NK
+
+
+def fp8_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
+    """Activations as e4m3, (M, K), and their scales, (M, K / 128) with rows next to each other in memory."""
+    rows, inputs = x_MK.shape
+    x8_MK = torch.empty_like(x_MK, dtype=torch.float8_e4m3fn)
+    scales_MB = torch.empty(inputs // FP8_BLOCK, rows, dtype=torch.float32, device=x_MK.device).t()
+    grid = (triton.cdiv(rows, _ROWS), inputs // FP8_BLOCK)
+    with torch.cuda.device(x_MK.device):
+        _rows_to_fp8[grid](x_MK, x8_MK, scales_MB, rows, inputs, _ROWS, FP8_BLOCK, _FP8_LARGEST)
+    return x8_MK, scales_MB
+
+
+def _launch(weight: Packed, dtype: torch.dtype) -> Tensor:
+    outputs, inputs = weight.shape
+    out_NK = torch.empty(outputs, inputs, dtype=dtype, device=weight.words_NW.device)
+    columns = 128  # or what divides a group, for a tile then has one scale a row
+    while weight.group_K is None and weight.group_size % columns:
+        columns //= 2
+    grid = (triton.cdiv(inputs, columns), triton.cdiv(outputs, _ROWS))
+    act_order = weight.group_K is not None
+    with torch.cuda.device(out_NK.device):
+        _dequantise[grid](
+            weight.words_NW,
+            weight.scales_NG,
+            weight.zeros_NG,
+            weight.group_K if act_order else weight.words_NW,
+            out_NK,
+            outputs,
+            inputs,
+            weight.words_NW.shape[1],
+            weight.scales_NG.shape[1],
+            weight.group_size,
+            weight.bits,
+            act_order,
+            dtype != torch.float8_e4m3fn,
+            _ROWS,
+            columns,
+            columns * weight.bits // 32,
+        )
+    return out_NK
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantise(  # type: ignore[no-untyped-def]
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    group_ptr,
+    out_ptr,
+    outputs,
+    inputs,
+    row_words,
+    groups,
+    group_size,
+    BITS: tl.constexpr,
+    ACT_ORDER: tl.constexpr,
+    SCALED: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+    WORDS: tl.constexpr,
+) -> None:
+    """A tile of ROWS outputs x COLUMNS inputs."""
+    n = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside_N = n < outputs
+    inside = inside_N[:, None] & (k < inputs)[None, :]
+    if BITS == 3:  # a field may lie in two words
+        first, shift = k * 3 // 32, k * 3 % 32
+        low = tl.load(words_ptr + n[:, None] * row_words + first[None, :], mask=inside, other=0)
+        high_inside = inside & (first + 1 < row_words)[None, :]
+        high = tl.load(words_ptr + n[:, None] * row_words + first[None, :] + 1, mask=high_inside, other=0)
+        low_part = low.to(tl.uint32, bitcast=True) >> shift[None, :].to(tl.uint32)
+        left = tl.where(shift > 29, 32 - shift, 0).to(tl.uint32)
+        high_part = tl.where(shift[None, :] > 29, high.to(tl.uint32, bitcast=True) << left[None, :], 0)
+        integers = ((low_part | high_part) & 7).to(tl.int32)
+    else:
+        w = tl.program_id(0) * WORDS + tl.arange(0, WORDS)
+        some = inside_N[:, None] & (w < row_words)[None, :]
+        words = tl.load(words_ptr + n[:, None] * row_words + w[None, :], mask=some, other=0)
+        shifts = tl.arange(0, 32 // BITS) * BITS
+        fields = (words[:, :, None] >> shifts[None, None, :]) & ((1 << BITS) - 1)
+        integers = tl.reshape(fields, [ROWS, COLUMNS])
+    if ACT_ORDER:
+        group = tl.load(group_ptr + k, mask=k < inputs, other=0)
+        at = n[:, None] * groups + group[None, :]
+        scales = tl.load(scales_ptr + at, mask=inside, other=0.0)
+        zeros = tl.load(zeros_ptr + at, mask=inside, other=0)
+    else:
+        at_N = n * groups + (tl.program_id(0) * COLUMNS) // group_size
+        scales = tl.load(scales_ptr + at_N, mask=inside_N, other=0.0)[:, None]
+        zeros = tl.load(zeros_ptr + at_N, mask=inside_N, other=0)[:, None]
+    values = (integers - zeros.to(tl.int32)).to(tl.float32)
+    if SCALED:
+        values = values * scales.to(tl.float32)
+    tl.store(out_ptr + n[:, None] * inputs + k[None, :], values.to(out_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _rows_to_fp8(  # type: ignore[no-untyped-def]
+    x_ptr,
+    x8_ptr,
+    scales_ptr,
+    rows,
+    inputs,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
+) -> None:
+    """ROWS rows of one block of inputs: the largest value of each becomes e4m3's largest."""
+    m = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    k = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (m < rows)[:, None]
+    at = m[:, None] * inputs + k[None, :]
+    x = tl.load(x_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    scale_M = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-12) / LARGEST
+    tl.store(x8_ptr + at, (x / scale_M[:, None]).to(x8_ptr.dtype.element_ty), mask=inside)
+    tl.store(scales_ptr + tl.program_id(1).to(tl.int64) * rows + m, scale_M, mask=m < rows)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scaled(  # type: ignore[no-untyped-def]
+    integers_ptr,
+    scales_ptr,
+    out_ptr,
+    outputs,
+    inputs,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+) -> None:
+    """A tile of ROWS outputs of one block of inputs."""
+    n = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    k = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = (n < outputs)[:, None]
+    at = n[:, None] * inputs + k[None, :]
+    integers = tl.load(integers_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    scale_N = tl.load(scales_ptr + tl.program_id(0).to(tl.int64) * outputs + n, mask=n < outputs, other=0.0)
+    tl.store(out_ptr + at, (integers * scale_N[:, None]).to(out_ptr.dtype.element_ty), mask=inside)

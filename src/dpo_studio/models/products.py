@@ -1,0 +1,130 @@
+"""The one product with frozen weights: y = W x + B A x for layers that read the same input, dense or packed.
+
+Adding B A x to W x afterwards would read and write the widest tensors of a model once more. Here the narrow product is
+written first and the base's product accumulates onto it inside the matrix product. A packed weight is formed for the
+product and forgotten, and formed again in the backward pass: what autograd keeps of it is the words. Under FP8 the
+forward products take block-scaled e4m3 on both sides; the backward pass does not, for it contracts over the outputs,
+and GPTQ's scales change with each of them.
+
+The operator is opaque to torch.compile, which would otherwise turn each accumulation into a copy and an addition.
+
+Shapes: T = tokens, K = inputs, N = outputs (a layer's own), R = ranks of the layers that read one input, in a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dpo_studio.models.packed import Block8, Frozen, flatten, unflatten
+
+__all__ = ["products"]
+
+
+def products(x: Tensor, weights: Sequence[Frozen], down_RK: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:
+    """W x + up down x for each of `weights`, x of any shape (..., K); differentiable in all but the weights."""
+    tensors, numbers = flatten(weights)
+    *outputs, _ = torch.ops.dpo_studio.lora(x.flatten(0, -2), tensors, numbers, down_RK, ups_Nr)
+    return [y_TN.view(*x.shape[:-1], -1) for y_TN in outputs]
+
+
+@torch.library.custom_op("dpo_studio::lora", mutates_args=())
+def _lora(
+    x_TK: Tensor, weights: list[Tensor], numbers: list[int], down_RK: Tensor, ups_Nr: list[Tensor]
+) -> list[Tensor]:
+    """[y of each layer (T, N)], and x A^T (T, R) for the backward pass."""
+    low_TR = x_TK @ down_RK.t()
+    outputs = []
+    in_fp8: tuple[Tensor, Tensor] | None = None  # the input, once for all its readers
+    for weight, up_Nr, low_Tr in zip(unflatten(weights, numbers), ups_Nr, _by_layer(low_TR, ups_Nr), strict=True):
+        if isinstance(weight, Block8):
+            from dpo_studio.models.fp8 import fp8_product, fp8_rows
+
+            in_fp8 = in_fp8 or fp8_rows(x_TK)
+            y_TN = fp8_product(*in_fp8, weight)[: len(x_TK)]
+            outputs.append(y_TN.addmm_(low_Tr, up_Nr.t()) if up_Nr.shape[1] else y_TN)
+        else:
+            outputs.append((low_Tr @ up_Nr.t()).addmm_(x_TK, weight.formed(x_TK.dtype).t()))
+    return [*outputs, low_TR]
+
+
+@_lora.register_fake
+def _(x_TK: Tensor, weights: list[Tensor], numbers: list[int], down_RK: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:
+    # shape[0], not len(): that would fix the row's length in compiled code
+    return [x_TK.new_empty(x_TK.shape[0], matrix.shape[0]) for matrix in (*ups_Nr, down_RK)]
+
+
+@torch.library.custom_op("dpo_studio::lora_backward", mutates_args=())
+def _lora_backward(
+    gradients_TN: list[Tensor],
+    weights: list[Tensor],
+    numbers: list[int],
+    down_RK: Tensor,
+    ups_Nr: list[Tensor],
+    low_TR: Tensor,
+    needs_input: bool,
+) -> list[Tensor]:
+    """[dL/d(x A^T) (T, R)], dL/dB of each layer, and dL/dx (T, K) if it is wanted."""
+    slope_TR = torch.empty_like(low_TR)
+    ups_slopes = []
+    for gradient_TN, up_Nr, slope_Tr, low_Tr in zip(
+        gradients_TN, ups_Nr, _by_layer(slope_TR, ups_Nr), _by_layer(low_TR, ups_Nr), strict=True
+    ):
+        torch.mm(gradient_TN, up_Nr, out=slope_Tr)
+        ups_slopes.append(gradient_TN.t() @ low_Tr)
+    if not needs_input:
+        return [slope_TR, *ups_slopes]
+    x_slope_TK = slope_TR @ down_RK
+    for gradient_TN, weight in zip(gradients_TN, unflatten(weights, numbers), strict=True):
+        x_slope_TK.addmm_(gradient_TN, weight.formed(gradient_TN.dtype))
+    return [slope_TR, *ups_slopes, x_slope_TK]
+
+
+@_lora_backward.register_fake
+def _(
+    gradients_TN: list[Tensor],
+    weights: list[Tensor],
+    numbers: list[int],
+    down_RK: Tensor,
+    ups_Nr: list[Tensor],
+    low_TR: Tensor,
+    needs_input: bool,
+) -> list[Tensor]:
+    slopes = [torch.empty_like(low_TR), *(torch.empty_like(up_Nr) for up_Nr in ups_Nr)]
+    return [*slopes, low_TR.new_empty(low_TR.shape[0], down_RK.shape[1])] if needs_input else slopes
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    x_TK, weights, numbers, down_RK, ups_Nr = inputs
+    ctx.save_for_backward(x_TK, down_RK, output[-1], *ups_Nr)
+    ctx.weights, ctx.numbers = weights, numbers  # frozen, and part of the model: nothing to save
+    ctx.needs_input = x_TK.requires_grad
+
+
+def _slopes(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
+    x_TK, down_RK, low_TR, *ups_Nr = ctx.saved_tensors
+    *outputs, _ = gradients
+    count = len(ups_Nr)
+    slope_TR, *rest = torch.ops.dpo_studio.lora_backward(
+        [gradient_TN.contiguous() for gradient_TN in outputs],
+        ctx.weights,
+        ctx.numbers,
+        down_RK,
+        ups_Nr,
+        low_TR,
+        ctx.needs_input,
+    )
+    # outside the operator, where torch.compile may form x anew instead of keeping it
+    down_slope_RK = slope_TR.t() @ x_TK
+    return rest[count] if ctx.needs_input else None, [None] * len(ctx.weights), None, down_slope_RK, rest[:count]
+
+
+torch.library.register_autograd("dpo_studio::lora", _slopes, setup_context=_keep)
+
+
+def _by_layer(stacked_TR: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:
+    """The columns of each layer's own rank."""
+    return list(torch.split(stacked_TR, [up_Nr.shape[1] for up_Nr in ups_Nr], dim=1))
