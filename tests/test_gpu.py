@@ -211,27 +211,26 @@ def test_fp8_starts_at_ln_2_and_stays_near_bf16(compiled: bool) -> None:
         for name, p in policy.named_parameters():
             if "lora_B" in name:
                 p.data.zero_()
-        with torch.no_grad():
-            now = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
-            with as_reference(policy):
-                reference = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
-        assert torch.equal(now, reference)
+        now = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))  # with what it keeps for a backward pass
+        with torch.no_grad(), as_reference(policy):
+            reference = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
+        assert torch.equal(now.detach(), reference)
 
 
-def steps_of(policy: Any, tokens: int, known: Sequence[Limit] = (), steps: int = 4) -> tuple[list[float], list[Limit]]:
+def steps_of(policy: Any, tokens: int, pairs_per_step: int = 16, steps: int = 4) -> tuple[list[float], list[Limit]]:
     """Losses of some steps with a live reference, and the limits they met."""
 
     def live(batches: Any) -> list[PairLogps]:
         with as_reference(policy):
             return [pair_logps(policy, batch) for batch in batches]
 
-    section = TrainingSection(pairs_per_step=16, learning_rate=3e-3, warmup=0, schedule="constant")
+    section = TrainingSection(pairs_per_step=pairs_per_step, learning_rate=3e-3, warmup=0, schedule="constant")
     pairs = random_pairs(48, prompt=(100, 300), answer=(100, 400))
-    plan = Steps(pairs, 16, tokens, 0, 2, steps)
+    plan = Steps(pairs, pairs_per_step, tokens, 0, 2, steps)
     state = TrainingState.fresh(policy, section, steps, Accelerator())
     met: list[Limit] = []
     train_mode(policy)
-    reports = train(policy, plan, DPO(), state, live, Room(policy, plan, known, met.append))
+    reports = train(policy, plan, DPO(), state, live, Room(policy, plan, tell=met.append))
     return [report.metrics["loss"] for report in reports], met
 
 
@@ -268,15 +267,15 @@ def test_a_real_lack_of_memory_ends_with_the_same_losses() -> None:
 
 
 def test_the_plan_fits_and_fills() -> None:
-    """What is planned runs, and twice as much does not."""
+    """What is planned runs, and twice as much, in rows that a step of 48 pairs fills, does not."""
     pairs = random_pairs(48, prompt=(100, 300), answer=(100, 400))
     policy = larger()
     train_mode(policy)
     with room_for(0.3):
         limit = plan_limit(policy, pairs, 48, CUDA)
         assert limit.recompute == "nothing"
-        assert steps_of(policy, limit.tokens)[1] == []
-        assert steps_of(policy, 2 * limit.tokens)[1] != []
+        assert steps_of(policy, limit.tokens, 48, steps=1)[1] == []
+        assert steps_of(policy, 2 * limit.tokens, 48, steps=1)[1] != []
 
 
 def test_the_same_run_twice_has_the_same_bits() -> None:
@@ -308,5 +307,5 @@ def test_a_run_from_the_command_line_resumes_bit_for_bit(tmp_path: Path) -> None
     assert (whole / "metrics.jsonl").read_text() == (parts / "metrics.jsonl").read_text()
     name = "adapter/adapter_model.safetensors"
     assert (whole / name).read_bytes() == (parts / name).read_bytes()
-    losses = [json.loads(line)["loss"] for line in (whole / "metrics.jsonl").read_text().splitlines() if "loss" in line]
-    assert len(losses) == 9 or len(losses) == 8
+    steps = [json.loads(line)["step"] for line in (whole / "metrics.jsonl").read_text().splitlines()]
+    assert steps == list(range(9))
