@@ -20,7 +20,7 @@ from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows
 
 COMMAND = Path(sys.executable).parent / "dpo"
 HEAVY = ("torch", "numpy", "transformers", "datasets", "peft", "accelerate", "rich", "matplotlib")
-VERBS = ("demo", "train", "score", "generate", "chat", "schema")
+VERBS = ("demo", "train", "score", "generate", "chat", "quantize", "export", "schema")
 
 
 def real(*arguments: object, **more: Any) -> subprocess.CompletedProcess[str]:

@@ -6,7 +6,6 @@ Parquet folder with the columns and the split names of HuggingFaceH4/ultrafeedba
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ import pytest
 import dpo_studio
 from dpo_studio.config import load_recipe
 from dpo_studio.runs import RunFolder
+from tests.gptq_oracle import in_own_process
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows
 
@@ -67,7 +67,7 @@ def train(name: str, folder: Path, model: Path, ultrafeedback: Path, *changes: s
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_recipe_trains_two_steps(name: str, mistral: Path, ultrafeedback: Path, tmp_path: Path) -> None:
     """Only what cannot be had here is replaced; the demo's pairs are its own, a few of them."""
-    few = ["data.train.rows=12", "data.held_out.rows=4"] if name == "demo" else []
+    few = ["data.train.rows=12", "data.held_out.rows=4"] if name.startswith("demo") else []
     said = train(name, tmp_path / "run", mistral, ultrafeedback, *few)
     assert said.code == 0, said.err
     result = RunFolder(tmp_path / "run").result()
@@ -76,20 +76,14 @@ def test_a_shipped_recipe_trains_two_steps(name: str, mistral: Path, ultrafeedba
     assert "warning" not in said.err
 
 
-def test_the_tutorials_recipe_is_refused_on_its_gptq_base_with_the_reason(
-    mistral: Path, ultrafeedback: Path, tmp_path: Path
-) -> None:
-    quantised = tmp_path / "gptq"
-    quantised.mkdir()
-    for file in mistral.iterdir():
-        (quantised / file.name).write_bytes(file.read_bytes())
-    config = json.loads((mistral / "config.json").read_text())
-    config["quantization_config"] = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": True}
-    (quantised / "config.json").write_text(json.dumps(config))
-    said = train(GPTQ, tmp_path / "run", quantised, ultrafeedback)
-    assert said.code == 1
-    assert "is quantised (gptq)" in said.err and "hint:" in said.err
-    assert not (tmp_path / "run").exists()
+def test_the_tutorials_recipe_trains_on_a_gptq_mistral(mistral: Path, ultrafeedback: Path, tmp_path: Path) -> None:
+    """The layout of its own base: 4 bits, act-order, packed by gptqmodel; groups of 32, for the tiny model's inputs."""
+    in_own_process("model", mistral, tmp_path / "gptq", "bits=4", "group_size=32", "desc_act=1")
+    said = train(GPTQ, tmp_path / "run", tmp_path / "gptq", ultrafeedback)
+    assert said.code == 0, said.err
+    result = RunFolder(tmp_path / "run").result()
+    assert result is not None and result["steps"] == 2
+    assert 0 <= result["accuracy"] <= 1
 
 
 def test_the_tutorials_recipe_carries_the_tutorials_settings() -> None:
@@ -107,4 +101,4 @@ def test_the_recipes_are_found_in_a_clone_and_in_a_wheel() -> None:
     """`recipes/` at the top of a clone is the folder that the package ships."""
     top = FOLDER.parents[2] / "recipes"
     assert not top.exists() or top.resolve() == FOLDER.resolve()
-    assert {"demo", "lora-7b", GPTQ} <= set(SHIPPED)
+    assert {"demo", "demo-gptq", "lora-7b", GPTQ} <= set(SHIPPED)

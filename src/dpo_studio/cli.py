@@ -31,6 +31,10 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token ev
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same answers.")]
+Bits = Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")]
+GroupSize = Annotated[str, typer.Option(help="Inputs that share a scale; auto: the largest of 128, 64, 32 that fits.")]
+Rows = Annotated[int, typer.Option(min=1, help="Prompts with their chosen answers to calibrate on.")]
+DescAct = Annotated[bool, typer.Option("--desc-act", help="Quantise the inputs that matter most first (act-order).")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")]  # noqa: UP045
 
 
@@ -160,6 +164,55 @@ def chat(
 
 
 @app.command()
+def quantize(
+    model: Annotated[str, typer.Argument(help="A dense model: a folder, a Hub id or the bundled one.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    calibration: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(help="Pairs whose prompts and chosen answers the integers are fitted to: your own."),
+    ] = None,
+    bits: Bits = 4,
+    group_size: GroupSize = "auto",
+    rows: Rows = 128,
+    desc_act: DescAct = False,
+    max_length: Annotated[int, typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = 1024,
+) -> None:
+    """Make a GPTQ model, calibrated on your own prompts and chosen answers."""
+    bits, size = _bits_and_group(bits, group_size)
+    from dpo_studio.workflows.cards import perplexity_line
+    from dpo_studio.workflows.quantizing import Calibration, Quantising, quantize_model
+
+    chosen = Calibration(calibration, rows, max_length)
+    result = quantize_model(model, out, calibration=chosen, settings=Quantising(bits, size, desc_act))
+    if result["perplexity"] is not None:
+        print(perplexity_line(result))
+    print(out)
+
+
+@app.command()
+def export(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
+    out: Annotated[Path, typer.Argument(help="The folder to make.")],
+    to: Annotated[str, typer.Option(help="adapter, merged or gptq.")],
+    bits: Bits = 4,
+    group_size: GroupSize = "auto",
+    rows: Rows = 128,
+    desc_act: DescAct = False,
+    force: Annotated[bool, typer.Option("--force", help="Make it though it is too far from the run's model.")] = False,
+    dtype: Dtype = None,
+) -> None:
+    """Leave with the adapter, one merged model, or one GPTQ folder; compared with the run before it is done."""
+    form: Any = _one_of("--to", to, "adapter", "merged", "gptq")
+    bits, size = _bits_and_group(bits, group_size)
+    checked = _one_of("--dtype", dtype, "float32", "bfloat16", "float16")
+    from dpo_studio.workflows.exporting import Quantising, export_run
+
+    settings = Quantising(bits, size, desc_act)
+    export_run(run, out, form, settings=settings, rows=rows, force=force, dtype=checked)
+    print(out)
+
+
+@app.command()
 def schema() -> None:
     """The recipe's JSON Schema, for editors."""
     import json
@@ -250,6 +303,15 @@ def _load(model: str, dtype: str | None) -> Any:
 
     with Progress() as progress:
         return load_any(model, dtype=_one_of("--dtype", dtype, "float32", "bfloat16", "float16"), say=progress.say)
+
+
+def _bits_and_group(bits: int, group_size: str) -> tuple[int, int | None]:
+    _one_of("--bits", str(bits), "2", "3", "4", "8")
+    if group_size == "auto":
+        return bits, None
+    if not group_size.isdecimal() or int(group_size) < 1:
+        raise typer.BadParameter(f"{group_size!r} is neither auto nor a number", param_hint="--group-size")
+    return bits, int(group_size)
 
 
 def _one_of(option: str, value: str | None, *allowed: str) -> str | None:

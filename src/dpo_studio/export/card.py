@@ -1,0 +1,160 @@
+"""The model card of an export: README.md with the Hub's metadata. Text from data or models stays text."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dpo_studio import __version__
+from dpo_studio.config import BUNDLED
+
+__all__ = [
+    "BUNDLED_ID",
+    "Card",
+    "adapter_code",
+    "gptq_code",
+    "hub_id",
+    "license_of",
+    "plain_code",
+    "public_name",
+    "quoted",
+    "versions",
+]
+
+BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the bundled model is called on the Hub."""
+
+_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+
+
+@dataclass(frozen=True)
+class Card:
+    """What a card says."""
+
+    title: str
+    base_id: str | None
+    """Its name on the Hub, where it has one."""
+    datasets: Sequence[str]
+    """Names on the Hub."""
+    library: str
+    """peft or transformers."""
+    tags: Sequence[str]
+    license: str | None
+    facts: Sequence[str]
+    """A line each, our own words; names in them are `quoted`."""
+    measured: str = ""
+    """What the figures are of."""
+    figures: Sequence[str] = ()
+    """What was measured."""
+    example: tuple[str, str] | None = None
+    """A prompt and this model's answer."""
+    code: str = ""
+    """How it is loaded."""
+
+    def text(self) -> str:
+        """The whole README.md."""
+        parts = [f"---\n{self._metadata()}---\n", f"# {_plain(self.title)}\n", _list(self.facts)]
+        if self.figures:
+            parts += ["## Measured\n", *([f"{self.measured}\n"] if self.measured else []), _list(self.figures)]
+        if self.example is not None:
+            prompt, answer = self.example
+            parts += ["## One answer\n", _fenced(prompt, "text"), _fenced(answer, "text")]
+        if self.code:
+            parts += ["## Use\n", _fenced(self.code, "python")]
+        return "\n".join(parts)
+
+    def _metadata(self) -> str:
+        data: dict[str, Any] = {"library_name": self.library, "pipeline_tag": "text-generation"}
+        if self.base_id is not None:
+            data["base_model"] = self.base_id
+        if self.datasets:
+            data["datasets"] = list(self.datasets)
+        if self.license is not None:
+            data["license"] = self.license
+        data["tags"] = list(self.tags)
+        return yaml.safe_dump(data, sort_keys=True, allow_unicode=False)
+
+
+def quoted(name: str) -> str:
+    """A name in the middle of our own words: one line, in backticks that it cannot leave."""
+    line = _plain(name)
+    run = max((len(found) for found in re.findall("`+", line)), default=0)
+    ticks = "`" * (run + 1)
+    return f"{ticks} {line} {ticks}" if run else f"`{line}`"
+
+
+def hub_id(name: str) -> str | None:
+    """The model or data set on the Hub that the name stands for, if it is no file or folder here."""
+    if name.startswith(BUNDLED):
+        return BUNDLED_ID if "smollm2" in name else None
+    found = _HUB_ID.match(name)
+    return found[0] if found and not Path(name.partition(":")[0]).exists() and not name.startswith((".", "~")) else None
+
+
+def public_name(name: str) -> str:
+    """The name as it may be given away: of a path, its last part."""
+    return name if name.startswith(BUNDLED) or hub_id(name) == name else Path(name).name or name
+
+
+def gptq_code(name: str) -> str:
+    """How plain transformers loads a GPTQ folder."""
+    return f"# pip install transformers optimum gptqmodel\n{plain_code(name)}"
+
+
+def plain_code(name: str) -> str:
+    """How transformers loads a folder."""
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained({json.dumps(name)}, device_map="auto")\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({json.dumps(name)})"
+    )
+
+
+def adapter_code(name: str, base: str) -> str:
+    """How PEFT loads an adapter."""
+    return (
+        "from peft import PeftModel\n"
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f'base = AutoModelForCausalLM.from_pretrained({json.dumps(base)}, device_map="auto")\n'
+        f"model = PeftModel.from_pretrained(base, {json.dumps(name)})"
+    )
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """What made it."""
+    return {"dpo-studio": __version__} | {name: version(name) for name in packages}
+
+
+def license_of(folder: Path) -> str | None:
+    """The license that the base's own card names, if it has one."""
+    card = folder / "README.md"
+    try:
+        found = _FRONT_MATTER.match(card.read_text(encoding="utf-8")) if card.is_file() else None
+        data = yaml.safe_load(found[1]) if found else None
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return None
+    name = data.get("license") if isinstance(data, dict) else None
+    return name if isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _list(lines: Sequence[str]) -> str:
+    return "".join(f"- {line}\n" for line in lines)
+
+
+def _fenced(text: str, language: str) -> str:
+    """A block whose fence is longer than any run of backticks in the text."""
+    run = max((len(found) for found in re.findall("`+", text)), default=0)
+    fence = "`" * max(3, run + 1)
+    return f"{fence}{language}\n{text}\n{fence}\n"

@@ -1,0 +1,131 @@
+"""The model cards of what leaves: our own words, the figures, and names with no path of this machine in them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dpo_studio.config import BUNDLED, Recipe
+from dpo_studio.export.card import (
+    Card,
+    adapter_code,
+    gptq_code,
+    hub_id,
+    license_of,
+    plain_code,
+    public_name,
+    quoted,
+)
+from dpo_studio.export.requantise import Quantising
+from dpo_studio.export.verify import Comparison
+from dpo_studio.reports.text import printable
+
+__all__ = ["adapter_card", "perplexity_line", "quantised_card", "tuned_card"]
+
+
+def adapter_card(out: Path, base: str, recipe: Recipe, rank: int, finished: Mapping[str, Any]) -> Card:
+    """Of an adapter; `finished` is the run's `result.json`."""
+    figures = []
+    if "accuracy_ci95" in finished:
+        low, high = finished["accuracy_ci95"]
+        figures = [f"held-out accuracy {finished['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})"]
+    return Card(
+        title=printable(out.name),
+        base_id=hub_id(base),
+        datasets=_datasets(recipe),
+        library="peft",
+        tags=["dpo", "lora"],
+        license=_license(base, None),
+        facts=[f"a LoRA adapter of rank {rank} for {_name(base)}", _tuned(recipe)],
+        figures=figures,
+        code=adapter_code(out.name, hub_id(base) or public_name(base)),
+    )
+
+
+def tuned_card(
+    out: Path,
+    base: str,
+    base_folder: Path,
+    recipe: Recipe,
+    settings: Quantising | None,
+    comparison: Comparison,
+    result: Mapping[str, Any],
+) -> Card:
+    """Of a merged model, quantised by `settings` if there are any; `result` is its `export.json`."""
+    tags, what = ["dpo", "lora"], "merged into one bf16 model"
+    if settings is not None:
+        what = f"merged and quantised by GPTQ to {_grid(settings)}"
+        tags += ["gptq", f"{settings.bits}-bit"]
+    before, after = result["stop_rate_before"], result["stop_rate"]
+    return Card(
+        title=printable(out.name),
+        base_id=hub_id(base),
+        datasets=_datasets(recipe),
+        library="transformers",
+        tags=tags,
+        license=_license(base, base_folder),
+        facts=[f"{_name(base)} with a LoRA adapter, {what}", _tuned(recipe)],
+        measured=f"Against the base with the adapter on top, on {result['compared_on']}:",
+        figures=[
+            *comparison.lines(),
+            f"answers that end by themselves: {before:.2f} before, {after:.2f} after",
+            *(f"made although {miss}" for miss in result["misses"]),
+        ],
+        example=(result["showcase_prompt"], printable(result["showcase_answer"])),
+        code=plain_code(out.name) if settings is None else gptq_code(out.name),
+    )
+
+
+def quantised_card(out: Path, model: str, folder: Path, result: Mapping[str, Any]) -> Card:
+    """Of a quantised base; `result` is its `quantization.json`."""
+    settings = Quantising(result["bits"], result["group_size"], result["desc_act"])
+    calibration = quoted(printable(result["calibration"]))
+    return Card(
+        title=printable(out.name),
+        base_id=hub_id(model),
+        datasets=[],
+        library="transformers",
+        tags=["gptq", f"{settings.bits}-bit"],
+        license=_license(model, folder),
+        facts=[
+            f"{_name(model)}, quantised by GPTQ to {_grid(settings)}",
+            f"calibrated on {result['calibration_rows']} prompts with their chosen answers from {calibration}",
+            f"made by DPO Studio with gptqmodel {result['versions']['gptqmodel']}",
+        ],
+        figures=[perplexity_line(result)] if result["perplexity"] is not None else [],
+        code=gptq_code(out.name),
+    )
+
+
+def perplexity_line(result: Mapping[str, Any]) -> str:
+    """What quantising cost, in one line."""
+    return (
+        f"perplexity of {result['held_out_answers']} held-out chosen answers: "
+        f"{result['perplexity_before']:.3f} before, {result['perplexity']:.3f} after"
+    )
+
+
+def _name(model: str) -> str:
+    return quoted(printable(public_name(model)))
+
+
+def _grid(settings: Quantising) -> str:
+    return f"{settings.bits} bits in groups of {settings.group_size}" + (", act-order" if settings.desc_act else "")
+
+
+def _tuned(recipe: Recipe) -> str:
+    objective = recipe.objective
+    return f"tuned with {objective.kind} (beta {objective.beta:g}) on {_name(recipe.data.train.source)} by DPO Studio"
+
+
+def _datasets(recipe: Recipe) -> Sequence[str]:
+    source = recipe.data.train.source
+    name = None if source.startswith(BUNDLED) else hub_id(source)
+    return [] if name is None else [name]
+
+
+def _license(base: str, folder: Path | None) -> str | None:
+    if base.startswith(BUNDLED):
+        return "apache-2.0"
+    return None if folder is None else license_of(folder)

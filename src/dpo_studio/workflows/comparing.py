@@ -1,0 +1,149 @@
+"""The run's own model and the exported one asked the same: log-probs of held-out pairs, and a few answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from peft import PeftModel
+from torch import nn
+
+from dpo_studio.config import ModelSection, Recipe, cache_folder
+from dpo_studio.evaluation.judges import Completion
+from dpo_studio.export.merge import Delta, adapter_deltas
+from dpo_studio.export.verify import Comparison, compare
+from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
+from dpo_studio.learning.reference import ReferenceCache, batched_logps, reference_logps
+from dpo_studio.models.adapters import REFERENCE, attach_existing, in_eval
+from dpo_studio.models.gptq import weight_count
+from dpo_studio.models.load import ChatModel, load_chat_model
+from dpo_studio.objectives import PairLogps
+from dpo_studio.preferences.pair import Message, Pair, prompt_key
+from dpo_studio.reports.progress import Progress
+from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.workflows.demo import SHOWCASE
+from dpo_studio.workflows.loading import Loaded
+from dpo_studio.workflows.preparing import RunData, encode_both, read_and_split, reference_model
+from dpo_studio.workflows.talking import Sampling, answers
+
+__all__ = ["RunModel", "ask_the_run", "look_again", "stop_rate"]
+
+_COMPARED = 512
+"""Pairs that both models are compared on, at most."""
+_ASKED = 16
+"""Held-out prompts that both models answer, for the stop rate."""
+_SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
+"""As the demo asks, so that its answers can be compared."""
+
+
+@dataclass(frozen=True, eq=False)
+class RunModel:
+    """What the run's own model says, before it makes room for the exported one."""
+
+    deltas: dict[str, Delta]
+    pairs: list[EncodedPair]
+    prompts: list[str]
+    """The key of each pair's prompt."""
+    held_out: bool
+    """Whether the pairs are held out; a run that holds none out is compared on what it was trained on."""
+    policy: PairLogps
+    reference: PairLogps
+    chats: list[Sequence[Message]]
+    answers: list[Completion]
+    training: list[EncodedPair]
+    weights: int
+    """Of the base, packed ones counted as what they stand for."""
+    linear: int
+    """Of its linear layers but the head, which are what GPTQ makes smaller."""
+
+
+def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress) -> RunModel:
+    """Everything there is to know of the run's own model."""
+    base = load_chat_model(recipe.model, say=progress.say)
+    linear = _linear_weights(base.model)
+    source, split = read_and_split(recipe, progress)
+    data = encode_both(recipe, source, split, base.encoder, progress)
+    side, pairs = _compared(data, split.train, split.held_out, progress)
+    keys = {pair.row: prompt_key(pair.prompt) for pair in side}
+    chats: list[Sequence[Message]] = list({keys[pair.row]: pair.prompt for pair in side}.values())
+    chats = [*chats[:_ASKED], (Message("user", SHOWCASE),)]
+    policy = attach_existing(base.model, adapter, trainable=False)
+    section = recipe.reference
+    if recipe.model.adapter is not None and section.model is None and section.adapter is None:
+        policy = attach_existing(policy, Path(recipe.model.adapter), trainable=False, name=REFERENCE)
+    return RunModel(
+        deltas=adapter_deltas(policy),
+        pairs=pairs,
+        prompts=[keys[pair.row] for pair in pairs],
+        held_out=bool(data.held_out.pairs),
+        policy=_logps(policy, pairs, "the run's own model", progress),
+        reference=_reference(recipe, base, policy, pairs, progress),
+        chats=chats,
+        answers=_answers(base, policy, chats, progress),
+        training=data.train.pairs,
+        weights=weight_count(base.model),
+        linear=linear,
+    )
+
+
+def look_again(
+    known: RunModel, recipe: Recipe, folder: Path, progress: Progress
+) -> tuple[Comparison, list[Completion]]:
+    """The exported folder, loaded as anyone would load it, asked what the run's own model was asked."""
+    back = load_chat_model(
+        ModelSection(path=str(folder), dtype=recipe.model.dtype, attention=recipe.model.attention), say=progress.say
+    )
+    after = _logps(back.model, known.pairs, "the exported model", progress)
+    comparison = compare(known.policy, after, known.reference, known.prompts, beta=recipe.objective.beta)
+    return comparison, _answers(back, back.model, known.chats, progress)
+
+
+def stop_rate(told: Sequence[Completion]) -> float:
+    """Share of the held-out prompts' answers that ended by themselves; the last answer is to the showcase's."""
+    *held_out, _ = told
+    return sum(answer.ended for answer in held_out) / max(len(held_out), 1)
+
+
+def _compared(
+    data: RunData, train: list[Pair], held_out: list[Pair], progress: Progress
+) -> tuple[list[Pair], list[EncodedPair]]:
+    """The side that both models are compared on, as text and as ids."""
+    side, pairs = held_out, data.held_out.pairs
+    if not pairs:
+        progress.warn("the run holds no pairs out: nothing can be verified on held-out pairs, training pairs are used")
+        side, pairs = train, data.train.pairs
+    if len(pairs) > _COMPARED:
+        progress.say(f"comparing on {_COMPARED} of {len(pairs)} pairs")
+    return side, pairs[:_COMPARED]
+
+
+def _logps(model: nn.Module, pairs: Sequence[EncodedPair], title: str, progress: Progress) -> PairLogps:
+    budget = tokens_without_gradient(CPU_TOKENS, next(model.parameters()).device)
+    with progress.task(title, len(pairs), "pairs") as advance, in_eval(model):
+        return batched_logps(
+            model, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
+        )
+
+
+def _reference(
+    recipe: Recipe, base: ChatModel, policy: PeftModel, pairs: Sequence[EncodedPair], progress: Progress
+) -> PairLogps:
+    """What the training compared with, from its cache where that is still there."""
+    model, context, computes = reference_model(recipe, base, policy)
+    budget = tokens_without_gradient(CPU_TOKENS, base.device)
+    cache = ReferenceCache(cache_folder() / "reference", context)
+    with progress.task("its reference", len(pairs), "pairs") as advance, computes():
+        return reference_logps(model, pairs, budget=budget, cache=cache, progress=lambda done, tokens: advance(done))
+
+
+def _answers(
+    base: ChatModel, model: nn.Module, chats: Sequence[Sequence[Message]], progress: Progress
+) -> list[Completion]:
+    return answers(Loaded(base, model, None, None), chats, _SAMPLING, tuned=True, progress=progress)
+
+
+def _linear_weights(model: nn.Module) -> int:
+    head = getattr(model, "get_output_embeddings", lambda: None)()
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module is not head]
+    return sum(layer.in_features * layer.out_features for layer in layers)

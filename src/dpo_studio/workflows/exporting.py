@@ -1,0 +1,250 @@
+"""`dpo export`: a run's adapter, one merged model or one GPTQ folder, looked at again before it is done."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from dpo_studio.config import ModelSection, Recipe, user_path
+from dpo_studio.errors import RunError
+from dpo_studio.evaluation.judges import Completion
+from dpo_studio.export.card import public_name, versions
+from dpo_studio.export.merge import Delta, merge, save_plain
+from dpo_studio.export.requantise import (
+    Quantising,
+    calibration_rows,
+    check_gptqmodel,
+    file_dtype,
+    layer_count,
+    quantise,
+    settled,
+)
+from dpo_studio.export.verify import BARS, Comparison
+from dpo_studio.export.whole import Making, check_new, check_space, making
+from dpo_studio.learning.checkpoints import newest_checkpoint
+from dpo_studio.models.adapters import read_adapter_config
+from dpo_studio.models.gptq_checkpoint import read_quantization
+from dpo_studio.models.load import load_chat_model, locate
+from dpo_studio.preferences.rows import sample
+from dpo_studio.reports.progress import Progress
+from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.workflows.cards import adapter_card, tuned_card
+from dpo_studio.workflows.comparing import RunModel, ask_the_run, look_again, stop_rate
+from dpo_studio.workflows.demo import SHOWCASE
+from dpo_studio.workflows.quantizing import free_memory
+
+__all__ = ["Form", "Quantising", "export_run"]
+
+Form = Literal["adapter", "merged", "gptq"]
+
+
+def export_run(
+    run: str | Path,
+    out: str | Path,
+    to: Form,
+    *,
+    settings: Quantising | None = None,
+    rows: int = 128,
+    force: bool = False,
+    dtype: str | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Export the run's adapter into the new folder `out`; return `export.json`'s content.
+
+    merged: base and adapter in bf16. gptq: that, requantised, calibrated on the run's own training pairs. Both are
+    loaded back and compared with the run's own model; too far apart is an error unless `force`.
+
+    Raises:
+        DPOStudioError: with a hint; `out` is whole or not there.
+    """
+    out, folder = Path(out), RunFolder(user_path(run))
+    check_new(out)
+    if not is_run(folder.path):
+        raise RunError(f"{run} is not a run", hint="a run is the folder that `dpo train` or `dpo demo` made")
+    recipe = folder.recipe()
+    assert recipe is not None
+    if to == "gptq":
+        check_gptqmodel()
+    with progress or Progress() as shown:
+        adapter = _adapter_of(folder, shown)
+        if to == "adapter":
+            return _export_adapter(folder, recipe, adapter, out)
+        if dtype is not None:
+            recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+        return _Export(folder, recipe, adapter, out, to, settings or Quantising(), rows, force, shown).make()
+
+
+def _adapter_of(run: RunFolder, progress: Progress) -> Path:
+    """The run's final adapter, else its newest checkpoint's.
+
+    Raises:
+        RunError: it has none yet.
+    """
+    if run.result_file.is_file():
+        return run.adapter
+    checkpoint = newest_checkpoint(run.checkpoints, progress.say)
+    if checkpoint is None:
+        raise RunError(f"{run.path} has no adapter and no checkpoint yet", hint="`dpo train` continues it")
+    progress.say(f"{run.path} is unfinished: using {checkpoint.name}")
+    return checkpoint / "adapter"
+
+
+def _typed_base(run: RunFolder, recipe: Recipe) -> str:
+    """The base as the user gave it: never where a cache keeps it."""
+    model = run.typed().get("model")
+    return str(model["path"]) if isinstance(model, dict) and "path" in model else recipe.model.path
+
+
+def _template(recipe: Recipe) -> str | None:
+    """The chat template that the recipe has put in the place of the tokenizer's own."""
+    return None if recipe.model.chat_template is None else Path(recipe.model.chat_template).read_text(encoding="utf-8")
+
+
+def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path) -> dict[str, Any]:
+    """A folder that plain PEFT loads; the numbers on its card are the run's own."""
+    config = read_adapter_config(adapter)
+    base = _typed_base(run, recipe)
+    result: dict[str, Any] = {
+        "to": "adapter",
+        "base": public_name(base),
+        "rank": config.r,
+        "versions": versions("peft", "transformers"),
+    }
+    with making(out) as place:
+        shutil.copyfile(adapter / "adapter_model.safetensors", place.result / "adapter_model.safetensors")
+        raw = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+        raw |= {"base_model_name_or_path": base, "revision": recipe.model.revision}
+        _write_json(place.result / "adapter_config.json", raw)
+        if (template := _template(recipe)) is not None:
+            (place.result / "chat_template.jinja").write_text(template, encoding="utf-8")
+        card = adapter_card(out, base, recipe, config.r, run.result() or {})
+        (place.result / "README.md").write_text(card.text(), encoding="utf-8")
+        _write_json(place.result / "export.json", result)
+    return result
+
+
+def _write_json(file: Path, content: dict[str, Any]) -> None:
+    file.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass
+class _Export:
+    """One export of whole weights under way."""
+
+    run: RunFolder
+    recipe: Recipe
+    adapter: Path
+    out: Path
+    to: Literal["merged", "gptq"]
+    settings: Quantising
+    rows: int
+    force: bool
+    progress: Progress
+
+    def make(self) -> dict[str, Any]:
+        """Merge, quantise if that is asked for, load back, compare; then `out` is there."""
+        known = ask_the_run(self.recipe, self.adapter, self.progress)
+        free_memory()
+        check_space(self.out, _bytes_needed(known, self.to, self.settings.bits), f"exporting to {self.to}")
+        with making(self.out) as place:
+            base_folder = self._merge(known.deltas, place)
+            if self.to == "gptq":
+                self._requantise(known.training, place)
+            comparison, told = look_again(known, self.recipe, place.result, self.progress)
+            for line in comparison.lines():
+                self.progress.say(line)
+            misses = comparison.misses(BARS[self.to])
+            if misses and not self.force:
+                raise RunError(
+                    f"{self.out} is not made: the {self.to} model is too far from the run's own: {'; '.join(misses)}",
+                    hint=_what_keeps_it(self.to, self.settings),
+                )
+            for miss in misses:
+                self.progress.warn(f"made all the same: {miss}")
+            result = self._result(known, comparison, told, misses)
+            _write_json(place.result / "export.json", result)
+            quantised = self.settings if self.to == "gptq" else None
+            base = _typed_base(self.run, self.recipe)
+            card = tuned_card(self.out, base, base_folder, self.recipe, quantised, comparison, result)
+            (place.result / "README.md").write_text(card.text(), encoding="utf-8")
+        return result
+
+    def _merge(self, deltas: dict[str, Delta], place: Making) -> Path:
+        """The merged model, in the result or on the way to it; returns where the base's files are."""
+        target = place.result if self.to == "merged" else place.work / "merged"
+        target.mkdir(exist_ok=True)
+        section = self.recipe.model.model_copy(update={"residency": "packed", "compute": "auto", "attention": "sdpa"})
+        base = load_chat_model(section.model_copy(update={"dtype": _exact_dtype(section, self.progress)}))
+        self.progress.say("merging")
+        merge(base.model, deltas)
+        save_plain(base.model, target, source=base.folder, template=_template(self.recipe))
+        folder = base.folder
+        del base
+        free_memory()
+        return folder
+
+    def _requantise(self, training: Sequence[EncodedPair], place: Making) -> None:
+        merged = place.work / "merged"
+        self.settings = settings = settled(merged, self.settings)
+        chosen = [pair for _, pair in sample(((pair.row, pair) for pair in training), self.rows, seed=0)]
+        self.progress.say(
+            f"{settings.bits} bits in groups of {settings.group_size}, "
+            f"calibrated on {len(chosen)} of the run's chosen answers"
+        )
+        with self.progress.task("quantise", layer_count(merged), "layers") as advance:
+            rows = calibration_rows(chosen)
+            quantise(merged, place.result, rows, settings, place.work, name=str(self.run.path), progress=advance)
+
+    def _result(
+        self, known: RunModel, comparison: Comparison, told: Sequence[Completion], misses: Sequence[str]
+    ) -> dict[str, Any]:
+        quantised = vars(self.settings) if self.to == "gptq" else {}
+        packages = ("torch", "transformers", *(("gptqmodel",) if self.to == "gptq" else ()))
+        return {
+            "to": self.to,
+            "base": public_name(_typed_base(self.run, self.recipe)),
+            **quantised,
+            "compared_on": "held-out pairs" if known.held_out else "training pairs",
+            "dtype": self.recipe.model.dtype,
+            "beta": self.recipe.objective.beta,
+            **vars(comparison),
+            "bars": vars(BARS[self.to]),
+            "misses": list(misses),
+            "stop_rate_before": stop_rate(known.answers),
+            "stop_rate": stop_rate(told),
+            "showcase_prompt": SHOWCASE,
+            "showcase_answer_before": known.answers[-1].text,
+            "showcase_answer": told[-1].text,
+            "versions": versions(*packages),
+        }
+
+
+def _exact_dtype(section: ModelSection, progress: Progress) -> Any:
+    """The precision that the base's weights are kept in: nothing is rounded before the adapter is added."""
+    folder = locate(section.path, section.revision, progress.say)
+    kept = torch.bfloat16 if read_quantization(folder) is not None else file_dtype(folder)
+    return str(kept).removeprefix("torch.")
+
+
+def _bytes_needed(known: RunModel, to: str, bits: int) -> int:
+    """The merged model in bf16; quantised, gptqmodel's finished layers and then the result beside it."""
+    merged = 2 * known.weights
+    if to == "merged":
+        return merged
+    scales = known.linear * 2 / 32
+    return int(merged + 2 * (known.linear * bits / 8 + scales + 4 * (known.weights - known.linear)))
+
+
+def _what_keeps_it(to: str, settings: Quantising) -> str:
+    if to == "merged":
+        return "--to adapter keeps it exactly; --force makes it all the same"
+    finer = [] if settings.group_size == 32 else ["--group-size 32"]
+    more = [] if settings.bits == 8 else ["--bits 8"]
+    return f"what keeps more: {', '.join([*finer, *more, '--to adapter (exact)'])}; --force makes it all the same"
