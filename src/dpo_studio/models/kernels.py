@@ -13,12 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from dpo_studio.models.fp8 import FP8_BLOCK
 from dpo_studio.models.packed import Block8, Packed
 
-__all__ = ["FP8_BLOCK", "dequantise", "fp8_integers", "fp8_rows", "scaled_integers"]
+__all__ = ["dequantise", "fp8_integers", "fp8_rows", "scaled_integers"]
 
-FP8_BLOCK = 128
-"""Inputs that share a scale in a block-scaled FP8 product."""
 _ROWS = 64
 _FP8_LARGEST = 448.0
 
