@@ -5,13 +5,17 @@ ARGS ?=
 # Threads that wait give way to other processes (the reason stands in cli.py).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: demo test check format benchmark clean
+.PHONY: demo test slow check format benchmark clean
 
 demo: .venv/runtime
 	$(BIN)/dpo demo --out runs/demo
 
 test: .venv/dev
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# The GPTQ path on the real bundled model, minutes long; a tiny model takes it in `make test`.
+slow: .venv/dev
+	$(BIN)/python -m pytest -m slow $(ARGS)
 
 check: .venv/dev
 	$(BIN)/ruff check .
