@@ -311,16 +311,16 @@ def _whole_path(folder: Path) -> None:
     import dpo_studio
 
     recipe = Path(dpo_studio.__file__).parent / "recipes" / "demo-gptq.yaml"
-    said = dpo("quantize", "bundled:smollm2-135m-instruct", "smollm2-gptq", "--rows", 32)
+    said = dpo("quantize", "bundled:smollm2-135m-instruct", "smollm2-gptq", "--rows", 16)
     assert said.code == 0, said.err
     cost = read(folder / "smollm2-gptq" / "quantization.json")
     assert cost["group_size"] == 64 and cost["perplexity"] < 1.5 * cost["perplexity_before"]
-    few = ("--set", "data.train.rows=64", "--set", "data.held_out.rows=24", "--set", "run.folder=run")
+    few = ("--set", "data.train.rows=48", "--set", "data.held_out.rows=24", "--set", "run.folder=run")
     said = dpo("train", recipe, "--set", "model.path=smollm2-gptq", *few)
     assert said.code == 0, said.err
     result = json.loads((folder / "run" / "result.json").read_text())
     assert result["accuracy"] > result["accuracy_before"]
-    said = export(Path("run"), Path("tuned"), "gptq", "--rows", 32, "--force")
+    said = export(Path("run"), Path("tuned"), "gptq", "--rows", 16, "--force")
     assert said.code == 0, said.err
     assert dpo("generate", "tuned", "--prompt", "How long do I boil an egg?", "--max-new-tokens", 24).code == 0
     shutil.rmtree(folder / "smollm2-gptq")  # the exported folder stands alone
