@@ -145,6 +145,12 @@ class ChatEncoder:
         rendered = self._render(prompt, open_answer=True)
         return self._ids(rendered, self._encode_whole([rendered]))
 
+    def chat_ids(self, chats: Sequence[Sequence[Message]]) -> list[list[int] | PairError]:
+        """Whole chats to their last token, whatever the template writes after the last turn; or why not."""
+        rendered = [_caught(self._render, turns, open_answer=False) for turns in chats]
+        whole = self._encode_whole([chat for chat in rendered if not isinstance(chat, PairError)])
+        return [chat if isinstance(chat, PairError) else _caught(self._ids, chat, whole) for chat in rendered]
+
     def pair(self, pair: Pair) -> PairIds:
         """One pair; raises PairError where `pairs` returns it."""
         (outcome,) = self.pairs([pair])
