@@ -16,7 +16,7 @@ def logistic(x: float) -> float:
 
 def test_two_lengths_by_hand() -> None:
     """Ten comparisons 10 tokens longer, 7 won; ten 10 shorter, 2 won. With two values of x the model fits both shares,
-    and Firth's penalty is then one half added to each cell: logits ln(7.5/3.5) and ln(2.5/8.5); their middle is -0.2308.
+    and Firth's penalty is one half added to each cell: logits ln(7.5/3.5) and ln(2.5/8.5), their middle -0.2308.
     """
     points = [1.0] * 7 + [0.0] * 3 + [1.0] * 2 + [0.0] * 8
     share, (low, high) = length_controlled(points, [10] * 10 + [-10] * 10)

@@ -16,7 +16,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dpo_studio import cli_judge
+from dpo_studio import cli_eval, cli_judge
 
 app = typer.Typer(
     name="dpo",
@@ -213,6 +213,9 @@ def export(
     settings = Quantising(bits, size, desc_act)
     export_run(run, out, form, settings=settings, rows=rows, force=force, dtype=checked)
     print(out)
+
+
+app.command("eval")(cli_eval.evaluate)
 
 
 @app.command()

@@ -25,7 +25,7 @@ from dpo_studio.reports.sections import (
     verdict_panel,
 )
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["page", "render_report", "write_report"]
 
 
 def write_report(run_folder: Path) -> Path:
@@ -58,14 +58,18 @@ def render_report(facts: RunFacts) -> str:
         details_section(facts),
         glossary_section(facts),
     ]
-    return Template(_packaged("report.html")).substitute(
+    return page(
         title=f"{esc(facts.name)} · DPO Studio",
-        css=_packaged("report.css").rstrip(),
         name=esc(facts.name),
         about="".join(f"<li>{name} <b>{esc(clipped(value, 160))}</b></li>" for name, value in _about(facts)),
         sections="\n".join(part for part in parts if part),
         footer=f"<p>{_footer(facts)}</p>",
     )
+
+
+def page(**parts: str) -> str:
+    """A page in our dress, its `title`, `name`, `about`, `sections` and `footer` being HTML already."""
+    return Template(_packaged("report.html")).substitute(css=_packaged("report.css").rstrip(), **parts)
 
 
 def _packaged(name: str) -> str:

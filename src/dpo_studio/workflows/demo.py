@@ -77,8 +77,8 @@ def _evaluate(trained: TrainedRun, loaded: Loaded, progress: Progress) -> dict[s
         lines.append(
             {
                 "prompt": prompt[-1].content,
-                "base": vars(before),
-                "tuned": vars(after),
+                "base": before.shown(),
+                "tuned": after.shown(),
                 "winner": _WINNERS[outcomes[-1]],
                 "reason": verdict.reason,
             }
