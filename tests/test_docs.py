@@ -56,10 +56,13 @@ def problems(command: str) -> Iterator[str]:
     verbs = [word for word in words[1:] if not word.startswith("-")]
     if not verbs:
         known = {option for parameter in tree.params for option in parameter.opts} | {"--help"}
-    elif (verb := tree.get_command(context, verbs[0])) is None:
-        yield f"no such verb: {verbs[0]}"
-        return
     else:
+        verb = tree.get_command(context, verbs[0])
+        if hasattr(verb, "get_command") and len(verbs) > 1:
+            verb = verb.get_command(context, verbs[1])
+        if verb is None:
+            yield f"no such verb: {verbs[0] if tree.get_command(context, verbs[0]) is None else ' '.join(verbs[:2])}"
+            return
         known = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
     yield from (f"no such option: {word}" for word in words if _option(word) and _option(word) not in known)
     for flag, value in pairwise(words):
@@ -153,6 +156,8 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
         ("dpo score MODEL_OR_RUN SOURCE [--out FILE] | head -1", []),
         ("dpo --help", []),
         ("dpo tarin r.yaml", ["no such verb: tarin"]),
+        ("dpo judge chekc SOURCE", ["no such verb: judge chekc"]),
+        ("dpo judge check SOURCE --judge length", []),
         ("dpo train r.yaml --resume", ["no such option: --resume"]),
         ("dpo train r.yaml --set training.epoch=2", ["no such key: training.epoch=2"]),
     ],
