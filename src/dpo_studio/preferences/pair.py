@@ -26,10 +26,15 @@ class Pair:
     rejected: tuple[Message, ...]
     row: int = 0
     """Where it stood in its source, from 0."""
+    scores: tuple[float, float] | None = None
+    """The chosen and the rejected answer's, where the source has a finite number for both."""
+    origin: str | None = None
+    """The set or domain it came from, where a column `source`, `dataset` or `domain` says so."""
 
     def swap(self) -> Pair:
         """The opposite preference."""
-        return replace(self, chosen=self.rejected, rejected=self.chosen)
+        scores = None if self.scores is None else self.scores[::-1]
+        return replace(self, chosen=self.rejected, rejected=self.chosen, scores=scores)
 
 
 def prompt_key(prompt: tuple[Message, ...]) -> str:
