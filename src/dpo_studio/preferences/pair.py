@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ["Message", "Pair", "prompt_key"]
+__all__ = ["Message", "Pair", "prompt_key", "trl_row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,3 +45,16 @@ def prompt_key(prompt: tuple[Message, ...]) -> str:
     """
     turns = (f"{m.role}\x1f{' '.join(unicodedata.normalize('NFC', m.content).split())}" for m in prompt)
     return hashlib.sha256("\x1e".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def trl_row(pair: Pair) -> dict[str, Any]:
+    """The pair as a row of TRL's conversational shape, which `read_pairs` reads as the same pair again."""
+    sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    row: dict[str, Any] = {
+        name: [{"role": turn.role, "content": turn.content} for turn in turns] for name, turns in sides.items()
+    }
+    if pair.scores is not None:
+        row["score_chosen"], row["score_rejected"] = pair.scores
+    if pair.origin is not None:
+        row["source"] = pair.origin
+    return row
