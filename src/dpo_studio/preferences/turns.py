@@ -211,7 +211,9 @@ def turns_of(value: object, side: str, role: str) -> Turns:
 
 
 def opens_a_dialogue(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and value[0].get("role") in _OPENS
+    first = value[0] if isinstance(value, list) and value else None
+    role = first.get("role") if isinstance(first, dict) else None
+    return isinstance(role, str) and role in _OPENS
 
 
 def messages(value: object, side: str) -> Turns:

@@ -126,7 +126,7 @@ class _Origins:
 
 def refused_beside(out: Path) -> Path:
     """Where the refused rows go: `pairs.jsonl` -> `pairs.refused.jsonl`."""
-    return out.with_name(f"{out.name.removesuffix('.jsonl')}.refused.jsonl")
+    return out.parent / f"{out.name.removesuffix('.jsonl')}.refused.jsonl"
 
 
 @dataclass
