@@ -16,7 +16,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dpo_studio import cli_eval, cli_judge
+from dpo_studio import cli_data, cli_eval, cli_judge
 
 app = typer.Typer(
     name="dpo",
@@ -26,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_data.app)
 app.add_typer(cli_judge.app)
 
 INTERRUPTED = 128 + signal.SIGINT
