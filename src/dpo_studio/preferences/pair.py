@@ -26,10 +26,13 @@ class Pair:
     rejected: tuple[Message, ...]
     row: int = 0
     """Where it stood in its source, from 0."""
+    scores: tuple[float, float] | None = None
+    """What a judge gave the chosen and the rejected answer, where the source says so."""
 
     def swap(self) -> Pair:
         """The opposite preference."""
-        return replace(self, chosen=self.rejected, rejected=self.chosen)
+        scores = None if self.scores is None else (self.scores[1], self.scores[0])
+        return replace(self, chosen=self.rejected, rejected=self.chosen, scores=scores)
 
 
 def prompt_key(prompt: tuple[Message, ...]) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import itertools
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 from dpo_studio.config import SourceSection
@@ -17,8 +18,9 @@ from dpo_studio.preferences.formats import FORMATS, Parser, Row, RowError, parse
 from dpo_studio.preferences.mapping import columns_of, mapped_parser
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.rows import read_rows
+from dpo_studio.preferences.scores import scores_of
 
-__all__ = ["PairSource", "Refusal", "read_pairs"]
+__all__ = ["PairSource", "PairStream", "Refusal", "read_pairs", "stream_pairs"]
 
 _LOOK_AT = 64  # rows that decide the format: enough that a few broken ones at the top do not
 _EXPECTED = "prompt, chosen and rejected; or chosen and rejected alone as message lists or Human/Assistant transcripts"
@@ -32,6 +34,18 @@ class Refusal:
     """Where it stood in its source, from 0."""
     reason: str
     """The same text for the same kind of problem."""
+
+
+@dataclass(frozen=True)
+class PairStream:
+    """A source that is read as it is asked for: one row in memory at a time."""
+
+    name: str
+    """The source as the user gave it."""
+    format: str
+    """The shape its rows are read as."""
+    rows: Iterator[Pair | Refusal]
+    """Every row, in source order. A `DataError` may come out of it where the file breaks off."""
 
 
 @dataclass(frozen=True)
@@ -60,22 +74,40 @@ def read_pairs(section: SourceSection, *, seed: int = 0) -> PairSource:
     Raises:
         DataError: the source is missing, unreadable, of no known shape, or holds not one usable row.
     """
+    stream = stream_pairs(section, seed=seed)
+    pairs: list[Pair] = []
+    refused: list[Refusal] = []
+    for row in stream.rows:
+        if isinstance(row, Refusal):
+            refused.append(row)
+        else:
+            pairs.append(row)
+    source = PairSource(stream.name, stream.format, len(pairs) + len(refused), pairs, refused)
+    if not pairs:
+        raise _nothing_usable(source)
+    return source
+
+
+def stream_pairs(section: SourceSection, *, seed: int = 0) -> PairStream:
+    """The same, one row at a time; a source of which no row is a pair is no error here.
+
+    Raises:
+        DataError: the source is missing, unreadable, empty, or of no known shape.
+    """
     rows = read_rows(section, seed=seed)
     first = list(itertools.islice(rows, _LOOK_AT))
     if not first:
         raise DataError(f"{section.source} holds no rows", hint="it needs at least one preference pair")
     name, parse = _format(section, [row for _, row in first])
-    pairs: list[Pair] = []
-    refused: list[Refusal] = []
-    for number, row in itertools.chain(first, rows):
-        try:
-            pairs.append(replace(_parse(row, parse), row=number))
-        except RowError as refusal:
-            refused.append(Refusal(number, refusal.reason))
-    source = PairSource(section.source, name, len(pairs) + len(refused), pairs, refused)
-    if not pairs:
-        raise _nothing_usable(source)
-    return source
+    return PairStream(section.source, name, (_read(number, row, parse) for number, row in itertools.chain(first, rows)))
+
+
+def _read(number: int, row: object, parse: Parser) -> Pair | Refusal:
+    try:
+        pair = _parse(row, parse)
+        return replace(pair, row=number, scores=pair.scores or scores_of(row))
+    except RowError as refusal:
+        return Refusal(number, refusal.reason)
 
 
 def _parse(row: object, parse: Parser) -> Pair:
