@@ -16,6 +16,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from dpo_studio import cli_data
+
 app = typer.Typer(
     name="dpo",
     help="Direct Preference Optimization for the model and the machine you have.",
@@ -24,6 +26,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_data.app)
 
 INTERRUPTED = 128 + signal.SIGINT
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045 - typer reads it at run time

@@ -24,6 +24,7 @@ __all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_overr
 
 _MAX_RECIPE_BYTES = 1_000_000
 BUNDLED = "bundled:"
+LabelValue = str | int | float | bool
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
 
 
@@ -77,8 +78,8 @@ class ReadingSection(Section):
     """Take a seeded sample of this many: of the rows, or of the held-out pairs."""
     map: dict[str, str] = {}
     """Which column (dots reach into nested ones) holds prompt, chosen, rejected, or first, second and label."""
-    label: dict[str, str | int | float | bool] = {}
-    """What the label's values mean: {first: 1, second: 2, tie: 0}. Compared as text."""
+    label: dict[str, LabelValue | list[LabelValue]] = {}
+    """What the label's values mean: {first: 1, second: [2, 3], tie: 0, both_bad: -1}. Compared as text."""
 
 
 class SourceSection(ReadingSection):
