@@ -156,7 +156,7 @@ class TextChecks:
         widest = np.argsort(rejected - chosen, kind="stable")[: EXAMPLES if level == "warning" else 0]
         return Finding(
             "length-bias",
-            "pairs whose chosen answer is the longer one",
+            "pairs whose chosen answer is longer",
             longer,
             self.pairs,
             level,
@@ -206,7 +206,7 @@ class TextChecks:
             count,
             seen,
             level,
-            does="An opening that one side has and the other has not is the easiest thing to learn: every answer gets it.",
+            does="An opening that one side has and the other has not is the easiest thing to learn: answers get it.",
             todo="Take the phrase out of the answers, or make them with more than one template.",
             detail=f'"{shown} …" opens {shares} answers' if shown else "",
             examples=tuple(self._opened_at.get(shown, ())) if level != "fine" else (),

@@ -162,7 +162,7 @@ class Duplicates:
             len(rows),
             level_of(count, len(rows), warning=0.1),
             does=f"A split by prompt keeps exact repeats on one side, near ones it does not. {_FLATTERED}",
-            todo="Hold out a source of its own. Short questions in one long instruction look like this, and may be meant.",
+            todo="Hold out another source. Short questions in one long instruction look like this and may be meant.",
             examples=tuple(examples),
         )
 

@@ -2,9 +2,9 @@
 
 The share of places at which two signatures agree estimates the Jaccard similarity of the texts' sets of 8-byte pieces,
 J = |A and B| / |A or B|. Pieces of bytes need no words, so Chinese is searched like English. One hash a piece fills a
-signature (one permutation hashing): the hash chooses a place, the place keeps its least value, and a place that no piece
-chose borrows from the next that has one (Shrivastava and Li 2014, arXiv 1406.4784). Two texts are compared when they
-agree in all 6 places of one of 21 bands: with J = 0.8 that happens in 998 of 1,000 cases.
+signature (one permutation hashing): it chooses a place, which keeps its least value, and a place that no piece chose
+borrows from the next that has one (Shrivastava and Li 2014, arXiv 1406.4784). Two texts are compared when they agree
+in all 6 places of one of 21 bands: with J = 0.8 that happens in 998 of 1,000 cases.
 
 A signature of 700 words takes 0.06 ms; datasketch 2.0 takes 0.51 (64 places, crc32) to 1.15 (128, its own sha1), which
 is half a minute to a minute for 60,000 pairs (benchmarks/data_check.py).

@@ -120,8 +120,10 @@ def _unfinished(pair: Pair) -> str | None:
     text = pair.chosen[-1].content.rstrip()
     if len(text) < _LONG_ANSWER or not (text[-1].isalnum() or text[-1] in ",;-–("):
         return None
-    last = text.rpartition("\n")[2]
-    return f"… {last[-2 * _AROUND :]}" if len(last.split()) >= _SENTENCE_WORDS else None
+    words = text.rpartition("\n")[2].split()
+    if len(words) < _SENTENCE_WORDS or "://" in words[-1]:
+        return None
+    return f"… {text[-2 * _AROUND :]}"
 
 
 def _empty_turn(pair: Pair) -> str | None:
