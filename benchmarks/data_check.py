@@ -119,7 +119,7 @@ def made_texts(count: int) -> list[str]:
 
 
 def signing() -> dict[str, float]:
-    """Milliseconds a text of 700 words: ours, and datasketch's (64 places, crc32, three words a piece) if it is there."""
+    """Milliseconds a text of 700 words: ours, and if it is there datasketch's (64 places, crc32, words by threes)."""
     texts = made_texts(_SIGNED)
     started = time.process_time()
     for text in texts:
