@@ -60,6 +60,7 @@ def train(
     overrides: Overrides = None,
     tracker: Annotated[Optional[str], typer.Option(help="tensorboard, wandb or trackio.")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and model; train nothing.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")] = False,
 ) -> None:
     """Train what a recipe says; the same command again continues an unfinished run."""
     from dpo_studio.config import load_recipe
@@ -70,9 +71,9 @@ def train(
     from dpo_studio.workflows.training import check_recipe, train_recipe
 
     if dry_run:
-        check_recipe(recipe, changes)
+        check_recipe(recipe, changes, anyway=anyway)
         return
-    result = train_recipe(recipe, changes)
+    result = train_recipe(recipe, changes, anyway=anyway)
     if "accuracy" in result:
         low, high = result["accuracy_ci95"]
         print(

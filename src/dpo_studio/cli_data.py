@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -113,3 +114,53 @@ def _assignments(option: str, given: list[str] | None) -> dict[str, list[str]]:
             raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint=option)
         found.setdefault(name.strip(), []).append(value)
     return found
+
+
+@app.command()
+def check(
+    source: Source,
+    held_out: Annotated[str | None, typer.Option(help="Pairs that will be measured on: are its prompts new?")] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="A folder, a Hub id or bundled:NAME: look at lengths and chat template too (no weights read)."
+        ),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="With --model: longest prompt and answer, in tokens.")] = 1024,
+    too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
+    chat_template: Annotated[str | None, typer.Option(help="With --model: a Jinja file in place of its own.")] = None,
+    split: Annotated[Optional[str], typer.Option(help="Which split of a folder or Hub dataset.")] = None,  # noqa: UP045
+    rows: Annotated[Optional[int], typer.Option(min=1, help="Look at a seeded sample of so many rows.")] = None,  # noqa: UP045
+    format_: Annotated[str, typer.Option("--format", help="Name of the shape of a row; auto looks.")] = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")] = False,
+    html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page with figures here too.")] = None,  # noqa: UP045
+) -> None:
+    """What is wrong with these pairs, what it would do to a run, what to do. Exit 1 if nothing is usable."""
+    from dpo_studio.config import ModelSection, SourceSection
+    from dpo_studio.workflows.checking import check_source
+
+    if too_long not in ("drop", "cut_prompt_start", "cut_answer_end"):
+        choices = "drop, cut_prompt_start, cut_answer_end"
+        raise typer.BadParameter(f"{too_long!r} is not one of {choices}", param_hint="--too-long")
+    section = source_section(source, format_, map_, label)
+    report = check_source(
+        section.model_copy(update={"split": split, "rows": rows}),
+        held_out=SourceSection(source=held_out) if held_out else None,
+        model=ModelSection(path=model, chat_template=chat_template) if model else None,
+        max_length=max_length,
+        too_long=too_long,  # type: ignore[arg-type]  # one of the three
+    )
+    if html is not None:
+        from dpo_studio.reports.data_page import write_data_page
+
+        write_data_page(report, html)
+    if as_json:
+        print(json.dumps(report.to_plain()))
+    else:
+        from dpo_studio.reports.data_table import print_report
+
+        print_report(report)
+    if not report.usable:
+        sys.exit(1)  # typer.Exit ends as 0 where `main` calls the commands

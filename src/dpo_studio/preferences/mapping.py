@@ -15,11 +15,11 @@ from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
-from dpo_studio.preferences.formats import Parser
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.turns import Row, RowError, conversation, implicit, number, text_of, value_of, with_system
 
@@ -91,7 +91,7 @@ def _scores(row: Row, chosen: str, rejected: str) -> tuple[float, float] | None:
         return None
 
 
-def mapped_parser(section: SourceSection, rows: list[Row]) -> Parser:
+def mapped_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pair]:
     """The mapping the section describes, checked against the first rows."""
     where, given = section.source, section.map.keys()
     if section.format not in {"auto", "mapped"}:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -58,18 +58,20 @@ def render_report(facts: RunFacts) -> str:
         details_section(facts),
         glossary_section(facts),
     ]
-    return page(
-        title=f"{esc(facts.name)} · DPO Studio",
-        name=esc(facts.name),
-        about="".join(f"<li>{name} <b>{esc(clipped(value, 160))}</b></li>" for name, value in _about(facts)),
-        sections="\n".join(part for part in parts if part),
-        footer=f"<p>{_footer(facts)}</p>",
+    return page("run report", facts.name, _about(facts), parts, _footer(facts))
+
+
+def page(kind: str, name: str, about: Sequence[tuple[str, str]], sections: Sequence[str], footer: str) -> str:
+    """A whole page. `sections` and `footer` are HTML, the rest is text; empty sections are left out."""
+    return Template(_packaged("report.html")).substitute(
+        title=f"{esc(name)} · DPO Studio",
+        css=_packaged("report.css").rstrip(),
+        kind=esc(kind),
+        name=esc(name),
+        about="".join(f"<li>{esc(what)} <b>{esc(clipped(value, 160))}</b></li>" for what, value in about),
+        sections="\n".join(part for part in sections if part),
+        footer=f"<p>{footer}</p>",
     )
-
-
-def page(**parts: str) -> str:
-    """A page in our dress, its `title`, `name`, `about`, `sections` and `footer` being HTML already."""
-    return Template(_packaged("report.html")).substitute(css=_packaged("report.css").rstrip(), **parts)
 
 
 def _packaged(name: str) -> str:

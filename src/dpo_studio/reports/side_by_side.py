@@ -7,7 +7,7 @@ from itertools import groupby
 from typing import Any
 
 from dpo_studio.reports.html import page
-from dpo_studio.reports.markup import block, clipped, esc, section
+from dpo_studio.reports.markup import block, section
 from dpo_studio.reports.sections import comparison_card
 from dpo_studio.reports.text import count, percent
 
@@ -33,11 +33,6 @@ def render_comparisons(name: str, rates: Mapping[str, Any], rows: Sequence[Mappi
             f"{shown} {count(len(found))} comparisons, in the order they were made."
         )
         parts.append(section(f"temperature-{place}", f"Temperature {temperature:g}", cards, lead))
-    about = [("Against", rates["against"]), ("Judge", rates["judge"]), ("Prompts", count(rates["n_prompts"]))]
-    return page(
-        title=f"{esc(name)} · answers · DPO Studio",
-        name=esc(name),
-        about="".join(f"<li>{key} <b>{esc(clipped(value, 160))}</b></li>" for key, value in about),
-        sections="\n".join(parts),
-        footer="<p>This page holds everything it shows: no scripts, no requests.</p>",
-    )
+    about = [("Against", str(rates["against"])), ("Judge", rates["judge"]), ("Prompts", count(rates["n_prompts"]))]
+    footer = "This page holds everything it shows: no scripts, no requests."
+    return page("answers side by side", name, about, parts, footer)

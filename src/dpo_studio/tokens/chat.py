@@ -128,6 +128,15 @@ class ChatEncoder:
         """What fills up rows of unequal length; never looked at."""
         return int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos)
 
+    def spelled(self, text: str) -> str | None:
+        """The first special token that the text spells, if it spells one."""
+        found = self._spelled_pattern.search(text)
+        return None if found is None else found.group()
+
+    def begins_twice(self, ids: Sequence[int]) -> bool:
+        """Whether a chat begins with two tokens that begin a chat (BOS): one from the template, one from elsewhere."""
+        return len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, control tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))

@@ -39,6 +39,7 @@ from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, packed_tokens
+from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
@@ -71,19 +72,21 @@ class TrainedRun:
 
 
 def train_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None
+    path: str | Path, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Train what the recipe says; return `result.json`'s content.
+    """Train what the recipe says; return `result.json`'s content. `anyway`: on pairs that make it worthless, too.
 
     Raises:
         DPOStudioError: with a hint; what was computed before is kept in the run folder and the caches.
     """
     loaded = load_recipe(path, list(overrides))
     with progress or Progress() as shown:
-        return run_training(loaded, shown).result
+        return run_training(loaded, shown, anyway=anyway).result
 
 
-def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> None:
+def check_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
+) -> None:
     """`--dry-run`: look at recipe, data, model files and token counts; load no weights, write nothing.
 
     Raises:
@@ -95,14 +98,18 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: P
         recipe = run.settle(loaded.recipe)
         _check_tracker(recipe)
         source, split = read_and_split(recipe, shown)
+        look_at_pairs(recipe, split, shown, anyway=anyway)
         folder = locate(recipe.model.path, recipe.model.revision, shown.say)
         check_folder(folder, recipe.model)
         data = encode_both(recipe, source, split, load_encoder(folder, recipe.model), shown)
+        look_at_lengths(recipe, data.train, shown, anyway=anyway)
         steps = steps_of(recipe, data.train.pairs, budget=CPU_TOKENS)
         shown.say(f"{steps.total} steps of {recipe.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
-def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[str, Any] | None = None) -> TrainedRun:
+def run_training(
+    loaded: LoadedRecipe, progress: Progress, result_extra: dict[str, Any] | None = None, *, anyway: bool = False
+) -> TrainedRun:
     """The whole of a training, from a loaded recipe to a finished run folder."""
     started = time.perf_counter()
     run = RunFolder(loaded.run_folder)
@@ -112,6 +119,7 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
     if (done := run.result()) is not None and _is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
         return TrainedRun(run, done, held_out=split.held_out)
+    look_at_pairs(recipe, split, progress, anyway=anyway)
     folder = locate(recipe.model.path, recipe.model.revision, progress.say)
     check_folder(folder, recipe.model)
     encoder = load_encoder(folder, recipe.model)
@@ -119,6 +127,7 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
         base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say, encoder=encoder)
         data = encoding.result()
+    look_at_lengths(recipe, data.train, progress, anyway=anyway)
     recipe = settle_dtype(recipe, base)
     _check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
     policy = attach_policy(base, recipe)
