@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from dpo_studio import __version__
-from dpo_studio.config import LoadedRecipe, Recipe, validate_recipe
+from dpo_studio.config import LoadedRecipe, Recipe, parse_yaml, validate_recipe
 from dpo_studio.errors import RunError
 
 __all__ = ["RunFolder", "is_run", "write_atomically"]
@@ -67,7 +67,7 @@ class RunFolder:
         if not file.exists():
             return None
         try:
-            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+            raw = parse_yaml(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunError(f"{file} cannot be read: {error}") from None
         return validate_recipe(raw if isinstance(raw, dict) else {}, where=str(file))
@@ -75,7 +75,10 @@ class RunFolder:
     def typed(self) -> dict[str, Any]:
         """The recipe as its author gave it."""
         file = self.path / "recipe.typed.yaml"
-        raw = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        try:
+            raw = parse_yaml(file.read_text(encoding="utf-8")) if file.exists() else None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunError(f"{file} cannot be read: {error}") from None
         return raw if isinstance(raw, dict) else {}
 
     def result(self) -> dict[str, Any] | None:
