@@ -17,17 +17,17 @@ import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from dpo_studio.config import LoadedRecipe, Recipe, cache_folder, load_recipe
-from dpo_studio.errors import ModelError, RunError
+from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.evaluation.accuracy import accuracy_summary
-from dpo_studio.learning.checkpoints import newest_checkpoint, restore, save_checkpoint
+from dpo_studio.learning.checkpoints import newest_checkpoint, restore
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_gradient, unless_out_of_memory
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
-from dpo_studio.models.adapters import in_eval, save_adapter, train_mode
+from dpo_studio.lock import Held, held
+from dpo_studio.models.adapters import in_eval, train_mode
 from dpo_studio.models.attention import FLEX, can_compile
 from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.layers import compiled_layers, set_recompute
@@ -49,6 +49,7 @@ from dpo_studio.workflows.preparing import (
     settle_tokens,
     steps_of,
 )
+from dpo_studio.workflows.saving import Saver, find_checkpoint
 from dpo_studio.workflows.signals import interrupted, stopping_signals
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
@@ -104,14 +105,25 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: P
 
 def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[str, Any] | None = None) -> TrainedRun:
     """The whole of a training, from a loaded recipe to a finished run folder."""
-    started = time.perf_counter()
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
     _check_tracker(recipe)
-    source, split = read_and_split(recipe, progress)
     if (done := run.result()) is not None and _is_finished(run, recipe, done):
+        _, split = read_and_split(recipe, progress)
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
+        if not (run.path / "report.html").exists():  # it is the last thing that is written
+            progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done, held_out=split.held_out)
+    with held(run.path, progress.warn) as hold:
+        return _train_in(run, hold, loaded, progress, result_extra or {})
+
+
+def _train_in(
+    run: RunFolder, hold: Held, loaded: LoadedRecipe, progress: Progress, result_extra: dict[str, Any]
+) -> TrainedRun:
+    started = time.perf_counter()
+    recipe = run.settle(loaded.recipe)  # again: another process may just have left
+    source, split = read_and_split(recipe, progress)
     folder = locate(recipe.model.path, recipe.model.revision, progress.say)
     check_folder(folder, recipe.model)
     encoder = load_encoder(folder, recipe.model)
@@ -129,9 +141,10 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
         run.result_file.unlink(missing_ok=True)
         if limit.recompute != "nothing":
             run.append("memory.jsonl", asdict(limit))
-        session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"))
+        saver = Saver(run, hold, base.typed, recipe.training.save_every)
+        session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"), saver)
         session.fit()
-    result = session.finish(time.perf_counter() - started) | (result_extra or {})
+    result = session.finish(time.perf_counter() - started) | result_extra
     run.write_json("result.json", result)
     progress.say(f"report: {write_report(run.path)}")
     return TrainedRun(run, result, base, policy, split.held_out)
@@ -148,6 +161,7 @@ class _Session:
     data: RunData
     progress: Progress
     accelerator: Accelerator
+    saver: Saver
     state: TrainingState | None = None
     """From the moment there are steps to take."""
     held_out_reference: PairLogps | None = None
@@ -167,28 +181,26 @@ class _Session:
         self.state = state = TrainingState.fresh(
             self.policy, self.recipe.training, steps.total, self.accelerator, self.recipe.reference
         )
+        self.saver.check_room(self.policy, state)
         self._warn_if_the_reference_never_moves(steps.total)
         self._resume_or_begin(state, steps, live, at_once)
         self._track()
         room = self._room(steps)
         with stopping_signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
             advance(state.step)
-            for report in train(self.policy, steps, self.recipe.objective, state, live, room):
+            for report in self._kept(train(self.policy, steps, self.recipe.objective, state, live, room)):
                 held_out = self._maybe_evaluate(report.step, steps.total, at_once)
                 self._write(report, held_out)
                 advance(1, figures=_figures(report, held_out))
-                if report.step % self.recipe.training.save_every == 0 or report.step == steps.total or asked.signal:
-                    self._save(state)
+                if self.saver.is_due(report.step) or report.step == steps.total or asked.signal:
+                    self.saver.save(self.policy, state, held_out.get("eval_loss"))
                 if asked.signal and report.step < steps.total:
                     raise interrupted(asked.signal, report.step, self.run)
         self.accelerator.end_training()
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Write the adapter, the environment and the numbers of the whole run."""
-        try:
-            save_adapter(self.policy, self.run.adapter, base=self.base.typed)
-        except (OSError, SafetensorError) as error:
-            raise _unwritable("the adapter", self.run.adapter, error) from None
+        self.saver.save_result(self.policy)
         self.run.write_json(
             "environment.json", environment(_device_name(self.base.device), precision=self.base.dtype_reason)
         )
@@ -198,6 +210,7 @@ class _Session:
         result: dict[str, Any] = {
             "kind": "train",
             "steps": steps,
+            "skipped_steps": sum("skipped" in line for line in self.run.lines("metrics.jsonl")),
             "pairs": len(self.data.train.pairs),
             "held_out_pairs": len(self.data.held_out.pairs),
             "seconds": round(seconds, 2),
@@ -254,7 +267,7 @@ class _Session:
             ) from None
 
     def _resume_or_begin(self, state: TrainingState, steps: Steps, live: Reference | None, budget: int) -> None:
-        checkpoint = newest_checkpoint(self.run.checkpoints, self.progress.warn)
+        checkpoint = find_checkpoint(self.run, self.progress.warn)
         if checkpoint is not None:
             restore(checkpoint, self.policy, state)
             self.progress.say(f"continuing {self.run.path} after step {state.step} of {steps.total}")
@@ -343,7 +356,19 @@ class _Session:
 
         return Room(self.policy, steps, known, tell)
 
+    def _kept(self, reports: Iterator[StepReport]) -> Iterator[StepReport]:
+        """The same reports; when the training stops itself, what it had learned is saved first."""
+        try:
+            yield from reports
+        except NonFiniteError:
+            assert self.state is not None
+            self.saver.save(self.policy, self.state)
+            raise
+
     def _write(self, report: StepReport, held_out: dict[str, float]) -> None:
+        self.saver.held.check()
+        if report.skipped:
+            self.progress.warn(f"step {report.step} was not taken: {report.skipped}; the weights stay as they were")
         self.run.append("metrics.jsonl", {"step": report.step} | report.metrics | held_out)
         timing = {
             "step": report.step,
@@ -357,12 +382,6 @@ class _Session:
         self.run.append("timing.jsonl", timing)
         if self.recipe.run.tracker is not None:
             self.accelerator.log(report.metrics | held_out, step=report.step)
-
-    def _save(self, state: TrainingState) -> None:
-        try:
-            save_checkpoint(self.run.checkpoints, self.policy, state, base=self.base.typed)
-        except (OSError, SafetensorError) as error:
-            raise _unwritable(f"checkpoint of step {state.step}", self.run.checkpoints, error) from None
 
     def _track(self) -> None:
         if (tracker := self.recipe.run.tracker) is None:
@@ -436,21 +455,14 @@ def _is_finished(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> bool
     return same_length and "steps" in result
 
 
-def _unwritable(what: str, where: Path, error: Exception) -> RunError:
-    """A full or read-only disk; safetensors has an exception of its own for it."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return RunError(
-        f"{what} cannot be written to {where}: {reason}",
-        hint="free some space and run the same command: it goes on from the last whole checkpoint",
-    )
-
-
 def _figures(report: StepReport, held_out: dict[str, float]) -> str:
     m = report.metrics
-    text = (
-        f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  acc {m['rewards/accuracies']:.2f}  "
-        f"{report.pairs / report.seconds:.1f} pairs/s  {report.tokens / report.seconds:.0f} tokens/s"
+    learned = (
+        "not taken  "
+        if report.skipped
+        else f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  acc {m['rewards/accuracies']:.2f}  "
     )
+    text = f"{learned}{report.pairs / report.seconds:.1f} pairs/s  {report.tokens / report.seconds:.0f} tokens/s"
     return text + (f"  held-out acc {held_out['eval_rewards/accuracies']:.2f}" if held_out else "")
 
 
