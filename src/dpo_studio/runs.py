@@ -136,12 +136,16 @@ class RunFolder:
         self._refuse_links()
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-            for unfinished in self.path.glob(f".*{_WRITING}*"):  # of a process that was killed
-                unfinished.unlink()
+            self.sweep()
         if not self._has_begun():  # of a start that got no further, with other numbers perhaps
             (self.path / "memory.jsonl").unlink(missing_ok=True)
         self.write_yaml("recipe.yaml", recipe.to_plain())
         self.write_yaml("recipe.typed.yaml", loaded.typed)
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed had not finished writing."""
+        for unfinished in self.path.glob(f".*{_WRITING}*"):
+            unfinished.unlink()
 
     def _refuse_links(self) -> None:
         """A run writes, and removes old checkpoints, in its own folder only.
@@ -172,6 +176,8 @@ class RunFolder:
         for name in _LINES:
             with _writing(self.path / name), suppress(FileNotFoundError):
                 sync(self.path / name)
+        with _writing(self.path):
+            sync(self.path)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The whole lines of a .jsonl file; one cut off by a crash is not one."""

@@ -71,6 +71,7 @@ def save_checkpoint(
         shutil.rmtree(scratch, ignore_errors=True)
         raise
     sync(folder)
+    sync(folder.parent)  # which may not know of `folder` yet
     so_far = [path for step, path in _by_step(folder) if step <= state.step]
     later = [path for step, path in _by_step(folder) if step > state.step]
     losses = [(loss, path) for path in so_far if (loss := _held_out_loss(path)) is not None]

@@ -112,6 +112,7 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
         _, split = read_and_split(recipe, progress)
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
         if not (run.path / "report.html").exists():  # it is the last thing that is written
+            run.sweep()
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done, held_out=split.held_out)
     with held(run.path, progress.warn) as hold:
