@@ -20,7 +20,7 @@ slow: .venv/dev
 # 400 kills of real trainings, each continued to the same bytes: 20 minutes. Writes the table in docs/reliability.md.
 faults: .venv/dev
 	rm -f faults.jsonl
-	$(BIN)/python -m tests.faults --results faults.jsonl --table docs/reliability.md
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --results faults.jsonl --table docs/reliability.md
 
 check: .venv/dev
 	$(BIN)/ruff check .

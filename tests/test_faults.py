@@ -12,7 +12,7 @@ from tests.faults import Outcome, put_table, table
 
 def test_twelve_kills_change_no_byte(tmp_path: Path) -> None:
     """In a process of its own, which forks: this one has threads. It also spoils one trial and sees that it fails."""
-    command = [sys.executable, "-m", "tests.faults", "--few", "--results", tmp_path / "results"]
+    command = [sys.executable, "-m", "tests.faults", "--few", "--results", str(tmp_path / "results")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parent.parent)
     assert done.returncode == 0, done.stderr
     results = [Outcome(**json.loads(line)) for line in (tmp_path / "results").read_text().splitlines()]

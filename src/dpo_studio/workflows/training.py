@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -103,8 +104,14 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: P
         shown.say(f"{steps.total} steps of {recipe.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
-def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[str, Any] | None = None) -> TrainedRun:
-    """The whole of a training, from a loaded recipe to a finished run folder."""
+def run_training(
+    loaded: LoadedRecipe,
+    progress: Progress,
+    result_extra: dict[str, Any] | None = None,
+    *,
+    stop_after: int | None = None,
+) -> TrainedRun:
+    """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps."""
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
     _check_tracker(recipe)
@@ -116,11 +123,16 @@ def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[st
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done, held_out=split.held_out)
     with held(run.path, progress.warn) as hold:
-        return _train_in(run, hold, loaded, progress, result_extra or {})
+        return _train_in(run, hold, loaded, progress, result_extra or {}, stop_after)
 
 
 def _train_in(
-    run: RunFolder, hold: Held, loaded: LoadedRecipe, progress: Progress, result_extra: dict[str, Any]
+    run: RunFolder,
+    hold: Held,
+    loaded: LoadedRecipe,
+    progress: Progress,
+    result_extra: dict[str, Any],
+    stop_after: int | None,
 ) -> TrainedRun:
     started = time.perf_counter()
     recipe = run.settle(loaded.recipe)  # again: another process may just have left
@@ -144,7 +156,7 @@ def _train_in(
             run.append("memory.jsonl", asdict(limit))
         saver = Saver(run, hold, base.typed, recipe.training.save_every)
         session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"), saver)
-        session.fit()
+        session.fit(stop_after)
     result = session.finish(time.perf_counter() - started) | result_extra
     run.write_json("result.json", result)
     progress.say(f"report: {write_report(run.path)}")
@@ -169,7 +181,7 @@ class _Session:
     last_evaluation: dict[str, float] = field(default_factory=dict)
     held_out_logps: PairLogps | None = None
 
-    def fit(self) -> None:
+    def fit(self, stop_after: int | None = None) -> None:
         """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
         if self.accelerator.num_processes > 1:
             raise RunError("training on several devices is not built yet", hint="start it with one process")
@@ -189,11 +201,13 @@ class _Session:
         room = self._room(steps)
         with stopping_signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
             advance(state.step)
-            for report in self._kept(train(self.policy, steps, self.recipe.objective, state, live, room)):
-                held_out = self._maybe_evaluate(report.step, steps.total, at_once)
+            reports = self._kept(train(self.policy, steps, self.recipe.objective, state, live, room))
+            for report in islice(reports, stop_after):
+                last = report.step in (steps.total, stop_after)
+                held_out = self._maybe_evaluate(report.step, last, at_once)
                 self._write(report, held_out)
                 advance(1, figures=_figures(report, held_out))
-                if self.saver.is_due(report.step) or report.step == steps.total or asked.signal:
+                if self.saver.is_due(report.step) or last or asked.signal:
                     self.saver.save(self.policy, state, held_out.get("eval_loss"))
                 if asked.signal and report.step < steps.total:
                     raise interrupted(asked.signal, report.step, self.run)
@@ -304,8 +318,8 @@ class _Session:
                 hint=f"is the cache stale? remove {cache_folder() / 'reference'}, or set reference.mode: live",
             )
 
-    def _maybe_evaluate(self, step: int, total: int, budget: int) -> dict[str, float]:
-        due = step % self.recipe.training.evaluate_every == 0 or step == total
+    def _maybe_evaluate(self, step: int, last: bool, budget: int) -> dict[str, float]:
+        due = step % self.recipe.training.evaluate_every == 0 or last
         if not due or not self.data.held_out.pairs:
             return {}
         return self._evaluate(budget)
