@@ -170,9 +170,10 @@ def _damage(folder: Path) -> str | None:
         there = set(_inside(folder))
         for name in sorted(there ^ set(written)):
             return f"{name} is missing" if name in written else f"{name} was not written with it"
-        for name, entry in written.items():
+        for name in (_MANIFEST, *written):
             if (folder / name).is_symlink():
                 return f"{name} is a link"
+        for name, entry in written.items():
             if (size := (folder / name).stat().st_size) != entry["bytes"]:
                 return f"{name} has {size} bytes of {entry['bytes']}"
             if _sha256(folder / name) != entry["sha256"]:
@@ -210,10 +211,12 @@ def _drop(checkpoint: Path) -> bool:
 
 
 def _sweep(folder: Path) -> None:
-    """What a killed process was writing or dropping."""
-    for step in (_WRITING, _DROPPING):
-        for path in folder.glob(f"{step}*"):
-            if not path.is_symlink():
+    """What a killed process was writing or dropping; a link of such a name goes too, not what it leads to."""
+    for unfinished in (_WRITING, _DROPPING):
+        for path in folder.glob(f"{unfinished}*"):
+            if path.is_symlink():
+                path.unlink()
+            else:
                 shutil.rmtree(path, ignore_errors=True)
 
 

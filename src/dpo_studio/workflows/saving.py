@@ -33,7 +33,7 @@ class Saver:
     """The base as its user named it."""
     every: int | str
     """`training.save_every`: steps, or minutes as text."""
-    saved_at: float = field(default_factory=time.monotonic)
+    saved_at: float = field(default_factory=lambda: time.monotonic())
     """By a clock that nobody can set back."""
 
     def is_due(self, step: int) -> bool:

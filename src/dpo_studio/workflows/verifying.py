@@ -57,19 +57,24 @@ def _verdict(first: RunFolder, second: RunFolder) -> Verdict:
     assert recipe is not None
     setting = f"{environment['device']}, {recipe.model.dtype}, {torch.get_num_threads()} threads"
     steps = sum(line["step"] > 0 for line in first.lines("metrics.jsonl"))
-    where = _first_number(first, second)
     weights = _first_tensor(*(next(run.checkpoints.glob("step-*")) for run in (first, second)))
+    where = _first_number(first, second, unless=weights)
     if not where and not weights:
         same = "every number and every weight is the same bits"
         return Verdict(True, f"deterministic ({setting}): {steps} steps trained twice, {same}")
     return Verdict(False, f"not deterministic ({setting}): the two trainings first differ in {where or weights}")
 
 
-def _first_number(first: RunFolder, second: RunFolder) -> str:
-    """In order of time: the held-out pairs before training, then step by step the losses, the gradient."""
+def _first_number(first: RunFolder, second: RunFolder, *, unless: str) -> str:
+    """In order of time: the held-out pairs before training, then step by step the losses, the gradient.
+
+    Nothing `unless` a held-out number after training is the first, which other weights explain.
+    """
     for one, other in zip_longest(*(run.lines("metrics.jsonl") for run in (first, second)), fillvalue={}):
         for key in one | other:
             if one.get(key) != other.get(key):
+                if unless and key.startswith("eval_") and one.get("step"):
+                    return ""
                 step, numbers = one.get("step", other.get("step")), f"{one.get(key)} and {other.get(key)}"
                 return f"step {step}, {key}: {numbers} ({_stage(key)})"
     return ""
