@@ -7,7 +7,6 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -16,22 +15,18 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from peft import PeftModel
 
 from dpo_studio.config import LoadedRecipe, Recipe, cache_folder, load_recipe
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.evaluation.accuracy import accuracy_summary
-from dpo_studio.learning.checkpoints import newest_checkpoint, restore
+from dpo_studio.learning.checkpoints import restore
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_gradient, unless_out_of_memory
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.lock import Held, held
 from dpo_studio.models.adapters import in_eval, train_mode
-from dpo_studio.models.attention import FLEX, can_compile
-from dpo_studio.models.gptq import weight_count
-from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
@@ -39,7 +34,8 @@ from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.pack import MicroBatch, Steps, packed_tokens
+from dpo_studio.tokens.pack import MicroBatch, Steps
+from dpo_studio.workflows.compiling import accelerated
 from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
@@ -52,12 +48,9 @@ from dpo_studio.workflows.preparing import (
 )
 from dpo_studio.workflows.saving import Saver, find_checkpoint
 from dpo_studio.workflows.signals import interrupted, stopping_signals
+from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
-
-
-_WORTH_COMPILING = 4e15
-"""Weights x tokens: 700 pairs of UltraFeedback on a 7B. Compiled layers save a third of the time, and cost a minute."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +88,7 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: P
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
         recipe = run.settle(loaded.recipe)
-        _check_tracker(recipe)
+        check_tracker(recipe)
         source, split = read_and_split(recipe, shown)
         folder = locate(recipe.model.path, recipe.model.revision, shown.say)
         check_folder(folder, recipe.model)
@@ -114,8 +107,8 @@ def run_training(
     """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps."""
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
-    _check_tracker(recipe)
-    if (done := run.result()) is not None and _is_finished(run, recipe, done):
+    check_tracker(recipe)
+    if (done := run.result()) is not None and is_finished(run, recipe, done):
         _, split = read_and_split(recipe, progress)
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
         if not (run.path / "report.html").exists():  # it is the last thing that is written
@@ -142,13 +135,13 @@ def _train_in(
     encoder = load_encoder(folder, recipe.model)
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
-        base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say, encoder=encoder)
+        base = load_chat_model(recipe.model, typed=typed_model(loaded), say=progress.say, encoder=encoder)
         data = encoding.result()
     recipe = settle_dtype(recipe, base)
-    _check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
+    check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
     policy = attach_policy(base, recipe)
     train_mode(policy)
-    with _accelerated(recipe, base, policy, data, progress):
+    with accelerated(recipe, base, policy, data, progress):
         recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
         run.start(loaded, recipe)
         run.result_file.unlink(missing_ok=True)
@@ -378,6 +371,7 @@ class _Session:
         except NonFiniteError:
             assert self.state is not None
             self.saver.save(self.policy, self.state)
+            self.progress.say(f"what was learned before is kept in {self.run.checkpoints}/step-{self.state.step}")
             raise
 
     def _write(self, report: StepReport, held_out: dict[str, float]) -> None:
@@ -403,71 +397,6 @@ class _Session:
             return
         self.accelerator = Accelerator(cpu=self.base.device.type == "cpu", log_with=tracker, project_dir=self.run.path)
         self.accelerator.init_trackers("dpo-studio", config={})
-
-
-@contextmanager
-def _accelerated(
-    recipe: Recipe, base: ChatModel, policy: PeftModel, data: RunData, progress: Progress
-) -> Iterator[None]:
-    """Compiled layers where there is enough to do that they pay for their compilation."""
-    if base.device.type == "cuda" and not can_compile():
-        progress.warn(
-            "no kernels can be compiled here (Triton and a C compiler such as gcc are needed): "
-            "training works, at less than half the speed"
-        )
-    # the two passes of a whole-step objective are compiled apart and would not drop out alike
-    unlike = recipe.objective.whole_step and recipe.adapter.dropout > 0
-    if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX or unlike:
-        yield
-        return
-    set_recompute(policy, "nothing")
-    steps = steps_of(recipe, data.train.pairs, CPU_TOKENS)
-    tokens = steps.total * steps.pairs_per_step * sum(map(packed_tokens, data.train.pairs)) / len(data.train.pairs)
-    if tokens * weight_count(base.model) < _WORTH_COMPILING:
-        yield
-        return
-    progress.say("compiling the model's layers: a minute the first time, then it is kept")
-    with compiled_layers(policy):
-        yield
-
-
-def _typed_model(loaded: LoadedRecipe) -> str:
-    typed = loaded.typed.get("model")
-    return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path
-
-
-def _check_tracker(recipe: Recipe) -> None:
-    """Before anything long begins: accelerate only warns of a tracker that is not installed, and tracks nothing.
-
-    Raises:
-        RunError: `run.tracker` is not installed.
-    """
-    tracker = recipe.run.tracker
-    if tracker is not None and tracker not in map(str, get_available_trackers()):
-        raise RunError(f"run.tracker: {tracker} is not installed", hint="pip install 'dpo-studio[trackers]'")
-
-
-def _check_not_shorter(run: RunFolder, total: int) -> None:
-    """`training.max_steps` may come or go as long as it makes the run longer; only the data say whether it does.
-
-    Raises:
-        RunError: the run has more steps behind it than are asked for now.
-    """
-    checkpoint = newest_checkpoint(run.checkpoints)
-    if checkpoint is not None and (done := int(checkpoint.name.removeprefix("step-"))) > total:
-        raise RunError(
-            f"{run.path} has {done} steps behind it, and training.max_steps or epochs now ask for {total}",
-            hint="a run can be made longer, not shorter: choose another folder (--set run.folder=NAME)",
-        )
-
-
-def _is_finished(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> bool:
-    before = run.recipe()
-    same_length = before is not None and (before.training.epochs, before.training.max_steps) == (
-        recipe.training.epochs,
-        recipe.training.max_steps,
-    )
-    return same_length and "steps" in result
 
 
 def _figures(report: StepReport, held_out: dict[str, float]) -> str:
