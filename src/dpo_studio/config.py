@@ -26,6 +26,7 @@ __all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_overr
 _MAX_RECIPE_BYTES = 1_000_000
 BUNDLED = "bundled:"
 LabelValue = str | int | float | bool
+MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
 
 
@@ -206,8 +207,8 @@ class TrainingSection(Section):
     """Seed of the adapter's start, the order of the pairs and dropout."""
     evaluate_every: Annotated[int, Field(gt=0)] = 50
     """Steps between held-out evaluations; there is always one at the start and one at the end."""
-    save_every: Annotated[int, Field(gt=0)] = 50
-    """Steps between checkpoints; there is always one at the end."""
+    save_every: Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=MINUTES)] = 50
+    """Steps between checkpoints, or minutes: `10min`. There is always one at the end. Never changes what is learned."""
 
 
 class RunSection(Section):

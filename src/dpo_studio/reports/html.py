@@ -32,7 +32,7 @@ def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run folder, whole or not at all; the same bytes for the same run."""
     page = render_report(read_run(run_folder)).encode("utf-8")
     path = run_folder / "report.html"
-    unfinished = run_folder / f".report.html.{os.getpid()}"
+    unfinished = run_folder / f".report.html.writing-{os.getpid()}"
     try:
         unfinished.write_bytes(page)
         unfinished.replace(path)
