@@ -44,7 +44,8 @@ USUAL_STEPS = 16
 MOVED = 0.02
 """Share of its first value that the loss must have lost by half of the run: DPO's goes from 0.693 to 0.679."""
 TURNED = 0.05
-"""Share by which the held-out loss must have risen above its lowest, twice in a row."""
+"""How far above its lowest the held-out loss must have risen, twice in a row, as a share of the loss before training:
+as a share of the lowest, small losses would turn with a single pair."""
 
 
 @dataclass
@@ -212,7 +213,7 @@ def _held_out_turns(curve: Curve) -> str | None:
     if len(losses) < 3:
         return None
     best, at = min(losses, key=lambda found: found[0])
-    limit = best + TURNED * abs(best)
+    limit = best + TURNED * abs(losses[0][0])
     if not all(loss > limit and row is not at for loss, row in losses[-2:]):
         return None
     turned = f"held-out loss was lowest at step {count(finite(at, 'step') or 0)} ({significant(best)}) and has risen to"

@@ -40,6 +40,12 @@ class RunFacts:
     win_rates_svg: str = ""
     """The figure it drew of it."""
 
+    @property
+    def temperatures(self) -> list[Row]:
+        """What was measured at each of them."""
+        rows = self.win_rates.get("temperatures")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
     def series(self, key: str) -> Series:
         """The values of one metric over the steps."""
         points = [(finite(row, "step"), finite(row, key)) for row in self.metrics]

@@ -93,8 +93,9 @@ def health_of(facts: RunFacts) -> list[Finding]:
 
 def _lengths_sampled(facts: RunFacts, steps: int) -> list[Finding]:
     """By `dpo eval` at several temperatures, or by the demo."""
-    rows = [row for row in facts.win_rates.get("temperatures") or () if isinstance(row, dict)]
-    before, after = ([finite(row, key) for row in rows] for key in ("reference_mean_tokens", "mean_tokens"))
+    before, after = (
+        [finite(row, key) for row in facts.temperatures] for key in ("reference_mean_tokens", "mean_tokens")
+    )
     known = [pair for pair in zip(before, after, strict=True) if None not in pair]
     if not known:
         return lengthening(facts.result, steps)

@@ -55,7 +55,7 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
         result = trained.result | _evaluate(trained, loaded, shown)
         for finding in lengthening(result, result["steps"]):
             shown.warn(finding.words())
-            result["health"] = [*result["health"], finding.to_plain()]
+            result["health"] = [*result.get("health", ()), finding.to_plain()]
         result["seconds"] = round(time.perf_counter() - started, 1)
         trained.folder.write_json("result.json", result)
         write_report(trained.folder.path)
