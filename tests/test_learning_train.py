@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from statistics import mean
 from typing import Any, ClassVar
 
 import pytest
@@ -111,6 +112,11 @@ def test_held_out_numbers_are_the_textbook_s() -> None:
         "eval_rewards/accuracies": pytest.approx((margins_P > 0).float().mean().item()),
         "eval_logps/chosen": pytest.approx(tuned_P2[:, 0].mean().item(), rel=1e-4),
         "eval_logps/rejected": pytest.approx(tuned_P2[:, 1].mean().item(), rel=1e-4),
+        "eval_tokens/chosen": pytest.approx(mean(int(pair.chosen.scored.sum()) for pair in THIRTY)),
+        "eval_tokens/rejected": pytest.approx(mean(int(pair.rejected.scored.sum()) for pair in THIRTY)),
+        "eval_log_ratios/chosen": pytest.approx((tuned_P2 - base_P2)[:, 0].mean().item(), abs=1e-3),
+        "eval_log_ratios/rejected": pytest.approx((tuned_P2 - base_P2)[:, 1].mean().item(), abs=1e-3),
+        "eval_log_ratios/size": pytest.approx((tuned_P2 - base_P2).abs().mean().item(), abs=1e-3),
     }
     torch.testing.assert_close(torch.stack([logps.chosen_P, logps.rejected_P], 1), tuned_P2, rtol=1e-4, atol=0)
 

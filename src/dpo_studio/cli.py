@@ -92,6 +92,18 @@ def train(
 
 
 @app.command()
+def sweep(
+    recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")],
+    overrides: Overrides = None,
+    out: Annotated[Optional[Path], typer.Option(help="The sweep's folder; default: the run's, with -sweep.")] = None,  # noqa: UP045
+) -> None:
+    """Train with every combination of `--set a.b=x,y,z`; runs share a reference, and one table and figure."""
+    from dpo_studio.workflows.sweeping import run_sweep
+
+    print((run_sweep(recipe, overrides or [], out=out) / "sweep.md").read_text(encoding="utf-8"), end="")
+
+
+@app.command()
 def score(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
     source: Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")],

@@ -326,15 +326,17 @@ class _Seen:
 
     def add(self, policy: PairLogps, reference: PairLogps | None, losses: Tensor, pairs: Sequence[int]) -> None:
         scores = self.objective.scores(policy, reference)
-        ratios = log_ratios(policy, reference) if reference is not None else [torch.zeros_like(losses)] * 2
-        rows = [losses, *scores, scores[0] - scores[1], policy.chosen_P, policy.rejected_P, *ratios]
+        rows = [losses, *scores, scores[0] - scores[1], policy.chosen_P, policy.rejected_P]
+        rows += [policy.chosen_tokens_P.to(losses.dtype), policy.rejected_tokens_P.to(losses.dtype)]
+        rows += log_ratios(policy, reference) if reference is not None else []
         self.columns.append(torch.stack(rows).detach())
         self.pairs += pairs
 
     def together(self) -> tuple[dict[str, float], float]:
         """Means over the pairs, by TRL's names (a tied margin counts one half), and over all answers' log-ratios."""
         rows = torch.cat(self.columns, 1).double().cpu()
-        loss, chosen, rejected, margins, chosen_logp, rejected_logp = rows[:6]
+        loss, chosen, rejected, margins, chosen_logp, rejected_logp, chosen_tokens, rejected_tokens = rows[:8]
+        ratios = rows[8:]  # none without a reference
         beta = self.objective.beta
         metrics = {
             "loss": loss.mean().item(),
@@ -344,8 +346,17 @@ class _Seen:
             "rewards/accuracies": wins(margins).mean().item(),
             "logps/chosen": chosen_logp.mean().item(),
             "logps/rejected": rejected_logp.mean().item(),
+            "tokens/chosen": chosen_tokens.mean().item(),
+            "tokens/rejected": rejected_tokens.mean().item(),
         }
-        return metrics, rows[6:].mean().item()
+        if not len(ratios):
+            return metrics, 0.0
+        metrics |= {
+            "log_ratios/chosen": ratios[0].mean().item(),
+            "log_ratios/rejected": ratios[1].mean().item(),
+            "log_ratios/size": ratios.abs().mean().item(),
+        }
+        return metrics, ratios.mean().item()
 
     def what_is_not_finite(self, pairs: Sequence[EncodedPair]) -> str:
         """The pairs whose own numbers are not; all of the step's where only the gradient shows it. By source row."""

@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_studio.errors import RunError
 from dpo_studio.reports.facts import RunFacts, read_run
+from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.glossary import glossary_section
 from dpo_studio.reports.markup import cell_words, clipped, esc
 from dpo_studio.reports.sections import (
@@ -24,6 +25,7 @@ from dpo_studio.reports.sections import (
     showcase_section,
     verdict_panel,
 )
+from dpo_studio.reports.winrates_section import win_rates_section
 
 __all__ = ["page", "render_report", "write_report"]
 
@@ -50,8 +52,10 @@ def render_report(facts: RunFacts) -> str:
         verdict_panel(facts),
         key_figures(facts),
         showcase_section(facts),
+        win_rates_section(facts),
         compared,
         training,
+        health_section(facts),
         answers_section(facts),
         judging_section(facts),
         numbers_section(facts),

@@ -30,6 +30,7 @@ from dpo_studio.models.adapters import in_eval, train_mode
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
+from dpo_studio.reports.health import HealthWatch
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder, environment
@@ -182,6 +183,7 @@ class _Session:
     held_out_reference: PairLogps | None = None
     last_evaluation: dict[str, float] = field(default_factory=dict)
     held_out_logps: PairLogps | None = None
+    health: HealthWatch = field(default_factory=lambda: HealthWatch(0))
 
     def fit(self, stop_after: int | None = None) -> None:
         """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
@@ -200,6 +202,9 @@ class _Session:
         self._warn_if_the_reference_never_moves(steps.total)
         self._resume_or_begin(state, steps, live, at_once)
         self._track()
+        self.health = HealthWatch(steps.total)
+        for line in self.run.lines("metrics.jsonl"):  # whatever these show was told of before the run was stopped
+            self.health.see(line)
         room = self._room(steps)
         with stopping_signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
             advance(state.step)
@@ -237,6 +242,7 @@ class _Session:
             "refused": self.data.source.refused_by_reason(),
             "encoding": _summed(self.data.train.counts, self.data.held_out.counts),
             "shared_prompts_dropped": self.data.shared_prompts_dropped,
+            "health": [finding.to_plain() for finding in self.health.findings],
         }
         if self.held_out_logps is not None and self.held_out_reference is not None:
             beta = self.recipe.objective.beta
@@ -387,7 +393,10 @@ class _Session:
         self.saver.held.check()
         if report.skipped:
             self.progress.warn(f"step {report.step} was not taken: {report.skipped}; the weights stay as they were")
-        self.run.append("metrics.jsonl", {"step": report.step} | report.metrics | held_out)
+        line = {"step": report.step} | report.metrics | held_out
+        self.run.append("metrics.jsonl", line)
+        for finding in self.health.see(line):
+            self.progress.warn(finding.words())
         timing = {
             "step": report.step,
             "seconds": round(report.seconds, 4),
