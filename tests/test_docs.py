@@ -60,6 +60,10 @@ def problems(command: str) -> Iterator[str]:
         yield f"no such verb: {verbs[0]}"
         return
     else:
+        is_group = hasattr(verb, "commands") and len(verbs) > 1  # `dpo data`
+        if is_group and (verb := verb.get_command(context, verbs[1])) is None:
+            yield f"no such verb: {verbs[0]} {verbs[1]}"
+            return
         known = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
     yield from (f"no such option: {word}" for word in words if _option(word) and _option(word) not in known)
     for flag, value in pairwise(words):
@@ -153,6 +157,8 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
         ("dpo score MODEL_OR_RUN SOURCE [--out FILE] | head -1", []),
         ("dpo --help", []),
         ("dpo tarin r.yaml", ["no such verb: tarin"]),
+        ("dpo data check SOURCE --html FILE", []),
+        ("dpo data chekc SOURCE", ["no such verb: data chekc"]),
         ("dpo train r.yaml --resume", ["no such option: --resume"]),
         ("dpo train r.yaml --set training.epoch=2", ["no such key: training.epoch=2"]),
     ],

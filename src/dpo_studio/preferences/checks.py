@@ -206,7 +206,7 @@ class TextChecks:
             count,
             seen,
             level,
-            does="An opening that one side has and the other has not is the easiest thing to learn: answers get it.",
+            does="An opening that only one side has is the easiest thing to learn: every answer gets it, or none.",
             todo="Take the phrase out of the answers, or make them with more than one template.",
             detail=f'"{shown} …" opens {shares} answers' if shown else "",
             examples=tuple(self._opened_at.get(shown, ())) if level != "fine" else (),
