@@ -1,4 +1,4 @@
-"""`dpo data ...`: look at pairs, convert them, split them. It routes and prints, as cli.py does."""
+"""`dpo data ...`: pairs are converted and split. It routes and prints, as cli.py does."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ __all__ = ["Format", "Labels", "Map", "Source", "app", "source_section"]
 
 app = typer.Typer(
     name="data",
-    help="Look at preference pairs of any shape, convert them, split them by prompt.",
+    help="Preference pairs of any shape: convert them, split them by prompt.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
 
 Source = Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")]
-Format = Annotated[str, typer.Option(help="Name of the shape of a row; auto looks at the first rows.")]
+Format = Annotated[str, typer.Option("--format", help="Name of the shape of a row; auto looks at the first rows.")]
 Map = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it at run time
     typer.Option("--map", metavar="NAME=COLUMN", help="Which column holds prompt, first, second, label, ..."),
@@ -28,11 +28,69 @@ Labels = Annotated[
     Optional[list[str]],  # noqa: UP045
     typer.Option("--label", metavar="MEANING=VALUE", help="What the label's values mean: first=1, second=2, tie=0."),
 ]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="The counts as JSON on stdout.")]
 
 
-@app.callback()
-def _data() -> None:
-    """Keeps `data` a group of commands while it has only one."""
+@app.command()
+def convert(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to make.")],
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Any known shape, or any that --map describes, into TRL's conversational JSON Lines."""
+    section = source_section(source, format_, map_, label)
+    from dpo_studio.workflows.data import convert_pairs
+
+    _report(convert_pairs(section, out, force=force), as_json)
+
+
+@app.command()
+def split(
+    source: Source,
+    train: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="The file of pairs to learn from.")],
+    held_out: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="The file of pairs to measure on.")],
+    fraction: Annotated[float, typer.Option(help="Share of prompts that is held out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed holds out other prompts.")] = 0,
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Two files that share no prompt."""
+    section = source_section(source, format_, map_, label)
+    from dpo_studio.workflows.data import split_source
+
+    _report(split_source(section, train, held_out, fraction=fraction, seed=seed, force=force), as_json)
+
+
+def _report(summary: dict[str, Any], as_json: bool) -> None:
+    """The names of the files (or everything, as JSON) on stdout, the counts on stderr."""
+    import json
+
+    from dpo_studio.reports.text import one_line
+
+    if as_json:
+        print(json.dumps(summary))
+        return
+
+    def say(text: str) -> None:
+        print(one_line(text), file=sys.stderr)
+
+    say(f"{summary['source']}: {summary['rows']:,} rows ({summary['format']}), {summary['pairs']:,} pairs")
+    for reason, count in summary["refused"].items():
+        say(f"{count:,} rows refused: {reason}")
+    if "train" in summary:
+        say(f"{summary['train']:,} pairs to learn from, {summary['held_out']:,} held out")
+    for origin, sides in summary.get("by_source", {}).items():
+        say(f"{origin}: {sides['train']:,} and {sides['held_out']:,}")
+    outs = summary["out"]
+    print("\n".join([outs] if isinstance(outs, str) else outs))
 
 
 def source_section(

@@ -12,6 +12,7 @@ from typing import Any
 
 from dpo_studio.errors import RunError
 from dpo_studio.reports.facts import RunFacts, read_run
+from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.glossary import glossary_section
 from dpo_studio.reports.markup import cell_words, clipped, esc
 from dpo_studio.reports.sections import (
@@ -24,6 +25,7 @@ from dpo_studio.reports.sections import (
     showcase_section,
     verdict_panel,
 )
+from dpo_studio.reports.winrates_section import win_rates_section
 
 __all__ = ["page", "render_report", "write_report"]
 
@@ -32,7 +34,7 @@ def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run folder, whole or not at all; the same bytes for the same run."""
     page = render_report(read_run(run_folder)).encode("utf-8")
     path = run_folder / "report.html"
-    unfinished = run_folder / f".report.html.{os.getpid()}"
+    unfinished = run_folder / f".report.html.writing-{os.getpid()}"
     try:
         unfinished.write_bytes(page)
         unfinished.replace(path)
@@ -50,8 +52,10 @@ def render_report(facts: RunFacts) -> str:
         verdict_panel(facts),
         key_figures(facts),
         showcase_section(facts),
+        win_rates_section(facts),
         compared,
         training,
+        health_section(facts),
         answers_section(facts),
         judging_section(facts),
         numbers_section(facts),

@@ -12,7 +12,7 @@ from dpo_studio.preferences.duplicates import REMEMBERED
 from dpo_studio.preferences.findings import DataReport, Finding, level_of
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.rows import sample
-from dpo_studio.preferences.sources import Refusal, stream_pairs
+from dpo_studio.preferences.sources import Refusal, open_pairs
 from dpo_studio.preferences.split import Split
 from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.text import percent
@@ -47,10 +47,10 @@ def check_source(
     """
     with progress or Progress() as shown:
         tokens = None if model is None else _token_checks(model, max_length, too_long, shown)
-        stream = stream_pairs(section)
+        stream = open_pairs(section)
         texts = TextChecks()
         with shown.task(f"check {stream.name}", None, "rows") as advance:
-            while rows := list(islice(stream.rows, _AT_ONCE)):
+            while rows := list(islice(stream.results, _AT_ONCE)):
                 pairs = [row for row in rows if isinstance(row, Pair)]
                 for row in rows:
                     if isinstance(row, Refusal):
@@ -90,7 +90,7 @@ def _token_checks(model: ModelSection, max_length: int, too_long: TooLong, progr
 
 
 def _pairs_of(section: SourceSection) -> Iterator[Pair]:
-    return (row for row in stream_pairs(section).rows if isinstance(row, Pair))
+    return (row for row in open_pairs(section).results if isinstance(row, Pair))
 
 
 def look_at_pairs(recipe: Recipe, split: Split, progress: Progress, *, anyway: bool) -> None:
