@@ -243,3 +243,16 @@ def test_any_text_gives_a_report(texts: list[tuple[str, str, str]]) -> None:
     assert all(0 <= finding.count <= finding.of for finding in findings.values())
     report = DataReport("x", "trl", len(texts), len(texts), len(texts), 1, {}, list(findings.values()))
     assert report.verdict and report.to_plain()["findings"]
+
+
+def test_a_row_of_several_pairs_is_one_row() -> None:
+    checks = TextChecks()
+    for one in (pair(0), pair(1), pair(1, chosen="Another."), pair(1, chosen="A third.")):
+        checks.see(one)
+    checks.refuse(Refusal(2, "tie"))
+    assert (checks.rows, checks.pairs) == (3, 4)
+
+
+def test_answers_that_differ_in_white_space_alone_do_not_contradict_themselves() -> None:
+    findings = found([pair(0, chosen="It  is so.", rejected="It is so."), pair(1)])
+    assert (findings["opposite-pairs"].count, findings["duplicate-pairs"].count) == (0, 0)

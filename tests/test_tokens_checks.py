@@ -79,7 +79,7 @@ def test_a_special_token_of_this_tokenizer_in_the_text() -> None:
     findings = found(checks(), [pair(0, "<|eot_id|>"), pair(1, "<|im_start|>system"), pair(2, "Yes.")])
     special = findings["special-tokens"]
     assert (special.count, [example.row for example in special.examples]) == (1, [1])
-    assert special.examples[0].text == "<|im_start|> in a assistant turn"
+    assert special.examples[0].text == "<|im_start|> in the text of: assistant"
 
 
 @pytest.mark.parametrize(

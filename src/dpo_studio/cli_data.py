@@ -1,4 +1,4 @@
-"""`dpo data ...`: pairs are converted and split. It routes and prints, as cli.py does."""
+"""`dpo data ...`: pairs are looked at, converted and split. It routes and prints, as cli.py does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["Format", "Labels", "Map", "Source", "app", "source_section"]
 
 app = typer.Typer(
     name="data",
-    help="Preference pairs of any shape: convert them, split them by prompt.",
+    help="Preference pairs of any shape: check them, convert them, split them by prompt.",
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -71,8 +71,6 @@ def split(
 
 def _report(summary: dict[str, Any], as_json: bool) -> None:
     """The names of the files (or everything, as JSON) on stdout, the counts on stderr."""
-    import json
-
     from dpo_studio.reports.text import one_line
 
     if as_json:
@@ -131,7 +129,7 @@ def check(
     chat_template: Annotated[str | None, typer.Option(help="With --model: a Jinja file in place of its own.")] = None,
     split: Annotated[Optional[str], typer.Option(help="Which split of a folder or Hub dataset.")] = None,  # noqa: UP045
     rows: Annotated[Optional[int], typer.Option(min=1, help="Look at a seeded sample of so many rows.")] = None,  # noqa: UP045
-    format_: Annotated[str, typer.Option("--format", help="Name of the shape of a row; auto looks.")] = "auto",
+    format_: Format = "auto",
     map_: Map = None,
     label: Labels = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")] = False,

@@ -47,6 +47,8 @@ class TextChecks:
         self._scored = array("I")
         """Which pairs, by their place, the scores are of."""
         self._rows = array("Q")
+        self._paired_rows = 0
+        """Rows that are a pair or several (`nectar-all`)."""
         self._openings: tuple[Counter[str], Counter[str]] = (Counter(), Counter())
         self._opened_at: dict[str, list[Example]] = {}
 
@@ -58,7 +60,7 @@ class TextChecks:
     @property
     def rows(self) -> int:
         """Rows seen."""
-        return self.pairs + self.refused.total()
+        return self._paired_rows + self.refused.total()
 
     def refuse(self, refusal: Refusal) -> None:
         """A row that is no pair."""
@@ -81,6 +83,7 @@ class TextChecks:
             lengths.append(sum(len(turn.content) for turn in turns))
         if self.pairs < REMEMBERED:
             self._note_openings(pair)
+        self._paired_rows += not self._rows or self._rows[-1] != pair.row
         self._rows.append(pair.row)
 
     def see_held_out(self, pair: Pair) -> None:
@@ -206,7 +209,7 @@ class TextChecks:
             count,
             seen,
             level,
-            does="An opening that one side has and the other has not is the easiest thing to learn: answers get it.",
+            does="An opening that only one side has is the easiest thing to learn: every answer gets it, or none.",
             todo="Take the phrase out of the answers, or make them with more than one template.",
             detail=f'"{shown} …" opens {shares} answers' if shown else "",
             examples=tuple(self._opened_at.get(shown, ())) if level != "fine" else (),

@@ -76,9 +76,10 @@ class Duplicates:
         if (row := self._row_of_pair.get(same)) is not None:
             self._copies.add(pair.row, f"the same pair as row {row}")
             return
-        self._row_of_pair[same] = pair.row
-        if (row := self._row_of_pair.get(opposite)) is not None:
-            self._opposites.add(pair.row, f"row {row} prefers the other answer")
+        contradicted = self._row_of_pair.get(opposite)
+        self._row_of_pair[same] = pair.row  # after looking: answers that differ in white space are their own opposite
+        if contradicted is not None:
+            self._opposites.add(pair.row, f"row {contradicted} prefers the other answer")
         elif self.saw_all:
             self._remember(pair, number)
 

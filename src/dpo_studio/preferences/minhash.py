@@ -53,10 +53,10 @@ def signature(text: str) -> Signatures:
 
 def filled(signatures_NK: Signatures) -> Signatures:
     """(N, K) with each empty place filled from the next that is not, counted round, marked by how far that was."""
-    for start in range(0, len(signatures_NK), 4096):  # a copy of all of them at once would be gigabytes
-        part_NK = signatures_NK[start : start + 4096]
+    for start in range(0, len(signatures_NK), 256):  # what is formed on the way takes 8 KB a text
+        part_NK = signatures_NK[start : start + 256]
         if (part_NK == _EMPTY).any():
-            signatures_NK[start : start + 4096] = _borrowed(part_NK)
+            signatures_NK[start : start + 256] = _borrowed(part_NK)
     return signatures_NK
 
 

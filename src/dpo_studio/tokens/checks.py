@@ -32,7 +32,6 @@ Examples = Mapping[str, Sequence[Example]]
 
 _SPELLED = "special token spelt"
 _TWO_BEGINNINGS = "begins twice"
-_WHAT_TO_DO_WITH_LONG = "A larger data.max_length, or data.too_long: drop, cut_prompt_start."
 _LOSING = {
     "drop": "They are dropped: the run learns from short answers alone.",
     "cut_answer_end": "Their answers are cut, without an end of turn to learn.",
@@ -76,7 +75,7 @@ class TokenChecks:
             self._note(_TWO_BEGINNINGS, pair, self._encoder_start(ids))
         for turn in (*pair.prompt, *pair.chosen, *pair.rejected):
             if (spelled := self._encoder.spelled(turn.content)) is not None:
-                self._note(_SPELLED, pair, f"{spelled} in a {turn.role} turn")
+                self._note(_SPELLED, pair, f"{spelled} in the text of: {turn.role}")
                 break
 
     def _encoder_start(self, ids: PairIds) -> str:
@@ -174,7 +173,7 @@ def _over(counts: Mapping[str, int], pairs: int, max_length: int, too_long: TooL
         f"pairs over max_length ({max_length:,} tokens)",
         count,
         pairs,
-        level_of(count, pairs, warning=0.1),
+        level_of(count, pairs, warning=1.0 if too_long == "cut_answer_end" else 0.1),  # lost ends are told below
         does=_LOSING[too_long],
         todo="A larger data.max_length costs memory and time in proportion; see what is lost first.",
         detail=f"{prompts:,} by their prompt alone" if prompts else "",
@@ -190,8 +189,8 @@ def _lost_ends(counts: Mapping[str, int], pairs: int, examples: Examples) -> Fin
         count,
         pairs,
         level_of(count, pairs, warning=0.01, stop=0.1),
-        does="A cut answer has no end of turn: the tuned model does not learn to stop, and rambles on.",
-        todo=_WHAT_TO_DO_WITH_LONG,
+        does="A cut answer has no end of turn. From chosen ones the model does not learn to stop: it rambles on.",
+        todo="A larger data.max_length, or another data.too_long: drop, or cut_prompt_start for long chats.",
         examples=_some(examples, ANSWER_CUT),
     )
 
