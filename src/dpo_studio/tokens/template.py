@@ -21,7 +21,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Joiner, Namespace
+from jinja2.utils import Joiner
 from jinja2.visitor import NodeTransformer
 
 from dpo_studio.errors import ModelError
@@ -190,8 +190,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         """A call of a macro, a function or a method; of the latter two, only of those listed."""
         meter = METER.get()
         if isinstance(__obj, Macro | BlockReference | LoopContext):
-            for argument in (args, tuple(kwargs.values())):
-                meter.bounded(tuple(value for value in argument if not isinstance(value, Namespace)))
+            values = (*args, *kwargs.values())  # it may keep them together, as `varargs`
+            meter.bounded([value for value in values if isinstance(value, str | list | tuple | dict)])
             meter.spend(__self._template_length)
             if isinstance(__obj, LoopContext) and args:  # a recursive loop goes over them as they are
                 args = (turns(args[0], __self._template_length), *args[1:])
