@@ -38,11 +38,11 @@ from dpo_studio.tokens.metering import (
     weight,
 )
 
-__all__ = ["LONGEST_CHAT", "ChatTemplate", "TemplateLimit"]
+__all__ = ["LONGEST_CHAT", "LONGEST_TEMPLATE", "ChatTemplate", "TemplateLimit"]
 
 LONGEST_CHAT = 4_000_000
 """Characters of a chat: a million tokens. What fits needs a hundredth of the limits below in an honest template."""
-_LONGEST_TEMPLATE = 256_000
+LONGEST_TEMPLATE = 256_000
 """Characters of a template; the longest of known models have 30,000."""
 _TEXT_METHODS = (
     *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal"),
@@ -64,8 +64,8 @@ class ChatTemplate:
         Raises:
             ModelError: too long, no Jinja, or made of what no chat template needs.
         """
-        if len(source) > _LONGEST_TEMPLATE:
-            raise ModelError(f"the chat template has {len(source):,} characters, over {_LONGEST_TEMPLATE:,}")
+        if len(source) > LONGEST_TEMPLATE:
+            raise ModelError(f"the chat template has {len(source):,} characters, over {LONGEST_TEMPLATE:,}")
         self._special_tokens = {
             name: [str(token) for token in value] if isinstance(value, list | tuple) else str(value)
             for name, value in special_tokens.items()
