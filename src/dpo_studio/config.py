@@ -26,6 +26,8 @@ __all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_overr
 _MAX_RECIPE_BYTES = 200_000
 """A recipe has two thousand; 1 MB of `1:1:1:...`, a number to the base of 60, takes PyYAML half a minute."""
 BUNDLED = "bundled:"
+LabelValue = str | int | float | bool
+MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
 
 
@@ -79,8 +81,8 @@ class ReadingSection(Section):
     """Take a seeded sample of this many: of the rows, or of the held-out pairs."""
     map: dict[str, str] = {}
     """Which column (dots reach into nested ones) holds prompt, chosen, rejected, or first, second and label."""
-    label: dict[str, str | int | float | bool] = {}
-    """What the label's values mean: {first: 1, second: 2, tie: 0}. Compared as text."""
+    label: dict[str, LabelValue | list[LabelValue]] = {}
+    """What the label's values mean: {first: 1, second: [2, 3], tie: 0, both_bad: -1}. Compared as text."""
 
 
 class SourceSection(ReadingSection):
@@ -206,8 +208,8 @@ class TrainingSection(Section):
     """Seed of the adapter's start, the order of the pairs and dropout."""
     evaluate_every: Annotated[int, Field(gt=0)] = 50
     """Steps between held-out evaluations; there is always one at the start and one at the end."""
-    save_every: Annotated[int, Field(gt=0)] = 50
-    """Steps between checkpoints; there is always one at the end."""
+    save_every: Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=MINUTES)] = 50
+    """Steps between checkpoints, or minutes: `10min`. There is always one at the end. Never changes what is learned."""
 
 
 class RunSection(Section):

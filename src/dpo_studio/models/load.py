@@ -25,7 +25,16 @@ from dpo_studio.models.scan import PICKLES, read_json, scan_folder, weight_files
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.template import LONGEST_TEMPLATE
 
-__all__ = ["ChatModel", "choose_dtype", "load_chat_model", "load_encoder", "locate", "weights_fingerprint"]
+__all__ = [
+    "ChatModel",
+    "check_files",
+    "choose_dtype",
+    "load_chat_model",
+    "load_encoder",
+    "load_weights",
+    "locate",
+    "weights_fingerprint",
+]
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _NO_HUB = "check the network, or download the model elsewhere and give its folder"
@@ -71,7 +80,7 @@ def load_chat_model(
     attention = choose_attention(section.attention, config, device)
     quantization = read_quantization(folder)
     if quantization is None:
-        model = _load_weights(folder, dtype, attention, section.path).to(device)
+        model = load_weights(AutoModelForCausalLM, folder, dtype, attention, section.path).to(device)
     else:
         model = load_gptq(
             folder,
@@ -156,6 +165,25 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
         ModelError: no config, an adapter beside it, pickle-only weights, or a kind of model that we cannot train.
     """
     name = section.path
+    check_files(folder, name)
+    if read_quantization(folder) is not None:
+        pass  # what `residency` and `compute` are for
+    elif section.residency != "packed" or section.compute != "auto":
+        raise ModelError("model.residency and model.compute are for GPTQ bases", hint=f"{name} is not one: remove them")
+    try:
+        config = AutoConfig.from_pretrained(folder).get_text_config()
+    except (ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
+    check_architecture(config, name)
+    return config
+
+
+def check_files(folder: Path, name: str) -> None:
+    """Look at a model folder's files before anything in it is loaded.
+
+    Raises:
+        ModelError: no config, remote code, or pickle-only weights.
+    """
     _check_config(folder, name)
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
@@ -170,16 +198,6 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
                 hint="convert it to safetensors with a tool you trust, or use a repository that has them",
             )
         raise ModelError(f"{name} has no .safetensors weights in {folder}")
-    if read_quantization(folder) is not None:
-        pass  # what `residency` and `compute` are for
-    elif section.residency != "packed" or section.compute != "auto":
-        raise ModelError("model.residency and model.compute are for GPTQ bases", hint=f"{name} is not one: remove them")
-    try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
-    check_architecture(config, name)
-    return config
 
 
 def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:
@@ -246,13 +264,19 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _load_weights(folder: Path, dtype: torch.dtype, attention: str, name: str) -> PreTrainedModel:
-    """All tensors of the model from the folder, each used; transformers only warns and fills in random ones."""
+def load_weights(kind: Any, folder: Path, dtype: torch.dtype, attention: str | None, name: str) -> PreTrainedModel:
+    """All tensors of the model from the folder, each used; transformers only warns and fills in random ones.
+
+    `kind` is one of its auto classes.
+
+    Raises:
+        ModelError: tensors are missing or left over, or the files cannot be read.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,

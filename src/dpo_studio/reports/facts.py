@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +36,16 @@ class RunFacts:
     answers: list[Row]
     notes: tuple[str, ...] = ()
     """What could not be read, for the reader of the report."""
+    win_rates: Row = field(default_factory=dict)
+    """evaluation/winrate.json: what `dpo eval` measured at each temperature."""
+    win_rates_svg: str = ""
+    """The figure it drew of it."""
+
+    @property
+    def temperatures(self) -> list[Row]:
+        """What was measured at each of them."""
+        rows = self.win_rates.get("temperatures")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     def series(self, key: str) -> Series:
         """The values of one metric over the steps."""
@@ -72,6 +82,8 @@ def read_run(folder: Path) -> RunFacts:
         environment=_read_object(folder / "environment.json", notes),
         result=_read_object(folder / "result.json", notes),
         answers=_read_lines(folder / "evaluation" / "answers.jsonl", notes),
+        win_rates=_read_object(folder / "evaluation" / "winrate.json", notes),
+        win_rates_svg=_read_text(folder / "evaluation" / "winrate.svg"),
         notes=tuple(notes),
     )
 

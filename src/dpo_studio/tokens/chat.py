@@ -136,6 +136,15 @@ class ChatEncoder:
         """What fills up rows of unequal length; never looked at."""
         return int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos)
 
+    def spelled(self, text: str) -> str | None:
+        """The first special token that the text spells, if it spells one."""
+        found = self._spelled_pattern.search(text)
+        return None if found is None else found.group()
+
+    def begins_twice(self, ids: Sequence[int]) -> bool:
+        """Whether a chat begins with two tokens that begin a chat (BOS): one from the template, one from elsewhere."""
+        return len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, control tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -152,6 +161,12 @@ class ChatEncoder:
         """
         rendered = self._render(prompt, open_answer=True)
         return self._ids(rendered, self._encode_whole([rendered]))
+
+    def chat_ids(self, chats: Sequence[Sequence[Message]]) -> list[list[int] | PairError]:
+        """Whole chats to their last token, whatever the template writes after the last turn; or why not."""
+        rendered = [_caught(self._render, turns, open_answer=False) for turns in chats]
+        whole = self._encode_whole([chat for chat in rendered if not isinstance(chat, PairError)])
+        return [chat if isinstance(chat, PairError) else _caught(self._ids, chat, whole) for chat in rendered]
 
     def pair(self, pair: Pair) -> PairIds:
         """One pair; raises PairError where `pairs` returns it."""
