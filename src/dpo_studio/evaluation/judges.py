@@ -13,7 +13,7 @@ import math
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
@@ -54,6 +54,12 @@ class Completion:
     """The model ended its turn itself within the token limit."""
     tokens: int
     """New tokens, the end-of-turn token included."""
+    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    """The tokens themselves, where a model wrote them: text alone can be told in other tokens."""
+
+    def shown(self) -> dict[str, Any]:
+        """As answers.jsonl has it: what a person reads."""
+        return {"text": self.text, "ended": self.ended, "tokens": self.tokens}
 
 
 @dataclass(frozen=True)

@@ -11,21 +11,22 @@ from __future__ import annotations
 import itertools
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
-from dpo_studio.preferences.formats import Parser, RowError
 from dpo_studio.preferences.mapping import mapped_parser
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.rows import read_rows
 from dpo_studio.preferences.sources import Refusal, read_pairs
+from dpo_studio.preferences.turns import Row, RowError
 
 __all__ = ["Label", "Labelled", "LabelledSource", "read_labelled"]
 
 Label = Literal["first", "second", "tie"]
+Reader = Callable[[Row], Pair]
 
 _LOOK_AT = 64
 _PANDALM_COLUMNS = {"instruction", "input", "response1", "response2"}
@@ -117,7 +118,7 @@ def _from_labels(
 
 def _readers(
     section: SourceSection, annotators: Sequence[str], rows: list[dict[str, object]]
-) -> tuple[Parser, list[Parser]]:
+) -> tuple[Reader, list[Reader]]:
     """What reads both answers, and for each annotator what reads the one that was preferred."""
     columns = section.map
     if columns.keys() - {"system"} != {"prompt", "first", "second"}:
@@ -134,7 +135,7 @@ def _readers(
     return texts, [mapped_parser(one, rows) for one in by_column]
 
 
-def _label(read: Parser, row: dict[str, object], pair: Pair) -> Label:
+def _label(read: Reader, row: dict[str, object], pair: Pair) -> Label:
     try:
         preferred = read(row)
     except RowError as refusal:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from dpo_studio.config import parse_yaml
 from dpo_studio.errors import RunError
 
 __all__ = ["RunFacts", "Series", "finite", "interval", "read_run", "share"]
@@ -35,6 +36,16 @@ class RunFacts:
     answers: list[Row]
     notes: tuple[str, ...] = ()
     """What could not be read, for the reader of the report."""
+    win_rates: Row = field(default_factory=dict)
+    """evaluation/winrate.json: what `dpo eval` measured at each temperature."""
+    win_rates_svg: str = ""
+    """The figure it drew of it."""
+
+    @property
+    def temperatures(self) -> list[Row]:
+        """What was measured at each of them."""
+        rows = self.win_rates.get("temperatures")
+        return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
 
     def series(self, key: str) -> Series:
         """The values of one metric over the steps."""
@@ -71,6 +82,8 @@ def read_run(folder: Path) -> RunFacts:
         environment=_read_object(folder / "environment.json", notes),
         result=_read_object(folder / "result.json", notes),
         answers=_read_lines(folder / "evaluation" / "answers.jsonl", notes),
+        win_rates=_read_object(folder / "evaluation" / "winrate.json", notes),
+        win_rates_svg=_read_text(folder / "evaluation" / "winrate.svg"),
         notes=tuple(notes),
     )
 
@@ -152,8 +165,8 @@ def _parsed(text: str) -> object:
 def _read_recipe(path: Path, notes: list[str]) -> tuple[Row, str]:
     text = _read_text(path)
     try:
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        recipe = parse_yaml(text)
+    except yaml.YAMLError:
         notes.append(f"{path.name} is not YAML and is shown as it stands")
         return {}, text
     return (recipe if isinstance(recipe, dict) else {}), text

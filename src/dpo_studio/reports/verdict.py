@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from dpo_studio.reports.facts import RunFacts, interval, share
+from dpo_studio.reports.health import health_of
 from dpo_studio.reports.text import count, percent
 
 __all__ = ["Verdict", "cautions", "interval_words", "pass_verdict"]
@@ -128,7 +129,7 @@ def _beaten(before: float | None, longer: float | None) -> str:
 
 def cautions(facts: RunFacts) -> list[str]:
     """What a fair reader should know before quoting the number."""
-    said = [_few(facts), _length(facts), _lengthened(facts)]
+    said = [_few(facts), _length(facts), *_health(facts)]
     return [caution for caution in said if caution]
 
 
@@ -151,11 +152,10 @@ def _length(facts: RunFacts) -> str:
     )
 
 
-def _lengthened(facts: RunFacts) -> str:
-    base, tuned = facts.number("mean_tokens_base"), facts.number("mean_tokens_tuned")
-    if not base or not tuned or tuned < 1.2 * base:
-        return ""
-    return (
-        f"The tuned answers are longer ({count(base)} to {count(tuned)} tokens on average), "
-        "and many judges favour length."
-    )
+def _health(facts: RunFacts) -> list[str]:
+    """What the run's curve showed, in a line; the section on health says more."""
+    found = health_of(facts)
+    longer = [f"{finding.saw}; many judges favour length." for finding in found if finding.name == "answers_lengthen"]
+    others = [finding.title for finding in found if finding.name != "answers_lengthen"]
+    named = f"Run health, below: {'; '.join(others)}." if others else ""
+    return [line[0].upper() + line[1:] for line in (*longer, named) if line]

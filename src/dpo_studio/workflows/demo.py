@@ -13,6 +13,7 @@ from dpo_studio.evaluation.everyday import EverydayRule
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message
+from dpo_studio.reports.health import lengthening
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder
@@ -53,6 +54,9 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
         else:
             loaded = Loaded(trained.base, trained.policy, None, trained.folder.adapter)
         result = trained.result | _evaluate(trained, loaded, shown)
+        for finding in lengthening(result, result["steps"]):
+            shown.warn(finding.words())
+            result["health"] = [*result.get("health", ()), finding.to_plain()]
         result["seconds"] = round(time.perf_counter() - started, 1)
         trained.folder.write_json("result.json", result)
         write_report(trained.folder.path)
@@ -77,8 +81,8 @@ def _evaluate(trained: TrainedRun, loaded: Loaded, progress: Progress) -> dict[s
         lines.append(
             {
                 "prompt": prompt[-1].content,
-                "base": vars(before),
-                "tuned": vars(after),
+                "base": before.shown(),
+                "tuned": after.shown(),
                 "winner": _WINNERS[outcomes[-1]],
                 "reason": verdict.reason,
             }

@@ -1,0 +1,125 @@
+"""`dpo sweep`: one recipe under several settings, each a normal run folder, then one table and one figure.
+
+The runs share the cache of reference log-probs: it does not depend on beta, the learning rate or any other setting that
+one sweeps, so only the first run computes them.
+"""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+from dpo_studio.config import LoadedRecipe, load_recipe, parse_override, user_path
+from dpo_studio.errors import NonFiniteError, UsageError
+from dpo_studio.reports.frontier import Measured, draw_frontier, frontier_table, measure
+from dpo_studio.reports.progress import Progress
+from dpo_studio.runs import is_run, write_atomically
+
+__all__ = ["Member", "plan_sweep", "run_sweep"]
+
+
+@dataclass(frozen=True)
+class Member:
+    """One run of a sweep."""
+
+    name: str
+    """`objective.beta=0.1`, several settings joined by a comma."""
+    values: dict[str, Any]
+    loaded: LoadedRecipe
+
+
+def run_sweep(
+    path: str | Path, overrides: Sequence[str], *, out: Path | None = None, progress: Progress | None = None
+) -> Path:
+    """Train every combination; the same command again continues. Returns the folder, with sweep.md and sweep.json.
+
+    A run that stops itself over numbers that are not finite is noted, and the others go on. Table and figure are
+    written after each run, so that an interrupted sweep has them of what is done.
+
+    Raises:
+        DPOStudioError: before anything is trained if a setting is impossible; else what `dpo train` would stop at.
+    """
+    folder, members = plan_sweep(path, overrides, out)
+    from dpo_studio.workflows.training import run_training
+
+    measured: list[Measured] = []
+    with progress or Progress() as shown:
+        for number, member in enumerate(members, 1):
+            shown.say(f"run {number} of {len(members)}: {member.name}")
+            stopped = None
+            try:
+                run_training(member.loaded, shown)
+            except NonFiniteError as error:
+                stopped = error.message
+                shown.warn(f"{member.name} stopped itself: {error.message}")
+            gc.collect()  # a model is full of cycles, and the next one needs its memory
+            measured.append(measure(member.loaded.run_folder, member.name, stopped))
+            _write(folder, members, measured)
+    return folder
+
+
+def plan_sweep(path: str | Path, overrides: Sequence[str], out: Path | None) -> tuple[Path, list[Member]]:
+    """The sweep's folder and its runs: the product of every key that has several values, in the order given.
+
+    Raises:
+        UsageError: no key has several values, or one has the same twice, or names the run's folder.
+        RecipeError: a combination is no recipe.
+    """
+    swept, fixed = _swept(overrides)
+    base = load_recipe(path, fixed)
+    folder = user_path(out) if out is not None else base.run_folder.with_name(f"{base.run_folder.name}-sweep")
+    if is_run(folder):
+        raise UsageError(f"{folder} is a run, not a sweep", hint="name another folder with --out")
+    members = []
+    for combination in itertools.product(*swept.values()):
+        values = dict(zip(swept, combination, strict=True))
+        name = ",".join(f"{key}={_text(value)}" for key, value in values.items())
+        changes = [f"{key}={json.dumps(value)}" for key, value in values.items()]
+        run_folder = folder / quote(name, safe="=,")
+        loaded = load_recipe(path, [*fixed, *changes, f"run.folder={json.dumps(str(run_folder))}"])
+        members.append(Member(name, values, loaded))
+    return folder, members
+
+
+def _swept(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Keys with several values, and the overrides that hold for every run."""
+    swept: dict[str, list[Any]] = {}
+    fixed: list[str] = []
+    for text in overrides:
+        name, _, listed = text.partition("=")
+        keys, values = parse_override(f"{name}=[{listed}]")
+        key = ".".join(keys)
+        if key == "run.folder":
+            raise UsageError("run.folder is each run's own in a sweep", hint="--out names the sweep's folder")
+        if len(values) < 2:
+            fixed.append(text)
+            continue
+        texts = list(map(_text, values))
+        if key in swept or len(set(texts)) < len(texts):
+            raise UsageError(f"--set {text}: a value or a key is there twice", hint=f"--set {key}=A,B,C, each once")
+        swept[key] = values
+    if not swept:
+        raise UsageError("nothing to sweep: no --set has several values", hint="--set objective.beta=0.03,0.1,0.3")
+    return swept, fixed
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _write(folder: Path, members: Sequence[Member], measured: Sequence[Measured]) -> None:
+    """sweep.json, sweep.md and the figure, of the runs so far."""
+    runs = [
+        {"folder": member.loaded.run_folder.name, "values": member.values} | run.to_plain()
+        for member, run in zip(members, measured, strict=False)
+    ]
+    summary = {"runs": runs, "planned": len(members)}
+    write_atomically(folder / "sweep.json", json.dumps(summary, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(folder / "sweep.md", frontier_table(measured))
+    draw_frontier(measured, folder)
