@@ -16,6 +16,7 @@ from transformers import (
     LlamaForSequenceClassification,
 )
 
+from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.evaluation import reward_model
 from dpo_studio.evaluation.implicit import ImplicitReward
@@ -24,7 +25,7 @@ from dpo_studio.evaluation.reward_model import load_reward_model
 from dpo_studio.models.load import load_encoder
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.encode import encode_pairs
-from tests.conftest import plain_logps, plain_peft_on, policy_on
+from tests.conftest import encoded, plain_logps, plain_peft_on, policy_on
 from tests.tiny_models import tiny_folder, tiny_model
 from tests.tiny_runs import dpo, write_rows
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer
@@ -151,8 +152,6 @@ def test_the_implicit_reward_is_the_textbooks(tiny_base: Path) -> None:
 
     An answer that never ended is read without the end of turn that the template writes.
     """
-    from dpo_studio.config import ModelSection
-
     encoder = load_encoder(tiny_base, ModelSection(path=str(tiny_base)))
     cut = Comparison(PROMPT, Completion("More time", ended=False, tokens=2), COMPARISONS[0].a)
     comparisons = [COMPARISONS[0], COMPARISONS[1], cut, Comparison(PROMPT, COMPARISONS[0].a, COMPARISONS[0].a)]
@@ -175,6 +174,24 @@ def test_the_implicit_reward_is_the_textbooks(tiny_base: Path) -> None:
     for verdict, (a, b) in zip(verdicts, rewards.tolist(), strict=False):
         assert numbers(verdict) == pytest.approx([a, b], abs=0.011)
         assert verdict.winner == winner_of(a, b)
+
+
+def test_the_implicit_reward_reads_the_tokens_that_were_drawn(tiny_base: Path) -> None:
+    """A model may write `bread` as its letters: another chain of tokens, with another log-prob."""
+    encoder = load_encoder(tiny_base, ModelSection(path=str(tiny_base)))
+    tokenizer = tiny_tokenizer("chatml")
+    letters = [i for letter in "bread" for i in tokenizer(letter, add_special_tokens=False)["input_ids"]]
+    other = tokenizer("wait", add_special_tokens=False)["input_ids"]
+    assert encoder.decode(letters) == "bread" and len(letters) > len(tokenizer("bread")["input_ids"])
+    drawn = [Completion(encoder.decode(ids), ended=False, tokens=len(ids), ids=tuple(ids)) for ids in (letters, other)]
+    (verdict,) = ImplicitReward("it", policy_on(), encoder, 1.0).judge_all([Comparison(PROMPT, *drawn)])
+    pair = encoded(encoder.prompt_ids(PROMPT), letters, other)
+    oracle = plain_peft_on()
+    with torch.no_grad(), oracle.disable_adapter():
+        reference = plain_logps(oracle, [pair])
+    with torch.no_grad():
+        rewards = plain_logps(oracle, [pair]) - reference
+    assert numbers(verdict) == pytest.approx(rewards[0].tolist(), abs=0.011)
 
 
 def test_models_are_judges_on_the_command_line(tiny_run: Path, tiny_base: Path, tmp_path: Path) -> None:

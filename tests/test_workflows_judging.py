@@ -56,8 +56,7 @@ def test_pandalm_by_hand(tmp_path: Path) -> None:
     """Rows 5 and 6 are no comparisons. Majorities of the other five: 1, 1, 2, tie, none.
 
     The longer answer says 1, 2, 2, 2, 2. Where people prefer one (three rows): right, wrong, right: 2/3. Over the four
-    with a majority: 2/4 exact. Kappa, from sides that a coin swaps, is the same for any of the coin's falls only if
-    it is symmetric, so it is worked here without swaps by its definition below, on what --out says.
+    with a majority: 2/4 exact. Kappa hangs on which answer the coin shows as A, so it is worked from what --out says.
 
     Each annotator against the other two where those agree. Row 0: 3 of 3 right. Row 1: the two 1s stand against (1, 2),
     split, the 2 against 1: wrong. Row 2: 3 of 3. Row 3: the 2 against a tie (people prefer nothing: not in
@@ -69,10 +68,7 @@ def test_pandalm_by_hand(tmp_path: Path) -> None:
     assert said.code == 0, said.err
     result = json.loads(said.out)
     assert result["annotators"] == ["annotator1", "annotator2", "annotator3"]
-    assert (
-        result["refused"] == {"chosen and rejected are identical": 1, "rejected is not text": 1}
-        or sum(result["refused"].values()) == 2
-    )
+    assert list(result["refused"].values()) == [1, 1]
     assert (result["n"], result["n_preferred"], result["split_labels"], result["prompts"]) == (4, 3, 1, 5)
     assert result["agreement"] == pytest.approx(2 / 3)
     assert result["exact"] == pytest.approx(2 / 4)
