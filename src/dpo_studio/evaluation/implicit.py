@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import nn
 
 from dpo_studio.evaluation.judges import Comparison, Completion, Progress, Verdict, higher_wins
@@ -74,12 +75,15 @@ class ImplicitReward:
         return [verdicts[row] for row in range(len(comparisons))]
 
     def _as_generated(self, pair: EncodedPair, comparison: Comparison) -> EncodedPair:
-        """Answers that never ended without the end of turn that the template writes after them."""
-        return replace(
-            pair,
-            chosen=_as_ended(pair.chosen, comparison.a.ended),
-            rejected=_as_ended(pair.rejected, comparison.b.ended),
-        )
+        """The very tokens that were drawn, where a model wrote both answers: their text could be told in others.
+
+        Where there is text alone, an answer that never ended goes without the end of turn that the template writes.
+        """
+        a, b = comparison.a, comparison.b
+        if a.ids and b.ids:
+            prompt = np.array(self.encoder.prompt_ids(comparison.prompt), np.int32)
+            return EncodedPair(pair.row, prompt, _drawn(a), _drawn(b))
+        return replace(pair, chosen=_as_ended(pair.chosen, a.ended), rejected=_as_ended(pair.rejected, b.ended))
 
     def _logps(self, pairs: Sequence[EncodedPair], progress: Progress | None) -> PairLogps:
         budget = tokens_without_gradient(CPU_TOKENS, next(self.policy.parameters()).device)
@@ -91,6 +95,10 @@ class ImplicitReward:
 
 def _turn(answer: Completion) -> tuple[Message, ...]:
     return (Message("assistant", answer.text),)
+
+
+def _drawn(answer: Completion) -> EncodedAnswer:
+    return EncodedAnswer(np.array(answer.ids, np.int32), np.ones(len(answer.ids), bool))
 
 
 def _as_ended(answer: EncodedAnswer, ended: bool) -> EncodedAnswer:
