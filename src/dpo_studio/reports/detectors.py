@@ -43,6 +43,8 @@ USUAL_STEPS = 16
 """Steps that say what is usual: those before the spike, and those the run began with."""
 MOVED = 0.02
 """Share of its first value that the loss must have lost by half of the run: DPO's goes from 0.693 to 0.679."""
+HIDDEN = 0.1
+"""Share of its first value whose fall the noise may not hide (two standard errors): else nothing is said."""
 TURNED = 0.05
 """How far above its lowest the held-out loss must have risen, twice in a row, as a share of the loss before training:
 as a share of the lowest, small losses would turn with a single pair."""
@@ -199,7 +201,7 @@ def _loss_does_not_move(curve: Curve) -> str | None:
         return None
     fallen = mean(before) - mean(now)
     error = math.sqrt(variance(before) / len(before) + variance(now) / len(now))
-    if fallen + 2 * error >= MOVED * abs(mean(before)):  # so large a fall may hide in the noise
+    if fallen >= MOVED * abs(mean(before)) or fallen + 2 * error >= HIDDEN * abs(mean(before)):
         return None
     return (
         f"the loss began at {significant(mean(before))} and is {significant(mean(now))} over the last "
