@@ -36,7 +36,7 @@ class RunFacts:
     notes: tuple[str, ...] = ()
     """What could not be read, for the reader of the report."""
     win_rates: Row = field(default_factory=dict)
-    """evaluation/winrate.json: what `dpo eval` measured at each temperature."""
+    """evaluation/winrate.json: what an evaluation measured at each temperature."""
     win_rates_svg: str = ""
     """The figure it drew of it."""
 

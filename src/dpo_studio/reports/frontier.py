@@ -1,6 +1,6 @@
 """What a sweep shows: how much each setting gained, and how far it went from the reference for it.
 
-The axes say what they are. From the policy's own samples, where `dpo eval` has been: KL to the reference, and win rate
+The axes say what they are. From the policy's own samples, where an evaluation has been: KL to the reference, and win rate
 (Rafailov et al. 2023, arXiv 2305.18290, figure 2 left). From held-out pairs, always: accuracy, against how far the
 log-probs of their answers have moved. That distance is no KL: the answers are not the policy's own, and a policy may
 leave its reference where no held-out answer is.
@@ -130,7 +130,7 @@ def frontier_table(runs: Sequence[Measured]) -> str:
         f"Win rate and KL to the reference are of the policy's own answers at temperature "
         f"{', '.join(f'{heat:g}' for heat in temperatures)}."
         if temperatures
-        else "Win rate and KL need samples: `dpo eval` on a run, then the same sweep again."
+        else "Win rate and KL need samples: dpo eval on a run, then the same sweep again."
     )
     meaning = (
         "Moved: the mean |policy - reference log-prob| of a held-out answer, a distance on given answers, not the KL "

@@ -92,7 +92,7 @@ def health_of(facts: RunFacts) -> list[Finding]:
 
 
 def _lengths_sampled(facts: RunFacts, steps: int) -> list[Finding]:
-    """By `dpo eval` at several temperatures, or by the demo."""
+    """By an evaluation at several temperatures, or by the demo."""
     before, after = (
         [finite(row, key) for row in facts.temperatures] for key in ("reference_mean_tokens", "mean_tokens")
     )

@@ -1,4 +1,4 @@
-"""The page's section on `dpo eval`: its figure, and the numbers of each temperature."""
+"""The page's section on an evaluation: its figure, and the numbers of each temperature."""
 
 from __future__ import annotations
 
