@@ -5,7 +5,7 @@ ARGS ?=
 # Threads that wait give way to other processes (the reason stands in cli.py).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: demo test slow check format benchmark clean
+.PHONY: demo test slow faults check format benchmark clean
 
 demo: .venv/runtime
 	$(BIN)/dpo demo --out runs/demo
@@ -16,6 +16,11 @@ test: .venv/dev
 # The GPTQ path on the real bundled model, minutes long; a tiny model takes it in `make test`.
 slow: .venv/dev
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+# 400 kills of real trainings, each continued to the same bytes: 20 minutes. Writes the table in docs/reliability.md.
+faults: .venv/dev
+	rm -f faults.jsonl
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --results faults.jsonl --table docs/reliability.md
 
 check: .venv/dev
 	$(BIN)/ruff check .

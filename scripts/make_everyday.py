@@ -33,7 +33,8 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_studio.evaluation.judges import Completion, EverydayRule, content_stems
+from dpo_studio.evaluation.everyday import EverydayRule, content_stems
+from dpo_studio.evaluation.judges import Completion
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "src/dpo_studio/preferences/bundled/everyday.jsonl"

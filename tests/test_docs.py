@@ -56,8 +56,9 @@ def problems(command: str) -> Iterator[str]:
     verbs = [word for word in words[1:] if not word.startswith("-")]
     if not verbs:
         known = {option for parameter in tree.params for option in parameter.opts} | {"--help"}
-    elif (verb := tree.get_command(context, verbs[0])) is None:
-        yield f"no such verb: {verbs[0]}"
+    elif (verb := _verb(tree, context, verbs)) is None:
+        known_first = tree.get_command(context, verbs[0]) is not None
+        yield f"no such verb: {' '.join(verbs[:2]) if known_first else verbs[0]}"
         return
     else:
         known = {option for parameter in verb.params for option in parameter.opts} | {"--help"}
@@ -67,6 +68,12 @@ def problems(command: str) -> Iterator[str]:
             keys, _ = parse_override(value)
             if not _is_key(keys):
                 yield f"no such key: {value}"
+
+
+def _verb(tree: Any, context: Any, verbs: list[str]) -> Any:
+    """The command that the first word names, or the first two, as in `dpo data convert`."""
+    verb = tree.get_command(context, verbs[0])
+    return verb.get_command(context, verbs[1]) if hasattr(verb, "get_command") and len(verbs) > 1 else verb
 
 
 def _option(word: str) -> str:
@@ -153,6 +160,11 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
         ("dpo score MODEL_OR_RUN SOURCE [--out FILE] | head -1", []),
         ("dpo --help", []),
         ("dpo tarin r.yaml", ["no such verb: tarin"]),
+        ("dpo judge chekc SOURCE", ["no such verb: judge chekc"]),
+        ("dpo judge check SOURCE --judge length", []),
+        ("dpo data convert a b --label first=1", []),
+        ("dpo data convert a b --fraction 0.1", ["no such option: --fraction"]),
+        ("dpo data convrt a b", ["no such verb: data convrt"]),
         ("dpo train r.yaml --resume", ["no such option: --resume"]),
         ("dpo train r.yaml --set training.epoch=2", ["no such key: training.epoch=2"]),
     ],

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from dpo_studio.errors import DataError
-from dpo_studio.evaluation.winrate import _resampled_shares, share_ci95, wilson, win_rate
+from dpo_studio.evaluation.winrate import _resampled_means, share_ci95, wilson, win_rate
 
 
 def test_a_tie_counts_one_half() -> None:
@@ -51,7 +51,7 @@ def test_prompts_that_all_have_the_same_share_have_a_width_too() -> None:
 
 def test_the_bootstrap_by_hand() -> None:
     """Two prompts, all won (3 comparisons) and all lost (1): a drawing is AA, AB, BA or BB, its share 1, 3/4 or 0."""
-    shares = _resampled_shares(np.array([3.0, 0.0]), np.array([3.0, 1.0]), seed=0, resamples=4000)
+    shares = _resampled_means(np.array([3.0, 0.0]), np.array([3.0, 1.0]), seed=0, resamples=4000)
     values, counts = np.unique(shares, return_counts=True)
     assert values.tolist() == [0.0, 0.75, 1.0]
     assert counts / 4000 == pytest.approx([0.25, 0.5, 0.25], abs=0.03)
@@ -91,7 +91,7 @@ def test_the_interval_covers_the_truth_95_times_of_100(n_prompts: int, share: fl
     won = rng.binomial(3, own).astype(float)
     covered = 0
     for sums in won:
-        shares = _resampled_shares(sums, np.full(n_prompts, 3.0), seed=7, resamples=400)
+        shares = _resampled_means(sums, np.full(n_prompts, 3.0), seed=7, resamples=400)
         low, high = np.percentile(shares, (2.5, 97.5))
         covered += low <= share <= high
     assert 0.93 <= covered / experiments <= 0.97

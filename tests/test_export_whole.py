@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from dpo_studio.disk import check_space
 from dpo_studio.errors import RunError
-from dpo_studio.export.whole import check_space, making
+from dpo_studio.export.whole import making
 
 
 def test_the_result_becomes_the_folder_and_the_rest_goes(tmp_path: Path) -> None:
@@ -58,7 +59,7 @@ def test_a_disk_that_is_too_small_is_told_of_before(tmp_path: Path, monkeypatch:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10, 0, 10**9))
     check_space(tmp_path / "no" / "out", 10**9, "exporting")
-    with pytest.raises(RunError, match=r"exporting needs 2.0 GB on the way, .* has 1.0 left"):
+    with pytest.raises(RunError, match=r"exporting needs 2.0 GB on the way, .* has 1.0 GB left"):
         check_space(tmp_path / "no" / "out", 2 * 10**9, "exporting")
 
 

@@ -93,8 +93,9 @@ def left_behind(folder: Path) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("reference", ["mode=cached", "mode=live", "update_every=1", "update_every=4"])
 def test_stopping_and_continuing_changes_no_bit(recipe: Path, through: Path, tmp_path: Path, reference: str) -> None:
-    """Stopped after step 3 (in the first epoch, no multiple of save_every), then after 5, then to the end. A reference
-    that moves: every step, so that ranks are cut on both sides of a checkpoint, or after 4, between two of them."""
+    """Stopped after step 3 (in the first epoch, no multiple of save_every), after 4 (the epoch's end), after 6 (in the
+    second epoch), then to the end. A reference that moves: every step, so that ranks are cut on both sides of a
+    checkpoint, or after 4, between two of them."""
     settings = [f"reference.{reference}"]
     if reference.startswith("update"):
         settings.append("reference.update_share=0.6")
@@ -102,7 +103,7 @@ def test_stopping_and_continuing_changes_no_bit(recipe: Path, through: Path, tmp
         through = tmp_path / "through"
         run(recipe, through, *settings)
     stopped = tmp_path / "stopped"
-    for step in (3, 5):
+    for step in (3, 4, 6):
         with stopping_after(step), pytest.raises(Interrupted) as interrupted:
             run(recipe, stopped, *settings)
         assert interrupted.value.exit_code == 130

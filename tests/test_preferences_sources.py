@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
 from dpo_studio.preferences import rows as rows_module
+from dpo_studio.preferences.formats import FORMATS
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.preferences.rows import sample
 from dpo_studio.preferences.sources import PairSource, Refusal, read_pairs
@@ -117,9 +118,9 @@ def test_implicit_prompt_of_plain_texts_is_their_common_whole_words(read_rows: C
 
 
 def test_plain_texts_beside_an_unknown_column_are_not_an_implicit_prompt(read_rows: Callable[..., PairSource]) -> None:
-    """In `question, chosen, rejected` the common 'The' of two answers is not what was asked."""
-    with pytest.raises(DataError, match="question, chosen, rejected") as caught:
-        read_rows({"question": "Sky?", "chosen": "The sky is blue.", "rejected": "The sea."})
+    """In `topic, chosen, rejected` the common 'The' of two answers is not what was asked."""
+    with pytest.raises(DataError, match="topic, chosen, rejected") as caught:
+        read_rows({"topic": "Sky?", "chosen": "The sky is blue.", "rejected": "The sea."})
     assert "data.train.map" in str(caught.value.hint)
 
 
@@ -135,8 +136,8 @@ def test_ultrafeedback_dialogues_lose_the_prompt_they_repeat(read_rows: Callable
     )
     assert source.format == "ultrafeedback"
     assert source.pairs == [
-        Pair((user("q"),), (bot("good"),), (bot("bad"),), row=0),
-        Pair((Message("system", "s"), user("q")), (bot("good"),), (bot("bad"),), row=1),
+        Pair((user("q"),), (bot("good"),), (bot("bad"),), row=0, scores=(8.5, 7.0)),
+        Pair((Message("system", "s"), user("q")), (bot("good"),), (bot("bad"),), row=1, scores=(8.5, 7.0)),
     ]
 
 
@@ -656,9 +657,8 @@ def test_no_such_file(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 BROKEN = {
     "bad.jsonl": [
         (b'{"prompt": "q"}\n\n{"prompt": q}\n', "bad.jsonl, line 3: not JSON"),
-        (b'{"prompt": "q", "chosen": "a", "rejected": "b", "score": NaN}\n', "line 1: not JSON .NaN is not"),
         (b"[" * 100_000, "line 1: not JSON .nested too deeply"),
-        (b'{"n": ' + b"9" * 5000 + b"}", "line 1: not JSON"),
+        (b'{"n": ' + b"9" * 5000 + b"}", "line 1: not JSON .a number of thousands of digits"),
         (b'{"prompt": "\xff"}\n', "line 1: not UTF-8"),
         (b"[\n" + LINES, "line 1: not JSON"),
         (b"", "holds no rows"),
@@ -666,7 +666,11 @@ BROKEN = {
         (b"1\n2\n", "its rows are not JSON objects"),
     ],
     "bad.json": [
-        (b"[" + LINES, "bad.json: not JSON"),
+        (b"[" + LINES, "bad.json, row 0: not JSON .no comma after it"),
+        (b"[1, 2", "bad.json, row 1: not JSON .it ends too early"),
+        (b"[1,]", "bad.json, row 1: not JSON .Expecting value"),
+        (b'[{"a": "' + b"x" * 3_000_000, "bad.json, row 0: not JSON .Unterminated"),
+        (b"[1] []", "bad.json: not JSON .something follows"),
         (LINES + b"{", "bad.json, line 3: not JSON"),
         (b"\xff\xfe[\x00", "not UTF-8"),
         (b"[]", "holds no rows"),
@@ -749,7 +753,7 @@ def test_an_unknown_format_names_the_nearest(read_rows: Callable[..., PairSource
     assert caught.value.hint == "did you mean ultrafeedback?"
     with pytest.raises(DataError) as caught:
         read_rows(GOOD, format="???")
-    assert caught.value.hint == "the formats are auto, mapped, hh, trl, ultrafeedback"
+    assert caught.value.hint == f"the formats are auto, mapped, {', '.join(FORMATS)}"
 
 
 RANKED = {"prompt": "q", "chosen": "x", "rejected": "y"}
@@ -769,7 +773,12 @@ BOTH = {"first": 1, "second": 2}
         ({"map": RANKED | {"chosen": "x.deep"}}, "has no column 'x.deep'"),
         ({"map": LABELLED}, "label needs a value each"),
         ({"map": LABELLED, "label": {"first": 1}}, "label needs a value each"),
-        ({"map": LABELLED, "label": BOTH | {"both_bad": 3}}, "label needs a value each"),
+        ({"map": LABELLED, "label": BOTH | {"neither": 3}}, "label needs a value each"),
+        ({"map": LABELLED, "label": {"first": [1, 2], "second": [3, 2]}}, "label needs a value each"),
+        ({"map": LABELLED, "label": {"first": 1, "second": []}}, "label needs a value each"),
+        ({"map": {"first": "x", "second": "y", "prompt": "q"}}, "map names first, prompt, second"),
+        ({"map": RANKED | {"score_chosen": "best"}}, "map names chosen, prompt, rejected, score_chosen"),
+        ({"map": {"input": "q", "chosen": "x", "rejected": "y"}}, "map names chosen, input, rejected"),
         ({"map": LABELLED, "label": BOTH | {"tie": "1.0"}}, "label needs a value each"),
         ({"label": BOTH}, "map names no columns"),
     ],

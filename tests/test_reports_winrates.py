@@ -15,7 +15,7 @@ from dpo_studio.reports.figures import CHARTS
 from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.svg import embedded_svg, inline_svg
-from dpo_studio.reports.winrates import win_rates_section
+from dpo_studio.reports.winrates_section import win_rates_section
 from tests.test_reports_html import HOSTILE, TRAINED, Page, write_run
 
 RATES: dict[str, Any] = {

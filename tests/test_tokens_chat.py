@@ -400,7 +400,7 @@ def test_a_tokenizer_without_a_template_is_refused() -> None:
     assert "model.chat_template: FILE" in str(error.value.hint)
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception('not today') }}", "{{ messages[9].content }}", "{% if %}"])
+@pytest.mark.parametrize("template", ["{{ raise_exception('not today') }}", "{{ messages[9].content }}"])
 def test_a_template_that_renders_no_chat_is_refused(template: str) -> None:
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.chat_template = template

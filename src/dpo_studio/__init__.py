@@ -17,6 +17,7 @@ _HOMES = {
     "Pair": "preferences.pair",
     "Recipe": "config",
     "SourceSection": "config",
+    "check_source": "workflows.checking",
     "load_recipe": "config",
     "read_pairs": "preferences.sources",
     "Chat": "workflows.talking",

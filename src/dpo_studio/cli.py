@@ -16,6 +16,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from dpo_studio import cli_data, cli_eval, cli_judge
+
 app = typer.Typer(
     name="dpo",
     help="Direct Preference Optimization for the model and the machine you have.",
@@ -24,6 +26,8 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+app.add_typer(cli_data.app)
+app.add_typer(cli_judge.app)
 
 INTERRUPTED = 128 + signal.SIGINT
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045 - typer reads it at run time
@@ -55,20 +59,30 @@ def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")],
     overrides: Overrides = None,
     tracker: Annotated[Optional[str], typer.Option(help="tensorboard, wandb or trackio.")] = None,  # noqa: UP045
+    save_every: Annotated[Optional[str], typer.Option(help="Steps between checkpoints, or minutes: 10min.")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and model; train nothing.")] = False,
+    anyway: Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")] = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Train a few steps twice; exit 3 if they differ.")] = False,
 ) -> None:
     """Train what a recipe says; the same command again continues an unfinished run."""
     from dpo_studio.config import load_recipe
 
     _one_of("--tracker", tracker, "tensorboard", "wandb", "trackio")
-    changes = [*(overrides or []), *([f"run.tracker={tracker}"] if tracker else [])]
+    given = {"run.tracker": tracker, "training.save_every": save_every}
+    changes = [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]
     load_recipe(recipe, changes)  # a slip in it is told of before torch is imported, which takes five seconds
     from dpo_studio.workflows.training import check_recipe, train_recipe
 
     if dry_run:
-        check_recipe(recipe, changes)
+        check_recipe(recipe, changes, anyway=anyway)
         return
-    result = train_recipe(recipe, changes)
+    if verify:
+        from dpo_studio.workflows.verifying import verify_recipe
+
+        verdict = verify_recipe(recipe, changes)
+        print(verdict.text)
+        sys.exit(0 if verdict.deterministic else 3)
+    result = train_recipe(recipe, changes, anyway=anyway)
     if "accuracy" in result:
         low, high = result["accuracy_ci95"]
         print(
@@ -222,6 +236,9 @@ def export(
     settings = Quantising(bits, size, desc_act)
     export_run(run, out, form, settings=settings, rows=rows, force=force, dtype=checked)
     print(out)
+
+
+app.command("eval")(cli_eval.evaluate)
 
 
 @app.command()

@@ -19,11 +19,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dpo_studio.errors import RecipeError, UsageError
 from dpo_studio.objectives import DPO, OBJECTIVES, TRL_NAMES, Objective
+from dpo_studio.paths import inside
 
-__all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_override", "recipe_schema"]
+__all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_override", "parse_yaml", "recipe_schema"]
 
 _MAX_RECIPE_BYTES = 1_000_000
 BUNDLED = "bundled:"
+LabelValue = str | int | float | bool
+MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
 
 
@@ -77,8 +80,8 @@ class ReadingSection(Section):
     """Take a seeded sample of this many: of the rows, or of the held-out pairs."""
     map: dict[str, str] = {}
     """Which column (dots reach into nested ones) holds prompt, chosen, rejected, or first, second and label."""
-    label: dict[str, str | int | float | bool] = {}
-    """What the label's values mean: {first: 1, second: 2, tie: 0}. Compared as text."""
+    label: dict[str, LabelValue | list[LabelValue]] = {}
+    """What the label's values mean: {first: 1, second: [2, 3], tie: 0, both_bad: -1}. Compared as text."""
 
 
 class SourceSection(ReadingSection):
@@ -204,8 +207,8 @@ class TrainingSection(Section):
     """Seed of the adapter's start, the order of the pairs and dropout."""
     evaluate_every: Annotated[int, Field(gt=0)] = 50
     """Steps between held-out evaluations; there is always one at the start and one at the end."""
-    save_every: Annotated[int, Field(gt=0)] = 50
-    """Steps between checkpoints; there is always one at the end."""
+    save_every: Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=MINUTES)] = 50
+    """Steps between checkpoints, or minutes: `10min`. There is always one at the end. Never changes what is learned."""
 
 
 class RunSection(Section):
@@ -273,8 +276,14 @@ class LoadedRecipe:
 
     @property
     def run_folder(self) -> Path:
-        """Where the run goes, relative to the working directory unless absolute."""
-        return user_path(self.recipe.run.folder or Path("runs") / self.name)
+        """Where the run goes, relative to the working directory unless absolute.
+
+        Raises:
+            UsageError: the recipe's name does as no folder's, or leads out of `runs`.
+        """
+        if self.recipe.run.folder is not None:
+            return user_path(self.recipe.run.folder)
+        return inside(Path("runs"), self.name, hint="name the run's folder: --set run.folder=NAME")
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedRecipe:
@@ -315,8 +324,8 @@ def parse_override(text: str) -> tuple[list[str], Any]:
     if not equals or not all(path):
         raise UsageError(f"--set {text!r} is not of the form section.key=value", hint="--set training.epochs=2")
     try:
-        return path, _parse(value)
-    except (yaml.YAMLError, RecursionError) as error:
+        return path, parse_yaml(value)
+    except yaml.YAMLError as error:
         raise UsageError(f"--set {text!r}: the value is not YAML: {_one_line(error)}") from None
 
 
@@ -352,10 +361,10 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     if len(content) > _MAX_RECIPE_BYTES:
         raise RecipeError(f"{file} is over {_MAX_RECIPE_BYTES:,} bytes: not a recipe")
     try:
-        raw = _parse(content.decode("utf-8-sig"))
+        raw = parse_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
         raise RecipeError(f"{file} is not UTF-8 text", hint="a recipe is a YAML file; is this the one?") from None
-    except (yaml.YAMLError, RecursionError) as error:
+    except yaml.YAMLError as error:
         raise RecipeError(f"{file} is not valid YAML: {_one_line(error)}") from None
     if not isinstance(raw, dict):
         raise RecipeError(f"{file} holds no recipe", hint="it needs at least model.path and data.train.source")
@@ -392,11 +401,18 @@ _Loader.add_implicit_resolver(
 )
 
 
-def _parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
+    """Plain data from YAML: no tags that make objects, no aliases, no key twice, however the text came here.
+
+    Raises:
+        yaml.YAMLError: it is none, or nested too deep.
+    """
     try:
         return _Loader(text).get_single_data()
     except (ValueError, OverflowError) as error:  # a number of 5,000 digits, or one no calendar or base 60 knows
         raise yaml.YAMLError(str(error)) from None
+    except RecursionError:
+        raise yaml.YAMLError("nested too deep") from None
 
 
 def _one_line(error: BaseException) -> str:

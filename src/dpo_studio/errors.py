@@ -5,6 +5,7 @@ DPOStudioError            refused with a reason            exit 1
 ├── DataError             a source of pairs cannot be used
 ├── ModelError            a model, tokenizer or adapter cannot be used
 ├── RunError              a run folder is not what the command needs
+├── JudgeError            a judge cannot be asked, or stopped answering
 ├── UsageError            the command itself is wrong      exit 2
 ├── NonFiniteError        a run stopped itself             exit 3
 └── Interrupted           stopped by a signal              exit 130 (SIGINT), 143 (SIGTERM)
@@ -16,6 +17,7 @@ __all__ = [
     "DPOStudioError",
     "DataError",
     "Interrupted",
+    "JudgeError",
     "ModelError",
     "NonFiniteError",
     "RecipeError",
@@ -52,6 +54,10 @@ class ModelError(DPOStudioError):
 
 class RunError(DPOStudioError):
     """A run folder belongs to something else, or lacks what was asked of it."""
+
+
+class JudgeError(DPOStudioError):
+    """A judge cannot be asked, or stopped answering; what it had said is kept."""
 
 
 class UsageError(DPOStudioError):

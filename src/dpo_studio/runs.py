@@ -3,6 +3,7 @@
 recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` settled
 recipe.typed.yaml   as given
 metrics.jsonl       one line a step; equal after a resume
+.lock               while a process trains here
 timing.jsonl        pairs/s, tokens/s, memory; may differ
 memory.jsonl        where memory ran out, and what was done; not there if it did not
 checkpoints/        step-N/, whole or not there
@@ -15,11 +16,12 @@ from __future__ import annotations
 
 import datetime
 import json
+import math
 import os
 import platform
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -28,8 +30,10 @@ from typing import Any
 import yaml
 
 from dpo_studio import __version__
-from dpo_studio.config import LoadedRecipe, Recipe, validate_recipe
+from dpo_studio.config import LoadedRecipe, Recipe, parse_yaml, validate_recipe
+from dpo_studio.disk import sync
 from dpo_studio.errors import RunError
+from dpo_studio.lock import LOCK
 
 __all__ = ["RunFolder", "is_run", "write_atomically"]
 
@@ -37,6 +41,9 @@ _MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", 
 _MAY_GROW = ("training.epochs", "training.max_steps")
 _SETTLED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
 """Keys whose `auto` is decided once and written into the run."""
+_LINES = ("metrics.jsonl", "timing.jsonl", "memory.jsonl")
+_WRITING = ".writing-"
+"""In the names of files that are not finished yet."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class RunFolder:
         if not file.exists():
             return None
         try:
-            raw = yaml.safe_load(file.read_text(encoding="utf-8"))
+            raw = parse_yaml(file.read_text(encoding="utf-8"))
         except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
             raise RunError(f"{file} cannot be read: {error}") from None
         return validate_recipe(raw if isinstance(raw, dict) else {}, where=str(file))
@@ -75,7 +82,10 @@ class RunFolder:
     def typed(self) -> dict[str, Any]:
         """The recipe as its author gave it."""
         file = self.path / "recipe.typed.yaml"
-        raw = yaml.safe_load(file.read_text(encoding="utf-8")) if file.exists() else None
+        try:
+            raw = parse_yaml(file.read_text(encoding="utf-8")) if file.exists() else None
+        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+            raise RunError(f"{file} cannot be read: {error}") from None
         return raw if isinstance(raw, dict) else {}
 
     def result(self) -> dict[str, Any] | None:
@@ -96,7 +106,7 @@ class RunFolder:
         """
         there = self.recipe()
         if there is None:
-            if self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+            if self.path.exists() and (not self.path.is_dir() or any(map(_is_something, self.path.iterdir()))):
                 raise RunError(
                     f"{self.path} exists and is not a run", hint="choose another folder: --set run.folder=NAME"
                 )
@@ -126,12 +136,32 @@ class RunFolder:
 
     def start(self, loaded: LoadedRecipe, recipe: Recipe) -> None:
         """Make the folder and write down what is run, before anything long begins."""
+        self._refuse_links()
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
+            self.sweep()
         if not self._has_begun():  # of a start that got no further, with other numbers perhaps
             (self.path / "memory.jsonl").unlink(missing_ok=True)
         self.write_yaml("recipe.yaml", recipe.to_plain())
         self.write_yaml("recipe.typed.yaml", loaded.typed)
+
+    def sweep(self) -> None:
+        """Remove what a process that was killed had not finished writing."""
+        for unfinished in self.path.glob(f".*{_WRITING}*"):
+            unfinished.unlink()
+
+    def _refuse_links(self) -> None:
+        """A run writes, and removes old checkpoints, in its own folder only.
+
+        Raises:
+            RunError: something in it leads elsewhere.
+        """
+        for path in (self.checkpoints, self.adapter, self.evaluation, *(self.path / name for name in _LINES)):
+            if path.is_symlink():
+                raise RunError(
+                    f"{path} is a link; a run keeps to its own folder",
+                    hint="put the files themselves there; the whole run folder may be a link to another disk",
+                )
 
     def write_yaml(self, name: str, content: dict[str, Any]) -> None:
         write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
@@ -142,7 +172,15 @@ class RunFolder:
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl, timing.jsonl or memory.jsonl."""
         with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
+
+    def sync_lines(self) -> None:
+        """Bring the .jsonl files to the disk: a checkpoint must not outlive the lines up to its step."""
+        for name in _LINES:
+            with _writing(self.path / name), suppress(FileNotFoundError):
+                sync(self.path / name)
+        with _writing(self.path):
+            sync(self.path)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
         """The whole lines of a .jsonl file; one cut off by a crash is not one."""
@@ -169,12 +207,15 @@ def is_run(path: str | Path) -> bool:
 
 
 def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's content in one move: readers see the old text or the new, never half."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
+    """Replace a file's content in one move: readers see the old text or the new, never half, not even after a power
+    cut."""
+    scratch = file.with_name(f".{file.name}{_WRITING}{os.getpid()}")
     with _writing(file):
         try:
             scratch.write_text(text, encoding="utf-8")
+            sync(scratch)
             scratch.replace(file)
+            sync(file.parent)
         finally:
             scratch.unlink(missing_ok=True)
 
@@ -203,6 +244,16 @@ def environment(device: str, **more: Any) -> dict[str, Any]:
         # our own from the source: a checkout on PYTHONPATH has no metadata, and a run must not end over that
         "versions": {"dpo-studio": __version__} | {name: version(name) for name in packages},
     } | more
+
+
+def _is_something(path: Path) -> bool:
+    """Whether a file in a folder without a recipe is more than a killed start left there."""
+    return path.name != LOCK and not (path.name.startswith(".") and _WRITING in path.name)
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no NaN: null stands for it."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _allowed(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:

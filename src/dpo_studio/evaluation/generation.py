@@ -194,7 +194,8 @@ def _luck(prompts: Sequence[Sequence[int]], tokens: int, key: str) -> NDArray[np
 
 def _completion(answer: list[int], decode: Callable[[list[int]], str], eos_ids: Collection[int]) -> Completion:
     ended = bool(answer) and answer[-1] in eos_ids
-    return Completion(text=decode(answer[:-1] if ended else answer), ended=ended, tokens=len(answer))
+    text = decode(answer[:-1] if ended else answer)
+    return Completion(text=text, ended=ended, tokens=len(answer), ids=tuple(answer))
 
 
 def _write(

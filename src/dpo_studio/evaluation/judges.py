@@ -1,19 +1,47 @@
 """Judges: who decides which of two answers to the same prompt is better.
 
 A judge sees the prompt and two completions and gives a verdict with a reason that a person can check. It never sees
-which model wrote which answer. This module holds the protocol and the demo's judge, a rule; it loads no torch, so a
-report can be judged again anywhere.
+which model wrote which answer. Judges are asked many comparisons at once, because an LLM answers several requests at a
+time and a reward model reads a batch. This module holds the protocol and the judges that are rules; it loads no torch,
+so a report can be judged again anywhere.
 """
 
 from __future__ import annotations
 
-import re
+import importlib.util
+import math
+import traceback
 from collections import Counter
-from dataclasses import dataclass
-from functools import lru_cache
-from typing import ClassVar, Literal, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, Protocol, cast, get_args
 
-__all__ = ["Completion", "EverydayRule", "Judge", "Verdict", "content_stems"]
+from dpo_studio.errors import JudgeError, UsageError
+from dpo_studio.preferences.pair import Message
+
+__all__ = [
+    "Comparison",
+    "Completion",
+    "Judge",
+    "Opinion",
+    "Progress",
+    "RuleJudge",
+    "Verdict",
+    "Winner",
+    "as_text",
+    "higher_wins",
+    "in_both_orders",
+    "longer_wins",
+    "summary",
+    "user_rule",
+]
+
+Winner = Literal["a", "b", "tie"]
+Opinion = Literal["a", "b", "tie", "unparsable", "refused", "too long"]
+"""What a judge said once: a winner, or why there is none."""
+Progress = Callable[[int], None]
+"""Hears how many more comparisons are judged."""
 
 
 @dataclass(frozen=True)
@@ -26,183 +54,203 @@ class Completion:
     """The model ended its turn itself within the token limit."""
     tokens: int
     """New tokens, the end-of-turn token included."""
+    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
+    """The tokens themselves, where a model wrote them: text alone can be told in other tokens."""
+
+    def shown(self) -> dict[str, Any]:
+        """As answers.jsonl has it: what a person reads."""
+        return {"text": self.text, "ended": self.ended, "tokens": self.tokens}
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two answers to one prompt."""
+
+    prompt: tuple[Message, ...]
+    a: Completion
+    b: Completion
+
+    def swap(self) -> Comparison:
+        """The same answers in the other order."""
+        return Comparison(self.prompt, self.b, self.a)
 
 
 @dataclass(frozen=True)
 class Verdict:
     """Which answer is better, and why."""
 
-    winner: Literal["a", "b", "tie"]
+    winner: Winner
     reason: str
     """One short plain sentence for the report."""
+    by_order: tuple[Opinion, Opinion] | None = None
+    """What was said with A shown first and with B shown first, where the judge was asked both; of the same A and B."""
 
 
 class Judge(Protocol):
-    """Anything that compares two completions. Swapping `a` and `b` must swap the verdict."""
+    """Anything that compares completions. Swapping `a` and `b` must swap the verdict."""
 
-    name: str
-
-    def __call__(self, prompt: str, a: Completion, b: Completion) -> Verdict: ...
-
-
-@dataclass(frozen=True)
-class EverydayRule:
-    """Short complete answers win; an answer that says nothing loses.
-
-    Two steps, the second only where the first does not decide:
-
-    1. An answer is of use if it says something (at least `min_own_words` different content words that the prompt does
-       not hold) about the subject (it shares the stem of a content word with the prompt, where the prompt has one).
-       An answer of use beats one of no use, complete or not. Two answers of no use tie.
-    2. Of two answers of use, the one with fewer faults wins; as many faults each is a tie. The faults, one point each:
-       it never ended its turn; it gives contacts or blanks that it made up (telephone number, link, e-mail address,
-       `[Your Name]`); it repeats itself (a sentence twice, or the same `repeat_words` words in a row three times);
-       it ended, but after more than `max_words` words, where two or three sentences would do.
-
-    The rule cannot tell whether advice is right, and it does not care about style or about which answer is longer.
-    """
-
-    name: ClassVar[str] = "everyday-rule"
-
-    min_own_words: int = 8
-    """Fewer different content words of its own than this, and an answer says nothing."""
-    max_words: int = 100
-    """An answer that ended after more words than this rambles: it takes more than half a minute to read aloud."""
-    repeat_words: int = 5
-    """So many words in a row, met three times, count as repeating itself."""
+    @property
+    def name(self) -> str:
+        """Short, for tables and file names."""
 
     @property
     def description(self) -> str:
-        """The rule in prose with its numbers, for the report."""
-        return (
-            f"An answer is of use if it says something about the subject: at least {self.min_own_words} different "
-            "content words that the prompt does not hold, and at least one word that it shares with the prompt. An "
-            "answer of use beats one of no use; two of no use tie. Between two answers of use the one with fewer "
-            "faults wins, and equal counts tie. The faults: it never ended within the token limit; it gives a made-up "
-            "telephone number, link, e-mail address or blank such as [Your Name]; it repeats a sentence, or the same "
-            f"{self.repeat_words} words three times; it ended only after more than {self.max_words} words. The rule "
-            "does not know whether the advice is right."
-        )
+        """What it goes by, in a sentence or a few, for the report."""
 
-    def __call__(self, prompt: str, a: Completion, b: Completion) -> Verdict:
-        """The verdict on two answers to one prompt."""
-        void_a, void_b = self.void(prompt, a.text), self.void(prompt, b.text)
-        if void_a or void_b:
-            return _verdict(bool(void_a), bool(void_b), void_a or "says something", void_b or "says something")
-        faults_a, faults_b = self.faults(a), self.faults(b)
-        return _verdict(len(faults_a), len(faults_b), _listed(faults_a), _listed(faults_b))
+    def judge_all(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict on each comparison, in order.
 
-    def void(self, prompt: str, text: str) -> str | None:
-        """Why the answer is of no use, or None where it is of use."""
-        asked, said = content_stems(prompt), content_stems(text)
-        if not said:
-            return "says nothing"
-        if len(said - asked) < self.min_own_words:
-            return "says next to nothing"
-        if asked and not asked & said:
-            return "is not about the question"
-        return None
-
-    def faults(self, answer: Completion) -> tuple[str, ...]:
-        """What is wrong with the form of an answer, as phrases that follow "the answer ...\""""
-        found = []
-        if not answer.ended:
-            found.append("never ended")
-        if _CONTACT.search(answer.text):
-            found.append("makes up contacts or leaves blanks")
-        if self.repeats(answer.text):
-            found.append("repeats itself")
-        if answer.ended and len(answer.text.split()) > self.max_words:
-            found.append(f"rambles past {self.max_words} words")
-        return tuple(found)
-
-    def repeats(self, text: str) -> bool:
-        """Whether a sentence comes twice or a run of `repeat_words` words three times."""
-        sentences = Counter(s for part in re.split(r"[.!?\n]+", text.lower()) if len((s := part.strip()).split()) > 3)
-        words = re.findall(r"[\w']+", text.lower())
-        runs = Counter(tuple(words[i : i + self.repeat_words]) for i in range(len(words) - self.repeat_words + 1))
-        return max(sentences.values(), default=0) > 1 or max(runs.values(), default=0) > 2
+        Raises:
+            JudgeError: the judge cannot be asked. Whatever it can keep of what it has judged, it keeps.
+        """
 
 
-def _verdict(badness_a: int, badness_b: int, about_a: str, about_b: str) -> Verdict:
-    """The less bad one wins; the reason names both."""
-    if badness_a == badness_b:
-        shared = f"both {_plural(about_a)}" if about_a == about_b else f"A {about_a} and B {about_b}"
-        return Verdict("tie", shared[0].upper() + shared[1:] + ".")
-    if badness_a < badness_b:
-        return Verdict("a", f"B {about_b}; A {about_a}.")
-    return Verdict("b", f"A {about_a}; B {about_b}.")
+@dataclass(frozen=True)
+class RuleJudge:
+    """A judge from a rule that looks at one comparison at a time. It is asked both orders, for a rule can slip, too."""
+
+    name: str
+    description: str
+    rule: Callable[[Comparison], Verdict]
+
+    def judge_all(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict on each comparison, in order."""
+        verdicts = []
+        for comparison in comparisons:
+            shown_first, shown_second = self.rule(comparison), self.rule(comparison.swap())
+            verdicts.append(in_both_orders(shown_first.winner, _SWAPPED[shown_second.winner], shown_first.reason))
+            if progress is not None:
+                progress(1)
+        return verdicts
 
 
-def _listed(faults: tuple[str, ...]) -> str:
-    return " and ".join(faults) if faults else "is complete"
-
-
-_PLURALS = {
-    "is ": "are ",
-    "says ": "say ",
-    "repeats itself": "repeat themselves",
-    "rambles": "ramble",
-    "makes up": "make up",
-    "leaves": "leave",
+_SWAPPED: dict[Winner, Winner] = {"a": "b", "b": "a", "tie": "tie"}
+_WINNERS = get_args(Winner)
+_NO_VERDICT = {
+    "unparsable": "no verdict could be read in the reply",
+    "refused": "the judge refused",
+    "too long": "the answers are too long for the judge",
 }
 
 
-def _plural(phrase: str) -> str:
-    for one, many in _PLURALS.items():
-        phrase = phrase.replace(one, many)
-    return phrase
+def in_both_orders(a_first: Opinion, b_first: Opinion, reason: str) -> Verdict:
+    """One verdict from what was said of the same A and B in either order; whatever is not the same twice is a tie."""
+    failed = next((opinion for opinion in (a_first, b_first) if opinion not in _WINNERS), None)
+    if failed is not None:
+        return Verdict("tie", f"Not judged: {_NO_VERDICT[failed]}.", (a_first, b_first))
+    if a_first != b_first:
+        said = f"{_shown(a_first)} when A came first, {_shown(b_first)} when B did"
+        return Verdict("tie", f"The judge disagrees with itself: {said}.", (a_first, b_first))
+    return Verdict(cast("Winner", a_first), reason, (a_first, b_first))
 
 
-# A telephone number here has three groups of digits, so that "1-2 weeks", "100-200 g" and years stay innocent.
-_CONTACT = re.compile(
-    r"""https?://|\bwww\.|\b[\w.-]+\.(?:com|org|net|co\.uk)\b          # links
-      | [\w.+-]+@[\w-]+\.\w+                                            # e-mail
-      | (?<![\d.,$])\+?\(?\d{1,4}\)?[-\s.]\d{3}[-\s.]\d{3,4}\b          # 555-123-4567, +1 555 123 4567
-      | \b\d-\d{3}-[\dA-Z]{3,}                                          # 1-800-SOMETHING
-      | \[[^\]\d][^\]]{0,40}\]                                          # [Your Name]
-    """,
-    re.VERBOSE,
-)
-
-_LITTLE_WORDS = """
-a about above after again against all almost already also although always am among an and another any anybody anyone
-anything are around as ask at away back be became because become been before behind being below best better between
-both but by came can cannot come could did didn do does doesn doing don done down during each easily easy either
-else enough especially etc even ever every everyone everything few find first for from further gave general get gets
-getting give given gives giving go goes going gone good got great had happen has have haven having he help helpful
-helps her here hers him himself his how however i idea ideas if important in include including instead into is isn
-it its itself just keep keeps kind know last least less let like likely little ll long look lot made main make makes
-making many matter may maybe me might mine more most much must my myself need needs never new next no nor not
-nothing now of off often ok okay old on once one only onto or other others our ours out over own part people perhaps
-person place please possible probably problem put quick quickly quite rather re really right same say second see
-seem several shall she should simple simply since situation so some somebody someone something sometimes soon start
-still stop such sure take taken tell than that the their them themselves then there these they thing things think
-this those though three through thus time tip to together too toward towards trick try trying two under until up
-upon us use used useful using usually various ve very want was way ways we well were what whatever when where
-whether which while who whole whom whose why will with within without won word wrong would yes yet you your yours
-yourself hello hi sorry thank thanks question questions answer answers assistant ai understand provide sentence
-sentences suggest suggestion
-"""
-_LITTLE = frozenset(_LITTLE_WORDS.split())
+def higher_wins(a: float, b: float, reason: str) -> Verdict:
+    """The verdict by a number of each answer; numbers that cannot be compared are a tie that says so."""
+    if math.isnan(a) or math.isnan(b):
+        return Verdict("tie", "Not judged: there is no number to compare.")
+    return Verdict("tie" if a == b else "a" if a > b else "b", reason)
 
 
-def content_stems(text: str) -> frozenset[str]:
-    """The stems of the words that carry meaning: no little words, no endings, at most six letters.
+def _shown(opinion: Opinion) -> str:
+    return "a tie" if opinion == "tie" else opinion.upper()
 
-    Cut so short, "photo", "photos" and "photograph" still differ from "phone", while "flower", "flowers" and
-    "flowering" meet. A dictionary would do better; this needs none and can be checked by eye.
+
+def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
+    """What the verdicts were, and how far the judge can be trusted with the order it is shown the answers in.
+
+    `first_shown_preferred` is the share of opinions that prefer an answer and prefer the one shown first: one half
+    without position bias, None where there are no such opinions. `unparsable`, `refused` and `too_long` count opinions,
+    of which a comparison has two; the other numbers count comparisons.
     """
-    words = (word.split("'")[0] for word in re.findall(r"[a-z][a-z']*", text.lower()))
-    return frozenset(_stem(word) for word in words if len(word) > 2 and word not in _LITTLE)
+    asked_twice = [verdict.by_order for verdict in verdicts if verdict.by_order is not None]
+    opinions = Counter(opinion for orders in asked_twice for opinion in orders)
+    first = sum((a_first == "a") + (b_first == "b") for a_first, b_first in asked_twice)
+    preferring = opinions["a"] + opinions["b"]
+    winners = Counter(verdict.winner for verdict in verdicts)
+    return {
+        "comparisons": len(verdicts),
+        "a": winners["a"],
+        "b": winners["b"],
+        "ties": winners["tie"],
+        "asked_in_both_orders": len(asked_twice),
+        "orders_disagree": sum(x != y and x in _WINNERS and y in _WINNERS for x, y in asked_twice),
+        "first_shown_preferred": first / preferring if preferring else None,
+        "not_judged": sum(x not in _WINNERS or y not in _WINNERS for x, y in asked_twice),
+        "unparsable": opinions["unparsable"],
+        "refused": opinions["refused"],
+        "too_long": opinions["too long"],
+    }
 
 
-@lru_cache(maxsize=8192)
-def _stem(word: str) -> str:
-    for ending in ("ingly", "edly", "ing", "ies", "ied", "es", "ed", "ly", "s", "y", "e"):
-        if word.endswith(ending) and len(word) - len(ending) >= 3:
-            word = word.removesuffix(ending)
-            break
-    if len(word) > 3 and word[-1] == word[-2]:  # "stopp" of "stopping"
-        word = word[:-1]
-    return word[:6]
+def as_text(prompt: Sequence[Message]) -> str:
+    """A prompt for a reader: a lone user turn as it is, a conversation with its roles named."""
+    if len(prompt) == 1:
+        return prompt[0].content
+    return "\n\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
+
+
+def longer_wins() -> RuleJudge:
+    """The baseline every judge must beat: more characters win."""
+
+    def rule(comparison: Comparison) -> Verdict:
+        a, b = len(comparison.a.text), len(comparison.b.text)
+        return higher_wins(a, b, f"A has {a} characters, B has {b}.")
+
+    return RuleJudge("longer-wins", "The answer with more characters wins; as many each is a tie.", rule)
+
+
+def user_rule(spec: str) -> RuleJudge:
+    """The judge in `FILE.py:function`. The file is the user's own code and is run as such.
+
+    The function is called as `function(prompt, a, b)`, the prompt as text and the answers as `Completion`, once in
+    each order. It returns "a", "b" or "tie", or a pair of that and a reason.
+
+    Raises:
+        UsageError: no such file or function.
+        JudgeError: the file fails when it is run.
+    """
+    file, _, name = spec.rpartition(":")
+    path = Path(file).expanduser()
+    if not path.is_file():
+        raise UsageError(f"--judge {spec}: no such file: {path}", hint="the form is FILE.py:function")
+    found = importlib.util.spec_from_file_location(path.stem, path)
+    if found is None or found.loader is None:
+        raise UsageError(f"--judge {spec}: {path} is not a Python file", hint="the form is FILE.py:function")
+    module = importlib.util.module_from_spec(found)
+    try:
+        found.loader.exec_module(module)
+    except Exception as error:
+        raise JudgeError(f"{path} cannot be run: {_where(error, path)}") from None
+    function = getattr(module, name, None)
+    if not callable(function):
+        there = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
+        raise UsageError(f"--judge {spec}: {path} has no function {name!r}", hint=f"there is {there or 'none'}")
+    about = (getattr(function, "__doc__", None) or f"The function {name} of {path.name}.").strip()
+    return RuleJudge(f"{path.stem}:{name}", about, lambda comparison: _call(function, comparison, path, name))
+
+
+def _call(function: Callable[..., Any], comparison: Comparison, path: Path, name: str) -> Verdict:
+    try:
+        said = function(as_text(comparison.prompt), comparison.a, comparison.b)
+    except Exception as error:
+        raise JudgeError(f"{path}, {name}: {_where(error, path)}", hint=_about(comparison)) from None
+    winner, reason = said if isinstance(said, tuple) and len(said) == 2 else (said, f"{name} says so.")
+    if isinstance(said, Verdict):
+        winner, reason = said.winner, said.reason
+    if winner not in _WINNERS or not isinstance(reason, str):
+        raise JudgeError(
+            f'{path}, {name} returned {said!r:.80}: expected "a", "b" or "tie", or a pair of that and a reason',
+            hint=_about(comparison),
+        )
+    return Verdict(winner, reason)
+
+
+def _where(error: Exception, path: Path) -> str:
+    """The error and the line of the user's file that led to it."""
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    at = f"line {lines[-1]}: " if lines else ""
+    return f"{at}{type(error).__name__}: {' '.join(str(error).split())}"
+
+
+def _about(comparison: Comparison) -> str:
+    return f"the prompt was {comparison.prompt[-1].content[:80]!r}"

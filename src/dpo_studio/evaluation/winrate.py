@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dpo_studio.errors import DataError
 
-__all__ = ["WinRate", "share_ci95", "wilson", "win_rate"]
+__all__ = ["WinRate", "mean_ci95", "places_of", "share_ci95", "wilson", "win_rate"]
 
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 Z95 = 1.959964
@@ -80,14 +80,27 @@ def share_ci95(
     Raises:
         DataError: there is nothing to take a share of.
     """
-    if not points:
-        raise DataError("no comparisons: a share of nothing has no value", hint="is the held-out side empty?")
-    sums_G, counts_G = _by_prompt(points, range(len(points)) if prompt_of is None else prompt_of)
-    shares_R = _resampled_shares(sums_G, counts_G, seed=seed, resamples=resamples)
-    low, high = (float(share) for share in np.percentile(shares_R, (2.5, 97.5)))
+    low, high = mean_ci95(points, prompt_of, seed=seed, resamples=resamples)
     if high - low > NO_WIDTH:
         return low, high
-    return wilson(len(sums_G) * float(sums_G.sum() / counts_G.sum()), len(sums_G))
+    n_prompts = len(points) if prompt_of is None else len(set(prompt_of))
+    return wilson(n_prompts * sum(points) / len(points), n_prompts)
+
+
+def mean_ci95(
+    values: Sequence[float], prompt_of: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = 1000
+) -> tuple[float, float]:
+    """95 % interval of the mean of any numbers by the bootstrap over prompts alone: of no width where all are equal.
+
+    Raises:
+        DataError: there is nothing to take a mean of.
+    """
+    if not values:
+        raise DataError("no comparisons: a share of nothing has no value", hint="is the held-out side empty?")
+    sums_G, counts_G = _by_prompt(values, range(len(values)) if prompt_of is None else prompt_of)
+    means_R = _resampled_means(sums_G, counts_G, seed=seed, resamples=resamples)
+    low, high = (float(end) for end in np.percentile(means_R, (2.5, 97.5)))
+    return low, high
 
 
 def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
@@ -104,27 +117,32 @@ def wilson(successes: float, n: int, z: float = Z95) -> tuple[float, float]:
     return max(0.0, middle - half), min(1.0, middle + half)
 
 
+def places_of(prompt_of: Sequence[Hashable]) -> NDArray[np.int64]:
+    """Each comparison's prompt as a number, prompts counted from 0 in the order they first appear."""
+    places: dict[Hashable, int] = {}
+    return np.array([places.setdefault(prompt, len(places)) for prompt in prompt_of], np.int64)
+
+
 def _by_prompt(
     points: Sequence[float], prompt_of: Sequence[Hashable]
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Sum and number of each prompt's points, prompts in the order they first appear."""
+    """Sum and number of each prompt's points."""
     if len(points) != len(prompt_of):
         raise ValueError(f"{len(points)} comparisons but {len(prompt_of)} prompts named")
-    places: dict[Hashable, int] = {}
-    place_of = np.array([places.setdefault(prompt, len(places)) for prompt in prompt_of])
+    place_of = places_of(prompt_of)
     sums_G = np.bincount(place_of, weights=np.asarray(points)).astype(np.float64)
     counts_G = np.bincount(place_of).astype(np.float64)
     return sums_G, counts_G
 
 
-def _resampled_shares(
+def _resampled_means(
     sums_G: NDArray[np.float64], counts_G: NDArray[np.float64], *, seed: int, resamples: int
 ) -> NDArray[np.float64]:
-    """The share in each of R drawings of G prompts, with replacement, (R,)."""
+    """The mean in each of R drawings of G prompts, with replacement, (R,)."""
     rng, n_prompts = np.random.default_rng(seed), len(sums_G)
     rows = max(1, DRAWS_AT_ONCE // n_prompts)
-    shares = []
+    means = []
     for start in range(0, resamples, rows):
         drawn_RG = rng.integers(n_prompts, size=(min(rows, resamples - start), n_prompts))
-        shares.append(sums_G[drawn_RG].sum(1) / counts_G[drawn_RG].sum(1))
-    return np.concatenate(shares)
+        means.append(sums_G[drawn_RG].sum(1) / counts_G[drawn_RG].sum(1))
+    return np.concatenate(means)

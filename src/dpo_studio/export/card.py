@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 
 from dpo_studio import __version__
-from dpo_studio.config import BUNDLED
+from dpo_studio.config import BUNDLED, parse_yaml
 
 __all__ = [
     "BUNDLED_ID",
@@ -138,7 +138,7 @@ def license_of(folder: Path) -> str | None:
     card = folder / "README.md"
     try:
         found = _FRONT_MATTER.match(card.read_text(encoding="utf-8")) if card.is_file() else None
-        data = yaml.safe_load(found[1]) if found else None
+        data = parse_yaml(found[1]) if found else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None
     name = data.get("license") if isinstance(data, dict) else None

@@ -13,11 +13,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from dpo_studio.disk import ROOM
 from dpo_studio.errors import RunError
 
-__all__ = ["Making", "check_new", "check_space", "making"]
-
-_ROOM = "free some space, or choose a folder on another disk"
+__all__ = ["Making", "check_new", "making"]
 
 
 @dataclass(frozen=True)
@@ -52,7 +51,7 @@ def making(out: Path) -> Iterator[Making]:
     except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise RunError(f"{out} cannot be written: {reason}", hint=_ROOM if full else None) from None
+        raise RunError(f"{out} cannot be written: {reason}", hint=ROOM if full else None) from None
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
 
@@ -83,18 +82,3 @@ def check_new(out: Path) -> None:
         raise RunError(f"{out} is not the name of a new folder")
     if out.exists() or out.is_symlink():
         raise RunError(f"{out} exists", hint="choose another folder, or remove this one")
-
-
-def check_space(out: Path, needed: int, what: str) -> None:
-    """Before anything long begins.
-
-    Raises:
-        RunError: the disk of `out` has less than `needed` bytes left.
-    """
-    parent = next(folder for folder in out.resolve().parents if folder.is_dir())
-    free = shutil.disk_usage(parent).free
-    if free < needed:
-        raise RunError(
-            f"{what} needs {needed / 1e9:.1f} GB on the way, and the disk of {parent} has {free / 1e9:.1f} left",
-            hint=_ROOM,
-        )

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
+import math
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,61 +24,88 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dpo_studio.disk import check_space, sync, sync_folder
+from dpo_studio.errors import RunError
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models.adapters import adapter_state, save_adapter
 from dpo_studio.models.moving import put_reference, reference_state
 
-__all__ = ["KEPT", "newest_checkpoint", "restore", "save_checkpoint", "sync_folder"]
+__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint"]
 
 KEPT = 2
-"""Checkpoints that stay; a 7B run's takes half a gigabyte."""
+"""Newest checkpoints that stay, and with them the one of the lowest held-out loss; a 7B run's takes half a gigabyte."""
 _NAME = re.compile(r"step-(\d+)")
 _MANIFEST = "manifest.json"
 _REFERENCE = "reference.safetensors"
+_STATE = "state.json"
+_ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
+_FILES = {*_ADAPTER, "optimizer.safetensors", _REFERENCE, _STATE, _MANIFEST}
+"""All that a checkpoint is made of: whatever else lies in its folder is somebody's, and stays."""
+_WRITING, _DROPPING = ".writing-", ".dropping-"
 
 
-def save_checkpoint(folder: Path, policy: PeftModel, state: TrainingState, *, base: str) -> Path:
-    """Write step-N beside its final name, sync, rename; then drop all but the newest few.
+def save_checkpoint(
+    folder: Path, policy: PeftModel, state: TrainingState, *, base: str, held_out_loss: float | None = None
+) -> Path:
+    """Write step-N beside its final name, sync, rename; then drop all but the newest few and the best.
 
     Folders of later steps are damaged ones that the run was continued from before: they go too, and count for nothing.
+    `held_out_loss` is this step's, where it was measured.
+
+    Raises:
+        RunError: the disk has not the room, or a folder with files of somebody's own is in the way.
+        OSError, SafetensorError: the disk is full or read-only after all; what was there before still is.
     """
     final = folder / f"step-{state.step}"
-    if _whole(final):
+    if final.is_dir() and not final.is_symlink() and _damage(final) is None:
         return final
-    scratch = folder / f".writing-step-{state.step}"
-    shutil.rmtree(scratch, ignore_errors=True)
-    shutil.rmtree(final, ignore_errors=True)
+    _sweep(folder)
+    check_space(folder, checkpoint_bytes(policy, state), f"the checkpoint of step {state.step}")
+    scratch = folder / f"{_WRITING}{final.name}"
     try:
-        _write(scratch, policy, state, base)
+        _write(scratch, policy, state, base, held_out_loss)
+        if not _drop(final):
+            raise RunError(f"{final} holds files that are no checkpoint's", hint="move them to another place")
+        scratch.replace(final)
     except BaseException:  # a full disk needs the room that half a checkpoint takes
         shutil.rmtree(scratch, ignore_errors=True)
         raise
-    scratch.replace(final)
-    _sync(folder)
+    sync(folder)
+    sync(folder.parent)  # which may not know of `folder` yet
     so_far = [path for step, path in _by_step(folder) if step <= state.step]
     later = [path for step, path in _by_step(folder) if step > state.step]
-    for old in [*so_far[:-KEPT], *later]:
-        shutil.rmtree(old, ignore_errors=True)
+    losses = [(loss, path) for path in so_far if (loss := _held_out_loss(path)) is not None]
+    best = min(losses)[1] if losses else None
+    for old in [*(path for path in so_far[:-KEPT] if path != best), *later]:
+        _drop(old)
     return final
 
 
-def _write(scratch: Path, policy: PeftModel, state: TrainingState, base: str) -> None:
+def checkpoint_bytes(policy: PeftModel, state: TrainingState) -> int:
+    """What a checkpoint will take on the disk: the adapter thrice (AdamW keeps two averages), and a moved reference."""
+    trained = sum(p.numel() * p.element_size() for p in adapter_state(policy).values())
+    moved = reference_state(policy) if state.reference.update_every is not None else {}
+    small_files = 4096 * (len(_FILES) + 2)
+    return 3 * trained + sum(x.numel() * x.element_size() for x in moved.values()) + small_files
+
+
+def _write(scratch: Path, policy: PeftModel, state: TrainingState, base: str, held_out_loss: float | None) -> None:
     save_adapter(policy, scratch / "adapter", base=base)
     save_file(_optimizer_tensors(policy, state.optimizer), scratch / "optimizer.safetensors")
     if state.reference.update_every is not None and (reference := reference_state(policy)):
         save_file(reference, scratch / _REFERENCE)
-    numbers = {"step": state.step, "mean_log_ratio": state.mean_log_ratio}
-    (scratch / "state.json").write_text(json.dumps(numbers) + "\n", encoding="utf-8")
+    numbers = state.numbers() | {"held_out_loss": held_out_loss}
+    (scratch / _STATE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
     (scratch / _MANIFEST).write_text(json.dumps(_manifest(scratch), indent=1, sort_keys=True) + "\n", encoding="utf-8")
     sync_folder(scratch)
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest checkpoint whose every file is as its manifest says."""
+    """The newest checkpoint whose every file is as its manifest says; `warn` hears of each that is passed over."""
     for _, path in reversed(_by_step(folder)):
-        if _whole(path):
+        if (damage := _damage(path)) is None:
             return path
-        warn(f"{path} is damaged or incomplete and is passed over")
+        warn(f"{path} is damaged or incomplete and is passed over: {damage}")
     return None
 
 
@@ -93,9 +120,7 @@ def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
             state.optimizer.state[p] = {key: averages[f"{name}.{key}"].to(p.device) for key in _AVERAGES}
     if (checkpoint / _REFERENCE).exists():
         put_reference(policy, load_file(checkpoint / _REFERENCE))
-    numbers = json.loads((checkpoint / "state.json").read_text(encoding="utf-8"))
-    state.step = int(numbers["step"])
-    state.mean_log_ratio = float(numbers.get("mean_log_ratio", 0.0))  # older ones have none, nor an objective that asks
+    state.recall(_numbers(checkpoint))
 
 
 _AVERAGES = ("exp_avg", "exp_avg_sq", "step")
@@ -111,38 +136,90 @@ def _optimizer_tensors(policy: PeftModel, optimizer: torch.optim.Optimizer) -> d
 
 
 def _by_step(folder: Path) -> list[tuple[int, Path]]:
+    """The folders named step-N; a link is none, whatever it leads to."""
     if not folder.is_dir():
         return []
     found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
     return sorted((int(match[1]), path) for match, path in found if match)
 
 
-def _manifest(folder: Path) -> dict[str, Any]:
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != _MANIFEST)
-    return {str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in files}
-
-
-def _whole(folder: Path) -> bool:
+def _held_out_loss(checkpoint: Path) -> float | None:
+    """None where it was not measured or cannot be read."""
     try:
-        return bool(json.loads((folder / _MANIFEST).read_text(encoding="utf-8")) == _manifest(folder))
-    except (OSError, ValueError):
+        loss = _numbers(checkpoint).get("held_out_loss")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return loss if isinstance(loss, float) and math.isfinite(loss) else None
+
+
+def _numbers(checkpoint: Path) -> dict[str, Any]:
+    numbers: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    return numbers
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return {
+        name: {"bytes": (folder / name).stat().st_size, "sha256": _sha256(folder / name)} for name in _inside(folder)
+    }
+
+
+def _damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint; None if nothing is."""
+    try:
+        written = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        there = set(_inside(folder))
+        for name in sorted(there ^ set(written)):
+            return f"{name} is missing" if name in written else f"{name} was not written with it"
+        for name in (_MANIFEST, *written):
+            if (folder / name).is_symlink():
+                return f"{name} is a link"
+        for name, entry in written.items():
+            if (size := (folder / name).stat().st_size) != entry["bytes"]:
+                return f"{name} has {size} bytes of {entry['bytes']}"
+            if _sha256(folder / name) != entry["sha256"]:
+                return f"{name} was changed (its sha256 is another)"
+        if (step := _numbers(folder)["step"]) != int(folder.name.rpartition("-")[2]):
+            return f"it is of step {step}"
+    except FileNotFoundError as error:
+        return f"{Path(str(error.filename)).name} is missing"
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        return f"{_MANIFEST} cannot be read ({type(error).__name__})"
+    return None
+
+
+def _inside(folder: Path) -> Iterator[str]:
+    """Names of all files below, links too, but the manifest."""
+    files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
+    yield from sorted(name for name in files if name != _MANIFEST)
+
+
+def _drop(checkpoint: Path) -> bool:
+    """Remove a checkpoint; first its name, so that no half of it is ever taken for one.
+
+    A folder that holds anything a checkpoint does not consist of is left alone, and the answer is False.
+    """
+    if checkpoint.is_symlink():
         return False
+    if not checkpoint.exists():
+        return True
+    if not checkpoint.is_dir() or not _FILES.issuperset(_inside(checkpoint)):
+        return False
+    doomed = checkpoint.with_name(f"{_DROPPING}{checkpoint.name}")
+    checkpoint.rename(doomed)
+    shutil.rmtree(doomed, ignore_errors=True)  # follows no link
+    return True
+
+
+def _sweep(folder: Path) -> None:
+    """What a killed process was writing or dropping; a link of such a name goes too, not what it leads to."""
+    for unfinished in (_WRITING, _DROPPING):
+        for path in folder.glob(f"{unfinished}*"):
+            if path.is_symlink():
+                path.unlink()
+            else:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _sha256(path: Path) -> str:
     with path.open("rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring every file and folder below to the disk."""
-    for path in [*folder.rglob("*"), folder]:
-        _sync(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -10,6 +10,7 @@ import hashlib
 import json
 import math
 import sqlite3
+import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -32,8 +33,8 @@ __all__ = ["ReferenceCache", "batched_logps", "reference_logps"]
 COLUMNS = ("chosen_P", "rejected_P", "chosen_shared_P", "rejected_shared_P")
 """What is kept of a pair. Token counts follow from its ids."""
 _TABLE = (  # named anew when the columns change: entries of another shape are not looked at
-    "CREATE TABLE IF NOT EXISTS logps4 (pair BLOB PRIMARY KEY, chosen REAL, rejected REAL, "
-    "chosen_shared REAL, rejected_shared REAL) WITHOUT ROWID"
+    "CREATE TABLE IF NOT EXISTS logps5 (pair BLOB PRIMARY KEY, chosen REAL, rejected REAL, "
+    "chosen_shared REAL, rejected_shared REAL, digest BLOB) WITHOUT ROWID"
 )
 _PAIRS_BETWEEN_SAVES = 128
 _T = TypeVar("_T")
@@ -54,17 +55,18 @@ class ReferenceCache:
         return self.folder / f"{digest[:32]}.sqlite"
 
     def load(self, pairs: Sequence[EncodedPair]) -> list[tuple[float, ...] | None]:
-        """`COLUMNS` of each pair, None where it is not known."""
+        """`COLUMNS` of each pair; None where it is not known, or no longer as saved (SQLite notices no flipped bit)."""
         keys = [_pair_key(pair) for pair in pairs]
-        query = "SELECT chosen, rejected, chosen_shared, rejected_shared FROM logps4 WHERE pair = ?"
+        query = "SELECT chosen, rejected, chosen_shared, rejected_shared, digest FROM logps5 WHERE pair = ?"
         rows = self._use(lambda database: [database.execute(query, (key,)).fetchone() for key in keys])
-        return [tuple(map(float, row)) if row and None not in row else None for row in rows]
+        return [row[:-1] if row and _is_whole(key, row) else None for key, row in zip(keys, rows, strict=True)]
 
     def save(self, pairs: Sequence[EncodedPair], logps: PairLogps) -> None:
         """Keep the log-probs of `pairs`. Numbers that are not finite are not kept."""
         rows = zip(map(_pair_key, pairs), *(getattr(logps, name).tolist() for name in COLUMNS), strict=True)
-        kept = [row for row in rows if all(map(math.isfinite, row[1:]))]
-        self._use(lambda database: database.executemany("INSERT OR REPLACE INTO logps4 VALUES (?, ?, ?, ?, ?)", kept))
+        kept = [(*row, _digest(row[0], row[1:])) for row in rows if all(map(math.isfinite, row[1:]))]
+        insert = "INSERT OR REPLACE INTO logps5 VALUES (?, ?, ?, ?, ?, ?)"
+        self._use(lambda database: database.executemany(insert, kept))
 
     def _use(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """One transaction; on a damaged file once more with a new one, for what was in it can be computed again."""
@@ -151,6 +153,16 @@ def _from_columns(names: Sequence[str], columns_CP: Tensor, pairs: Sequence[Enco
     chosen_tokens_P, rejected_tokens_P = torch.tensor(counts, dtype=torch.int64).reshape(-1, 2).T
     named: dict[str, Any] = dict(zip(names, columns_CP, strict=True))
     return PairLogps(chosen_tokens_P=chosen_tokens_P, rejected_tokens_P=rejected_tokens_P, **named)
+
+
+def _is_whole(key: bytes, row: tuple[Any, ...]) -> bool:
+    *numbers, digest = row
+    return all(isinstance(number, float) for number in numbers) and digest == _digest(key, numbers)
+
+
+def _digest(key: bytes, numbers: Sequence[float]) -> bytes:
+    numbers = [number + 0.0 for number in numbers]  # SQLite keeps no -0.0
+    return hashlib.blake2b(key + struct.pack(f"<{len(COLUMNS)}d", *numbers), digest_size=8).digest()
 
 
 def _pair_key(pair: EncodedPair) -> bytes:

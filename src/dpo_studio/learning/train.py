@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -33,6 +34,8 @@ Reference = Callable[[Sequence[MicroBatch]], list[PairLogps]]
 """The log-probs of a step's micro-batches: asked for together, because changing a model over to its reference takes
 25 ms of a 7B's, a tenth of the pass itself."""
 _FIXED = ReferenceSection()
+SKIPS = 3
+"""So many steps in a row with numbers that are not finite, and a run stops itself: one odd pair is passed over."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class StepReport:
     tokens: int
     """Tokens read, each shared prompt once."""
     seconds: float
+    skipped: str = ""
+    """Why the step was not taken, with the rows of its pairs; empty if it was. Its metrics then are few."""
 
 
 @dataclass
@@ -61,6 +66,9 @@ class TrainingState:
     step: int = 0
     mean_log_ratio: float = 0.0
     """Of all answers of a step, averaged over the steps taken, in nats: BCO's threshold is made of it."""
+    skipped: int = 0
+    """Steps that were not taken because a number in them was not finite."""
+    skipped_in_a_row: int = 0
     last: dict[str, float] = field(default_factory=dict)
     """Gradient norm and learning rate of the last step, and what a move of the reference cut off."""
 
@@ -89,26 +97,41 @@ class TrainingState:
         """Clip, set the learning rate, let the optimizer step, forget the gradients, step += 1.
 
         Raises:
-            NonFiniteError: a gradient is not finite; the weights are as they were.
+            NonFiniteError: the gradient is not finite; weights, averages and step are as they were.
         """
         parameters = [p for p in policy.parameters() if p.requires_grad]
         norm = float(self.accelerator.clip_grad_norm_(parameters, self.section.clip or math.inf))
         if not math.isfinite(norm):
-            raise NonFiniteError(
-                f"step {self.step + 1}: the gradient is not finite; the weights were left as they were",
-                hint="lower training.learning_rate, or use model.dtype: float32 to find the cause",
-            )
+            raise NonFiniteError("the gradient is not finite")
         rate = learning_rate(self.section, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
+        self.skipped_in_a_row = 0
         self.last = {"grad_norm": norm, "learning_rate": rate}
+
+    def skip(self) -> None:
+        """Pass over a step: weights and averages stay, its gradients go, the schedule and the order of pairs go on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.last = {"skipped": 1.0}
+
+    def numbers(self) -> dict[str, Any]:
+        """What a checkpoint keeps of all this besides the optimizer."""
+        return {name: getattr(self, name) for name in _NUMBERS}
+
+    def recall(self, numbers: dict[str, Any]) -> None:
+        """Take back what `numbers` once returned; what an older checkpoint lacks stays as it is in a fresh state."""
+        for name in _NUMBERS:
+            setattr(self, name, type(getattr(self, name))(numbers.get(name, getattr(self, name))))
 
     def remember(self, log_ratio: float) -> None:
         """Take the mean log-ratio of the step just taken into the running one; every step counts the same."""
-        self.mean_log_ratio += (log_ratio - self.mean_log_ratio) / self.step
+        self.mean_log_ratio += (log_ratio - self.mean_log_ratio) / (self.step - self.skipped)
 
     def move_reference(self, policy: Any) -> None:
         """Every `update_every` steps, let the reference take its share of the policy's weights; nothing by default."""
@@ -122,6 +145,9 @@ class TrainingState:
         torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 
+_NUMBERS = ("step", "mean_log_ratio", "skipped", "skipped_in_a_row")
+
+
 def train(
     policy: nn.Module,
     steps: Steps,
@@ -133,10 +159,11 @@ def train(
     """Fit the adapter to the pairs; yield what each optimizer step did.
 
     Every micro-batch brings its reference's log-probs, or `live_reference` computes them; an objective that needs none
-    gets none. A step that runs out of memory is taken again with the same pairs in smaller micro-batches.
+    gets none. A step that runs out of memory is taken again with the same pairs in smaller micro-batches. A step with a
+    number that is not finite is not taken: its report says which pairs it had.
 
     Raises:
-        NonFiniteError: a loss or gradient is not finite; the step was not taken.
+        NonFiniteError: so many steps in a row were not taken, the last of them reported; the weights are finite.
         RunError: a single pair does not fit in memory.
     """
     room = room or Room(policy, steps)
@@ -152,16 +179,31 @@ def train(
                 state.optimizer.zero_grad(set_to_none=True)
                 room.shrink(state.step + 1, max(batch.tokens for batch in micro_batches))
         means, log_ratio = seen.together()
-        if not math.isfinite(means["loss"]):
-            raise seen.not_finite(state.step + 1)
-        state.advance(policy)
-        state.remember(log_ratio)
+        skipped = "" if _taken(policy, state, means, log_ratio) else seen.what_is_not_finite(steps.pairs)
         state.move_reference(policy)  # TR-DPO; without reference.update_every it stays where it is
         now = time.perf_counter()
-        metrics = {"epoch": steps.epoch_at(state.step)} | means | state.last | {"pairs": len(seen.pairs)}
+        known = {} if skipped else means
+        metrics = {"epoch": steps.epoch_at(state.step)} | known | state.last | {"pairs": len(seen.pairs)}
         tokens = sum(batch.tokens for batch in micro_batches)
-        yield StepReport(state.step, metrics, len(seen.pairs), tokens, now - started)
+        yield StepReport(state.step, metrics, len(seen.pairs), tokens, now - started, skipped)
+        if state.skipped_in_a_row >= SKIPS:
+            raise NonFiniteError(
+                f"step {state.step}: {skipped}, and so it was in the {state.skipped_in_a_row - 1} steps before; "
+                "the weights are those of the last step that was finite",
+                hint="look at these rows, lower training.learning_rate, or use model.dtype: float32 to find the cause",
+            )
         started = time.perf_counter()
+
+
+def _taken(policy: nn.Module, state: TrainingState, means: dict[str, float], log_ratio: float) -> bool:
+    """Let the optimizer step, or pass the step over: no number that is not finite reaches weights or averages."""
+    if all(map(math.isfinite, (*means.values(), log_ratio))):
+        with suppress(NonFiniteError):
+            state.advance(policy)
+            state.remember(log_ratio)
+            return True
+    state.skip()
+    return False
 
 
 def _learn_from(
@@ -316,11 +358,21 @@ class _Seen:
         }
         return metrics, ratios.mean().item()
 
-    def not_finite(self, step: int) -> NonFiniteError:
-        """What to say of a step whose losses are not finite."""
-        losses = torch.cat(self.columns, 1)[0].tolist()
-        odd = [pair for pair, loss in zip(self.pairs, losses, strict=True) if not math.isfinite(loss)]
-        return NonFiniteError(
-            f"step {step}: the loss of pairs {odd} is not finite; the step was not taken",
-            hint="lower training.learning_rate; pairs are counted from 0 in the order they were kept",
-        )
+    def what_is_not_finite(self, pairs: Sequence[EncodedPair]) -> str:
+        """The pairs whose own numbers are not; all of the step's where only the gradient shows it. By source row."""
+        finite_CP = torch.cat(self.columns, 1).isfinite()
+        for fine_P in (finite_CP[1:].all(0), finite_CP[0]):  # AOT's losses are by rank, and name the wrong pairs
+            odd = [pairs[place].row for place, fine in zip(self.pairs, fine_P.tolist(), strict=True) if not fine]
+            if odd:
+                return f"the loss of {_rows(odd)} is not finite"
+        return f"the gradient of {_rows([pairs[place].row for place in self.pairs])} together is not finite"
+
+
+def _rows(rows: Sequence[int]) -> str:
+    """`row 7`, or `rows 7, 9, 12 and 30 more`."""
+    shown = ", ".join(map(str, sorted(rows)[:_ROWS_SHOWN]))
+    more = f" and {len(rows) - _ROWS_SHOWN} more" if len(rows) > _ROWS_SHOWN else ""
+    return f"row{'s' * (len(rows) > 1)} {shown}{more}"
+
+
+_ROWS_SHOWN = 64

@@ -13,13 +13,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.utils import other as peft_utils
 from peft.utils import quantization_utils
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError
 from dpo_studio.models.lora import LoraLinear, link_mates
+from dpo_studio.models.scan import read_json, refuse_strange_lora, scan_folder
 
 __all__ = [
     "adapter_state",
@@ -106,24 +107,25 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             f"{folder}: no adapter_model.safetensors",
             hint="pickle files (adapter_model.bin) are never loaded; save the adapter again as safetensors",
         )
+    scan_folder(folder, str(folder))
+    refuse_strange_lora(read_json(folder / "adapter_config.json"), LoraConfig().to_dict(), str(folder))
     try:
-        raw = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))
-        kind = raw.get("peft_type")
-        strange = [
-            key
-            for key in ("use_dora", "use_qalora", "lora_bias", "trainable_token_indices", "modules_to_save")
-            if raw.get(key)
-        ]
-        if raw.get("bias", "none") != "none":
-            strange.append("bias")
-        if kind != "LORA" or strange:
-            raise ModelError(
-                f"{folder}: only plain LoRA adapters can be used; this is {', '.join([str(kind), *strange])}",
-                hint="merge it into its base first, or train a LoRA adapter",
-            )
-        return LoraConfig.from_pretrained(folder)
+        config: LoraConfig = LoraConfig.from_pretrained(folder)
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}/adapter_config.json cannot be read: {error}") from None
+    if config.target_modules != "all-linear" and (
+        isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None
+    ):
+        config.target_modules = _layers_with_tensors(folder)
+        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config
+
+
+def _layers_with_tensors(folder: Path) -> set[str]:
+    """The layers that an adapter has tensors for. Its expressions say the same, and can take for ever to match."""
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = {key.partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    return {name.removeprefix("base_model.model.") for name in names}
 
 
 def adapter_state(policy: PeftModel) -> dict[str, Tensor]:
@@ -252,8 +254,6 @@ def _short_targets(policy: PeftModel) -> list[str]:
 
 def _check_every_tensor_was_used(policy: PeftModel, folder: Path, name: str) -> None:
     """PEFT only warns when a saved tensor finds no layer, or a layer no tensor."""
-    from safetensors import safe_open
-
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         saved = {key.removesuffix(".weight") for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
     suffix = f".{name}.weight"

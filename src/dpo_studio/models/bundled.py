@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import json
 import os
 import shutil
 import subprocess
@@ -42,7 +43,9 @@ def bundled_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Pa
         raise ModelError(f"no bundled model {name!r}", hint=f"there is one: {BUNDLED_MODEL}")
     folder = cache_folder() / "models" / f"smollm2-135m-instruct-{_GGUF_SHA256[:12]}"
     if (folder / _MARKER).is_file():
-        return folder
+        if _is_whole(folder):
+            return folder
+        say(f"the bundled model in {folder} is damaged or from an older version: it is made again")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as scratch:
@@ -62,10 +65,27 @@ def _make(folder: Path, scratch: Path, say: Callable[[str], None]) -> None:
     say("converting the bundled model (once, about 20 s)")
     with redirect_stderr(io.StringIO()):  # three progress bars; one of them has no other switch
         _dequantise(gguf, scratch / "model")
-    (scratch / "model" / _MARKER).touch()
-    if folder.exists():  # an older, unfinished attempt
+    (scratch / "model" / _MARKER).write_text(json.dumps(_digests(scratch / "model")), encoding="utf-8")
+    if folder.exists():  # an older attempt, unfinished or damaged
         shutil.rmtree(folder)
     (scratch / "model").replace(folder)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether every file is as it was written: 270 MB are hashed in a quarter of a second."""
+    try:
+        return bool(json.loads((folder / _MARKER).read_text(encoding="utf-8")) == _digests(folder))
+    except (OSError, ValueError):
+        return False
+
+
+def _digests(folder: Path) -> dict[str, str]:
+    found = {}
+    for file in sorted(folder.iterdir()):
+        if file.name != _MARKER:
+            with file.open("rb") as data:
+                found[file.name] = hashlib.file_digest(data, "sha256").hexdigest()
+    return found
 
 
 def _wheel(scratch: Path, say: Callable[[str], None]) -> Path:

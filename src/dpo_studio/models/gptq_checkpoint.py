@@ -25,6 +25,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.fp8 import device_obstacle, fp8_obstacle
 from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.packed import unpack
+from dpo_studio.models.scan import weight_files
 
 __all__ = ["Quantization", "load_gptq", "read_quantization"]
 
@@ -160,12 +161,9 @@ class _Shards:
     def __init__(self, folder: Path, name: str) -> None:
         self._name = name
         self._open: dict[Path, Any] = {}
-        index = folder / "model.safetensors.index.json"
-        self.files: dict[str, Path] = {}
+        self.files = weight_files(folder, name)
         """Where each tensor is."""
-        if index.is_file():
-            self.files = {key: folder / file for key, file in _weight_map(index, name).items()}
-        else:
+        if not self.files:
             for file in sorted(folder.glob("*.safetensors")):
                 self.files |= dict.fromkeys(self._opened(file).keys(), file)
 
@@ -200,17 +198,6 @@ class _Shards:
 
 
 _AGAIN = "is the download complete? fetch the model again"
-
-
-def _weight_map(index: Path, name: str) -> dict[str, str]:
-    try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError):
-        raise ModelError(f"{name}: {index.name} is damaged", hint=_AGAIN) from None
-    for file in found.values() if isinstance(found, dict) else [None]:
-        if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(f"{name}: {index.name} names a weight file that is none: {file!r}")
-    return dict(found)
 
 
 def _skeleton(config: Any, dtype: torch.dtype, attention: str, name: str) -> PreTrainedModel:

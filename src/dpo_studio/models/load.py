@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import os
 import time
 from collections.abc import Callable
@@ -22,13 +21,22 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
+from dpo_studio.models.scan import PICKLES, read_json, scan_folder, weight_files
 from dpo_studio.tokens.chat import ChatEncoder
 
-__all__ = ["ChatModel", "choose_dtype", "load_chat_model", "load_encoder", "locate", "weights_fingerprint"]
+__all__ = [
+    "ChatModel",
+    "check_files",
+    "choose_dtype",
+    "load_chat_model",
+    "load_encoder",
+    "load_weights",
+    "locate",
+    "weights_fingerprint",
+]
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
 _NO_HUB = "check the network, or download the model elsewhere and give its folder"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,7 +79,7 @@ def load_chat_model(
     attention = choose_attention(section.attention, config, device)
     quantization = read_quantization(folder)
     if quantization is None:
-        model = _load_weights(folder, dtype, attention, section.path).to(device)
+        model = load_weights(AutoModelForCausalLM, folder, dtype, attention, section.path).to(device)
     else:
         model = load_gptq(
             folder,
@@ -91,11 +99,17 @@ def load_chat_model(
 
 
 def locate(path: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:
-    """The local folder of a model: bundled, on disk, or fetched from the Hub (safetensors and text files only).
+    """The local folder of a model, scanned: bundled, on disk, or from the Hub (safetensors and text files only).
 
     Raises:
-        ModelError: no such folder, no such repository, or no network.
+        ModelError: no such folder, no such repository, no network, or what no model folder needs in it.
     """
+    folder = _found(path, revision, say)
+    scan_folder(folder, path)
+    return folder
+
+
+def _found(path: str, revision: str | None, say: Callable[[str], None]) -> Path:
     if path.startswith(BUNDLED):
         return bundled_folder(path, say)
     folder = user_path(path)
@@ -139,33 +153,18 @@ def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> Pa
 
 def _is_whole(folder: Path) -> bool:
     """Whether every weight file is there: a cache may hold a part of a model, left by a broken download."""
-    index = _read_json(folder / "model.safetensors.index.json").get("weight_map")
-    wanted = set(index.values()) if isinstance(index, dict) else {path.name for path in folder.glob("*.safetensors")}
-    return bool(wanted) and all((folder / name).is_file() for name in wanted)
+    wanted = set(weight_files(folder, folder.name).values()) or set(folder.glob("*.safetensors"))
+    return bool(wanted) and all(file.is_file() for file in wanted)
 
 
 def check_folder(folder: Path, section: ModelSection) -> Any:
     """Look a model folder over before anything in it is loaded; return the config of its text model.
 
     Raises:
-        ModelError: no config, remote code, pickle-only weights, quantised in a way we cannot train, or unsupported.
+        ModelError: no config, an adapter beside it, pickle-only weights, or a kind of model that we cannot train.
     """
     name = section.path
-    _check_config(folder, name)
-    for file in ("config.json", "tokenizer_config.json"):
-        if "auto_map" in _read_json(folder / file):
-            raise ModelError(
-                f"{name}: {file} asks to run code from the model's folder (auto_map)",
-                hint="DPO Studio never runs code that comes with a model; use one that transformers supports itself",
-            )
-    if not list(folder.glob("*.safetensors")):
-        pickles = sorted(path.name for pattern in _PICKLES for path in folder.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"{name} has its weights as pickle only ({pickles[0]}), which can run code when loaded",
-                hint="convert it to safetensors with a tool you trust, or use a repository that has them",
-            )
-        raise ModelError(f"{name} has no .safetensors weights in {folder}")
+    check_files(folder, name)
     if read_quantization(folder) is not None:
         pass  # what `residency` and `compute` are for
     elif section.residency != "packed" or section.compute != "auto":
@@ -176,6 +175,28 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
         raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
     check_architecture(config, name)
     return config
+
+
+def check_files(folder: Path, name: str) -> None:
+    """Look at a model folder's files before anything in it is loaded.
+
+    Raises:
+        ModelError: no config, remote code, or pickle-only weights.
+    """
+    _check_config(folder, name)
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{name} is a model and an adapter in one folder, and transformers would put the two together unasked",
+            hint="move adapter_config.json and its weights to a folder of their own, and name that as model.adapter",
+        )
+    if not list(folder.glob("*.safetensors")):
+        pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
+        if pickles:
+            raise ModelError(
+                f"{name} has its weights as pickle only ({pickles[0]}), which can run code when loaded",
+                hint="convert it to safetensors with a tool you trust, or use a repository that has them",
+            )
+        raise ModelError(f"{name} has no .safetensors weights in {folder}")
 
 
 def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:
@@ -193,7 +214,7 @@ def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:
             tokenizer.chat_template = Path(section.chat_template).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ModelError(f"model.chat_template {section.chat_template} cannot be read: {error}") from None
-    eos = _read_json(folder / "generation_config.json").get("eos_token_id")
+    eos = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     return ChatEncoder(tokenizer, eos_ids={int(i) for i in ids if i is not None})
 
@@ -236,13 +257,19 @@ def weights_fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _load_weights(folder: Path, dtype: torch.dtype, attention: str, name: str) -> PreTrainedModel:
-    """All tensors of the model from the folder, each used; transformers only warns and fills in random ones."""
+def load_weights(kind: Any, folder: Path, dtype: torch.dtype, attention: str | None, name: str) -> PreTrainedModel:
+    """All tensors of the model from the folder, each used; transformers only warns and fills in random ones.
+
+    `kind` is one of its auto classes.
+
+    Raises:
+        ModelError: tensors are missing or left over, or the files cannot be read.
+    """
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
+        model, info = kind.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=attention,
@@ -282,18 +309,6 @@ def _check_config(folder: Path, name: str) -> None:
         elif (folder / "recipe.yaml").is_file():
             hint = f"this is a run: give its base as model.path and {folder / 'adapter'} as model.adapter"
         raise ModelError(f"{name} has no config.json: not a model folder", hint=hint)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise ModelError(f"{file} is not a JSON object")
-    return raw
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,252 +1,324 @@
 """The public shapes: a raw row -> a Pair, or a `RowError` that says why not. One small pure function a format.
 
-    trl            prompt, chosen, rejected: text or message lists; or chosen and rejected alone that begin alike
-    ultrafeedback  prompt (text), chosen and rejected whole dialogues that begin with it
-    hh             chosen and rejected whole transcripts: '\\n\\nHuman: ...\\n\\nAssistant: ...'
+    trl               prompt, chosen, rejected: text or message lists; or chosen and rejected alone that begin alike
+    ultrafeedback     prompt (text), chosen and rejected whole dialogues that begin with it
+    hh                chosen and rejected whole transcripts: '\\n\\nHuman: ...\\n\\nAssistant: ...'
+    alpaca-ranking    instruction, input, chosen, rejected; system, history (LLaMA-Factory)
+    sharegpt-ranking  conversations [{from, value}], chosen {from, value}, rejected {from, value} (LLaMA-Factory)
+    openai            input {messages} or messages; preferred_output, non_preferred_output
+    orca              system, question, chosen, rejected (Intel's; Argilla's copy says input for question)
+    argilla           instruction, chosen_response, rejected_response
+    alpaca-eval       instruction, input, output_1, output_2, preference: from 1 (first) to 2 (second), 1.5 and 0 a tie
+    pandalm           instruction, input, response1, response2, annotator1, ...: 1, 2 or 0 (tie); the majority holds
+    helpsteer2        prompt, response_1, response_2, preference_strength: from -3 (first) to 3 (second), 0 a tie
+    helpsteer3        context (messages), response1, response2, overall_preference: the same
+    shp               history, human_ref_A, human_ref_B, labels: 1 (A) or 0 (B)
+    nectar            prompt (a transcript), answers [{answer, rank}]: the best against the worst
+    nectar-all        the same: the best against each other one, several pairs a row
 
-Nothing is guessed: a row with an answer that is a number, empty, or equal to the other one holds no preference that
-can be learned, and one that can be read in two ways is refused rather than read in either.
+A label that says tie is looked at before the answers are: a tie is no broken row.
 """
 
 from __future__ import annotations
 
-import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 
 from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.preferences.turns import (
+    Row,
+    RowError,
+    Turns,
+    answers_to,
+    conversation,
+    dialogues,
+    implicit,
+    is_transcript,
+    messages,
+    number,
+    opens_a_dialogue,
+    text_of,
+    transcript,
+    turns_of,
+    value_of,
+    with_system,
+)
 
-__all__ = ["FORMATS", "Parser", "Row", "RowError", "conversation", "parse_trl_implicit", "shape_of", "text_of"]
+__all__ = ["FORMATS", "Format", "Parser", "scores_of", "shape_of", "trl_implicit"]
 
-Row = dict[str, object]
-Parser = Callable[[Row], Pair]
-Turns = tuple[Message, ...]
+Parser = Callable[[Row], Pair | list[Pair]]
 
-_ROLES = {"system", "developer", "user", "assistant", "tool"}
-_ASKS = {"user", "tool"}  # the turns an assistant answers
-_OPENS = {"system", "developer", "user"}  # a list that begins so is a dialogue, not an answer
-_LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content)['"]\s*:""")
-_TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
-_TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-class RowError(Exception):
-    """This row is not a pair."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
-
-
-def shape_of(row: Row) -> str | None:
-    """The format this one row looks like."""
-    if not {"chosen", "rejected"} <= row.keys():
-        return None
-    chosen, prompt = row["chosen"], row.get("prompt")
-    if _is_transcript(prompt) or _is_transcript(chosen):
-        return "hh"
-    if "prompt" in row:
-        return "ultrafeedback" if isinstance(prompt, str) and _opens_a_dialogue(chosen) else "trl"
-    # Texts without a prompt column are TRL's implicit shape only when there is no other column: in a file of
-    # `question, chosen, rejected` the words two answers happen to begin with are not the prompt.
-    return "trl" if isinstance(chosen, list) or row.keys() == {"chosen", "rejected"} else None
-
-
-def _is_transcript(text: object) -> bool:
-    return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+_SCORES = (  # as UltraFeedback, distilabel and Argilla's sets name them
+    ("score_chosen", "score_rejected"),
+    ("chosen_score", "rejected_score"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("rating_chosen", "rating_rejected"),
+)
+_STRENGTH = 3  # HelpSteer's labels go from -3 to 3
+_ANNOTATOR = re.compile(r"annotator\d+")
+_EXTRA_ID_TURN = re.compile(r"(?:^|\n)<extra_id_1>(User|Assistant)\n")
 
 
-def _opens_a_dialogue(value: object) -> bool:
-    return isinstance(value, list) and bool(value) and isinstance(value[0], dict) and value[0].get("role") in _OPENS
+def scores_of(row: Row, names: Iterable[tuple[str, str]] = _SCORES) -> tuple[float, float] | None:
+    """The two answers' scores, from the first pair of these columns that holds two numbers."""
+    for pair in names:
+        if all(name in row for name in pair):
+            try:
+                return number(row, pair[0]), number(row, pair[1])
+            except RowError:
+                continue
+    return None
+
+
+def _preferred(prompt: str | Turns, row: Row, answers: tuple[str, str], leaning: float) -> Pair:
+    """The pair of two columns: the first is preferred when `leaning` is negative, the second when it is positive."""
+    if leaning == 0:
+        raise RowError("tie")
+    first, second = (value_of(row, name) for name in answers)
+    return conversation(prompt, first, second) if leaning < 0 else conversation(prompt, second, first)
+
+
+# Chosen and rejected
 
 
 def _trl(row: Row) -> Pair:
     """`prompt`, `chosen`, `rejected`, each text or a message list; the answers may repeat the prompt."""
-    return conversation(_value(row, "prompt"), _value(row, "chosen"), _value(row, "rejected"))
+    return conversation(value_of(row, "prompt"), value_of(row, "chosen"), value_of(row, "rejected"))
 
 
-def parse_trl_implicit(row: Row) -> Pair:
-    """`chosen` and `rejected` that begin alike; what they share is the prompt."""
-    chosen, rejected = _value(row, "chosen"), _value(row, "rejected")
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        return _texts_that_begin_alike(chosen, rejected)
-    return _dialogues(None, _messages(chosen, "chosen"), _messages(rejected, "rejected"))
+def trl_implicit(row: Row) -> Pair:
+    """TRL's rows without a prompt, in a file that has no such column: what the answers share is the prompt."""
+    return implicit(value_of(row, "chosen"), value_of(row, "rejected"))
 
 
 def _ultrafeedback(row: Row) -> Pair:
-    """A text prompt, and two whole dialogues that hold it."""
-    prompt = text_of(_value(row, "prompt"), "prompt")
-    chosen, rejected = (_messages(_value(row, side), side) for side in ("chosen", "rejected"))
-    return _dialogues(prompt, chosen, rejected)
+    prompt = text_of(value_of(row, "prompt"), "prompt")
+    chosen, rejected = (messages(value_of(row, side), side) for side in ("chosen", "rejected"))
+    return dialogues(prompt, chosen, rejected)
 
 
 def _hh(row: Row) -> Pair:
     """Two transcripts that part at the last Assistant turn; the turns before may stand in a `prompt` of their own."""
     prompt = row.get("prompt")
     before = "" if prompt is None else text_of(prompt, "prompt")
-    chosen, rejected = (_transcript(before, text_of(_value(row, side), side), side) for side in ("chosen", "rejected"))
+    chosen, rejected = (_hh_side(before, text_of(value_of(row, side), side), side) for side in ("chosen", "rejected"))
     if chosen[:-1] != rejected[:-1]:
         raise RowError("the transcripts differ before the last answer")
-    return _checked(chosen[:-1], chosen[-1:], rejected[-1:])
+    return answers_to(chosen[:-1], chosen[-1].content, rejected[-1].content)
 
 
-FORMATS: dict[str, Parser] = {"hh": _hh, "trl": _trl, "ultrafeedback": _ultrafeedback}
-
-
-def conversation(prompt: object, chosen: object, rejected: object) -> Pair:
-    """A pair whose prompt is given. Answers that are whole dialogues must begin with it, and are cut there."""
-    answers = _turns(chosen, "chosen", "assistant"), _turns(rejected, "rejected", "assistant")
-    prompt_turns = _turns(prompt, "prompt", "user")
-    if isinstance(prompt, str) and all(_is_dialogue(turns) for turns in answers):
-        return _dialogues(prompt, *answers)
-    chosen_turns, rejected_turns = (_after(prompt_turns, turns) for turns in answers)
-    return _checked(prompt_turns, chosen_turns, rejected_turns)
-
-
-def _after(prompt: Turns, turns: Turns) -> Turns:
-    """An answer without the prompt it may repeat."""
-    if not _is_dialogue(turns):
-        return turns
-    if turns[: len(prompt)] != prompt:
-        raise RowError("prompt differs from the dialogue")
-    return turns[len(prompt) :]
-
-
-def _dialogues(prompt: str | None, chosen: Turns, rejected: Turns) -> Pair:
-    """Two whole dialogues: the turns they share, up to the last one an assistant answers, are the prompt.
-
-    A text prompt beside them must be their first or last user turn (sets of several turns do either).
-    """
-    shared = _in_common(chosen, rejected)
-    while shared and chosen[shared - 1].role not in _ASKS:
-        shared -= 1
-    asked = [turn.content.strip() for turn in chosen[:shared] if turn.role == "user"]
-    if prompt is not None and prompt.strip() not in {*asked[:1], *asked[-1:]}:
-        raise RowError("prompt differs from the dialogue")
-    if not asked:
-        raise RowError("no prompt: chosen and rejected share no user turn")
-    return _checked(chosen[:shared], chosen[shared:], rejected[shared:])
-
-
-def _texts_that_begin_alike(chosen: str, rejected: str) -> Pair:
-    """TRL's implicit prompt for plain texts: their common beginning, here up to a whole word."""
-    common = re.match(r".*\s", chosen[: _in_common(chosen, rejected)], re.DOTALL)
-    if common is None or not common[0].strip():
-        raise RowError("no prompt: chosen and rejected do not begin alike")
-    prompt, start = common[0].rstrip(), common.end()
-    return conversation(prompt, chosen[start:], rejected[start:])
-
-
-def _in_common(one: Sequence[object], other: Sequence[object]) -> int:
-    """How many elements the two begin with alike."""
-    return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
-
-
-def _transcript(before: str, text: str, side: str) -> Turns:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` as turns, the white space between them dropped."""
+def _hh_side(before: str, text: str, side: str) -> Turns:
     repeats = text.lstrip().startswith(before.strip())
-    if not repeats and _is_transcript(text):
+    if not repeats and is_transcript(text):
         raise RowError("prompt differs from the dialogue")
-    whole = text if repeats else before + text
-    start, *parts = _TRANSCRIPT_TURN.split(whole.lstrip())
-    if start or not parts:
-        raise RowError(f"{side} is not a Human/Assistant transcript")
-    if parts[-2] != "Assistant":
+    turns = transcript(text if repeats else before + text, side)
+    if turns[-1].role != "assistant":
         raise RowError(f"{side} does not end with an assistant turn")
-    turns = zip(parts[::2], parts[1::2], strict=True)
-    return tuple(Message(_TRANSCRIPT_ROLES[speaker], content.strip()) for speaker, content in turns)
+    return turns
 
 
-def _checked(prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
-    """The pair, if there is one thing to answer and there are two different answers to it."""
-    if not prompt:
-        raise RowError("prompt is empty")
-    if prompt[-1].role not in _ASKS:
-        raise RowError("prompt does not end with a user turn")
-    if not prompt[-1].content.strip():
-        raise RowError("prompt is empty")
-    for side, turns in (("chosen", chosen), ("rejected", rejected)):
-        if not turns:
-            raise RowError(f"{side} is empty")
-        if turns[0].role != "assistant":
-            raise RowError(f"{side} does not start with an assistant turn")
-        if turns[-1].role != "assistant":
-            raise RowError(f"{side} does not end with an assistant turn")
-        if not turns[-1].content.strip():
-            raise RowError(f"{side} is empty")
-    if _bare(chosen) == _bare(rejected):
-        raise RowError("chosen and rejected are identical")
-    return Pair(prompt, chosen, rejected)
+def _alpaca_ranking(row: Row) -> Pair:
+    prompt = (*_history(row.get("history")), Message("user", _instruction(row)))
+    chosen, rejected = value_of(row, "chosen"), value_of(row, "rejected")
+    return answers_to(with_system(prompt, row.get("system")), chosen, rejected)
 
 
-def _bare(turns: Turns) -> list[tuple[str, str]]:
-    return [(turn.role, turn.content.strip()) for turn in turns]
+def _history(value: object) -> Iterable[Message]:
+    """LLaMA-Factory's earlier turns: a list of [question, answer]."""
+    for turn in value if isinstance(value, list) else () if value is None else (value,):
+        if not isinstance(turn, list) or len(turn) != 2:
+            raise RowError("history is not a list of [question, answer]")
+        yield Message("user", text_of(turn[0], "history"))
+        yield Message("assistant", text_of(turn[1], "history"))
 
 
-def _is_dialogue(turns: Turns) -> bool:
-    return bool(turns) and turns[0].role in _OPENS
+def _sharegpt_ranking(row: Row) -> Pair:
+    prompt = with_system(messages(value_of(row, "conversations"), "prompt"), row.get("system"))
+    chosen, rejected = (value_of(row, side) for side in ("chosen", "rejected"))
+    return answers_to(prompt, *([side] if isinstance(side, dict) else side for side in (chosen, rejected)))
 
 
-def _value(row: Row, name: str) -> object:
-    value = row.get(name)
-    if value is None:
-        raise RowError(f"{name} is missing")
-    return value
+def _openai(row: Row) -> Pair:
+    asked = row.get("input", row)
+    if not isinstance(asked, dict):
+        raise RowError("input is not an object")
+    if asked.get("tools"):
+        raise RowError("row has tools, which are not supported")
+    prompt = messages(value_of(asked, "messages"), "prompt")
+    return answers_to(prompt, value_of(row, "preferred_output"), value_of(row, "non_preferred_output"))
 
 
-def _turns(value: object, side: str, role: str) -> Turns:
-    """Text is one turn of `role`; a message list is itself."""
-    if isinstance(value, str):
-        return (Message(role, text_of(value, side)),)
-    if not isinstance(value, list):
-        raise RowError(f"{side} is neither text nor messages")
-    return _messages(value, side)
+def _orca(row: Row) -> Pair:
+    if row.get("status") == "tie":
+        raise RowError("tie")
+    name = "input" if "question" not in row and "input" in row else "question"
+    prompt = with_system(turns_of(value_of(row, name), name, "user"), row.get("system"))
+    return answers_to(prompt, value_of(row, "chosen"), value_of(row, "rejected"))
 
 
-def _messages(value: object, side: str) -> Turns:
-    if not isinstance(value, list):
-        raise RowError(f"{side} is not a list of messages")
-    return tuple(_message(item, side) for item in value)
+def _argilla(row: Row) -> Pair:
+    return conversation(_instruction(row), value_of(row, "chosen_response"), value_of(row, "rejected_response"))
 
 
-def _message(item: object, side: str) -> Message:
-    if not isinstance(item, dict):
-        raise RowError(f"{side} holds something that is not a message")
-    role, content = item.get("role"), item.get("content")
-    if not isinstance(role, str):
-        raise RowError(f"{side} has a message without a role")
-    if role not in _ROLES:
-        raise RowError(f"{side} has a message of unknown role {ascii(role)[:24]}")
-    if item.get("tool_calls"):  # dropping them would change what the answer is
-        raise RowError(f"{side} has a message with tool calls, which are not supported")
-    if content is None:
-        raise RowError(f"{side} has a message without content")
-    return Message(role, _content(content, side))
+# Two answers and a label
 
 
-def _content(content: object, side: str) -> str:
-    """Text, or a list of text parts joined; images and the rest are refused."""
-    if isinstance(content, str):
-        return _unicode(content)
-    parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise RowError(f"{side} has a message whose content is not text")
-    return _unicode("".join(map(str, texts)))
+def _alpaca_eval(row: Row) -> Pair:
+    label = number(row, "preference")
+    if label != 0 and not 1 <= label <= 2:
+        raise RowError("preference is neither 0 nor from 1 to 2")
+    leaning = 0 if label == 0 else label - 1.5
+    return _preferred(_instruction(row), row, ("output_1", "output_2"), leaning)
 
 
-def text_of(value: object, side: str) -> str:
-    """The value, if it is text that a tokenizer can take."""
-    if not isinstance(value, str):
-        raise RowError(f"{side} is not text")
-    if _LIST_AS_TEXT.match(value):  # what a data frame of message lists becomes in a CSV file
-        raise RowError(f"{side} is a message list written out as text")
-    return _unicode(value)
+def _pandalm(row: Row) -> Pair:
+    names = [name for name in row if _ANNOTATOR.fullmatch(name)]
+    votes = Counter(number(row, name) for name in names or ["annotator1"])
+    if not votes.keys() <= {0, 1, 2}:
+        raise RowError("an annotator's label is not 0, 1 or 2")
+    label, count = votes.most_common(1)[0]
+    if 2 * count <= votes.total():
+        raise RowError("tie: no majority of annotators")
+    leaning = (0, -1, 1)[int(label)]
+    return _preferred(_instruction(row), row, ("response1", "response2"), leaning)
 
 
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:  # a lone surrogate: no tokenizer takes it
-        raise RowError("text is not valid Unicode") from None
-    return text
+def _helpsteer2(row: Row) -> Pair:
+    prompt = text_of(value_of(row, "prompt"), "prompt")
+    opening, *parts = _EXTRA_ID_TURN.split(prompt)
+    spoken = zip(parts[::2], parts[1::2], strict=True)
+    first = [Message("user", opening)] if opening.strip() or not parts else []
+    turns = (*first, *(Message(speaker.lower(), text) for speaker, text in spoken))
+    return _by_strength(row, turns, ("response_1", "response_2"), "preference_strength")
+
+
+def _helpsteer3(row: Row) -> Pair:
+    context = turns_of(value_of(row, "context"), "context", "user")
+    return _by_strength(row, context, ("response1", "response2"), "overall_preference")
+
+
+def _by_strength(row: Row, prompt: Turns, answers: tuple[str, str], label: str) -> Pair:
+    strength = number(row, label)
+    if abs(strength) > _STRENGTH:
+        raise RowError(f"{label} is not from -{_STRENGTH} to {_STRENGTH}")
+    return _preferred(prompt, row, answers, strength)
+
+
+def _shp(row: Row) -> Pair:
+    label = number(row, "labels")
+    if label not in (0, 1):
+        raise RowError("labels is neither 0 nor 1")
+    prompt = text_of(value_of(row, "history"), "history")
+    pair = _preferred(prompt, row, ("human_ref_A", "human_ref_B"), 1 - 2 * label)
+    scores = scores_of(row, [("score_A", "score_B")])
+    return replace(pair, scores=scores if scores is None or label == 1 else scores[::-1])
+
+
+# Ranked answers
+
+
+def _nectar(row: Row) -> Pair:
+    prompt, ranked = _ranked(row)
+    (best, chosen), (worst, rejected) = ranked[0], ranked[-1]
+    if best == worst:
+        raise RowError("tie")
+    return conversation(prompt, chosen, rejected)
+
+
+def _nectar_all(row: Row) -> list[Pair]:
+    """One pair for each answer that is ranked below the best; what is wrong with one refuses the row."""
+    prompt, ranked = _ranked(row)
+    best, chosen = ranked[0]
+    worse = [answer for rank, answer in ranked if rank > best]
+    if not worse:
+        raise RowError("tie")
+    return [conversation(prompt, chosen, answer) for answer in worse]
+
+
+def _ranked(row: Row) -> tuple[str | Turns, list[tuple[float, object]]]:
+    """The prompt, and (rank, answer) of each answer, the best first; equal ranks in the row's own order."""
+    prompt = text_of(value_of(row, "prompt"), "prompt")
+    answers = value_of(row, "answers")
+    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
+        raise RowError("answers is not a list of objects")
+    if len(answers) < 2:
+        raise RowError("answers are fewer than two")
+    ranked = sorted(((number(a, "rank"), value_of(a, "answer")) for a in answers), key=lambda one: one[0])
+    return (_open_transcript(prompt) if is_transcript(prompt) else prompt), ranked
+
+
+def _open_transcript(prompt: str) -> Turns:
+    """A transcript that waits for its last answer: `...\\n\\nAssistant:`."""
+    turns = transcript(prompt, "prompt")
+    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
+
+
+def _instruction(row: Row) -> str:
+    """Alpaca's prompt: the instruction, and its input on the next line where there is one."""
+    parts = [text_of(value_of(row, "instruction"), "instruction")]
+    if row.get("input") is not None:
+        parts.append(text_of(row["input"], "input"))
+    return "\n".join(part for part in parts if part.strip())
+
+
+# Which is which
+
+
+@dataclass(frozen=True)
+class Format:
+    """A public shape."""
+
+    columns: frozenset[str]
+    """What every row of it has."""
+    parse: Parser
+    """A row -> its pair, or its pairs; raises RowError."""
+
+
+def _format(columns: str, parse: Parser) -> Format:
+    return Format(frozenset(columns.split()), parse)
+
+
+FORMATS: dict[str, Format] = {
+    "trl": _format("chosen rejected", _trl),
+    "ultrafeedback": _format("prompt chosen rejected", _ultrafeedback),
+    "hh": _format("chosen rejected", _hh),
+    "sharegpt-ranking": _format("conversations chosen rejected", _sharegpt_ranking),
+    "alpaca-ranking": _format("instruction chosen rejected", _alpaca_ranking),
+    "openai": _format("preferred_output non_preferred_output", _openai),
+    "orca": _format("chosen rejected", _orca),
+    "argilla": _format("instruction chosen_response rejected_response", _argilla),
+    "alpaca-eval": _format("instruction output_1 output_2 preference", _alpaca_eval),
+    "pandalm": _format("instruction response1 response2 annotator1", _pandalm),
+    "helpsteer2": _format("prompt response_1 response_2 preference_strength", _helpsteer2),
+    "helpsteer3": _format("context response1 response2 overall_preference", _helpsteer3),
+    "shp": _format("history human_ref_A human_ref_B labels", _shp),
+    "nectar": _format("prompt answers", _nectar),
+    "nectar-all": _format("prompt answers", _nectar_all),
+}
+
+
+def shape_of(row: Row) -> str | None:
+    """The format this one row looks like."""
+    if {"chosen", "rejected"} <= row.keys():
+        return _chosen_shape(row)
+    return next((name for name, format_ in FORMATS.items() if format_.columns <= row.keys()), None)
+
+
+def _chosen_shape(row: Row) -> str | None:
+    chosen, prompt = row["chosen"], row.get("prompt")
+    if is_transcript(prompt) or is_transcript(chosen):
+        return "hh"
+    if "prompt" in row:
+        return "ultrafeedback" if isinstance(prompt, str) and opens_a_dialogue(chosen) else "trl"
+    for name in ("sharegpt-ranking", "alpaca-ranking"):
+        if FORMATS[name].columns <= row.keys():
+            return name
+    if "question" in row or {"system", "input"} <= row.keys():
+        return "orca"
+    # Texts without a prompt column are TRL's implicit shape only when there is no other column: in a file of
+    # `topic, chosen, rejected` the words two answers happen to begin with are not the prompt.
+    return "trl" if isinstance(chosen, list) or row.keys() == {"chosen", "rejected"} else None

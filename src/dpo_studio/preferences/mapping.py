@@ -3,75 +3,111 @@
     map: {prompt: question, chosen: good, rejected: bad, system: system}
 
     map: {prompt: task.text, first: output_1, second: output_2, label: preference}
-    label: {first: 1, second: 2, tie: 0}
+    label: {first: 1, second: 2, tie: [0, 1.5], both_bad: 3}
 
-A dot reaches into a nested column; a number after it counts list places from 0 (`messages.0.content`).
+    map: {prompt: instruction, input: input, first: a.text, second: b.text, score_first: a.score, score_second: b.score}
+
+A dot reaches into a nested column; a number after it counts list places from 0 (`messages.0.content`). Without a
+label the higher score is preferred. Without a prompt the answers are whole dialogues, and what they share is it.
 """
 
 from __future__ import annotations
 
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
-from dpo_studio.preferences.formats import Parser, Row, RowError, conversation, text_of
-from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.preferences.pair import Pair
+from dpo_studio.preferences.turns import Row, RowError, conversation, implicit, number, text_of, value_of, with_system
 
 __all__ = ["columns_of", "mapped_parser"]
 
-_RANKED = {"prompt", "chosen", "rejected"}
-_LABELLED = {"prompt", "first", "second", "label"}
+_RANKED, _LABELLED = ("chosen", "rejected"), ("first", "second")
+_ASKED = {"prompt", "input", "system"}
+_RANKED_SCORES, _LABELLED_SCORES = {"score_chosen", "score_rejected"}, {"score_first", "score_second"}
+_WAYS = (  # to say which answer is preferred, each of them once
+    {*_RANKED},
+    {*_RANKED} | _RANKED_SCORES,
+    {*_LABELLED, "label"},
+    {*_LABELLED, "label"} | _LABELLED_SCORES,
+    {*_LABELLED} | _LABELLED_SCORES,
+)
+_MEANINGS = {"first", "second", "tie", "both_bad"}
 
 
 @dataclass(frozen=True)
 class _Mapped:
-    """Columns by the user's names. With a label, it says which of `first` and `second` is preferred."""
+    """Columns by the user's names. With a label or scores, they say which of `first` and `second` is preferred."""
 
     columns: dict[str, str]
-    labels: dict[str, str]
-    """What each label value means, by its text: first, second or tie."""
+    meanings: dict[str, str]
+    """What each label value means, by its text: first, second, tie or both_bad."""
 
-    def __call__(self, row: Row) -> Pair:
+    def __call__(self, raw: Row) -> Pair:
+        row: Row = {name: _dig(raw, column) for name, column in self.columns.items()}
         chosen, rejected = self._sides(row)
-        sides = (self._value(row, chosen), self._value(row, rejected))
-        pair = conversation(self._value(row, "prompt"), *sides)
-        return _with_system(pair, _dig(row, self.columns["system"])) if "system" in self.columns else pair
+        pair = _pair(row, _answer(row, chosen), _answer(row, rejected))
+        return replace(pair, prompt=with_system(pair.prompt, row.get("system")), scores=_scores(row, chosen, rejected))
 
     def _sides(self, row: Row) -> tuple[str, str]:
-        if "label" not in self.columns:
-            return "chosen", "rejected"
-        meaning = self.labels.get(_label_text(self._value(row, "label")))
-        if meaning is None:
-            raise RowError("label has a value that no label setting names")
-        if meaning == "tie":
-            raise RowError("tie")
+        """The names of the preferred and of the other answer."""
+        if "chosen" in row:
+            return _RANKED
+        if "label" in row:
+            meaning = self.meanings.get(_label_text(value_of(row, "label")))
+            if meaning is None:
+                raise RowError("label has a value that no label setting names")
+        else:
+            first, second = (number(row, f"score_{name}") for name in _LABELLED)
+            meaning = "first" if first > second else "second" if second > first else "tie"
+        if meaning in {"tie", "both_bad"}:
+            raise RowError(meaning.replace("_", " "))
         return ("first", "second") if meaning == "first" else ("second", "first")
 
-    def _value(self, row: Row, name: str) -> object:
-        value = _dig(row, self.columns[name])
-        if value is None:
-            raise RowError(f"{name} is missing")
-        return value
+
+def _pair(row: Row, chosen: object, rejected: object) -> Pair:
+    if "prompt" not in row:
+        return implicit(chosen, rejected)
+    prompt = value_of(row, "prompt")
+    if (more := row.get("input")) is not None:
+        parts = (text_of(prompt, "prompt"), text_of(more, "input"))
+        prompt = "\n".join(part for part in parts if part.strip())
+    return conversation(prompt, chosen, rejected)
 
 
-def mapped_parser(section: SourceSection, rows: list[Row]) -> Parser:
+def _answer(row: Row, name: str) -> object:
+    """An answer: text, messages, or one message."""
+    value = value_of(row, name)
+    return [value] if isinstance(value, dict) else value
+
+
+def _scores(row: Row, chosen: str, rejected: str) -> tuple[float, float] | None:
+    try:
+        return number(row, f"score_{chosen}"), number(row, f"score_{rejected}")
+    except RowError:
+        return None
+
+
+def mapped_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pair]:
     """The mapping the section describes, checked against the first rows."""
     where, given = section.source, section.map.keys()
     if section.format not in {"auto", "mapped"}:
         raise DataError(f"{where}: map goes with format: mapped, not {section.format}", hint="remove one of the two")
-    if given - {"system"} not in (_RANKED, _LABELLED):
+    if given - _ASKED not in _WAYS or ("input" in given and "prompt" not in given):
         raise DataError(
             f"{where}: map names {', '.join(sorted(given)) or 'no columns'}",
-            hint="data.train.map: prompt, chosen, rejected, or prompt, first, second, label; system is optional",
+            hint="data.train.map, or --map: prompt, chosen, rejected; or prompt, first, second and label, "
+            "or score_first and score_second; optional are input, system and scores",
         )
     for name, column in section.map.items():
         if not any(column in row or _dig(row, column) is not None for row in rows):
             raise DataError(
                 f"{where} has no column {column!r} (data.train.map.{name})", hint=f"its columns: {columns_of(rows)}"
             )
-    return _Mapped(section.map, _label_meanings(section, rows) if given >= _LABELLED else _no_labels(section))
+    return _Mapped(section.map, _label_meanings(section, rows) if "label" in given else _no_labels(section))
 
 
 def _no_labels(section: SourceSection) -> dict[str, str]:
@@ -81,13 +117,17 @@ def _no_labels(section: SourceSection) -> dict[str, str]:
 
 
 def _label_meanings(section: SourceSection, rows: list[Row]) -> dict[str, str]:
-    given = section.label.keys()
-    meanings = {_label_text(value): name for name, value in section.label.items()}
-    if not {"first", "second"} <= given <= {"first", "second", "tie"} or len(meanings) < len(given):
-        seen = dict.fromkeys(str(_dig(row, section.map["label"])) for row in rows)
+    given = section.label.items()
+    values = [(name, each) for name, value in given for each in (value if isinstance(value, list) else [value])]
+    meanings = {_label_text(value): name for name, value in values}
+    names = {*meanings.values()}
+    said_twice = any(meanings[_label_text(value)] != name for name, value in values)
+    if said_twice or names != section.label.keys() or not {"first", "second"} <= names <= _MEANINGS:
+        seen = (_dig(row, section.map["label"]) for row in rows)
+        texts = dict.fromkeys(str(value) for value in seen if not isinstance(value, dict | list))
         raise DataError(
-            f"{section.source}: label needs a value each for first and second, and may have one for tie",
-            hint=f"data.train.label: {{first: ..., second: ...}}; values seen: {', '.join(itertools.islice(seen, 5))}",
+            f"{section.source}: label needs a value each for first and second, and may have some for tie and both_bad",
+            hint=f"data.train.label, or --label first=VALUE; values seen: {', '.join(itertools.islice(texts, 5))}",
         )
     return meanings
 
@@ -110,19 +150,11 @@ def _dig(row: object, path: str) -> object:
     for part in path.split("."):
         if isinstance(value, dict):
             value = value.get(part)
-        elif isinstance(value, list) and part.isdecimal() and int(part) < len(value):
+        elif isinstance(value, list) and re.fullmatch(r"\d{1,9}", part) and int(part) < len(value):
             value = value[int(part)]
         else:
             return None
     return value
-
-
-def _with_system(pair: Pair, system: object) -> Pair:
-    if system is None or (isinstance(system, str) and not system.strip()):
-        return pair
-    if pair.prompt[0].role in {"system", "developer"}:
-        raise RowError("prompt has a system turn besides the system column")
-    return replace(pair, prompt=(Message("system", text_of(system, "system")), *pair.prompt))
 
 
 def columns_of(rows: list[Row]) -> str:

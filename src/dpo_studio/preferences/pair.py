@@ -5,8 +5,9 @@ from __future__ import annotations
 import hashlib
 import unicodedata
 from dataclasses import dataclass, replace
+from typing import Any
 
-__all__ = ["Message", "Pair", "prompt_key"]
+__all__ = ["Message", "Pair", "prompt_key", "trl_row"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,10 +27,15 @@ class Pair:
     rejected: tuple[Message, ...]
     row: int = 0
     """Where it stood in its source, from 0."""
+    scores: tuple[float, float] | None = None
+    """The chosen and the rejected answer's, where the source has a finite number for both."""
+    origin: str | None = None
+    """The set or domain it came from, where a column `source`, `dataset` or `domain` says so."""
 
     def swap(self) -> Pair:
         """The opposite preference."""
-        return replace(self, chosen=self.rejected, rejected=self.chosen)
+        scores = None if self.scores is None else self.scores[::-1]
+        return replace(self, chosen=self.rejected, rejected=self.chosen, scores=scores)
 
 
 def prompt_key(prompt: tuple[Message, ...]) -> str:
@@ -39,3 +45,16 @@ def prompt_key(prompt: tuple[Message, ...]) -> str:
     """
     turns = (f"{m.role}\x1f{' '.join(unicodedata.normalize('NFC', m.content).split())}" for m in prompt)
     return hashlib.sha256("\x1e".join(turns).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def trl_row(pair: Pair) -> dict[str, Any]:
+    """The pair as a row of TRL's conversational shape, which `read_pairs` reads as the same pair again."""
+    sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
+    row: dict[str, Any] = {
+        name: [{"role": turn.role, "content": turn.content} for turn in turns] for name, turns in sides.items()
+    }
+    if pair.scores is not None:
+        row["score_chosen"], row["score_rejected"] = pair.scores
+    if pair.origin is not None:
+        row["source"] = pair.origin
+    return row

@@ -8,6 +8,7 @@ a file move no row that was there.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from dpo_studio.config import HeldOutSection
@@ -16,7 +17,9 @@ from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.rows import sample
 from dpo_studio.preferences.sources import read_pairs
 
-__all__ = ["Split", "is_held_out", "split_pairs"]
+__all__ = ["Split", "is_held_out", "split_pairs", "stratified"]
+
+_MOST_PROMPTS = 10_000  # of an origin whose share is counted out; beyond, chance is within 1 % of a tenth
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,39 @@ class Split:
 
 def is_held_out(key: str, *, seed: int, fraction: float) -> bool:
     """Whether the prompt with this key is on the held-out side, which a share `fraction` of all prompts is."""
-    digest = hashlib.sha256(f"{seed}:{key}".encode()).digest()
-    return int.from_bytes(digest[:8], "big") < fraction * 2**64
+    return _rank(key, seed) < fraction * 2**64
+
+
+def _rank(key: str, seed: int) -> int:
+    return int.from_bytes(hashlib.sha256(f"{seed}:{key}".encode()).digest()[:8], "big")
+
+
+def stratified(prompts: Iterable[tuple[str, str]], *, seed: int, fraction: float) -> Callable[[str], bool]:
+    """The rule that holds out the same share of each origin's prompts, from all the (origin, key) there are.
+
+    The prompts of an origin whose hashes are lowest are held out, `fraction` of them to the nearest whole one, at least
+    one and never all (of a single one none). Large origins go by the hash alone, as everything does where there is one
+    origin. The rule asks for the key only, so a prompt of several origins is on one side. Memory: `_MOST_PROMPTS`
+    numbers an origin.
+    """
+    strata: dict[str, set[int]] = {}
+    for origin, key in prompts:
+        stratum = strata.setdefault(origin, set())
+        if len(stratum) <= _MOST_PROMPTS:
+            stratum.add(_rank(key, seed))
+    counted = [ranks for ranks in strata.values() if len(ranks) <= _MOST_PROMPTS] if len(strata) > 1 else []
+    known = set[int]().union(*counted)
+    held_out = {rank for ranks in counted for rank in sorted(ranks)[: _share(len(ranks), fraction)]}
+
+    def rule(key: str) -> bool:
+        rank = _rank(key, seed)
+        return rank in held_out if rank in known else rank < fraction * 2**64
+
+    return rule
+
+
+def _share(count: int, fraction: float) -> int:
+    return min(max(round(count * fraction), 1), count - 1)
 
 
 def split_pairs(train: list[Pair], section: HeldOutSection, *, seed: int) -> Split:

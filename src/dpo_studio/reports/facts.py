@@ -11,6 +11,7 @@ from typing import Any
 
 import yaml
 
+from dpo_studio.config import parse_yaml
 from dpo_studio.errors import RunError
 
 __all__ = ["RunFacts", "Series", "finite", "interval", "read_run", "share"]
@@ -45,6 +46,11 @@ class RunFacts:
         """What was measured at each of them."""
         rows = self.win_rates.get("temperatures")
         return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+    @property
+    def against_reference(self) -> bool:
+        """Whether the evaluation compared the run with its own reference, not with another model."""
+        return str(self.win_rates.get("against", "reference")) == "reference"
 
     def series(self, key: str) -> Series:
         """The values of one metric over the steps."""
@@ -164,8 +170,8 @@ def _parsed(text: str) -> object:
 def _read_recipe(path: Path, notes: list[str]) -> tuple[Row, str]:
     text = _read_text(path)
     try:
-        recipe = yaml.safe_load(text)
-    except (yaml.YAMLError, RecursionError, ValueError):
+        recipe = parse_yaml(text)
+    except yaml.YAMLError:
         notes.append(f"{path.name} is not YAML and is shown as it stands")
         return {}, text
     return (recipe if isinstance(recipe, dict) else {}), text

@@ -1,7 +1,7 @@
 """What a sweep shows: how much each setting gained, and how far it went from the reference for it.
 
-The axes say what they are. From the policy's own samples, where an evaluation has been: KL to the reference, and win rate
-(Rafailov et al. 2023, arXiv 2305.18290, figure 2 left). From held-out pairs, always: accuracy, against how far the
+The axes say what they are. From the policy's own samples, where an evaluation has been: KL to the reference, and win
+rate (Rafailov et al. 2023, arXiv 2305.18290, figure 2 left). From held-out pairs, always: accuracy, against how far the
 log-probs of their answers have moved. That distance is no KL: the answers are not the policy's own, and a policy may
 leave its reference where no held-out answer is.
 """
@@ -9,7 +9,7 @@ leave its reference where no held-out answer is.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,9 @@ class Sampled:
     temperature: float
     kl: float
     """Mean log-ratio of whole answers to the reference, in nats."""
+    kl_ci95: tuple[float, float] | None
     win_rate: float | None
+    """None where the run was compared with something else than its reference: that is another axis."""
     win_rate_ci95: tuple[float, float] | None
 
 
@@ -80,7 +82,7 @@ def measure(folder: Path, name: str, stopped: str | None = None) -> Measured:
         margin=facts.number("margin"),
         loss=facts.number("held_out_loss"),
         path=tuple(_path(facts)),
-        sampled=_sampled(facts.temperatures),
+        sampled=_sampled(facts),
         health=tuple(finding.name for finding in health_of(facts)),
         stopped=stopped,
     )
@@ -96,13 +98,17 @@ def _path(facts: RunFacts) -> list[tuple[float, float, float]]:
     return found
 
 
-def _sampled(rows: Sequence[Mapping[str, Any]]) -> Sampled | None:
+def _sampled(facts: RunFacts) -> Sampled | None:
     """Of the temperature nearest to 1."""
     known = []
-    for row in rows:
+    for row in facts.temperatures:
         temperature, kl = finite(row, "temperature"), finite(row, "kl")
-        if temperature is not None and kl is not None:
-            known.append(Sampled(temperature, kl, share(row, "win_rate"), interval(row, "win_rate_ci95")))
+        if temperature is None or kl is None:
+            continue
+        rate, ends = share(row, "win_rate"), interval(row, "win_rate_ci95")
+        if not facts.against_reference:
+            rate, ends = None, None
+        known.append(Sampled(temperature, kl, interval(row, "kl_ci95"), rate, ends))
     return min(known, key=lambda sampled: abs(sampled.temperature - _SAMPLED_AT), default=None)
 
 
@@ -130,7 +136,7 @@ def frontier_table(runs: Sequence[Measured]) -> str:
         f"Win rate and KL to the reference are of the policy's own answers at temperature "
         f"{', '.join(f'{heat:g}' for heat in temperatures)}."
         if temperatures
-        else "Win rate and KL need samples: dpo eval on a run, then the same sweep again."
+        else "Win rate and KL need samples: `dpo eval` on a run, then the same sweep again."
     )
     meaning = (
         "Moved: the mean |policy - reference log-prob| of a held-out answer, a distance on given answers, not the KL "
@@ -263,4 +269,6 @@ def _draw_sampled(axes: Any, run: Measured, look: dict[str, Any]) -> None:
         return
     if sampled.win_rate_ci95 is not None:
         axes.plot([sampled.kl] * 2, sampled.win_rate_ci95, color=look["color"], linewidth=1.4)
+    if sampled.kl_ci95 is not None:
+        axes.plot(sampled.kl_ci95, [sampled.win_rate] * 2, color=look["color"], linewidth=1.4)
     axes.plot([sampled.kl], [sampled.win_rate], label=_label(run), **look)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from string import Template
@@ -25,16 +25,16 @@ from dpo_studio.reports.sections import (
     showcase_section,
     verdict_panel,
 )
-from dpo_studio.reports.winrates import win_rates_section
+from dpo_studio.reports.winrates_section import win_rates_section
 
-__all__ = ["render_report", "write_report"]
+__all__ = ["page", "render_report", "write_report"]
 
 
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run folder, whole or not at all; the same bytes for the same run."""
     page = render_report(read_run(run_folder)).encode("utf-8")
     path = run_folder / "report.html"
-    unfinished = run_folder / f".report.html.{os.getpid()}"
+    unfinished = run_folder / f".report.html.writing-{os.getpid()}"
     try:
         unfinished.write_bytes(page)
         unfinished.replace(path)
@@ -62,13 +62,19 @@ def render_report(facts: RunFacts) -> str:
         details_section(facts),
         glossary_section(facts),
     ]
+    return page("run report", facts.name, _about(facts), parts, _footer(facts))
+
+
+def page(kind: str, name: str, about: Sequence[tuple[str, str]], sections: Sequence[str], footer: str) -> str:
+    """A whole page. `sections` and `footer` are HTML, the rest is text; empty sections are left out."""
     return Template(_packaged("report.html")).substitute(
-        title=f"{esc(facts.name)} · DPO Studio",
+        title=f"{esc(name)} · DPO Studio",
         css=_packaged("report.css").rstrip(),
-        name=esc(facts.name),
-        about="".join(f"<li>{name} <b>{esc(clipped(value, 160))}</b></li>" for name, value in _about(facts)),
-        sections="\n".join(part for part in parts if part),
-        footer=f"<p>{_footer(facts)}</p>",
+        kind=esc(kind),
+        name=esc(name),
+        about="".join(f"<li>{esc(what)} <b>{esc(clipped(value, 160))}</b></li>" for what, value in about),
+        sections="\n".join(part for part in sections if part),
+        footer=f"<p>{footer}</p>",
     )
 
 

@@ -16,6 +16,7 @@ from dpo_studio.reports.verdict import cautions, interval_words, pass_verdict
 
 __all__ = [
     "answers_section",
+    "comparison_card",
     "curves_section",
     "details_section",
     "judging_section",
@@ -137,7 +138,10 @@ def showcase_section(facts: RunFacts) -> str:
     prompt, base, tuned = (facts.words(key) for key in ("showcase_prompt", "base_answer", "tuned_answer"))
     if base is None and tuned is None:
         return ""
-    answers = [_answer(who, _known_answer(facts, who, text), facts) for who, text in (("base", base), ("tuned", tuned))]
+    answers = [
+        _answer(who, _known_answer(facts, who, text), facts.number("max_new_tokens"))
+        for who, text in (("base", base), ("tuned", tuned))
+    ]
     asked = f'<h3 class="prompt" dir="auto">{esc(clipped(prompt))}</h3>' if prompt else ""
     body = f'{asked}<div class="compare">{"".join(answers)}</div>'
     return section("showcase", "Before and after", f'<div class="panel">{body}</div>')
@@ -154,7 +158,7 @@ def _known_answer(facts: RunFacts, who: str, text: str | None) -> dict[str, Any]
 def answers_section(facts: RunFacts) -> str:
     """The first comparisons of the file, whoever won them."""
     rows = facts.answers[:_SHOWN]
-    cards = "".join(_comparison(i, row, facts) for i, row in enumerate(rows, 1))
+    cards = "".join(comparison_card(i, row, facts.number("max_new_tokens")) for i, row in enumerate(rows, 1))
     lead = (
         f"The first {len(rows)} of {count(len(facts.answers))} comparisons, in the order they were made: "
         "nobody picked them. Prompts were held out of training."
@@ -166,10 +170,11 @@ def _words_for(shown: int) -> str:
     return {1: "One answer", _SHOWN: "Ten answers"}.get(shown, f"{shown} answers")
 
 
-def _comparison(number: int, row: dict[str, Any], facts: RunFacts) -> str:
+def comparison_card(number: int, row: Mapping[str, Any], longest: float | None) -> str:
+    """A line of answers.jsonl: prompt, both answers, verdict; `longest` is the limit they were written under."""
     asked = esc(clipped(_as_text(row.get("prompt"))))
     prompt = f'<h3 class="prompt" dir="auto"><span class="number">{number}</span>{asked}</h3>'
-    answers = "".join(_answer(who, row.get(who), facts) for who in ("base", "tuned"))
+    answers = "".join(_answer(who, row.get(who), longest) for who in ("base", "tuned"))
     winner = str(row.get("winner"))
     kind = winner if winner in _VERDICTS else "tie"
     reason = f'<span class="text" dir="auto">{esc(clipped(_as_text(row.get("reason"))))}</span>'
@@ -179,22 +184,22 @@ def _comparison(number: int, row: dict[str, Any], facts: RunFacts) -> str:
     return f'<article class="panel">{prompt}<div class="compare">{answers}</div>{ruling}</article>'
 
 
-def _answer(who: str, answer: object, facts: RunFacts) -> str:
+def _answer(who: str, answer: object, longest: float | None) -> str:
     known = answer if isinstance(answer, dict) else {"text": _as_text(answer)}
     title = {"base": "Before: base model", "tuned": "After: tuned model"}[who]
     cut = known.get("ended") is False
     torn = ' <span class="torn">[cut off]</span>' if cut else ""
     text = esc(clipped(_as_text(known.get("text")))) or '<span class="muted">(an empty answer)</span>'
     return (
-        f'<div class="answer {who}"><div class="who"><h4>{title}</h4>{_length_note(known, cut, facts)}</div>'
+        f'<div class="answer {who}"><div class="who"><h4>{title}</h4>{_length_note(known, cut, longest)}</div>'
         f'<div class="text" dir="auto">{text}{torn}</div></div>'
     )
 
 
-def _length_note(known: Mapping[str, Any], cut: bool, facts: RunFacts) -> str:
+def _length_note(known: Mapping[str, Any], cut: bool, longest: float | None) -> str:
     tokens = finite(known, "tokens")
     if cut:
-        limit = tokens if tokens is not None else facts.number("max_new_tokens")
+        limit = tokens if tokens is not None else longest
         return f'<span class="length cut">cut at {"the limit" if limit is None else f"{count(limit)} tokens"}</span>'
     return "" if tokens is None else f'<span class="length">{count(tokens)} tokens</span>'
 

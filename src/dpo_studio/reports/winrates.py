@@ -1,97 +1,134 @@
-"""The page's section on an evaluation: its figure, and the numbers of each temperature."""
+"""Win rate by sampling temperature: the DPO paper's figure (arXiv 2305.18290, figure 2 right), and its table."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
-from dpo_studio.reports.facts import RunFacts, finite, interval, share
-from dpo_studio.reports.markup import clipped, esc, section, table
-from dpo_studio.reports.svg import embedded_svg
-from dpo_studio.reports.text import count, percent, significant
+from matplotlib.ticker import FuncFormatter
 
-__all__ = ["win_rates_section"]
+from dpo_studio.reports.drawing import PALETTE, blank, label_ends, styled
+from dpo_studio.reports.text import one_line
 
-Row = Mapping[str, Any]
+__all__ = ["MOST_RUNS", "save_winrate_figure", "winrate_markdown"]
 
+Rates = Mapping[str, Any]
+"""A run's winrate.json."""
 
-def win_rates_section(facts: RunFacts) -> str:
-    """Empty where nothing was sampled."""
-    if not facts.temperatures:
-        return ""
-    against = facts.win_rates.get("against")
-    lead = (
-        f"Answers to held-out prompts, sampled at each temperature and compared with those of "
-        f"{clipped(str(against), 100) if against else 'the reference'}; a tie counts one half. 50 % is a coin toss."
-    )
-    return section(
-        "win-rates",
-        "Win rate by temperature",
-        _figure(facts) + _terms(facts.win_rates) + _table(facts.temperatures),
-        lead,
-    )
+_LOOKS = (("tuned", "o", "solid"), ("base-ink", "s", (0, (6, 2))), ("ink", "^", (0, (2, 1.5))), ("muted", "D", "solid"))
+"""Colour, marker and line of each run: apart in lightness and in shape, for grey paper and colour-blind readers."""
+MOST_RUNS = len(_LOOKS)
 
 
-def _figure(facts: RunFacts) -> str:
-    svg = embedded_svg(
-        facts.win_rates_svg, "winrate", "Win rate by temperature", "The numbers stand in the table below."
-    )
-    return f'<figure class="panel wide">{svg}</figure>' if svg else ""
+def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[Path]:
+    """Draw the runs' win rates by temperature as `file`.png (3x) and .svg; the same bytes for the same numbers.
+
+    One run shows its length-controlled win rate beside the plain one; several show the plain one alone, by name.
+    """
+    with styled():
+        figure, axes = blank(height=270, left=56, right=112, top=16, bottom=46)
+        axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
+        axes.axhline(0.5, color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
+        ends = [([0.5], "as good as\nthe reference" if len(runs) == 1 else "reference", "muted")]
+        if len(runs) == 1:
+            rows = runs[0][1]["temperatures"]
+            ends += [(_curve(axes, rows, "win_rate", _LOOKS[0], shift=-1), "win rate", "tuned")]
+            controlled = _curve(axes, rows, "length_controlled", _LOOKS[1], shift=1, hollow=True)
+            ends += [(controlled, "at equal\nlength", "base-ink")]
+        else:
+            for place, ((name, rates), look) in enumerate(zip(runs, _LOOKS, strict=False)):
+                shift = 2 * place - len(runs) + 1
+                at = _curve(axes, rates["temperatures"], "win_rate", look, shift=shift)
+                ends += [(at, _short(name), look[0])]
+        _frame(axes, [row["temperature"] for _, rates in runs for row in rates["temperatures"]])
+        label_ends(axes, ends)
+        figure.set_facecolor(PALETTE["surface"])
+        written = []
+        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
+            path = file.with_suffix(suffix)
+            figure.savefig(path, dpi=216, metadata=metadata)
+            written.append(path)
+    return written
 
 
-def _terms(result: Row) -> str:
-    named = (("Judge", "judge"), ("Longest answer", "max_new_tokens"), ("Seed", "seed"))
-    shown = [(name, result.get(key)) for name, key in named if isinstance(result.get(key), (str, int, float))]
-    listed = "".join(f"<li>{name} <b>{esc(clipped(str(value), 200))}</b></li>" for name, value in shown)
-    return f'<ul class="terms measured">{listed}</ul>' if listed else ""
+def _curve(
+    axes: Any, rows: Sequence[Mapping[str, Any]], key: str, look: tuple[Any, ...], *, shift: int, hollow: bool = False
+) -> list[float]:
+    """One series with its intervals, moved aside a little so that intervals do not cover each other."""
+    role, marker, line = look
+    span = max((row["temperature"] for row in rows), default=0) or 1.0
+    at = [row["temperature"] + 0.008 * shift * span for row in rows]
+    values = [row[key] for row in rows]
+    ends = [row[f"{key}_ci95"] for row in rows]
+    colour, fill = PALETTE[role], PALETTE["surface"] if hollow else PALETTE[role]
+    for x, (low, high) in zip(at, ends, strict=True):
+        axes.plot([x, x], [low, high], color=colour, linewidth=1.4, solid_capstyle="butt", zorder=3)
+        axes.plot([x, x], [low, high], color=colour, linestyle="none", marker="_", markersize=7, markeredgewidth=1.4)
+    axes.plot(at, values, color=colour, linewidth=1.8, linestyle=line, marker=marker, markersize=6.5,
+              markerfacecolor=fill, markeredgecolor=colour, markeredgewidth=1.6, zorder=4)  # fmt: skip
+    return values[-1:]
 
 
-def _table(rows: list[dict[str, Any]]) -> str:
-    """One row a temperature; a column that no row can fill is left out."""
-    filled = {name: [words(row) for row in rows] for name, words in _COLUMNS.items()}
-    kept = {name: cells for name, cells in filled.items() if any(cells)}
-    lines = zip(*kept.values(), strict=True)
-    return table("Every number of the figure", [tuple(line) for line in lines], tuple(kept), kind="wide")
+def _frame(axes: Any, temperatures: Sequence[float]) -> None:
+    low, high = axes.get_ylim()
+    axes.set_ylim(max(0.0, min(low, 0.4)), min(1.0, max(high, 0.6)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:.0f} %"))
+    ticks = sorted(set(temperatures))
+    if len(ticks) <= 8:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.margins(x=0.06)
+    axes.set_xlabel("sampling temperature", fontsize=11, color=PALETTE["muted"], labelpad=6)
 
 
-def _rate(key: str) -> Callable[[Row], str]:
-    """`62 % (55–69 %)`."""
-
-    def words(row: Row) -> str:
-        rate, ends = share(row, key), interval(row, f"{key}_ci95")
-        if rate is None:
-            return ""
-        return percent(rate) if ends is None else f"{percent(rate)} ({percent(ends[0])[:-2]}–{percent(ends[1])})"
-
-    return words
+def _short(name: str) -> str:
+    shown = one_line(name)
+    return shown if len(shown) <= 16 else f"{shown[:15]}…"
 
 
-def _beside(key: str, form: Callable[[float], str]) -> Callable[[Row], str]:
-    """The tuned model's, and the reference's after a slash."""
-
-    def words(row: Row) -> str:
-        both = [finite(row, name) for name in (key, f"reference_{key}")]
-        known = [form(value) for value in both if value is not None]
-        return " / ".join(known) if both[0] is not None else ""
-
-    return words
+_COLUMNS = ("temperature", "win rate", "at equal length", "won / tied / lost", "ended", "tokens", "repetition", "KL")
 
 
-def _counts(row: Row) -> str:
-    values = [finite(row, key) for key in ("wins", "ties", "losses")]
-    return "" if None in values else " · ".join(count(value or 0) for value in values)
+def winrate_markdown(name: str, rates: Rates) -> str:
+    """The table of a run, with what it stands on in a line above it; the reference's number behind each `/`."""
+    lines = [
+        f"# Win rate of {_cell(name)} against {_cell(rates['against'])}",
+        "",
+        f"Judge: {_cell(rates['judge'])}. {rates['n_prompts']} held-out prompts, at most {rates['max_new_tokens']} new "
+        f"tokens, seed {rates['seed']}; 95 % intervals over prompts. What each number means: docs/evaluation.md.",
+        "",
+        f"| {' | '.join(_COLUMNS)} |",
+        f"|{'---|' * len(_COLUMNS)}",
+    ]
+    lines += [f"| {' | '.join(_row(row))} |" for row in rates["temperatures"]]
+    held_out = rates.get("held_out") or {}
+    if held_out:
+        low, high = held_out["accuracy_ci95"]
+        lines += [
+            "",
+            f"Held-out accuracy {held_out['accuracy']:.3f} ({low:.3f} to {high:.3f}) on {held_out['pairs']} pairs; "
+            f"before training {held_out['accuracy_before']:.3f}, the longer answer {held_out['longer_wins']:.3f}. "
+            f"Calibration error {held_out['calibration']['error']:.3f}.",
+        ]
+    return "\n".join(lines) + "\n"
 
 
-def _number(key: str) -> Callable[[Row], str]:
-    return lambda row: "" if (value := finite(row, key)) is None else significant(value)
+def _row(row: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{row['temperature']:g}",
+        _with_ends(row["win_rate"], row["win_rate_ci95"]),
+        _with_ends(row["length_controlled"], row["length_controlled_ci95"]),
+        f"{row['wins']} / {row['ties']} / {row['losses']}",
+        f"{row['stop_rate']:.2f} / {row['reference_stop_rate']:.2f}",
+        f"{row['mean_tokens']:.0f} / {row['reference_mean_tokens']:.0f}",
+        f"{row['repetition']:.3f} / {row['reference_repetition']:.3f}",
+        "" if row["kl"] is None else f"{row['kl']:.2f} ({row['kl_ci95'][0]:.2f} to {row['kl_ci95'][1]:.2f})",
+    ]
 
 
-_COLUMNS: dict[str, Callable[[Row], str]] = {
-    "temperature": lambda row: "?" if (value := finite(row, "temperature")) is None else f"{value:g}",
-    "win rate (95 %)": _rate("win_rate"),
-    "at equal length (95 %)": _rate("length_controlled"),
-    "won · tied · lost": _counts,
-    "ends itself, tuned / reference": _beside("stop_rate", percent),
-    "tokens, tuned / reference": _beside("mean_tokens", count),
-    "KL to the reference, nats": _number("kl"),
-}
+def _with_ends(value: float, ends: Sequence[float]) -> str:
+    return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+
+
+def _cell(text: str) -> str:
+    return one_line(text).replace("|", "\\|").replace("<", "&lt;")

@@ -19,6 +19,7 @@ from jinja2 import TemplateError
 
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.tokens.template import LONGEST_CHAT, ChatTemplate, TemplateLimit
 
 if TYPE_CHECKING:
     from transformers import AddedToken, PreTrainedTokenizerBase
@@ -108,6 +109,13 @@ class ChatEncoder:
         """
         if not tokenizer.chat_template:
             raise ModelError("the tokenizer has no chat template", hint=_NO_TEMPLATE_HINT)
+        try:
+            source = tokenizer.get_chat_template()
+        except ValueError:  # several, by name, and none of them `default`
+            raise ModelError(
+                "the tokenizer has several chat templates, none the default", hint=_NO_TEMPLATE_HINT
+            ) from None
+        self._template = ChatTemplate(source, tokenizer.special_tokens_map)
         own_eos = tokenizer.eos_token_id
         self.eos_ids = frozenset(eos_ids) | ({own_eos} if own_eos is not None else set())
         if not self.eos_ids:
@@ -128,6 +136,15 @@ class ChatEncoder:
         """What fills up rows of unequal length; never looked at."""
         return int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos)
 
+    def spelled(self, text: str) -> str | None:
+        """The first special token that the text spells, if it spells one."""
+        found = self._spelled_pattern.search(text)
+        return None if found is None else found.group()
+
+    def begins_twice(self, ids: Sequence[int]) -> bool:
+        """Whether a chat begins with two tokens that begin a chat (BOS): one from the template, one from elsewhere."""
+        return len(ids) > 1 and ids[0] == ids[1] == self._tokenizer.bos_token_id
+
     def decode(self, ids: Sequence[int]) -> str:
         """The text of an answer's ids, control tokens left out."""
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -144,6 +161,12 @@ class ChatEncoder:
         """
         rendered = self._render(prompt, open_answer=True)
         return self._ids(rendered, self._encode_whole([rendered]))
+
+    def chat_ids(self, chats: Sequence[Sequence[Message]]) -> list[list[int] | PairError]:
+        """Whole chats to their last token, whatever the template writes after the last turn; or why not."""
+        rendered = [_caught(self._render, turns, open_answer=False) for turns in chats]
+        whole = self._encode_whole([chat for chat in rendered if not isinstance(chat, PairError)])
+        return [chat if isinstance(chat, PairError) else _caught(self._ids, chat, whole) for chat in rendered]
 
     def pair(self, pair: Pair) -> PairIds:
         """One pair; raises PairError where `pairs` returns it."""
@@ -164,13 +187,17 @@ class ChatEncoder:
     def _render(self, turns: Sequence[Message], *, open_answer: bool) -> _Rendered:
         if not turns:
             raise PairError("prompt without turns", "the prompt has no turns")
+        if (length := sum(len(turn.content) for turn in turns)) > LONGEST_CHAT:
+            raise PairError("longer than any model reads", f"it has {length:,} characters, over {LONGEST_CHAT:,}")
         stand_ins = self._stand_ins(turns)
         messages = [
             {"role": self._shield(turn.role, stand_ins), "content": self._shield(turn.content, stand_ins)}
             for turn in turns
         ]
         try:
-            text: str = self._tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer)
+            text = self._template.render(messages, add_generation_prompt=open_answer)
+        except TemplateLimit as error:  # what an honest one needs for so long a chat is far below: no pair will do
+            raise ModelError(f"the chat template is stopped: {error}", hint=_NO_TEMPLATE_HINT) from None
         except _TEMPLATE_ERRORS as error:
             raise PairError("refused by the chat template", f"the chat template refuses it: {error}") from None
         if not _is_unicode(text):

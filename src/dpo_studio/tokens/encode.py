@@ -16,13 +16,18 @@ from dpo_studio.config import TooLong
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import AnswerIds, ChatEncoder, PairError, PairIds
 
-__all__ = ["Encoded", "EncodedAnswer", "EncodedPair", "encode_pairs"]
+__all__ = ["Encoded", "EncodedAnswer", "EncodedPair", "encode_pairs", "fit_pair"]
 
 _CHUNK = 256
 """Pairs a call of the tokenizer: enough to keep its threads busy, few enough for progress to move."""
 
+DROPPED = "dropped: "
 OVER = "over max_length"
 PROMPT_OVER = "prompt alone over max_length"
+ANSWER_CUT = "answer end cut"
+PROMPT_CUT = "prompt start cut"
+RE_RENDERED = "prompt re-rendered differently"
+END_APPENDED = "end of turn appended"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -78,9 +83,9 @@ def encode_pairs(
         chunk = pairs[start : start + _CHUNK]
         for pair, ids in zip(chunk, encoder.pairs(chunk), strict=True):
             try:
-                encoded, notes = _fit(pair, ids, encoder, max_length, too_long)
+                encoded, notes = fit_pair(pair, ids, encoder, max_length, too_long)
             except PairError as reason:
-                counts[f"dropped: {reason.kind}"] += 1
+                counts[DROPPED + reason.kind] += 1
                 refused.append((pair.row, reason.message))
             else:
                 counts.update(notes)
@@ -90,26 +95,30 @@ def encode_pairs(
     return Encoded(kept, dict(counts), refused)
 
 
-def _fit(
+def fit_pair(
     pair: Pair, ids: PairIds | PairError, encoder: ChatEncoder, max_length: int | None, too_long: TooLong
 ) -> tuple[EncodedPair, list[str]]:
-    """The pair under the length rule and what had to be done to it, or why it has to go (raised)."""
+    """The pair under the length rule, and what had to be done to it.
+
+    Raises:
+        PairError: why the pair has to go.
+    """
     if isinstance(ids, PairError):
         raise ids
     notes: list[str] = []
     if max_length is not None and _longest(ids) > max_length:
         if too_long == "cut_answer_end":
             ids = _cut_answers(ids, max_length)
-            notes.append("answer end cut")
+            notes.append(ANSWER_CUT)
         elif too_long == "cut_prompt_start":
             ids = _cut_prompt(pair, ids, encoder, max_length)
-            notes.append("prompt start cut")
+            notes.append(PROMPT_CUT)
         else:
             raise _too_long(ids, max_length)
     if ids.re_rendered:
-        notes.append("prompt re-rendered differently")
+        notes.append(RE_RENDERED)
     if ids.end_appended:
-        notes.append("end of turn appended")
+        notes.append(END_APPENDED)
     _check_learnable(ids)
     return _encoded(pair.row, ids), notes
 

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_studio.config import LoadedRecipe, load_recipe
-from dpo_studio.evaluation.judges import Completion, EverydayRule
+from dpo_studio.evaluation.everyday import EverydayRule
+from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reports.health import lengthening
@@ -80,8 +81,8 @@ def _evaluate(trained: TrainedRun, loaded: Loaded, progress: Progress) -> dict[s
         lines.append(
             {
                 "prompt": prompt[-1].content,
-                "base": vars(before),
-                "tuned": vars(after),
+                "base": before.shown(),
+                "tuned": after.shown(),
                 "winner": _WINNERS[outcomes[-1]],
                 "reason": verdict.reason,
             }

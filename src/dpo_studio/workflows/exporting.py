@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 
 from dpo_studio.config import ModelSection, Recipe, user_path
+from dpo_studio.disk import check_space
 from dpo_studio.errors import RunError
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.card import public_name, versions
@@ -26,7 +27,7 @@ from dpo_studio.export.requantise import (
     settled,
 )
 from dpo_studio.export.verify import BARS, Comparison
-from dpo_studio.export.whole import Making, check_new, check_space, making
+from dpo_studio.export.whole import Making, check_new, making
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.gptq_checkpoint import read_quantization

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from peft import LoraConfig
 from torch import nn
 
 from dpo_studio.config import ModelSection, user_path
-from dpo_studio.errors import ModelError, RunError
+from dpo_studio.errors import RunError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
 from dpo_studio.models.load import ChatModel, load_chat_model
+from dpo_studio.models.scan import base_named_by
 from dpo_studio.runs import RunFolder, is_run
 
 __all__ = ["Loaded", "load_any"]
@@ -56,9 +58,7 @@ def load_any(
         return _load_run(RunFolder(folder), changes, say)
     if (folder / "adapter_config.json").is_file():
         config = read_adapter_config(folder)
-        if not config.base_model_name_or_path:
-            raise ModelError(f"{name}: its adapter_config.json names no base model")
-        base_name = _base_of(folder, str(config.base_model_name_or_path))
+        base_name = _base_of(folder, config, name)
         base = load_chat_model(ModelSection(path=base_name, revision=config.revision, **changes), say=say)
         return Loaded(base, attach_existing(base.model, folder, trainable=False), None, folder)
     base = load_chat_model(ModelSection(path=name, **changes), say=say)
@@ -88,7 +88,7 @@ def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None
     return Loaded(base, policy, recipe.objective.beta, adapter)
 
 
-def _base_of(folder: Path, named: str) -> str:
+def _base_of(folder: Path, config: LoraConfig, name: str) -> str:
     """The base an adapter names.
 
     A run or its checkpoint knows where that is. Elsewhere a relative folder is looked for beside the adapter, then in
@@ -97,5 +97,6 @@ def _base_of(folder: Path, named: str) -> str:
     for parent in list(folder.resolve().parents)[:3]:
         if is_run(parent) and (recipe := RunFolder(parent).recipe()) is not None:
             return recipe.model.path
+    named = base_named_by(config.base_model_name_or_path, config.revision, name)
     beside = folder / named
     return str(beside) if named.startswith(".") and beside.is_dir() else named

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dpo_studio.config import BUNDLED, ModelSection, SourceSection, user_path
+from dpo_studio.disk import check_space
 from dpo_studio.errors import DataError, ModelError, RunError, UsageError
 from dpo_studio.export.card import public_name, versions
 from dpo_studio.export.requantise import (
@@ -24,7 +25,7 @@ from dpo_studio.export.requantise import (
     quantise,
     settled,
 )
-from dpo_studio.export.whole import check_new, check_space, making
+from dpo_studio.export.whole import check_new, making
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.models.gptq_checkpoint import read_quantization

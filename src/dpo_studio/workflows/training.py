@@ -7,30 +7,26 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.tracking import get_available_trackers
 from peft import PeftModel
-from safetensors import SafetensorError
 
 from dpo_studio.config import LoadedRecipe, Recipe, cache_folder, load_recipe
-from dpo_studio.errors import ModelError, RunError
+from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.evaluation.accuracy import accuracy_summary
-from dpo_studio.learning.checkpoints import newest_checkpoint, restore, save_checkpoint
+from dpo_studio.learning.checkpoints import restore
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_gradient, unless_out_of_memory
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
-from dpo_studio.models.adapters import in_eval, save_adapter, train_mode
-from dpo_studio.models.attention import FLEX, can_compile
-from dpo_studio.models.gptq import weight_count
-from dpo_studio.models.layers import compiled_layers, set_recompute
+from dpo_studio.lock import Held, held
+from dpo_studio.models.adapters import in_eval, train_mode
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
@@ -39,7 +35,9 @@ from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.pack import MicroBatch, Steps, packed_tokens
+from dpo_studio.tokens.pack import MicroBatch, Steps
+from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
+from dpo_studio.workflows.compiling import accelerated
 from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
@@ -50,13 +48,11 @@ from dpo_studio.workflows.preparing import (
     settle_tokens,
     steps_of,
 )
+from dpo_studio.workflows.saving import Saver, find_checkpoint
 from dpo_studio.workflows.signals import interrupted, stopping_signals
+from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
-
-
-_WORTH_COMPILING = 4e15
-"""Weights x tokens: 700 pairs of UltraFeedback on a 7B. Compiled layers save a third of the time, and cost a minute."""
 
 
 @dataclass(frozen=True)
@@ -72,19 +68,21 @@ class TrainedRun:
 
 
 def train_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None
+    path: str | Path, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Train what the recipe says; return `result.json`'s content.
+    """Train what the recipe says; return `result.json`'s content. `anyway`: on pairs that make it worthless, too.
 
     Raises:
         DPOStudioError: with a hint; what was computed before is kept in the run folder and the caches.
     """
     loaded = load_recipe(path, list(overrides))
     with progress or Progress() as shown:
-        return run_training(loaded, shown).result
+        return run_training(loaded, shown, anyway=anyway).result
 
 
-def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: Progress | None = None) -> None:
+def check_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
+) -> None:
     """`--dry-run`: look at recipe, data, model files and token counts; load no weights, write nothing.
 
     Raises:
@@ -94,45 +92,75 @@ def check_recipe(path: str | Path, overrides: Sequence[str] = (), *, progress: P
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
         recipe = run.settle(loaded.recipe)
-        _check_tracker(recipe)
+        check_tracker(recipe)
         source, split = read_and_split(recipe, shown)
+        look_at_pairs(recipe, split, shown, anyway=anyway)
         folder = locate(recipe.model.path, recipe.model.revision, shown.say)
         check_folder(folder, recipe.model)
         data = encode_both(recipe, source, split, load_encoder(folder, recipe.model), shown)
+        look_at_lengths(recipe, data.train, shown, anyway=anyway)
         steps = steps_of(recipe, data.train.pairs, budget=CPU_TOKENS)
         shown.say(f"{steps.total} steps of {recipe.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
-def run_training(loaded: LoadedRecipe, progress: Progress, result_extra: dict[str, Any] | None = None) -> TrainedRun:
-    """The whole of a training, from a loaded recipe to a finished run folder."""
-    started = time.perf_counter()
+def run_training(
+    loaded: LoadedRecipe,
+    progress: Progress,
+    result_extra: dict[str, Any] | None = None,
+    *,
+    anyway: bool = False,
+    stop_after: int | None = None,
+) -> TrainedRun:
+    """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps."""
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
-    _check_tracker(recipe)
-    source, split = read_and_split(recipe, progress)
-    if (done := run.result()) is not None and _is_finished(run, recipe, done):
+    check_tracker(recipe)
+    if (done := run.result()) is not None and is_finished(run, recipe, done):
+        _, split = read_and_split(recipe, progress)
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
+        if not (run.path / "report.html").exists():  # it is the last thing that is written
+            run.sweep()
+            progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done, held_out=split.held_out)
+    with held(run.path, progress.warn) as hold:
+        return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after)
+
+
+def _train_in(
+    run: RunFolder,
+    hold: Held,
+    loaded: LoadedRecipe,
+    progress: Progress,
+    result_extra: dict[str, Any],
+    anyway: bool,
+    stop_after: int | None,
+) -> TrainedRun:
+    started = time.perf_counter()
+    recipe = run.settle(loaded.recipe)  # again: another process may just have left
+    source, split = read_and_split(recipe, progress)
+    look_at_pairs(recipe, split, progress, anyway=anyway)
     folder = locate(recipe.model.path, recipe.model.revision, progress.say)
     check_folder(folder, recipe.model)
     encoder = load_encoder(folder, recipe.model)
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
-        base = load_chat_model(recipe.model, typed=_typed_model(loaded), say=progress.say, encoder=encoder)
+        base = load_chat_model(recipe.model, typed=typed_model(loaded), say=progress.say, encoder=encoder)
         data = encoding.result()
+    look_at_lengths(recipe, data.train, progress, anyway=anyway)
     recipe = settle_dtype(recipe, base)
-    _check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
+    check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
     policy = attach_policy(base, recipe)
     train_mode(policy)
-    with _accelerated(recipe, base, policy, data, progress):
+    with accelerated(recipe, base, policy, data, progress):
         recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
         run.start(loaded, recipe)
         run.result_file.unlink(missing_ok=True)
         if limit.recompute != "nothing":
             run.append("memory.jsonl", asdict(limit))
-        session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"))
-        session.fit()
-    result = session.finish(time.perf_counter() - started) | (result_extra or {})
+        saver = Saver(run, hold, base.typed, recipe.training.save_every)
+        session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"), saver)
+        session.fit(stop_after)
+    result = session.finish(time.perf_counter() - started) | result_extra
     run.write_json("result.json", result)
     progress.say(f"report: {write_report(run.path)}")
     return TrainedRun(run, result, base, policy, split.held_out)
@@ -149,6 +177,7 @@ class _Session:
     data: RunData
     progress: Progress
     accelerator: Accelerator
+    saver: Saver
     state: TrainingState | None = None
     """From the moment there are steps to take."""
     held_out_reference: PairLogps | None = None
@@ -156,7 +185,7 @@ class _Session:
     held_out_logps: PairLogps | None = None
     health: HealthWatch = field(default_factory=lambda: HealthWatch(0))
 
-    def fit(self) -> None:
+    def fit(self, stop_after: int | None = None) -> None:
         """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
         if self.accelerator.num_processes > 1:
             raise RunError("training on several devices is not built yet", hint="start it with one process")
@@ -169,6 +198,7 @@ class _Session:
         self.state = state = TrainingState.fresh(
             self.policy, self.recipe.training, steps.total, self.accelerator, self.recipe.reference
         )
+        self.saver.check_room(self.policy, state)
         self._warn_if_the_reference_never_moves(steps.total)
         self._resume_or_begin(state, steps, live, at_once)
         self._track()
@@ -178,22 +208,21 @@ class _Session:
         room = self._room(steps)
         with stopping_signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
             advance(state.step)
-            for report in train(self.policy, steps, self.recipe.objective, state, live, room):
-                held_out = self._maybe_evaluate(report.step, steps.total, at_once)
+            reports = self._kept(train(self.policy, steps, self.recipe.objective, state, live, room))
+            for report in islice(reports, stop_after):
+                last = report.step in (steps.total, stop_after)
+                held_out = self._maybe_evaluate(report.step, last, at_once)
                 self._write(report, held_out)
                 advance(1, figures=_figures(report, held_out))
-                if report.step % self.recipe.training.save_every == 0 or report.step == steps.total or asked.signal:
-                    self._save(state)
+                if self.saver.is_due(report.step) or last or asked.signal:
+                    self.saver.save(self.policy, state, held_out.get("eval_loss"))
                 if asked.signal and report.step < steps.total:
                     raise interrupted(asked.signal, report.step, self.run)
         self.accelerator.end_training()
 
     def finish(self, seconds: float) -> dict[str, Any]:
         """Write the adapter, the environment and the numbers of the whole run."""
-        try:
-            save_adapter(self.policy, self.run.adapter, base=self.base.typed)
-        except (OSError, SafetensorError) as error:
-            raise _unwritable("the adapter", self.run.adapter, error) from None
+        self.saver.save_result(self.policy)
         self.run.write_json(
             "environment.json", environment(_device_name(self.base.device), precision=self.base.dtype_reason)
         )
@@ -203,6 +232,7 @@ class _Session:
         result: dict[str, Any] = {
             "kind": "train",
             "steps": steps,
+            "skipped_steps": sum("skipped" in line for line in self.run.lines("metrics.jsonl")),
             "pairs": len(self.data.train.pairs),
             "held_out_pairs": len(self.data.held_out.pairs),
             "seconds": round(seconds, 2),
@@ -260,7 +290,7 @@ class _Session:
             ) from None
 
     def _resume_or_begin(self, state: TrainingState, steps: Steps, live: Reference | None, budget: int) -> None:
-        checkpoint = newest_checkpoint(self.run.checkpoints, self.progress.warn)
+        checkpoint = find_checkpoint(self.run, self.progress.warn)
         if checkpoint is not None:
             restore(checkpoint, self.policy, state)
             self.progress.say(f"continuing {self.run.path} after step {state.step} of {steps.total}")
@@ -296,8 +326,8 @@ class _Session:
                 hint=f"is the cache stale? remove {cache_folder() / 'reference'}, or set reference.mode: live",
             )
 
-    def _maybe_evaluate(self, step: int, total: int, budget: int) -> dict[str, float]:
-        due = step % self.recipe.training.evaluate_every == 0 or step == total
+    def _maybe_evaluate(self, step: int, last: bool, budget: int) -> dict[str, float]:
+        due = step % self.recipe.training.evaluate_every == 0 or last
         if not due or not self.data.held_out.pairs:
             return {}
         return self._evaluate(budget)
@@ -349,7 +379,20 @@ class _Session:
 
         return Room(self.policy, steps, known, tell)
 
+    def _kept(self, reports: Iterator[StepReport]) -> Iterator[StepReport]:
+        """The same reports; when the training stops itself, what it had learned is saved first."""
+        try:
+            yield from reports
+        except NonFiniteError:
+            assert self.state is not None
+            self.saver.save(self.policy, self.state)
+            self.progress.say(f"what was learned before is kept in {self.run.checkpoints}/step-{self.state.step}")
+            raise
+
     def _write(self, report: StepReport, held_out: dict[str, float]) -> None:
+        self.saver.held.check()
+        if report.skipped:
+            self.progress.warn(f"step {report.step} was not taken: {report.skipped}; the weights stay as they were")
         line = {"step": report.step} | report.metrics | held_out
         self.run.append("metrics.jsonl", line)
         for finding in self.health.see(line):
@@ -367,12 +410,6 @@ class _Session:
         if self.recipe.run.tracker is not None:
             self.accelerator.log(report.metrics | held_out, step=report.step)
 
-    def _save(self, state: TrainingState) -> None:
-        try:
-            save_checkpoint(self.run.checkpoints, self.policy, state, base=self.base.typed)
-        except (OSError, SafetensorError) as error:
-            raise _unwritable(f"checkpoint of step {state.step}", self.run.checkpoints, error) from None
-
     def _track(self) -> None:
         if (tracker := self.recipe.run.tracker) is None:
             return
@@ -380,86 +417,14 @@ class _Session:
         self.accelerator.init_trackers("dpo-studio", config={})
 
 
-@contextmanager
-def _accelerated(
-    recipe: Recipe, base: ChatModel, policy: PeftModel, data: RunData, progress: Progress
-) -> Iterator[None]:
-    """Compiled layers where there is enough to do that they pay for their compilation."""
-    if base.device.type == "cuda" and not can_compile():
-        progress.warn(
-            "no kernels can be compiled here (Triton and a C compiler such as gcc are needed): "
-            "training works, at less than half the speed"
-        )
-    # the two passes of a whole-step objective are compiled apart and would not drop out alike
-    unlike = recipe.objective.whole_step and recipe.adapter.dropout > 0
-    if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX or unlike:
-        yield
-        return
-    set_recompute(policy, "nothing")
-    steps = steps_of(recipe, data.train.pairs, CPU_TOKENS)
-    tokens = steps.total * steps.pairs_per_step * sum(map(packed_tokens, data.train.pairs)) / len(data.train.pairs)
-    if tokens * weight_count(base.model) < _WORTH_COMPILING:
-        yield
-        return
-    progress.say("compiling the model's layers: a minute the first time, then it is kept")
-    with compiled_layers(policy):
-        yield
-
-
-def _typed_model(loaded: LoadedRecipe) -> str:
-    typed = loaded.typed.get("model")
-    return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path
-
-
-def _check_tracker(recipe: Recipe) -> None:
-    """Before anything long begins: accelerate only warns of a tracker that is not installed, and tracks nothing.
-
-    Raises:
-        RunError: `run.tracker` is not installed.
-    """
-    tracker = recipe.run.tracker
-    if tracker is not None and tracker not in map(str, get_available_trackers()):
-        raise RunError(f"run.tracker: {tracker} is not installed", hint="pip install 'dpo-studio[trackers]'")
-
-
-def _check_not_shorter(run: RunFolder, total: int) -> None:
-    """`training.max_steps` may come or go as long as it makes the run longer; only the data say whether it does.
-
-    Raises:
-        RunError: the run has more steps behind it than are asked for now.
-    """
-    checkpoint = newest_checkpoint(run.checkpoints)
-    if checkpoint is not None and (done := int(checkpoint.name.removeprefix("step-"))) > total:
-        raise RunError(
-            f"{run.path} has {done} steps behind it, and training.max_steps or epochs now ask for {total}",
-            hint="a run can be made longer, not shorter: choose another folder (--set run.folder=NAME)",
-        )
-
-
-def _is_finished(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> bool:
-    before = run.recipe()
-    same_length = before is not None and (before.training.epochs, before.training.max_steps) == (
-        recipe.training.epochs,
-        recipe.training.max_steps,
-    )
-    return same_length and "steps" in result
-
-
-def _unwritable(what: str, where: Path, error: Exception) -> RunError:
-    """A full or read-only disk; safetensors has an exception of its own for it."""
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-    return RunError(
-        f"{what} cannot be written to {where}: {reason}",
-        hint="free some space and run the same command: it goes on from the last whole checkpoint",
-    )
-
-
 def _figures(report: StepReport, held_out: dict[str, float]) -> str:
     m = report.metrics
-    text = (
-        f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  acc {m['rewards/accuracies']:.2f}  "
-        f"{report.pairs / report.seconds:.1f} pairs/s  {report.tokens / report.seconds:.0f} tokens/s"
+    learned = (
+        "not taken  "
+        if report.skipped
+        else f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  acc {m['rewards/accuracies']:.2f}  "
     )
+    text = f"{learned}{report.pairs / report.seconds:.1f} pairs/s  {report.tokens / report.seconds:.0f} tokens/s"
     return text + (f"  held-out acc {held_out['eval_rewards/accuracies']:.2f}" if held_out else "")
 
 

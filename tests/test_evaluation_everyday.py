@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from dpo_studio.evaluation.judges import Completion, EverydayRule, Verdict, content_stems
+from dpo_studio.evaluation.everyday import EverydayRule, content_stems
+from dpo_studio.evaluation.judges import Completion, Verdict
 
 PROMPT = "My bedroom door squeaks every time someone opens it. How do I make it quiet?"
 GOOD = (
@@ -136,6 +137,6 @@ def test_thresholds_are_fields_and_stand_in_the_description() -> None:
 
 
 def test_judging_loads_no_torch() -> None:
-    code = "import sys, dpo_studio.evaluation.judges; print('torch' in sys.modules)"
+    code = "import sys, dpo_studio.evaluation.everyday; print('torch' in sys.modules)"
     answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert answer.stdout.strip() == "False"

@@ -1,0 +1,166 @@
+"""`dpo data ...`: pairs are converted and split. It routes and prints, as cli.py does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+__all__ = ["Format", "Labels", "Map", "Source", "app", "source_section"]
+
+app = typer.Typer(
+    name="data",
+    help="Preference pairs of any shape: convert them, split them by prompt.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+)
+
+Source = Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")]
+Format = Annotated[str, typer.Option("--format", help="Name of the shape of a row; auto looks at the first rows.")]
+Map = Annotated[
+    Optional[list[str]],  # noqa: UP045 - typer reads it at run time
+    typer.Option("--map", metavar="NAME=COLUMN", help="Which column holds prompt, first, second, label, ..."),
+]
+Labels = Annotated[
+    Optional[list[str]],  # noqa: UP045
+    typer.Option("--label", metavar="MEANING=VALUE", help="What the label's values mean: first=1, second=2, tie=0."),
+]
+Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
+Json = Annotated[bool, typer.Option("--json", help="The counts as JSON on stdout.")]
+
+
+@app.command()
+def convert(
+    source: Source,
+    out: Annotated[Path, typer.Argument(metavar="OUT.jsonl", help="The file to make.")],
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Any known shape, or any that --map describes, into TRL's conversational JSON Lines."""
+    section = source_section(source, format_, map_, label)
+    from dpo_studio.workflows.data import convert_pairs
+
+    _report(convert_pairs(section, out, force=force), as_json)
+
+
+@app.command()
+def split(
+    source: Source,
+    train: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="The file of pairs to learn from.")],
+    held_out: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="The file of pairs to measure on.")],
+    fraction: Annotated[float, typer.Option(help="Share of prompts that is held out.")] = 0.1,
+    seed: Annotated[int, typer.Option(help="Another seed holds out other prompts.")] = 0,
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    force: Force = False,
+    as_json: Json = False,
+) -> None:
+    """Two files that share no prompt."""
+    section = source_section(source, format_, map_, label)
+    from dpo_studio.workflows.data import split_source
+
+    _report(split_source(section, train, held_out, fraction=fraction, seed=seed, force=force), as_json)
+
+
+def _report(summary: dict[str, Any], as_json: bool) -> None:
+    """The names of the files (or everything, as JSON) on stdout, the counts on stderr."""
+    import json
+
+    from dpo_studio.reports.text import one_line
+
+    if as_json:
+        print(json.dumps(summary))
+        return
+
+    def say(text: str) -> None:
+        print(one_line(text), file=sys.stderr)
+
+    say(f"{summary['source']}: {summary['rows']:,} rows ({summary['format']}), {summary['pairs']:,} pairs")
+    for reason, count in summary["refused"].items():
+        say(f"{count:,} rows refused: {reason}")
+    if "train" in summary:
+        say(f"{summary['train']:,} pairs to learn from, {summary['held_out']:,} held out")
+    for origin, sides in summary.get("by_source", {}).items():
+        say(f"{origin}: {sides['train']:,} and {sides['held_out']:,}")
+    outs = summary["out"]
+    print("\n".join([outs] if isinstance(outs, str) else outs))
+
+
+def source_section(
+    source: str, format_: str = "auto", map_: list[str] | None = None, label: list[str] | None = None
+) -> Any:
+    """The source that these arguments describe, a `SourceSection`, as `data.train` of a recipe would."""
+    from dpo_studio.config import SourceSection
+
+    if not source:
+        raise typer.BadParameter("the source is empty", param_hint="SOURCE")
+    columns = {name: values[-1] for name, values in _assignments("--map", map_).items()}
+    return SourceSection(source=source, format=format_, map=columns, label=_assignments("--label", label))
+
+
+def _assignments(option: str, given: list[str] | None) -> dict[str, list[str]]:
+    """`a=b a=c` -> {a: [b, c]}."""
+    found: dict[str, list[str]] = {}
+    for text in given or []:
+        name, equals, value = text.partition("=")
+        if not (name and equals and value):
+            raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint=option)
+        found.setdefault(name.strip(), []).append(value)
+    return found
+
+
+@app.command()
+def check(
+    source: Source,
+    held_out: Annotated[str | None, typer.Option(help="Pairs that will be measured on: are its prompts new?")] = None,
+    model: Annotated[
+        Optional[str],  # noqa: UP045
+        typer.Option(
+            help="A folder, a Hub id or bundled:NAME: look at lengths and chat template too (no weights read)."
+        ),
+    ] = None,
+    max_length: Annotated[int, typer.Option(min=8, help="With --model: longest prompt and answer, in tokens.")] = 1024,
+    too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
+    chat_template: Annotated[str | None, typer.Option(help="With --model: a Jinja file in place of its own.")] = None,
+    split: Annotated[Optional[str], typer.Option(help="Which split of a folder or Hub dataset.")] = None,  # noqa: UP045
+    rows: Annotated[Optional[int], typer.Option(min=1, help="Look at a seeded sample of so many rows.")] = None,  # noqa: UP045
+    format_: Annotated[str, typer.Option("--format", help="Name of the shape of a row; auto looks.")] = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")] = False,
+    html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page with figures here too.")] = None,  # noqa: UP045
+) -> None:
+    """What is wrong with these pairs, what it would do to a run, what to do. Exit 1 if nothing is usable."""
+    from dpo_studio.config import ModelSection, SourceSection
+    from dpo_studio.workflows.checking import check_source
+
+    if too_long not in ("drop", "cut_prompt_start", "cut_answer_end"):
+        choices = "drop, cut_prompt_start, cut_answer_end"
+        raise typer.BadParameter(f"{too_long!r} is not one of {choices}", param_hint="--too-long")
+    section = source_section(source, format_, map_, label)
+    report = check_source(
+        section.model_copy(update={"split": split, "rows": rows}),
+        held_out=SourceSection(source=held_out) if held_out else None,
+        model=ModelSection(path=model, chat_template=chat_template) if model else None,
+        max_length=max_length,
+        too_long=too_long,  # type: ignore[arg-type]  # one of the three
+    )
+    if html is not None:
+        from dpo_studio.reports.data_page import write_data_page
+
+        write_data_page(report, html)
+    if as_json:
+        print(json.dumps(report.to_plain()))
+    else:
+        from dpo_studio.reports.data_table import print_report
+
+        print_report(report)
+    if not report.usable:
+        sys.exit(1)  # typer.Exit ends as 0 where `main` calls the commands

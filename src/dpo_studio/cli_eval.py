@@ -1,0 +1,88 @@
+"""`dpo eval`: its command line."""
+
+from __future__ import annotations
+
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from dpo_studio.cli_judge import (
+    Concurrency,
+    JudgeSpec,
+    KeyEnv,
+    Param,
+    Price,
+    Replies,
+    Template,
+    Timeout,
+    llm_options,
+)
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several share one figure.")],
+    judge: JudgeSpec,
+    against: Annotated[str, typer.Option(help="The run's own reference, or a model or run.")] = "reference",
+    temperatures: Annotated[str, typer.Option(help="Sampling temperatures, with commas.")] = "0,0.25,0.5,0.75,1",
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts, at most.")] = 80,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to a prompt at each temperature above 0.")] = 1,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
+    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    source: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads it at run time
+        typer.Option(help="Pairs to measure on instead of those the run held out."),
+    ] = None,
+    figure: Annotated[Path, typer.Option(help="Where the figure of several runs goes, as .png and .svg.")] = Path(
+        "winrates"
+    ),
+    template: Template = None,
+    key_env: KeyEnv = None,
+    param: Param = None,
+    price: Price = None,
+    replies: Replies = None,
+    concurrency: Concurrency = 8,
+    timeout: Timeout = 120.0,
+) -> None:
+    """Win rate by temperature against the reference, held-out accuracy, calibration, KL; a figure and a page."""
+    llm = llm_options(template, key_env, param, price, replies, concurrency, timeout)
+    asked = _numbers(temperatures)
+    from dpo_studio.config import SourceSection, user_path
+    from dpo_studio.reports.progress import Progress
+    from dpo_studio.reports.text import printable
+    from dpo_studio.workflows.evaluating import Evaluation, compare_runs, evaluate_run
+    from dpo_studio.workflows.judging import judge_from
+
+    settings = Evaluation(asked, samples, max_new_tokens, prompts, seed)
+    section = SourceSection(source=source) if source else None
+    measured: list[tuple[str, dict[str, Any]]] = []
+    for run in runs:
+        with Progress() as progress:
+            rates = evaluate_run(
+                run,
+                partial(judge_from, judge, llm=llm, say=progress.say),
+                against=against,
+                source=section,
+                settings=settings,
+                progress=progress,
+            )
+        measured.append((run, rates))
+        for row in rates["temperatures"]:
+            low, high = row["win_rate_ci95"]
+            print(
+                f"temperature {row['temperature']:g}: win rate {row['win_rate']:.3f} ({low:.3f} to {high:.3f}), "
+                f"at equal length {row['length_controlled']:.3f}"
+            )
+        print(printable(str(user_path(run) / "evaluation" / "answers.html")))
+    if len(measured) > 1:
+        print(compare_runs(measured, figure))
+
+
+def _numbers(text: str) -> tuple[float, ...]:
+    try:
+        return tuple(float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"{text!r} is not numbers with commas", param_hint="--temperatures") from None

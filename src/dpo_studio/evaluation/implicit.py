@@ -1,0 +1,97 @@
+"""The policy's implicit reward as the judge: beta x how much likelier the policy finds an answer than its reference.
+
+DPO trains exactly this number (arXiv 2305.18290, Eq. 5), so it says what the policy has learned to prefer, not what is
+better: a policy that judges its own answers agrees with itself.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from dpo_studio.evaluation.judges import Comparison, Completion, Progress, Verdict, higher_wins
+from dpo_studio.learning.logprobs import check_packing
+from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
+from dpo_studio.learning.reference import batched_logps
+from dpo_studio.models.adapters import as_reference, in_eval
+from dpo_studio.objectives import PairLogps
+from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.tokens.chat import ChatEncoder
+from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
+
+__all__ = ["ImplicitReward"]
+
+
+@dataclass(frozen=True)
+class ImplicitReward:
+    """A policy with its adapter; the reference is the same model without it."""
+
+    typed: str
+    """What its user called it."""
+    policy: nn.Module
+    encoder: ChatEncoder
+    beta: float
+    """Scales the rewards in the reasons; no verdict depends on it."""
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"implicit:{self.typed}"
+
+    @property
+    def description(self) -> str:
+        """For the report."""
+        return (
+            f"The implicit reward of {self.typed}, {self.beta:g} x (log-prob under the policy - log-prob under its "
+            "reference): the answer with the higher one wins. It is what the policy was trained to prefer."
+        )
+
+    def judge_all(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict on each comparison, in order; a tie where the answers cannot be told apart or written as a chat.
+
+        Raises:
+            ModelError: packed and plain log-probs differ: the model's attention is not what it seems.
+        """
+        pairs = [Pair(c.prompt, _turn(c.a), _turn(c.b), row) for row, c in enumerate(comparisons)]
+        encoded = encode_pairs(pairs, self.encoder, max_length=None)
+        verdicts = {row: Verdict("tie", f"Not judged: {reason}.") for row, reason in encoded.refused}
+        if progress is not None:
+            progress(len(verdicts))
+        kept = [self._as_generated(pair, comparisons[pair.row]) for pair in encoded.pairs]
+        if kept:
+            with in_eval(self.policy):
+                check_packing(self.policy, kept)
+                policy = self._logps(kept, None)
+            with as_reference(self.policy):
+                reference = self._logps(kept, progress)
+            chosen_P = self.beta * (policy.chosen_P - reference.chosen_P)
+            rejected_P = self.beta * (policy.rejected_P - reference.rejected_P)
+            for pair, a, b in zip(kept, chosen_P.tolist(), rejected_P.tolist(), strict=True):
+                reason = f"The implicit reward of A is {a:.2f}, that of B {b:.2f}."
+                verdicts[pair.row] = higher_wins(a, b, reason)
+        return [verdicts[row] for row in range(len(comparisons))]
+
+    def _as_generated(self, pair: EncodedPair, comparison: Comparison) -> EncodedPair:
+        """Answers that never ended without the end of turn that the template writes after them."""
+        return replace(
+            pair,
+            chosen=_as_ended(pair.chosen, comparison.a.ended),
+            rejected=_as_ended(pair.rejected, comparison.b.ended),
+        )
+
+    def _logps(self, pairs: Sequence[EncodedPair], progress: Progress | None) -> PairLogps:
+        budget = tokens_without_gradient(CPU_TOKENS, next(self.policy.parameters()).device)
+        told = progress or (lambda done: None)
+        return batched_logps(
+            self.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: told(done)
+        )
+
+
+def _turn(answer: Completion) -> tuple[Message, ...]:
+    return (Message("assistant", answer.text),)
+
+
+def _as_ended(answer: EncodedAnswer, ended: bool) -> EncodedAnswer:
+    return answer if ended or len(answer.ids) < 2 else EncodedAnswer(answer.ids[:-1], answer.scored[:-1])

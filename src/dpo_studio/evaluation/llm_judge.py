@@ -1,0 +1,296 @@
+"""An LLM as the judge: any chat model behind an OpenAI-compatible server, asked both orders of every comparison.
+
+Every reply is written, as it came, to a file of JSON Lines before it is used, and the file is the memory: a comparison
+whose reply stands there is not asked again, whatever stopped the run before. A reply is found by what it depends on:
+model, template, parameters, prompt, both answers and their order. Verdicts are read from the replies each time, so a
+better reader reads old replies better.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from dpo_studio.evaluation.endpoint import Declined, Endpoint, run
+from dpo_studio.evaluation.judges import Comparison, Opinion, Progress, Verdict, in_both_orders
+from dpo_studio.evaluation.llm_template import TEMPLATE, filled, opinion
+
+__all__ = ["Estimate", "LLMJudge"]
+
+_CHARACTERS_A_TOKEN = 4
+"""English text in today's vocabularies; half as many in other languages."""
+_PER = 1_000_000
+"""Prices are for so many tokens."""
+
+
+def _nobody(text: str) -> None:
+    """Hears what is said."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """What asking will cost, before anything is asked."""
+
+    requests: int
+    """Still to be made: two a comparison, less what is known."""
+    known: int
+    """Replies that stand in the file."""
+    tokens_in: int
+    """About: four characters a token."""
+    tokens_out: int | None
+    """At most; None where `parameters` sets no limit."""
+    dollars: float | None
+    """At most; None without prices or without a limit."""
+
+
+@dataclass(frozen=True)
+class _Ask:
+    """One request: a comparison in one order."""
+
+    key: str
+    order: str
+    """`ab`: A is shown first."""
+    text: str
+    prompt: str
+    """The beginning of what was asked, for whoever reads the file."""
+
+
+@dataclass(frozen=True)
+class LLMJudge:
+    """A chat model behind an OpenAI-compatible server."""
+
+    model: str
+    """As the server calls it."""
+    endpoint: Endpoint
+    replies: Path
+    """JSON Lines: every reply as it came, and the memory of what has been asked."""
+    template: str = TEMPLATE
+    parameters: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 512})
+    """Sent with every request."""
+    price: tuple[float, float] | None = None
+    """Dollars a million tokens, read and written."""
+    say: Callable[[str], None] = _nobody
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"llm:{self.model}"
+
+    @property
+    def description(self) -> str:
+        """For the report."""
+        digest = hashlib.sha256(self.template.encode()).hexdigest()[:8]
+        wording = "DPO Studio's own template" if self.template == TEMPLATE else f"a template of the user's ({digest})"
+        return (
+            f"The chat model {self.model}, asked with {wording} which of two answers is better, in both orders; where "
+            "the orders disagree, or a reply holds no verdict, it is a tie."
+        )
+
+    def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:
+        """What `judge_all` would ask for."""
+        asks = self._asks(comparisons)
+        known = self._known(asks)
+        return self._estimate([ask for key, ask in asks.items() if key not in known], len(known))
+
+    def judge_all(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict on each comparison, in order. Two answers of the same text are a tie, and not asked about.
+
+        Raises:
+            JudgeError: the server declines, or stops answering. Replies that came are in the file.
+        """
+        asks = self._asks(comparisons)
+        known = self._known(asks)
+        missing = [ask for key, ask in asks.items() if key not in known]
+        self.say(cost_line(self._estimate(missing, len(known)), self.model))
+        answered = _Answered([self._keys(comparison) for comparison in comparisons], progress)
+        for key in known:
+            answered(key)
+        if missing:
+            run(self._ask_all(missing, known, answered))
+            self._tell_bill([known[ask.key] for ask in missing])
+        return [self._verdict(comparison, known) for comparison in comparisons]
+
+    # What is asked
+
+    def _asks(self, comparisons: Sequence[Comparison]) -> dict[str, _Ask]:
+        """Every request there is to make, by its key: the same question twice is one."""
+        asks: dict[str, _Ask] = {}
+        for comparison in comparisons:
+            keys = self._keys(comparison)
+            for order, shown, key in zip(("ab", "ba"), _orders(comparison), keys, strict=False):
+                ask = _Ask(key, order, filled(self.template, shown), comparison.prompt[-1].content[:200])
+                asks.setdefault(key, ask)
+        return asks
+
+    def _keys(self, comparison: Comparison) -> list[str]:
+        """Of the two requests about a comparison; none where both answers are the same."""
+        if comparison.a.text == comparison.b.text:
+            return []
+        return [self._key(shown) for shown in _orders(comparison)]
+
+    def _key(self, shown: Comparison) -> str:
+        turns = [[turn.role, turn.content] for turn in shown.prompt]
+        what = [self.model, self.template, dict(self.parameters), turns, shown.a.text, shown.b.text]
+        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
+
+    # What it costs
+
+    def _estimate(self, missing: Sequence[_Ask], known: int) -> Estimate:
+        tokens_in = sum(len(ask.text) for ask in missing) // _CHARACTERS_A_TOKEN
+        limit = self.parameters.get("max_tokens", self.parameters.get("max_completion_tokens"))
+        tokens_out = limit * len(missing) if isinstance(limit, int) else None
+        dollars = self._dollars(tokens_in, tokens_out) if tokens_out is not None else None
+        return Estimate(len(missing), known, tokens_in, tokens_out, dollars)
+
+    def _dollars(self, read: int, written: int) -> float | None:
+        return None if self.price is None else (read * self.price[0] + written * self.price[1]) / _PER
+
+    def _tell_time(self, seconds: float, left: int) -> None:
+        """Nobody knows how many requests the server really answers at a time, so: from all of them to one."""
+        least, most = seconds * left / self.endpoint.asking.concurrency / 60, seconds * left / 60
+        if most >= 1:
+            self.say(f"the first reply took {seconds:.1f} s: {left:,} more take {least:.0f} to {most:.0f} minutes")
+
+    def _tell_bill(self, replies: Sequence[Mapping[str, Any]]) -> None:
+        """What the server says it has read and written."""
+        used: Counter[str] = Counter()
+        for reply in replies:
+            usage = reply["reply"].get("usage")
+            if isinstance(usage, dict):
+                used.update({name: n for name, n in usage.items() if isinstance(n, int)})
+        read, written = used["prompt_tokens"], used["completion_tokens"]
+        again = f" in {self.endpoint.retries:,} attempts more than that" if self.endpoint.retries else ""
+        dollars = self._dollars(read, written)
+        money = "" if dollars is None else f", ${dollars:,.4f}"
+        self.say(f"{len(replies):,} replies{again}: {read:,} tokens read, {written:,} written{money}")
+
+    # Asking
+
+    async def _ask_all(
+        self, missing: Sequence[_Ask], known: dict[str, dict[str, Any]], answered: Callable[[str], None]
+    ) -> None:
+        """Ask what is missing; each reply is in the file before it is in `known`.
+
+        The first request is made alone: it shows whether the server can be asked at all, and how long a reply takes.
+        """
+        left = iter(missing)
+        async with self.endpoint.client() as client:
+
+            async def ask_one(ask: _Ask) -> None:
+                known[ask.key] = self._keep(ask, await self._reply(client, ask))
+                answered(ask.key)
+
+            async def work() -> None:
+                for ask in left:
+                    await ask_one(ask)
+
+            started = time.monotonic()
+            await ask_one(next(left))
+            self._tell_time(time.monotonic() - started, len(missing) - 1)
+            workers = [asyncio.create_task(work()) for _ in range(self.endpoint.asking.concurrency)]
+            try:
+                await asyncio.gather(*workers)
+            finally:
+                for worker in workers:
+                    worker.cancel()
+                await asyncio.gather(*workers, return_exceptions=True)
+
+    async def _reply(self, client: Any, ask: _Ask) -> dict[str, Any]:
+        request = {"model": self.model, "messages": [{"role": "user", "content": ask.text}], **self.parameters}
+        try:
+            return {"reply": await self.endpoint.complete(client, request)}
+        except Declined as declined:
+            return {"declined": declined.kind, "reply": declined.answer}
+
+    # The file of replies
+
+    def _keep(self, ask: _Ask, reply: dict[str, Any]) -> dict[str, Any]:
+        """One whole line, at once: a process that is killed leaves lines, not halves, and two may write one file."""
+        about = {"key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
+        record = about | {"prompt": ask.prompt} | reply
+        line = self.endpoint.without_key(json.dumps(record)).encode() + b"\n"
+        self.replies.parent.mkdir(parents=True, exist_ok=True)
+        with self.replies.open("a+b", buffering=0) as file:
+            if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # a disk was full within a line
+                line = b"\n" + line
+            file.write(line)
+        return record
+
+    def _known(self, asks: Mapping[str, _Ask]) -> dict[str, dict[str, Any]]:
+        """The replies that the file has for these requests."""
+        known = {}
+        for record in _records(self.replies):
+            if record.get("key") in asks and isinstance(record.get("reply"), dict):
+                known[record["key"]] = record
+        servers = Counter(str(record.get("base_url")) for record in known.values())
+        for server, count in servers.items():
+            if server != self.endpoint.base_url:
+                self.say(f"{count:,} of the known replies of {self.model} were given by {server}")
+        return known
+
+    # From replies to verdicts
+
+    def _verdict(self, comparison: Comparison, known: Mapping[str, Mapping[str, Any]]) -> Verdict:
+        keys = self._keys(comparison)
+        if not keys:
+            return Verdict("tie", "Both answers are the same.")
+        (said, reason), (said_swapped, _) = (opinion(known[key]) for key in keys)
+        return in_both_orders(_of_answers(said, "a", "b"), _of_answers(said_swapped, "b", "a"), reason)
+
+
+class _Answered:
+    """Turns replies into comparisons done: one is when the last of its requests is answered."""
+
+    def __init__(self, keys_of: Sequence[Sequence[str]], progress: Progress | None) -> None:
+        self._left = [len(keys) for keys in keys_of]
+        self._waiting: dict[str, list[int]] = {}
+        for place, keys in enumerate(keys_of):
+            for key in keys:
+                self._waiting.setdefault(key, []).append(place)
+        self._progress = progress or (lambda done: None)
+        self._progress(self._left.count(0))
+
+    def __call__(self, key: str) -> None:
+        places = self._waiting.pop(key)
+        for place in places:
+            self._left[place] -= 1
+        self._progress(sum(self._left[place] == 0 for place in places))
+
+
+def cost_line(cost: Estimate, model: str) -> str:
+    """The estimate in words."""
+    known = f" ({cost.known:,} more are known)" if cost.known else ""
+    out = "" if cost.tokens_out is None else f", at most {cost.tokens_out:,} written"
+    money = "" if cost.dollars is None else f", at most ${cost.dollars:,.2f}"
+    return f"{cost.requests:,} requests to {model}{known}: about {cost.tokens_in:,} tokens read{out}{money}"
+
+
+def _orders(comparison: Comparison) -> tuple[Comparison, Comparison]:
+    return comparison, comparison.swap()
+
+
+def _of_answers(said: str, first: Opinion, second: Opinion) -> Opinion:
+    """An opinion on what was shown first and second, as one on A and B."""
+    known: dict[str, Opinion] = {"1": first, "2": second, "tie": "tie", "refused": "refused", "too long": "too long"}
+    return known.get(said, "unparsable")
+
+
+def _records(file: Path) -> Iterator[dict[str, Any]]:
+    """The whole lines of the file; half a line is a reply that never came."""
+    if not file.exists():
+        return
+    with file.open("rb") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(record, dict):
+                yield record

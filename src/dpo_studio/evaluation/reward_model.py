@@ -1,0 +1,167 @@
+"""A reward model as the judge: any sequence classifier of transformers; its number for a chat is the answer's reward.
+
+The chat is written by the model's own template, to its last token, for that is what such models are trained on; a
+tokenizer without a template (most encoders) gets question and answer as its two texts. Each answer is read once, so
+there is no order to be biased by.
+
+Shapes: B = answers read at once, W = tokens of the longest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+
+from dpo_studio.config import ModelSection
+from dpo_studio.errors import ModelError
+from dpo_studio.evaluation.judges import Comparison, Progress, Verdict, as_text, higher_wins
+from dpo_studio.models.load import check_files, choose_dtype, load_encoder, load_weights, locate
+from dpo_studio.preferences.pair import Message
+from dpo_studio.tokens.chat import PairError
+
+__all__ = ["RewardModel", "load_reward_model"]
+
+_TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768}
+"""Padding included; a longer answer goes alone."""
+
+Ids = list[int] | PairError
+Chats = Sequence[tuple[Message, ...]]
+
+
+@dataclass(frozen=True)
+class RewardModel:
+    """A loaded sequence classifier. With two labels the reward is the log-odds of the second."""
+
+    typed: str
+    """What its user called it."""
+    model: PreTrainedModel
+    encode: Callable[[Chats], list[Ids]] = field(repr=False)
+    """Whole chats, the answer their last turn, to ids."""
+
+    @property
+    def name(self) -> str:
+        """For tables."""
+        return f"reward:{self.typed}"
+
+    @property
+    def description(self) -> str:
+        """For the report."""
+        second = self.model.config.id2label[1] if self.model.config.num_labels == 2 else None
+        number = "its number for the whole chat" if second is None else f"the log-odds it gives {second}"
+        return f"The reward model {self.typed}: the answer with the higher reward wins, {number}; equal rewards tie."
+
+    def judge_all(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
+        """A verdict on each comparison, in order; where an answer is too long for the model it is a tie.
+
+        `progress` hears of comparisons as their answers are read, each of which counts one half.
+        """
+        chats = list(
+            dict.fromkeys(
+                (*pair.prompt, Message("assistant", answer.text)) for pair in comparisons for answer in (pair.a, pair.b)
+            )
+        )
+        rewards = dict(zip(chats, self._rewards(chats, len(comparisons), progress), strict=True))
+        return [
+            _verdict(*(rewards[*pair.prompt, Message("assistant", answer.text)] for answer in (pair.a, pair.b)))
+            for pair in comparisons
+        ]
+
+    def _rewards(self, chats: Chats, total: int, progress: Progress | None) -> list[float | None]:
+        """The reward of each chat, None where it has none."""
+        ids = self.encode(chats)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
+        readable = [
+            (place, its) for place, its in enumerate(ids) if not isinstance(its, PairError) and len(its) <= limit
+        ]
+        rewards: list[float | None] = [None] * len(chats)
+        told = 0
+        for batch in _batches(readable, _TOKENS_AT_ONCE[self.model.device.type]):
+            for (place, _), reward in zip(batch, self._read([its for _, its in batch]).tolist(), strict=True):
+                rewards[place] = reward
+            if progress is not None:
+                done = total * sum(reward is not None for reward in rewards) // len(chats)
+                progress(done - told)
+                told = done
+        if progress is not None:
+            progress(total - told)
+        return rewards
+
+    @torch.no_grad()
+    def _read(self, ids: Sequence[list[int]]) -> Tensor:
+        """Rewards of chats padded on the right, fp32, (B,).
+
+        A decoder is read at its last token that is not its padding token. One without a padding token is lent a token
+        that none of the chats holds, so that it is read where it would be on its own.
+        """
+        config = self.model.config.get_text_config()
+        own = config.pad_token_id
+        pad = own if own is not None else _absent(ids, config.vocab_size)
+        width = max(map(len, ids))
+        ids_BW = torch.tensor([[*its, *[pad] * (width - len(its))] for its in ids], device=self.model.device)
+        mask_BW = torch.tensor([[1] * len(its) + [0] * (width - len(its)) for its in ids], device=self.model.device)
+        config.pad_token_id = pad
+        try:
+            logits_BL: Tensor = self.model(input_ids=ids_BW, attention_mask=mask_BW).logits.float()
+        finally:
+            config.pad_token_id = own
+        return logits_BL[:, 0] if logits_BL.shape[1] == 1 else logits_BL[:, 1] - logits_BL[:, 0]
+
+
+def load_reward_model(name: str, *, dtype: str = "auto", say: Callable[[str], None] = lambda _: None) -> RewardModel:
+    """Load a folder or Hub id: safetensors only, no code of its own, every tensor there.
+
+    Raises:
+        ModelError: not found, unsafe, or no classifier with one label or two.
+    """
+    folder = locate(name, None, say)
+    check_files(folder, name)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    chosen, _ = choose_dtype(dtype, device)
+    model = load_weights(AutoModelForSequenceClassification, folder, chosen, None, name).to(device).eval()
+    if model.config.num_labels > 2:
+        raise ModelError(
+            f"{name} has {model.config.num_labels} labels, and none of them is the reward",
+            hint="a reward model has one label, or two whose second is the good one",
+        )
+    try:
+        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    except Exception as error:
+        raise ModelError(f"{name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    if tokenizer.chat_template:
+        return RewardModel(name, model, load_encoder(folder, ModelSection(path=name)).chat_ids)
+    return RewardModel(name, model, lambda chats: _two_texts(tokenizer, chats))
+
+
+def _two_texts(tokenizer: Any, chats: Chats) -> list[Ids]:
+    """Question and answer as an encoder's two texts."""
+    questions, answers = [as_text(chat[:-1]) for chat in chats], [chat[-1].content for chat in chats]
+    ids: list[Ids] = tokenizer(questions, answers, truncation=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _batches(chats: Sequence[tuple[int, list[int]]], tokens: int) -> list[list[tuple[int, list[int]]]]:
+    """Chats of like length together, the longest first."""
+    batches: list[list[tuple[int, list[int]]]] = []
+    for chat in sorted(chats, key=lambda chat: -len(chat[1])):
+        if batches and len(batches[-1][0][1]) * (len(batches[-1]) + 1) <= tokens:
+            batches[-1].append(chat)
+        else:
+            batches.append([chat])
+    return batches
+
+
+def _absent(ids: Sequence[list[int]], vocabulary: int) -> int:
+    """A token that none of the chats holds; 0 where one chat is all there is to read and holds them all."""
+    used = set().union(*ids)
+    return next((token for token in range(vocabulary) if token not in used), 0)
+
+
+def _verdict(a: float | None, b: float | None) -> Verdict:
+    if a is None or b is None:
+        return Verdict("tie", "Not judged: an answer is too long for the reward model.")
+    return higher_wins(a, b, f"The reward of A is {a:.3g}, that of B {b:.3g}.")

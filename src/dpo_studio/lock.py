@@ -1,0 +1,94 @@
+"""One process a run folder: a lock which the system itself takes back when its process is gone, however it went."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from dpo_studio.errors import RunError
+
+__all__ = ["LOCK", "Held", "held"]
+
+LOCK = ".lock"
+
+
+@dataclass(frozen=True)
+class Held:
+    """A folder that nobody else trains in."""
+
+    folder: Path
+    descriptor: int
+
+    def check(self) -> None:
+        """Ask whether the folder is still there and still the one that was locked; one `stat`.
+
+        Raises:
+            RunError: it was removed, moved away or replaced.
+        """
+        if not _is_at(self.descriptor, self.folder / LOCK):
+            raise RunError(
+                f"{self.folder} was removed, moved or replaced while it was being trained in; nothing more is written",
+                hint="if it was moved, name its new place (--set run.folder=NAME): it goes on from its last checkpoint",
+            )
+
+
+@contextmanager
+def held(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator[Held]:
+    """Inside, this process alone trains in `folder`, which is made, and removed again if nothing else is in it then.
+
+    Raises:
+        RunError: another process has it, or the folder cannot be written.
+    """
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = _taken(folder / LOCK, warn)
+    except OSError as error:
+        raise RunError(
+            f"{folder} cannot be written: {error.strerror or error}",
+            hint="choose another folder: --set run.folder=NAME",
+        ) from None
+    try:
+        yield Held(folder, descriptor)
+    finally:
+        if _is_at(descriptor, folder / LOCK):  # and not one that a stranger has put there since
+            (folder / LOCK).unlink()
+        os.close(descriptor)
+        with suppress(OSError):  # something is in it
+            for path in made:
+                path.rmdir()
+
+
+def _taken(file: Path, warn: Callable[[str], None]) -> int:
+    """The open and locked file. Its content is only for the message that another process gets."""
+    while True:
+        descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
+            os.close(descriptor)
+            raise RunError(
+                f"{file.parent} is being trained in by {holder or 'another process'}",
+                hint="wait for it, stop it, or choose another folder: --set run.folder=NAME",
+            ) from None
+        except OSError as error:  # NFS without its lock service
+            warn(f"{file.parent} is on a file system without locks ({error.strerror}): see that one process uses it")
+        if _is_at(descriptor, file):
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+            return descriptor
+        os.close(descriptor)  # whoever had it has removed it in this moment
+
+
+def _is_at(descriptor: int, file: Path) -> bool:
+    try:
+        there = file.lstat()
+    except OSError:
+        return False
+    return os.path.samestat(there, os.fstat(descriptor))

@@ -1,0 +1,270 @@
+"""The values of a row -> turns of a chat -> a checked Pair, or a `RowError` that says why not.
+
+Nothing is guessed: a row with an answer that is a number, empty, or equal to the other one holds no preference that
+can be learned, and one that can be read in two ways is refused rather than read in either.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import re
+from collections.abc import Sequence
+
+from dpo_studio.preferences.pair import Message, Pair
+
+__all__ = [
+    "Row",
+    "RowError",
+    "Turns",
+    "answers_to",
+    "conversation",
+    "dialogues",
+    "implicit",
+    "is_transcript",
+    "messages",
+    "number",
+    "opens_a_dialogue",
+    "text_of",
+    "transcript",
+    "turns_of",
+    "value_of",
+    "with_system",
+]
+
+Row = dict[str, object]
+Turns = tuple[Message, ...]
+
+_ROLES = {"system", "developer", "user", "assistant", "tool"}
+_SPEAKERS = {  # how ShareGPT's files, and those that follow them, call the same roles
+    **dict.fromkeys(("human", "user"), "user"),
+    **dict.fromkeys(("gpt", "assistant"), "assistant"),
+    **dict.fromkeys(("observation", "tool"), "tool"),
+    "system": "system",
+}
+_ASKS = {"user", "tool"}  # the turns an assistant answers
+_OPENS = {"system", "developer", "user"}  # a list that begins so is a dialogue, not an answer
+_LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
+_TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+class RowError(Exception):
+    """This row is not a pair."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+# Pairs
+
+
+def conversation(prompt: object, chosen: object, rejected: object) -> Pair:
+    """A pair whose prompt is given: text, messages or turns. Answers that are whole dialogues must begin with it."""
+    if isinstance(prompt, tuple):
+        return answers_to(prompt, chosen, rejected)
+    if isinstance(prompt, str):
+        answers = turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant")
+        if all(_is_dialogue(turns) for turns in answers):
+            return dialogues(text_of(prompt, "prompt"), *answers)
+    return answers_to(turns_of(prompt, "prompt", "user"), chosen, rejected)
+
+
+def answers_to(prompt: Turns, chosen: object, rejected: object) -> Pair:
+    """A pair of two answers, text or messages, to these turns, which either answer may repeat."""
+    answers = turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant")
+    return _checked(prompt, *(_after(prompt, turns) for turns in answers))
+
+
+def implicit(chosen: object, rejected: object) -> Pair:
+    """A pair whose answers begin alike; what they share is the prompt."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        return _texts_that_begin_alike(chosen, rejected)
+    return dialogues(None, messages(chosen, "chosen"), messages(rejected, "rejected"))
+
+
+def dialogues(prompt: str | None, chosen: Turns, rejected: Turns) -> Pair:
+    """Two whole dialogues: the turns they share, up to the last one an assistant answers, are the prompt.
+
+    A text prompt beside them must be their first or last user turn (sets of several turns do either).
+    """
+    shared = _in_common(chosen, rejected)
+    while shared and chosen[shared - 1].role not in _ASKS:
+        shared -= 1
+    asked = [turn.content.strip() for turn in chosen[:shared] if turn.role == "user"]
+    if prompt is not None and prompt.strip() not in {*asked[:1], *asked[-1:]}:
+        raise RowError("prompt differs from the dialogue")
+    if not asked:
+        raise RowError("no prompt: chosen and rejected share no user turn")
+    return _checked(chosen[:shared], chosen[shared:], rejected[shared:])
+
+
+def with_system(prompt: Turns, system: object) -> Turns:
+    """The prompt under the system turn of a column of its own, which may be empty."""
+    if system is None or (isinstance(system, str) and not system.strip()):
+        return prompt
+    if prompt and prompt[0].role in {"system", "developer"}:
+        raise RowError("prompt has a system turn besides the system column")
+    return (Message("system", text_of(system, "system")), *prompt)
+
+
+def _after(prompt: Turns, turns: Turns) -> Turns:
+    """An answer without the prompt it may repeat."""
+    if not _is_dialogue(turns):
+        return turns
+    if turns[: len(prompt)] != prompt:
+        raise RowError("prompt differs from the dialogue")
+    return turns[len(prompt) :]
+
+
+def _texts_that_begin_alike(chosen: str, rejected: str) -> Pair:
+    """TRL's implicit prompt for plain texts: their common beginning, here up to a whole word."""
+    common = re.match(r".*\s", chosen[: _in_common(chosen, rejected)], re.DOTALL)
+    if common is None or not common[0].strip():
+        raise RowError("no prompt: chosen and rejected do not begin alike")
+    prompt, start = common[0].rstrip(), common.end()
+    return conversation(prompt, chosen[start:], rejected[start:])
+
+
+def _in_common(one: Sequence[object], other: Sequence[object]) -> int:
+    """How many elements the two begin with alike."""
+    return sum(1 for _ in itertools.takewhile(lambda both: both[0] == both[1], zip(one, other, strict=False)))
+
+
+def _checked(prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
+    """The pair, if there is one thing to answer and there are two different answers to it."""
+    if not prompt:
+        raise RowError("prompt is empty")
+    if prompt[-1].role not in _ASKS:
+        raise RowError("prompt does not end with a user turn")
+    if not prompt[-1].content.strip():
+        raise RowError("prompt is empty")
+    for side, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns:
+            raise RowError(f"{side} is empty")
+        if turns[0].role != "assistant":
+            raise RowError(f"{side} does not start with an assistant turn")
+        if turns[-1].role != "assistant":
+            raise RowError(f"{side} does not end with an assistant turn")
+        if not turns[-1].content.strip():
+            raise RowError(f"{side} is empty")
+    if _bare(chosen) == _bare(rejected):
+        raise RowError("chosen and rejected are identical")
+    return Pair(prompt, chosen, rejected)
+
+
+def _bare(turns: Turns) -> list[tuple[str, str]]:
+    return [(turn.role, turn.content.strip()) for turn in turns]
+
+
+def _is_dialogue(turns: Turns) -> bool:
+    return bool(turns) and turns[0].role in _OPENS
+
+
+# Transcripts
+
+
+def is_transcript(text: object) -> bool:
+    return isinstance(text, str) and text.lstrip().startswith("Human:") and "\n\nAssistant:" in text
+
+
+def transcript(text: str, side: str) -> Turns:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` as turns, the white space between them dropped."""
+    start, *parts = _TRANSCRIPT_TURN.split(text.lstrip())
+    if start or not parts:
+        raise RowError(f"{side} is not a Human/Assistant transcript")
+    turns = zip(parts[::2], parts[1::2], strict=True)
+    return tuple(Message(_TRANSCRIPT_ROLES[speaker], content.strip()) for speaker, content in turns)
+
+
+# Values
+
+
+def value_of(row: Row, name: str) -> object:
+    """What stands in a column; nothing, null and NaN (a data frame's null) are missing."""
+    value = row.get(name)
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        raise RowError(f"{name} is missing")
+    return value
+
+
+def number(row: Row, name: str) -> float:
+    """A finite number, written as one or as text."""
+    value = value_of(row, name)
+    if isinstance(value, int | float | str) and not isinstance(value, bool):
+        try:
+            if math.isfinite(found := float(value)):
+                return found
+        except (ValueError, OverflowError):
+            pass
+    raise RowError(f"{name} is not a number")
+
+
+def turns_of(value: object, side: str, role: str) -> Turns:
+    """Text is one turn of `role`; a message list is itself."""
+    if isinstance(value, str):
+        return (Message(role, text_of(value, side)),)
+    if not isinstance(value, list):
+        raise RowError(f"{side} is neither text nor messages")
+    return messages(value, side)
+
+
+def opens_a_dialogue(value: object) -> bool:
+    first = value[0] if isinstance(value, list) and value else None
+    role = first.get("role") if isinstance(first, dict) else None
+    return isinstance(role, str) and role in _OPENS
+
+
+def messages(value: object, side: str) -> Turns:
+    """A list of `{role, content}`, or of ShareGPT's `{from, value}`."""
+    if not isinstance(value, list):
+        raise RowError(f"{side} is not a list of messages")
+    return tuple(_message(item, side) for item in value)
+
+
+def _message(item: object, side: str) -> Message:
+    if not isinstance(item, dict):
+        raise RowError(f"{side} holds something that is not a message")
+    if item.get("tool_calls") or item.get("from") == "function_call":  # dropping them would change what the answer is
+        raise RowError(f"{side} has a message with tool calls, which are not supported")
+    if "from" in item and "role" not in item:
+        role, content = item["from"], item.get("value")
+        role = _SPEAKERS.get(role, role) if isinstance(role, str) else role
+    else:
+        role, content = item.get("role"), item.get("content")
+    if not isinstance(role, str):
+        raise RowError(f"{side} has a message without a role")
+    if role not in _ROLES:
+        raise RowError(f"{side} has a message of unknown role {ascii(role)[:24]}")
+    if content is None:
+        raise RowError(f"{side} has a message without content")
+    return Message(role, _content(content, side))
+
+
+def _content(content: object, side: str) -> str:
+    """Text, or a list of text parts joined; images and the rest are refused."""
+    if isinstance(content, str):
+        return _unicode(content)
+    parts = content if isinstance(content, list) else [content]
+    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
+        raise RowError(f"{side} has a message whose content is not text")
+    return _unicode("".join(map(str, texts)))
+
+
+def text_of(value: object, side: str) -> str:
+    """The value, if it is text that a tokenizer can take."""
+    if not isinstance(value, str):
+        raise RowError(f"{side} is not text")
+    if _LIST_AS_TEXT.match(value):  # what a data frame of message lists becomes in a CSV file
+        raise RowError(f"{side} is a message list written out as text")
+    return _unicode(value)
+
+
+def _unicode(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a lone surrogate: no tokenizer takes it
+        raise RowError("text is not valid Unicode") from None
+    return text

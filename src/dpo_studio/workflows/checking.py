@@ -1,0 +1,159 @@
+"""`dpo data check`: what is wrong with pairs, before a GPU is warm; and its short form before training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import islice
+
+from dpo_studio.config import ModelSection, Recipe, SourceSection, TooLong
+from dpo_studio.errors import DataError
+from dpo_studio.preferences.checks import TextChecks
+from dpo_studio.preferences.duplicates import REMEMBERED
+from dpo_studio.preferences.findings import DataReport, Finding, level_of
+from dpo_studio.preferences.pair import Pair
+from dpo_studio.preferences.rows import sample
+from dpo_studio.preferences.sources import Refusal, open_pairs
+from dpo_studio.preferences.split import Split
+from dpo_studio.reports.progress import Progress
+from dpo_studio.reports.text import percent
+from dpo_studio.tokens.checks import TokenChecks, rule_findings
+from dpo_studio.tokens.encode import Encoded
+
+__all__ = ["check_source", "look_at_lengths", "look_at_pairs"]
+
+_AT_ONCE = 256
+"""Rows between two movements of the bar, and pairs a call of the tokenizer."""
+_BEFORE_TRAINING = 10_000
+"""Pairs that the short form looks at: three seconds. A larger set is sampled."""
+
+
+def check_source(
+    section: SourceSection,
+    *,
+    held_out: SourceSection | None = None,
+    model: ModelSection | None = None,
+    max_length: int = 1024,
+    too_long: TooLong = "drop",
+    progress: Progress | None = None,
+) -> DataReport:
+    """Read every row of a source once and say what is wrong with it; memory does not grow with its text.
+
+    With a model, its tokenizer and chat template are asked too (no weights are read). With a held-out source, what
+    its prompts share with the pairs is reported.
+
+    Raises:
+        DataError: a source is missing, unreadable, empty or of no known shape.
+        ModelError: the model's tokenizer or chat template cannot be used.
+    """
+    with progress or Progress() as shown:
+        tokens = None if model is None else _token_checks(model, max_length, too_long, shown)
+        stream = open_pairs(section)
+        texts = TextChecks()
+        with shown.task(f"check {stream.name}", None, "rows") as advance:
+            while rows := list(islice(stream.results, _AT_ONCE)):
+                pairs = [row for row in rows if isinstance(row, Pair)]
+                for row in rows:
+                    if isinstance(row, Refusal):
+                        texts.refuse(row)
+                    else:
+                        texts.see(row)
+                if tokens is not None and pairs:
+                    tokens.see(pairs)
+                advance(len(rows))
+        if held_out is not None:
+            for pair in _pairs_of(held_out):
+                texts.see_held_out(pair)
+    findings, histograms = texts.findings(), texts.histograms()
+    if tokens is not None and tokens.pairs:
+        findings += tokens.findings()
+        histograms += tokens.histograms()
+    return DataReport(
+        source=stream.name,
+        format=stream.format,
+        rows=texts.rows,
+        pairs=texts.pairs,
+        usable=texts.pairs if tokens is None else tokens.usable,
+        prompts=texts.duplicates.prompts,
+        refused=dict(texts.refused.most_common()),
+        findings=findings,
+        histograms=histograms,
+        model=None if model is None else model.path,
+        looked_at="" if texts.duplicates.saw_all else f"near duplicates among the first {REMEMBERED:,} pairs",
+    )
+
+
+def _token_checks(model: ModelSection, max_length: int, too_long: TooLong, progress: Progress) -> TokenChecks:
+    from dpo_studio.models.load import load_encoder, locate  # torch, which the checks of text do without
+
+    folder = locate(model.path, model.revision, progress.say)
+    return TokenChecks(load_encoder(folder, model), max_length=max_length, too_long=too_long)
+
+
+def _pairs_of(section: SourceSection) -> Iterator[Pair]:
+    return (row for row in open_pairs(section).results if isinstance(row, Pair))
+
+
+def look_at_pairs(recipe: Recipe, split: Split, progress: Progress, *, anyway: bool) -> None:
+    """The short form of the checks of text, before training; at most 10,000 pairs are looked at.
+
+    Raises:
+        DataError: what was found makes the run worthless, and nobody said `anyway`.
+    """
+    seed = recipe.data.split_seed
+    texts = TextChecks()
+    for pair in _some(split.train, seed):
+        texts.see(pair)
+    for pair in _some(split.held_out, seed):
+        texts.see_held_out(pair)
+    of = f"{texts.pairs:,} of {len(split.train):,}" if texts.pairs < len(split.train) else f"{texts.pairs:,}"
+    _tell([_shared_prompts(split), *texts.findings()], f"{of} training pairs", progress, anyway=anyway)
+
+
+def _some(pairs: list[Pair], seed: int) -> list[Pair]:
+    if len(pairs) <= _BEFORE_TRAINING:
+        return pairs
+    return [pair for _, pair in sample(((pair.row, pair) for pair in pairs), _BEFORE_TRAINING, seed=seed)]
+
+
+def _shared_prompts(split: Split) -> Finding:
+    """The training pairs that an explicit held-out source has cost."""
+    dropped, of = split.shared_prompts_dropped, len(split.train) + split.shared_prompts_dropped
+    return Finding(
+        "shared-prompts",
+        "training pairs whose prompt is held out",
+        dropped,
+        of,
+        level_of(dropped, of, warning=0.1, stop=0.5),
+        does="They are not trained on: the two sources are nearly the same.",
+        todo="Hold out other prompts, or a share of them: data.held_out.fraction.",
+    )
+
+
+def look_at_lengths(recipe: Recipe, encoded: Encoded, progress: Progress, *, anyway: bool) -> None:
+    """The short form of the checks of tokens, from what encoding the training pairs has counted.
+
+    Raises:
+        DataError: what was found makes the run worthless, and nobody said `anyway`.
+    """
+    pairs = len(encoded.pairs) + len(encoded.refused)
+    found = rule_findings(encoded.counts, pairs, recipe.data.max_length, recipe.data.too_long)
+    _tell(found, "token ids of the training pairs", progress, anyway=anyway)
+
+
+def _tell(findings: list[Finding], what: str, progress: Progress, *, anyway: bool) -> None:
+    """Each stop and warning in a line; then on or not."""
+    grave = [finding for finding in findings if finding.level == "stop"]
+    told = [*grave, *(finding for finding in findings if finding.level == "warning")]
+    if not told:
+        progress.say(f"checked {what}: nothing stands out")
+    for finding in told:
+        progress.warn(f"{_line(finding)}. {finding.does}")
+    if grave and not anyway:
+        raise DataError(
+            f"this run would be worthless: {'; '.join(_line(finding) for finding in grave)}",
+            hint=f"{grave[0].todo} `dpo data check` shows examples; `dpo train --anyway` trains all the same",
+        )
+
+
+def _line(finding: Finding) -> str:
+    return f"{finding.title}: {finding.count:,} of {finding.of:,} ({percent(finding.share)})"

@@ -1,0 +1,49 @@
+"""Whether a training's layers are compiled: a minute that a long one earns back."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from peft import PeftModel
+
+from dpo_studio.config import Recipe
+from dpo_studio.learning.memory import CPU_TOKENS
+from dpo_studio.models.attention import FLEX, can_compile
+from dpo_studio.models.gptq import weight_count
+from dpo_studio.models.layers import compiled_layers, set_recompute
+from dpo_studio.models.load import ChatModel
+from dpo_studio.reports.progress import Progress
+from dpo_studio.tokens.pack import packed_tokens
+from dpo_studio.workflows.preparing import RunData, steps_of
+
+__all__ = ["accelerated"]
+
+_WORTH_COMPILING = 4e15
+"""Weights x tokens: 700 pairs of UltraFeedback on a 7B. Compiled layers save a third of the time, and cost a minute."""
+
+
+@contextmanager
+def accelerated(
+    recipe: Recipe, base: ChatModel, policy: PeftModel, data: RunData, progress: Progress
+) -> Iterator[None]:
+    """Compiled layers where there is enough to do that they pay for their compilation."""
+    if base.device.type == "cuda" and not can_compile():
+        progress.warn(
+            "no kernels can be compiled here (Triton and a C compiler such as gcc are needed): "
+            "training works, at less than half the speed"
+        )
+    # the two passes of a whole-step objective are compiled apart and would not drop out alike
+    unlike = recipe.objective.whole_step and recipe.adapter.dropout > 0
+    if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX or unlike:
+        yield
+        return
+    set_recompute(policy, "nothing")
+    steps = steps_of(recipe, data.train.pairs, CPU_TOKENS)
+    tokens = steps.total * steps.pairs_per_step * sum(map(packed_tokens, data.train.pairs)) / len(data.train.pairs)
+    if tokens * weight_count(base.model) < _WORTH_COMPILING:
+        yield
+        return
+    progress.say("compiling the model's layers: a minute the first time, then it is kept")
+    with compiled_layers(policy):
+        yield

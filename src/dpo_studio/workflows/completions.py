@@ -1,0 +1,94 @@
+"""Answers that are kept: written once, on disk before anybody judges them, found again after an interruption."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpo_studio.evaluation.generation import generate
+from dpo_studio.evaluation.judges import Completion
+from dpo_studio.models.load import weights_fingerprint
+from dpo_studio.preferences.pair import Message
+from dpo_studio.reports.progress import Progress
+from dpo_studio.runs import write_atomically
+from dpo_studio.workflows.loading import Loaded
+
+__all__ = ["Speaker"]
+
+
+class Speaker:
+    """One side of a comparison: a loaded model that answers prompts, and the folder its answers are kept in."""
+
+    def __init__(self, loaded: Loaded, folder: Path, side: str, *, tuned: bool) -> None:
+        self.loaded, self.folder, self.side, self.tuned = loaded, folder, side, tuned
+        adapter = loaded.adapter if tuned else None
+        self._depends_on = {
+            "weights": weights_fingerprint(loaded.base.folder),
+            "adapter": weights_fingerprint(adapter) if adapter is not None else "",
+            "reference_of": "" if tuned or loaded.adapter is None else weights_fingerprint(loaded.adapter),
+            "dtype": str(loaded.base.model.dtype),
+            "attention": loaded.base.model.config._attn_implementation,
+            "device": loaded.base.device.type,
+            "torch": torch.__version__,
+        }
+
+    def prompt_ids(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
+        """The prompts as this model reads them."""
+        return [self.loaded.base.encoder.prompt_ids(chat) for chat in chats]
+
+    def answers(
+        self,
+        chats: Sequence[Sequence[Message]],
+        *,
+        temperature: float,
+        sample: int,
+        max_new_tokens: int,
+        seed: int,
+        progress: Progress,
+    ) -> list[Completion]:
+        """One answer to each chat, from the file of an earlier start if it is there and whole.
+
+        A file's name holds a digest of all its answers depend on, so another model, prompt, length or precision makes
+        another file.
+        """
+        prompts = self.prompt_ids(chats)
+        asked = {"temperature": temperature, "sample": sample, "max_new_tokens": max_new_tokens, "seed": seed}
+        key = json.dumps(self._depends_on | asked | {"prompts": prompts}, sort_keys=True)
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        file = self.folder / f"{self.side}-t{temperature:g}-s{sample}-{digest[:12]}.jsonl"
+        known = _read(file, len(chats))
+        if known is not None:
+            return known
+        encoder = self.loaded.base.encoder
+        title = f"{self.side}, temperature {temperature:g}" + (f", sample {sample}" if sample else "")
+        with progress.task(title, None, "tokens") as advance, self.loaded.tuned(self.tuned):
+            found = generate(
+                self.loaded.policy,
+                prompts,
+                encoder.decode,
+                eos_ids=encoder.eos_ids,
+                pad_id=encoder.pad_id,
+                max_new_tokens=max_new_tokens,
+                temperature=temperature,
+                seed=seed,
+                sample=sample,
+                progress=advance,
+            )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(file, "".join(json.dumps(vars(answer)) + "\n" for answer in found))
+        return found
+
+
+def _read(file: Path, count: int) -> list[Completion] | None:
+    """The answers of a file, None if it is not there or not what was written."""
+    try:
+        rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        found = [Completion(**(row | {"ids": tuple(row["ids"])})) for row in rows]
+    except (OSError, ValueError, TypeError, KeyError):
+        return None
+    return found if len(found) == count else None

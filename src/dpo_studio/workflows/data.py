@@ -1,0 +1,198 @@
+"""`dpo data convert` and `dpo data split`: pairs of any shape into TRL's conversational JSON Lines, row by row.
+
+Memory does not grow with the source, and what is written appears whole or not at all.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TextIO
+
+from dpo_studio.config import SourceSection
+from dpo_studio.errors import DataError, UsageError
+from dpo_studio.preferences.pair import Pair, prompt_key, trl_row
+from dpo_studio.preferences.sources import PairStream, Refusal, nothing_usable, open_pairs
+from dpo_studio.preferences.split import stratified
+from dpo_studio.reports.progress import Progress
+
+__all__ = ["convert_pairs", "refused_beside", "split_source"]
+
+_ROWS_AT_ONCE = 1000
+_MOST_ORIGINS = 50  # a column `source` may be different in every row; counting it must not grow with the file
+
+
+def convert_pairs(
+    source: SourceSection, out: Path, *, force: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Write every pair to `out`, and row number and reason of every refused row to `OUT.refused.jsonl`.
+
+    Returns what was counted: source, format, rows, pairs, refused (by reason), out, refused_out.
+
+    Raises:
+        DataError: the source cannot be used or has not one pair, or a file exists and `force` is not given.
+        UsageError: `out` cannot be a file.
+    """
+    apart = refused_beside(out)
+    with progress or Progress() as shown, _appearing([out, apart], force=force) as (kept, refused):
+        stream = open_pairs(source)
+        tally = _Tally()
+        for result in _counted(stream, tally, shown, "converting"):
+            if isinstance(result, Refusal):
+                _write(refused, {"row": result.row, "reason": result.reason})
+            else:
+                _write(kept, trl_row(result))
+        if not tally.pairs:
+            raise nothing_usable(stream, tally.refused)
+    return tally.summary(stream) | {"out": str(out), "refused_out": str(apart)}
+
+
+def split_source(
+    source: SourceSection,
+    train: Path,
+    held_out: Path,
+    *,
+    fraction: float,
+    seed: int,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Write the pairs whose prompt is held out to one file and the others to another, refused rows beside the latter.
+
+    The source is read twice: to see which prompts each `Pair.origin` has, and to give up the same share of each. Where
+    there is one origin, the prompts held out are those that a recipe's `data.held_out.fraction` takes.
+
+    Returns what `convert_pairs` counts, and train, held_out (pairs) and by_source ({origin: {train, held_out}}).
+
+    Raises:
+        DataError: as `convert_pairs`, or one side has no pair.
+        UsageError: the fraction is not between 0 and 1, or a file cannot be one.
+    """
+    if not 0 < fraction < 1:
+        raise UsageError(f"--fraction {fraction} is not between 0 and 1")
+    files = [train, held_out, refused_beside(train)]
+    with progress or Progress() as shown, _appearing(files, force=force) as (learned, measured, refused):
+        origins = _Origins()
+        results = _counted(open_pairs(source), _Tally(), shown, "looking through")
+        pairs = (result for result in results if isinstance(result, Pair))
+        is_apart = stratified(
+            ((origins.name(pair.origin), prompt_key(pair.prompt)) for pair in pairs), seed=seed, fraction=fraction
+        )
+        stream, tally = open_pairs(source), _Tally()
+        counts: dict[str, Counter[str]] = {}
+        for result in _counted(stream, tally, shown, "splitting"):
+            if isinstance(result, Refusal):
+                _write(refused, {"row": result.row, "reason": result.reason})
+                continue
+            apart = is_apart(prompt_key(result.prompt))
+            _write(measured if apart else learned, trl_row(result))
+            counts.setdefault(origins.name(result.origin), Counter(train=0, held_out=0))[_SIDES[apart]] += 1
+        if not tally.pairs:
+            raise nothing_usable(stream, tally.refused)
+        sides = {side: sum(count[side] for count in counts.values()) for side in _SIDES}
+        if not all(sides.values()):
+            raise DataError(
+                f"{stream.name}: all {tally.pairs} pairs fall on one side",
+                hint="another --fraction or --seed, or more prompts: rows about one prompt stay together",
+            )
+    by_source = {name: dict(count) for name, count in counts.items()} if len(counts) > 1 else {}
+    paths = {"out": [str(train), str(held_out)], "refused_out": str(files[2])}
+    return tally.summary(stream) | sides | {"by_source": by_source} | paths
+
+
+_SIDES = ("train", "held_out")
+
+
+class _Origins:
+    """Names to count by. A column `source` may be different in every row, and memory must not grow with the file."""
+
+    def __init__(self) -> None:
+        self._known: set[str] = set()
+
+    def name(self, origin: str | None) -> str:
+        """The origin's own name for the first few of them."""
+        if origin is None:
+            return "(no source)"
+        if len(self._known) < _MOST_ORIGINS:
+            self._known.add(origin)
+        return origin if origin in self._known else "(other sources)"
+
+
+def refused_beside(out: Path) -> Path:
+    """Where the refused rows go: `pairs.jsonl` -> `pairs.refused.jsonl`."""
+    return out.parent / f"{out.name.removesuffix('.jsonl')}.refused.jsonl"
+
+
+@dataclass
+class _Tally:
+    """What has been read so far."""
+
+    rows: int = 0
+    pairs: int = 0
+    refused: Counter[str] = field(default_factory=Counter)
+
+    def summary(self, stream: PairStream) -> dict[str, Any]:
+        return {
+            "source": stream.name,
+            "format": stream.format,
+            "rows": self.rows,
+            "pairs": self.pairs,
+            "refused": dict(self.refused.most_common()),
+        }
+
+
+def _counted(stream: PairStream, tally: _Tally, progress: Progress, doing: str) -> Iterator[Pair | Refusal]:
+    """The results of a stream, while the tally and the screen keep up."""
+    with progress.task(f"{doing} {stream.name}", None, "rows") as advance:
+        for rows, (_, results) in enumerate(itertools.groupby(stream.results, key=lambda result: result.row), 1):
+            tally.rows += 1
+            for result in results:
+                if isinstance(result, Refusal):
+                    tally.refused[result.reason] += 1
+                else:
+                    tally.pairs += 1
+                yield result
+            if rows % _ROWS_AT_ONCE == 0:
+                advance(_ROWS_AT_ONCE)
+        advance(tally.rows % _ROWS_AT_ONCE)
+
+
+def _write(stream: TextIO, row: dict[str, Any]) -> None:
+    stream.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _appearing(files: list[Path], *, force: bool) -> Iterator[Sequence[TextIO]]:
+    """Files that are written under other names and take their own when all is done; the first given appears last."""
+    for file in files:
+        _check_place(file, force=force)
+    if len(set(files)) < len(files):
+        raise UsageError(f"{files[0]} would be written twice")
+    scratch = [file.with_name(f".{file.name}.{os.getpid()}.part") for file in files]
+    try:
+        with ExitStack() as open_files:
+            streams = [open_files.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in scratch]
+            yield streams
+            for stream in streams:
+                stream.flush()
+                os.fsync(stream.fileno())
+        for path, file in reversed([*zip(scratch, files, strict=True)]):
+            path.replace(file)
+    finally:
+        for path in scratch:
+            path.unlink(missing_ok=True)
+
+
+def _check_place(file: Path, *, force: bool) -> None:
+    if not file.name or (file.exists() and not file.is_file()):  # replacing /dev/null would be no kindness
+        raise UsageError(f"{file} is not a file")
+    if not file.parent.is_dir():
+        raise UsageError(f"{file}: no such folder")
+    if file.exists() and not force:
+        raise DataError(f"{file} exists", hint="--force replaces it")

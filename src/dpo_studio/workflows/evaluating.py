@@ -1,0 +1,299 @@
+"""`dpo eval`: held-out accuracy and calibration, and win rate by sampling temperature, with intervals and pictures.
+
+Answers are written and saved first, then judged: a restart writes none of them again, and another judge reads the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any, Protocol
+
+import numpy as np
+
+from dpo_studio.config import Recipe, SourceSection, user_path
+from dpo_studio.errors import DataError, RunError, UsageError
+from dpo_studio.evaluation.accuracy import accuracy_summary, finite
+from dpo_studio.evaluation.calibration import calibration
+from dpo_studio.evaluation.diversity import distinct_n, repetition
+from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, summary
+from dpo_studio.evaluation.length_control import length_controlled
+from dpo_studio.evaluation.winrate import mean_ci95, win_rate
+from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
+from dpo_studio.learning.reference import batched_logps
+from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.preferences.pair import Message, Pair, prompt_key
+from dpo_studio.preferences.sources import read_pairs
+from dpo_studio.reports.html import write_report
+from dpo_studio.reports.progress import Progress
+from dpo_studio.reports.side_by_side import render_comparisons
+from dpo_studio.reports.winrates import MOST_RUNS, save_winrate_figure, winrate_markdown
+from dpo_studio.runs import RunFolder, is_run, write_atomically
+from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
+from dpo_studio.workflows.completions import Speaker
+from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.workflows.preparing import read_and_split
+
+__all__ = ["REFERENCE", "Evaluation", "compare_runs", "evaluate_run"]
+
+REFERENCE = "reference"
+"""What a run is compared with unless another model is named: its own base, the adapter off."""
+Chat = tuple[Message, ...]
+Answers = dict[tuple[float, int], list[Completion]]
+"""By temperature and sample."""
+_OUTCOMES = {"a": "loss", "b": "win", "tie": "tie"}
+_WINNERS = {"a": "base", "b": "tuned", "tie": "tie"}
+"""A is the other side's answer, B the policy's."""
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What is asked of both sides."""
+
+    temperatures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
+    samples: int = 1
+    """Answers to a prompt at each temperature above 0, where there is only one."""
+    max_new_tokens: int = 128
+    prompts: int = 80
+    """Held-out prompts, at most."""
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
+            raise UsageError("temperatures: at least one, and none twice", hint="--temperatures 0,0.25,0.5,0.75,1")
+        wrong = [t for t in self.temperatures if not 0 <= t < float("inf")]
+        if wrong:
+            raise UsageError(f"temperature {wrong[0]} is not 0 or more")
+        if min(self.samples, self.max_new_tokens, self.prompts) < 1:
+            raise UsageError("samples, new tokens and prompts are at least 1 each")
+
+    def rounds(self) -> list[tuple[float, int]]:
+        """(temperature, sample), in the order they are asked."""
+        return [(t, s) for t in sorted(self.temperatures) for s in range(self.samples if t > 0 else 1)]
+
+
+class JudgeFor(Protocol):
+    """Makes the judge once the run is loaded: its own implicit reward may be the judge."""
+
+    def __call__(self, *, loaded: Loaded) -> Judge: ...
+
+
+def evaluate_run(
+    run: str,
+    judge_for: JudgeFor,
+    *,
+    against: str = REFERENCE,
+    source: SourceSection | None = None,
+    settings: Evaluation | None = None,
+    progress: Progress | None = None,
+) -> dict[str, Any]:
+    """Measure a run on prompts it was not trained on; leave everything in `RUN/evaluation` and return winrate.json.
+
+    `source` names pairs to take instead of those the run held out; pairs about its training prompts are left out.
+
+    Raises:
+        RunError: not a run, or it holds nothing out.
+        DPOStudioError: a model, a source or the judge cannot be used.
+    """
+    asked = settings or Evaluation()
+    if not is_run(user_path(run)):
+        raise RunError(f"{run} is not a run folder", hint="give the folder that `dpo train` or `dpo demo` made")
+    folder = RunFolder(user_path(run))
+    recipe = folder.recipe()
+    assert recipe is not None
+    with progress or Progress() as shown:
+        pairs = _pairs(recipe, source, run, shown)
+        loaded = load_any(run, say=shown.say)
+        judge = judge_for(loaded=loaded)  # what is wrong with it is told before anything long begins
+        chats = list({prompt_key(pair.prompt): pair.prompt for pair in pairs}.values())[: asked.prompts]
+        held_out = _held_out(loaded, pairs, shown)
+        policy = Speaker(loaded, folder.evaluation / "completions", "policy", tuned=True)
+        after = _ask(policy, chats, asked, shown)
+        kl = _kl(policy, chats, after, shown)
+        before = _other_side(folder, loaded, against, chats, asked, shown)
+        places = [(t, s, i) for t, s in asked.rounds() for i in range(len(chats))]
+        comparisons = [Comparison(chats[i], before[t, s][i], after[t, s][i]) for t, s, i in places]
+        with shown.task(f"judging: {judge.name}", len(comparisons), "comparisons") as advance:
+            verdicts = judge.judge_all(comparisons, advance)
+        rates = {
+            "judge": judge.name,
+            "judge_description": judge.description,
+            "judge_summary": summary(verdicts),
+            "run": run,
+            "against": against,
+            "n_prompts": len(chats),
+            **{key: value for key, value in asdict(asked).items() if key not in ("temperatures", "prompts")},
+            "held_out": held_out,
+            "temperatures": [
+                _at_temperature(t, places, comparisons, verdicts, kl if t == 1 else None, asked.seed)
+                for t in sorted(asked.temperatures)
+            ],
+        }
+        rows = [
+            {"temperature": t, "sample": s} | _line(comparison, verdict)
+            for (t, s, _), comparison, verdict in zip(places, comparisons, verdicts, strict=True)
+        ]
+        _leave(folder, rates, rows)
+    return rates
+
+
+def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:
+    """One figure of several runs, as `figure`.png and .svg; the first of them is returned.
+
+    Raises:
+        UsageError: more runs than can be told apart.
+    """
+    if len(measured) > MOST_RUNS:
+        raise UsageError(f"{len(measured)} runs in one figure: nobody tells more than {MOST_RUNS} apart")
+    return save_winrate_figure([(user_path(run).resolve().name, rates) for run, rates in measured], figure)[0]
+
+
+def _pairs(recipe: Recipe, source: SourceSection | None, run: str, progress: Progress) -> list[Pair]:
+    """Pairs of prompts that were not trained on."""
+    _, split = read_and_split(recipe, progress)
+    if source is None:
+        if not split.held_out:
+            raise RunError(f"{run} holds no pairs out", hint="name pairs it was not trained on: --source SOURCE")
+        return split.held_out
+    trained_on = {prompt_key(pair.prompt) for pair in split.train}
+    found = read_pairs(source)
+    apart = [pair for pair in found.pairs if prompt_key(pair.prompt) not in trained_on]
+    if len(apart) < len(found.pairs):
+        progress.warn(
+            f"{found.name}: {len(found.pairs) - len(apart)} pairs left out, {run} was trained on their prompts"
+        )
+    if not apart:
+        raise DataError(f"{found.name}: no pair is left", hint="every prompt is one that the run was trained on")
+    return apart
+
+
+def _ask(speaker: Speaker, chats: Sequence[Chat], asked: Evaluation, progress: Progress) -> Answers:
+    shared: dict[str, Any] = {"max_new_tokens": asked.max_new_tokens, "seed": asked.seed, "progress": progress}
+    return {(t, s): speaker.answers(chats, temperature=t, sample=s, **shared) for t, s in asked.rounds()}
+
+
+def _other_side(
+    folder: RunFolder, loaded: Loaded, against: str, chats: Sequence[Chat], asked: Evaluation, progress: Progress
+) -> Answers:
+    """The answers of what the run is compared with."""
+    completions = folder.evaluation / "completions"
+    if against == REFERENCE:
+        return _ask(Speaker(loaded, completions, REFERENCE, tuned=False), chats, asked, progress)
+    other = load_any(against, say=progress.say)
+    return _ask(Speaker(other, completions, "against", tuned=True), chats, asked, progress)
+
+
+def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
+    """Accuracy and margin on the labelled pairs, and whether the margins mean what they say."""
+    encoded = encode_pairs(pairs, loaded.base.encoder, max_length=None).pairs
+    if not encoded:
+        return {}
+    policy, reference = (_logps(loaded, encoded, tuned, "held-out pairs", progress) for tuned in (True, False))
+    good = finite(policy) & finite(reference)
+    if not good.any():
+        return {}
+    policy, reference = (logps.map(lambda x_P: x_P[good]) for logps in (policy, reference))
+    keys = {pair.row: prompt_key(pair.prompt) for pair in pairs}
+    prompts = [keys[pair.row] for pair, fine in zip(encoded, good.tolist(), strict=True) if fine]
+    beta = loaded.beta if loaded.beta is not None else 0.1
+    margins = (beta * margin(policy, reference)).tolist()
+    summed = accuracy_summary(policy, reference, prompts, beta=beta)
+    return {"pairs": len(prompts), "beta": beta} | summed | {"calibration": calibration(margins)}
+
+
+def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Progress) -> list[float] | None:
+    """log-prob under the policy minus under the reference of each answer drawn at temperature 1, in nats.
+
+    Their mean estimates KL(policy || reference) over answers of at most `max_new_tokens`. Answers drawn at another
+    temperature are another distribution's, so there is no such number for those.
+    """
+    drawn = [answer for (t, _), found in answers.items() if t == 1 for answer in found]
+    if not drawn or policy.loaded.adapter is None:
+        return None
+    prompts = policy.prompt_ids(chats) * (len(drawn) // len(chats))
+    pairs = []
+    for row, (prompt, answer) in enumerate(zip(prompts, drawn, strict=True)):
+        side = EncodedAnswer(np.array(answer.ids, np.int32), np.ones(len(answer.ids), bool))
+        pairs.append(EncodedPair(row, np.array(prompt, np.int32), side, side))
+    tuned, base = (_logps(policy.loaded, pairs, on, "KL to the reference", progress) for on in (True, False))
+    ratios: list[float] = (tuned.chosen_P - base.chosen_P).tolist()
+    return ratios
+
+
+def _logps(loaded: Loaded, pairs: Sequence[EncodedPair], tuned: bool, title: str, progress: Progress) -> PairLogps:
+    budget = tokens_without_gradient(CPU_TOKENS, loaded.base.device)
+    with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
+        return batched_logps(
+            loaded.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
+        )
+
+
+def _at_temperature(
+    temperature: float,
+    places: Sequence[tuple[float, int, int]],
+    comparisons: Sequence[Comparison],
+    verdicts: Sequence[Verdict],
+    kl: list[float] | None,
+    seed: int,
+) -> dict[str, Any]:
+    """One row of winrate.json."""
+    here = [place for place, (t, _, _) in enumerate(places) if t == temperature]
+    prompt_of = [places[place][2] for place in here]
+    outcomes: list[Any] = [_OUTCOMES[verdicts[place].winner] for place in here]
+    before, after = ([getattr(comparisons[place], side) for place in here] for side in ("a", "b"))
+    rate = win_rate(outcomes, prompt_of, seed=seed)
+    points = [{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in outcomes]
+    longer_by = [b.tokens - a.tokens for a, b in zip(before, after, strict=True)]
+    controlled, controlled_ends = length_controlled(points, longer_by, prompt_of, seed=seed)
+    return {
+        "temperature": temperature,
+        "win_rate": rate.win_rate,
+        "win_rate_ci95": list(rate.win_rate_ci95),
+        "length_controlled": controlled,
+        "length_controlled_ci95": list(controlled_ends),
+        "wins": rate.wins,
+        "ties": rate.ties,
+        "losses": rate.losses,
+        "n_prompts": rate.n_prompts,
+        "n": rate.n,
+        **_about(after, ""),
+        **_about(before, "reference_"),
+        "kl": None if kl is None else fmean(kl),
+        "kl_ci95": None if kl is None else list(mean_ci95(kl, prompt_of, seed=seed)),
+    }
+
+
+def _about(answers: Sequence[Completion], prefix: str) -> dict[str, Any]:
+    texts = [answer.text for answer in answers]
+    found = {
+        "stop_rate": fmean(answer.ended for answer in answers),
+        "mean_tokens": fmean(answer.tokens for answer in answers),
+        "repetition": repetition(texts),
+        "distinct_1": distinct_n(texts, 1),
+        "distinct_2": distinct_n(texts, 2),
+    }
+    return {f"{prefix}{name}": value for name, value in found.items()}
+
+
+def _line(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
+    """A comparison as answers.jsonl has it."""
+    shown = {"base": comparison.a.shown(), "tuned": comparison.b.shown()}
+    about = {"winner": _WINNERS[verdict.winner], "reason": verdict.reason}
+    return {"prompt": as_text(comparison.prompt)} | shown | about
+
+
+def _leave(folder: RunFolder, rates: dict[str, Any], rows: Sequence[dict[str, Any]]) -> None:
+    """Everything the evaluation found, the numbers last: a reader of winrate.json finds the rest beside it."""
+    name = folder.path.resolve().name
+    there = folder.evaluation
+    there.mkdir(exist_ok=True)
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_atomically(there / "comparisons.jsonl", lines)
+    write_atomically(there / "answers.html", render_comparisons(name, rates, rows))
+    write_atomically(there / "winrate.md", winrate_markdown(name, rates))
+    save_winrate_figure([(name, rates)], there / "winrate")
+    write_atomically(there / "winrate.json", json.dumps(rates, indent=2, ensure_ascii=False) + "\n")
+    write_report(folder.path)

@@ -1,0 +1,109 @@
+"""When a training saves, and what has to be true of its folder before it does."""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from peft import PeftModel
+from safetensors import SafetensorError
+
+from dpo_studio.config import MINUTES
+from dpo_studio.disk import check_space, sync_folder
+from dpo_studio.errors import RunError
+from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint
+from dpo_studio.learning.train import TrainingState
+from dpo_studio.lock import Held
+from dpo_studio.models.adapters import save_adapter
+from dpo_studio.runs import RunFolder
+
+__all__ = ["Saver", "find_checkpoint"]
+
+
+@dataclass
+class Saver:
+    """Writes a run's checkpoints and its adapter."""
+
+    run: RunFolder
+    held: Held
+    base: str
+    """The base as its user named it."""
+    every: int | str
+    """`training.save_every`: steps, or minutes as text."""
+    saved_at: float = field(default_factory=lambda: time.monotonic())
+    """By a clock that nobody can set back."""
+
+    def is_due(self, step: int) -> bool:
+        """Whether a checkpoint belongs after this step."""
+        if isinstance(self.every, int):
+            return step % self.every == 0
+        minutes = re.match(MINUTES, self.every)
+        assert minutes is not None  # the recipe has seen to it
+        return time.monotonic() - self.saved_at >= 60 * float(minutes[1])
+
+    def check_room(self, policy: PeftModel, state: TrainingState) -> None:
+        """Before the first step: room for the checkpoints that will stay, one being written, and the adapter.
+
+        Raises:
+            RunError: the disk has less.
+        """
+        there = len(list(self.run.checkpoints.glob("step-*")))
+        wanted = max(1, KEPT + 2 - there) * checkpoint_bytes(policy, state)
+        check_space(self.run.checkpoints, wanted, "keeping checkpoints")
+
+    def save(self, policy: PeftModel, state: TrainingState, held_out_loss: float | None = None) -> None:
+        """A checkpoint of this step, after the lines that lead up to it.
+
+        Raises:
+            RunError: it cannot be written; the last one is still there.
+        """
+        self.held.check()
+        self.run.sync_lines()
+        try:
+            save_checkpoint(self.run.checkpoints, policy, state, base=self.base, held_out_loss=held_out_loss)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable(f"the checkpoint of step {state.step}", self.run.checkpoints, error) from None
+        self.saved_at = time.monotonic()
+
+    def save_result(self, policy: PeftModel) -> None:
+        """The adapter, on the disk before anything says that the run is finished.
+
+        Raises:
+            RunError: it cannot be written.
+        """
+        self.held.check()
+        try:
+            save_adapter(policy, self.run.adapter, base=self.base)
+            sync_folder(self.run.adapter)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable("the adapter", self.run.adapter, error) from None
+
+
+def find_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Path | None:
+    """The newest whole one, with a word on what is odd about it.
+
+    Steps order checkpoints, not times: a clock that was set back changes nothing, and is mentioned.
+    """
+    checkpoint = newest_checkpoint(run.checkpoints, warn)
+    if checkpoint is None:
+        return None
+    ahead = (checkpoint / "manifest.json").stat().st_mtime - time.time()
+    if ahead > 60:
+        warn(f"{checkpoint} was written {ahead:,.0f} s in the future: was the clock set back? Nothing here hangs on it")
+    step = int(checkpoint.name.removeprefix("step-"))
+    steps = [line["step"] for line in run.lines("metrics.jsonl") if 0 < line["step"] <= step]
+    if steps != list(range(1, step + 1)):
+        warn(f"metrics.jsonl lacks the lines of {step - len(set(steps))} steps before {checkpoint.name}: they are lost")
+    return checkpoint
+
+
+def _unwritable(what: str, where: Path, error: Exception) -> RunError:
+    """A full or read-only disk; safetensors has an exception of its own for it."""
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    return RunError(
+        f"{what} cannot be written to {where}: {reason}",
+        hint="free some space and run the same command: it goes on from the last whole checkpoint",
+    )

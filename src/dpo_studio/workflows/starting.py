@@ -1,0 +1,55 @@
+"""What is looked at before a training begins, so that nothing long is done in vain."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from accelerate.tracking import get_available_trackers
+
+from dpo_studio.config import LoadedRecipe, Recipe
+from dpo_studio.errors import RunError
+from dpo_studio.learning.checkpoints import newest_checkpoint
+from dpo_studio.runs import RunFolder
+
+__all__ = ["check_not_shorter", "check_tracker", "is_finished", "typed_model"]
+
+
+def typed_model(loaded: LoadedRecipe) -> str:
+    """The base as the recipe's author named it."""
+    typed = loaded.typed.get("model")
+    return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path
+
+
+def check_tracker(recipe: Recipe) -> None:
+    """Before anything long begins: accelerate only warns of a tracker that is not installed, and tracks nothing.
+
+    Raises:
+        RunError: `run.tracker` is not installed.
+    """
+    tracker = recipe.run.tracker
+    if tracker is not None and tracker not in map(str, get_available_trackers()):
+        raise RunError(f"run.tracker: {tracker} is not installed", hint="pip install 'dpo-studio[trackers]'")
+
+
+def check_not_shorter(run: RunFolder, total: int) -> None:
+    """`training.max_steps` may come or go as long as it makes the run longer; only the data say whether it does.
+
+    Raises:
+        RunError: the run has more steps behind it than are asked for now.
+    """
+    checkpoint = newest_checkpoint(run.checkpoints)
+    if checkpoint is not None and (done := int(checkpoint.name.removeprefix("step-"))) > total:
+        raise RunError(
+            f"{run.path} has {done} steps behind it, and training.max_steps or epochs now ask for {total}",
+            hint="a run can be made longer, not shorter: choose another folder (--set run.folder=NAME)",
+        )
+
+
+def is_finished(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> bool:
+    """Whether a run with this result has as many steps behind it as the recipe asks for."""
+    before = run.recipe()
+    same_length = before is not None and (before.training.epochs, before.training.max_steps) == (
+        recipe.training.epochs,
+        recipe.training.max_steps,
+    )
+    return same_length and "steps" in result

@@ -1,0 +1,97 @@
+"""`dpo train --verify`: is this machine, with this recipe, deterministic? Its first steps are trained twice to see."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from dpo_studio.config import load_recipe
+from dpo_studio.reports.progress import Progress
+from dpo_studio.runs import RunFolder
+from dpo_studio.workflows.training import run_training
+
+__all__ = ["Verdict", "verify_recipe"]
+
+_CHANGES = ("reference.mode=live", "data.held_out.rows=8", "run.tracker=null")
+"""The reference is computed in the step, where the two trainings can differ in it; of held-out pairs a few will do."""
+_TENSORS = ("adapter/adapter_model.safetensors", "optimizer.safetensors")
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether two trainings were one and the same."""
+
+    deterministic: bool
+    text: str
+    """One line: on what, and where they first differ if they do."""
+
+
+def verify_recipe(
+    path: str | Path, overrides: Sequence[str] = (), *, steps: int = 3, progress: Progress | None = None
+) -> Verdict:
+    """Train the recipe's first `steps` steps twice, from loading the model on, into folders that are removed again.
+
+    Raises:
+        DPOStudioError: what `dpo train` would stop at.
+    """
+    with tempfile.TemporaryDirectory(prefix="dpo-verify-") as scratch, progress or Progress() as shown:
+        runs = [RunFolder(Path(scratch) / name) for name in ("first", "second")]
+        for run in runs:
+            shown.say(f"training the first {steps} steps, the {run.path.name} time")
+            changes = [*overrides, *_CHANGES, f"run.folder={json.dumps(str(run.path))}"]
+            run_training(load_recipe(path, changes), shown, stop_after=steps)
+        return _verdict(*runs)
+
+
+def _verdict(first: RunFolder, second: RunFolder) -> Verdict:
+    environment = json.loads((first.path / "environment.json").read_text(encoding="utf-8"))
+    recipe = first.recipe()
+    assert recipe is not None
+    setting = f"{environment['device']}, {recipe.model.dtype}, {torch.get_num_threads()} threads"
+    steps = sum(line["step"] > 0 for line in first.lines("metrics.jsonl"))
+    weights = _first_tensor(*(next(run.checkpoints.glob("step-*")) for run in (first, second)))
+    where = _first_number(first, second, unless=weights)
+    if not where and not weights:
+        same = "every number and every weight is the same bits"
+        return Verdict(True, f"deterministic ({setting}): {steps} steps trained twice, {same}")
+    return Verdict(False, f"not deterministic ({setting}): the two trainings first differ in {where or weights}")
+
+
+def _first_number(first: RunFolder, second: RunFolder, *, unless: str) -> str:
+    """In order of time: the held-out pairs before training, then step by step the losses, the gradient.
+
+    Nothing `unless` a held-out number after training is the first, which other weights explain.
+    """
+    for one, other in zip_longest(*(run.lines("metrics.jsonl") for run in (first, second)), fillvalue={}):
+        for key in one | other:
+            if one.get(key) != other.get(key):
+                if unless and key.startswith("eval_") and one.get("step"):
+                    return ""
+                step, numbers = one.get("step", other.get("step")), f"{one.get(key)} and {other.get(key)}"
+                return f"step {step}, {key}: {numbers} ({_stage(key)})"
+    return ""
+
+
+def _stage(key: str) -> str:
+    if key in ("grad_norm", "skipped"):
+        return "the backward pass"
+    return "a forward pass without gradients" if key.startswith("eval_") else "the forward pass"
+
+
+def _first_tensor(first: Path, second: Path) -> str:
+    for name in _TENSORS:
+        tensors: list[dict[str, Any]] = [load_file(folder / name) for folder in (first, second)]
+        unlike = [key for key in tensors[0] if not torch.equal(tensors[0][key], tensors[1][key])]
+        if unlike:
+            furthest = max((tensors[0][key] - tensors[1][key]).abs().max().item() for key in unlike)
+            many = f"{len(unlike)} of {len(tensors[0])} tensors, by up to {furthest:.2g}"
+            return f"{name} after {first.name}: {unlike[0]} ({many}; no loss differs: backward pass or optimizer)"
+    return ""

@@ -1,0 +1,201 @@
+"""`dpo eval` on a tiny run: what it leaves, that a restart and a second start say the same, and what it refuses."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_studio.evaluation.generation import generate
+from dpo_studio.workflows import completions
+from tests.conftest import plain_logps
+from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe
+
+QUICK = ("--judge", "length", "--temperatures", "0,1", "--max-new-tokens", "8", "--samples", "2", "--prompts", "6")
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A trained tiny run, nine prompts held out."""
+    from tests.tiny_models import tiny_folder
+
+    folder = tmp_path_factory.mktemp("eval")
+    recipe = write_recipe(
+        folder / "r.yaml",
+        tiny_folder(folder / "base"),
+        rows=tiny_rows(40),
+        data={"held_out": {"fraction": 0.3}},
+        training={"max_steps": 4, "learning_rate": 0.02},
+        run={"folder": str(folder / "run")},
+    )
+    said = dpo("train", recipe)
+    assert said.code == 0, said.err
+    return folder / "run"
+
+
+@pytest.fixture
+def run(made: Path, tmp_path: Path) -> Path:
+    """A copy: each test leaves its own files in it."""
+    return Path(shutil.copytree(made, tmp_path / "run"))
+
+
+def evaluated(run: Path, *more: object) -> tuple[Said, dict[str, Any]]:
+    said = dpo("eval", run, *QUICK, *more)
+    assert said.code == 0, said.err
+    return said, json.loads((run / "evaluation" / "winrate.json").read_text())
+
+
+def test_what_it_leaves(run: Path) -> None:
+    """Six prompts; one answer each at temperature 0, two at 1: 6 and 12 comparisons, their points added by hand."""
+    said, rates = evaluated(run)
+    rows = [json.loads(line) for line in (run / "evaluation" / "comparisons.jsonl").read_text().splitlines()]
+    cold, warm = rates["temperatures"]
+    assert [(row["n"], row["n_prompts"]) for row in (cold, warm)] == [(6, 6), (12, 6)]
+    for row in (cold, warm):
+        here = [one for one in rows if one["temperature"] == row["temperature"]]
+        points = [{"tuned": 1.0, "tie": 0.5, "base": 0.0}[one["winner"]] for one in here]
+        assert row["win_rate"] == pytest.approx(sum(points) / len(points))
+        longer = [(len(one["tuned"]["text"]) > len(one["base"]["text"])) for one in here]
+        assert [one["winner"] == "tuned" for one in here] == longer
+        assert row["stop_rate"] == pytest.approx(sum(one["tuned"]["ended"] for one in here) / len(here))
+        assert row["reference_mean_tokens"] == pytest.approx(sum(one["base"]["tokens"] for one in here) / len(here))
+        low, high = row["win_rate_ci95"]
+        assert 0 <= low < high <= 1
+    assert cold["kl"] is None
+    held_out = rates["held_out"]
+    assert held_out["accuracy"] == json.loads((run / "result.json").read_text())["accuracy"]
+    assert 0 <= held_out["calibration"]["error"] <= 1
+    assert "temperature 1: win rate" in said.out
+    assert said.out.splitlines()[-1] == str(run / "evaluation" / "answers.html")
+    for name in ("answers.html", "winrate.png", "winrate.svg", "winrate.md"):
+        assert (run / "evaluation" / name).stat().st_size > 500
+
+
+def test_kl_is_the_plain_models(run: Path) -> None:
+    """log policy - log reference of the saved answers' own tokens, by PEFT and transformers alone, one at a time."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    from dpo_studio.workflows.loading import load_any
+    from tests.conftest import encoded
+
+    _, rates = evaluated(run)
+    loaded = load_any(str(run))
+    files = sorted((run / "evaluation" / "completions").glob("policy-t1-s*.jsonl"))
+    rows = [json.loads(line)["ids"] for file in files for line in file.read_text().splitlines()]
+    asked = [json.loads(line) for line in (run / "evaluation" / "comparisons.jsonl").read_text().splitlines()]
+    prompts = [one["prompt"] for one in asked if one["temperature"] == 1]
+    from dpo_studio.preferences.pair import Message
+
+    ids = [loaded.base.encoder.prompt_ids([Message("user", prompt)]) for prompt in prompts]
+    pairs = [encoded(prompt, row, row) for prompt, row in zip(ids, rows, strict=True)]
+    plain = PeftModel.from_pretrained(
+        AutoModelForCausalLM.from_pretrained(loaded.base.folder, dtype=loaded.base.model.dtype), run / "adapter"
+    ).eval()
+    tuned = plain_logps(plain, pairs)
+    with plain.disable_adapter():
+        base = plain_logps(plain, pairs)
+    expected = (tuned - base)[:, 0].mean().item()
+    assert rates["temperatures"][1]["kl"] == pytest.approx(expected, abs=1e-3)
+    assert abs(expected) > 0.01
+
+
+def test_twice_and_after_an_interruption_the_same(run: Path, made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted while the third file of answers is being written: a second start takes up the first two, and every
+    number and answer is that of a start that was never stopped."""
+    whole = shutil.copytree(made, run.parent / "whole")
+    _, expected = evaluated(whole)
+    calls: list[int] = []
+
+    def dies(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    def counts(*args: Any, **kwargs: Any) -> Any:
+        calls.append(1)
+        return generate(*args, **kwargs)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(completions, "generate", dies)
+        assert dpo("eval", run, *QUICK).code == 130
+    assert not (run / "evaluation" / "winrate.json").exists()
+    calls.clear()
+    monkeypatch.setattr(completions, "generate", counts)
+    _, found = evaluated(run)
+    assert len(calls) == 4  # six files in all: temperature 0 once, temperature 1 twice, for two models
+    assert found | {"run": ""} == expected | {"run": ""}
+    for name in ("comparisons.jsonl", "winrate.svg", "winrate.png"):
+        assert (run / "evaluation" / name).read_bytes() == (Path(whole) / "evaluation" / name).read_bytes(), name
+    calls.clear()
+    _, again = evaluated(run)
+    assert again == found
+    assert calls == []  # nothing is written twice
+
+
+def test_a_damaged_file_of_answers_is_written_again(run: Path) -> None:
+    _, first = evaluated(run)
+    file = next((run / "evaluation" / "completions").glob("policy-t0*.jsonl"))
+    file.write_text(file.read_text()[:-30])
+    assert evaluated(run)[1] == first
+
+
+def test_against_itself_everything_ties(run: Path, made: Path) -> None:
+    """The same model with the same luck says the same: one half, and an interval that has a width."""
+    _, rates = evaluated(run, "--against", made)
+    for row in rates["temperatures"]:
+        assert (row["win_rate"], row["ties"]) == (0.5, row["n"])
+        assert row["win_rate_ci95"][0] < 0.5 < row["win_rate_ci95"][1]
+
+
+def test_several_runs_share_a_figure(run: Path, made: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(made, tmp_path / "other")
+    said = dpo("eval", run, other, *QUICK, "--figure", tmp_path / "both")
+    assert said.code == 0, said.err
+    assert said.out.splitlines()[-1] == str(tmp_path / "both.png")
+    svg = (tmp_path / "both.svg").read_text()
+    assert ">run<" in svg and ">other<" in svg
+
+
+def test_pairs_of_ones_own_leave_trained_prompts_out(run: Path, tmp_path: Path) -> None:
+    source = tmp_path / "more.jsonl"
+    rows = tiny_rows(44)
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    said, rates = evaluated(run, "--source", source)
+    assert "pairs left out" in said.err
+    held_out = json.loads((run / "result.json").read_text())["held_out_pairs"]
+    assert rates["held_out"]["pairs"] == held_out + 4
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "said_"),
+    [
+        (("--temperatures", "0,hot"), 2, "not numbers"),
+        (("--temperatures", "1,1"), 2, "none twice"),
+        (("--temperatures", "-1"), 2, "not 0 or more"),
+        (("--judge", "nobody"), 2, "names no judge"),
+    ],
+)
+def test_what_is_refused(run: Path, given: tuple[str, ...], code: int, said_: str) -> None:
+    said = dpo("eval", run, *QUICK, *given)
+    assert said.code == code
+    assert said_ in said.err
+    assert not (run / "evaluation" / "completions").exists()
+
+
+def test_not_a_run(tmp_path: Path) -> None:
+    said = dpo("eval", tmp_path, *QUICK)
+    assert said.code == 1 and "not a run" in said.err
+
+
+def test_no_held_out_pairs(made: Path, tmp_path: Path) -> None:
+    bare = Path(shutil.copytree(made, tmp_path / "bare"))
+    recipe = (bare / "recipe.yaml").read_text().replace("fraction: 0.3", "fraction: 0.0")
+    (bare / "recipe.yaml").write_text(recipe)
+    said = dpo("eval", bare, *QUICK)
+    assert said.code == 1
+    assert "holds no pairs out" in said.err and "--source" in said.err
