@@ -5,8 +5,8 @@
 One process imports torch, which takes five seconds, and forks every trial before it starts a thread of its own; some
 trials go through the real command. A trial is a run that is ended in some way and then continued until it is finished:
 adapter, metrics, last checkpoint with the optimizer, and recipe must be the same bytes, and nothing unfinished may lie
-about. `--few` is what `make test` runs; `--part i/n` every n-th trial. Trials whose outcome is in `--results` already are
-not tried again, so a suite that was stopped goes on; `--table` writes what it holds.
+about. `--few` is what `make test` runs; `--part i/n` every n-th trial. A trial whose outcome is in `--results` already
+is not tried again, so a suite that was stopped goes on; `--table` writes what it holds.
 """
 
 from __future__ import annotations
