@@ -39,6 +39,7 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--folder", type=Path, default=Path("runs"), help="on the disk to measure")
     options.add_argument("--saves", type=int, default=6)
+    options.add_argument("--pause", type=float, default=3.0, help="seconds before each save")
     options.add_argument("--pairs-per-second", type=float, default=_FASTEST)
     options.add_argument("--json", type=Path)
     given = options.parse_args()
@@ -51,9 +52,11 @@ def main() -> None:
         seconds, raw = [], []
         for _ in range(given.saves):
             state.step += 1
+            rest(given.pause)
             started = time.perf_counter()
             save_checkpoint(folder, policy, state, base="mistral", held_out_loss=0.5)
             seconds.append(time.perf_counter() - started)
+            rest(given.pause)
             raw.append(disk_alone(Path(scratch) / "raw", checkpoint_bytes(policy, state)))
     assert isinstance(section.save_every, int)
     between = section.save_every * section.pairs_per_step / given.pairs_per_second
@@ -92,6 +95,12 @@ def trained_policy(section: TrainingSection) -> tuple[PeftModel, TrainingState]:
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return policy, state
+
+
+def rest(seconds: float) -> None:
+    """Let the disk come to rest, as it has between two checkpoints of a training."""
+    os.sync()
+    time.sleep(seconds)
 
 
 def disk_alone(file: Path, size: int) -> float:
