@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,39 @@ def test_a_damaged_file_of_answers_is_written_again(run: Path) -> None:
     assert evaluated(run)[1] == first
 
 
+def test_edited_answers_are_written_again(run: Path) -> None:
+    """A value of another kind (here a list of null) would be a verdict or a number made of nothing. One a file."""
+    _, first = evaluated(run)
+    files = sorted((run / "evaluation" / "completions").glob("*.jsonl"))
+    before = [file.read_text() for file in files]
+    for file, field in zip(files, ("text", "ended", "tokens", "ids"), strict=False):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        rows[0][field] = [None]
+        file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert evaluated(run)[1] == first
+    assert [file.read_text() for file in files] == before
+
+
+def test_what_cannot_be_is_told_before_anything_is_asked(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No model behind --against, an evaluation folder that is none, or that may not be written."""
+
+    def asked(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a model was asked")
+
+    monkeypatch.setattr(completions, "generate", asked)
+    for against, code, message in (("/none", 1, "no such model folder: /none"), ("", 2, "name of a model is empty")):
+        said = dpo("eval", run, *QUICK, "--against", against)
+        assert (said.code, message in said.err) == (code, True)
+    (run / "evaluation").write_text("not a folder")
+    said = dpo("eval", run, *QUICK)
+    assert said.code == 1 and "completions cannot be made: Not a directory" in said.err
+    (run / "evaluation").unlink()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "access", lambda path, mode: False)
+        said = dpo("eval", run, *QUICK)
+    assert said.code == 1 and "completions cannot be written" in said.err and "hint: " in said.err
+
+
 def test_against_itself_everything_ties(run: Path, made: Path) -> None:
     """The same model with the same luck says the same: one half, and an interval that has a width."""
     _, rates = evaluated(run, "--against", made)
@@ -178,6 +212,7 @@ def test_pairs_of_ones_own_leave_trained_prompts_out(run: Path, tmp_path: Path) 
         (("--temperatures", "1,1"), 2, "none twice"),
         (("--temperatures", "-1"), 2, "not 0 or more"),
         (("--judge", "nobody"), 2, "names no judge"),
+        (("another", "--figure", "/none/both"), 2, "/none is no folder"),
     ],
 )
 def test_what_is_refused(run: Path, given: tuple[str, ...], code: int, said_: str) -> None:

@@ -120,6 +120,68 @@ def test_labels_of_any_columns_and_their_ties(tmp_path: Path) -> None:
     assert "--map second=COLUMN" in lost.err
 
 
+def test_a_meaning_of_several_values(tmp_path: Path) -> None:
+    """Longer is right on A>>B and A>B, wrong on B>A; people tie once: 2 of 3 where they prefer."""
+    verdicts = ["A>>B", "A>B", "B>A", "A=B"]
+    file = write_rows(tmp_path / "v.jsonl", [{"q": v, "x": "long enough", "y": "short", "v": v} for v in verdicts])
+    columns = ["--map", "prompt=q", "--map", "first=x", "--map", "second=y", "--annotators", "v"]
+    labels = [word for label in ("first=A>>B", "first=A>B", "second=B>A", "tie=A=B") for word in ("--label", label)]
+    said = dpo("judge", "check", file, "--judge", "length", *columns, *labels, "--json")
+    assert said.code == 0, said.err
+    result = json.loads(said.out)
+    assert (result["n"], result["n_preferred"], result["refused"]) == (4, 3, {})
+    assert result["agreement"] == pytest.approx(2 / 3)
+
+
+def test_what_a_rule_can_do_wrong(tmp_path: Path) -> None:
+    """What it prints is not data, what is no verdict is told, and leaving Python is a failure of the rule."""
+    rules = tmp_path / "rules.py"
+    rules.write_text(
+        "from __future__ import annotations\n"
+        "from dataclasses import dataclass\n"
+        "import sys\n"
+        "import numpy as np\n"
+        "print('loaded')\n"
+        "@dataclass\n"
+        "class Words:\n"
+        "    said: int\n"
+        "def chatty(prompt, a, b):\n"
+        "    print('thinking')\n"
+        "    return 'a' if Words(len(a.text)).said > len(b.text) else 'b'\n"
+        "def array(prompt, a, b):\n"
+        "    return np.array([1, 2])\n"
+        "def quits(prompt, a, b):\n"
+        "    sys.exit('enough')\n"
+    )
+    pairs = write_rows(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "yes", "rejected": "no"}])
+    said = dpo("judge", "check", pairs, "--judge", f"{rules}:chatty", "--json")
+    assert json.loads(said.out)["agreement"] == 1.0
+    assert "loaded" in said.err and "thinking" in said.err
+    for name, message in (
+        ("array", "array returned array([1, 2]): expected"),
+        ("quits", "line 15: SystemExit: enough"),
+    ):
+        said = dpo("judge", "check", pairs, "--judge", f"{rules}:{name}")
+        assert (said.code, said.out) == (1, "")
+        assert message in said.err
+    rules.write_text("raise SystemExit(0)\n")
+    said = dpo("judge", "check", pairs, "--judge", f"{rules}:any")
+    assert said.code == 1 and "cannot be run: line 1: SystemExit" in said.err
+
+
+def test_verdicts_never_take_the_place_of_what_was_judged(tmp_path: Path) -> None:
+    pairs = write_rows(tmp_path / "p.jsonl", [{"prompt": "q", "chosen": "yes", "rejected": "no"}])
+    before = pairs.read_bytes()
+    link = tmp_path / "link.jsonl"
+    link.symlink_to(pairs)
+    for out in (pairs, link, tmp_path, tmp_path / "none" / "out.jsonl"):
+        said = dpo("judge", "check", pairs, "--judge", "length", "--out", out)
+        assert (said.code, said.out) == (2, "")
+        assert "--out" in said.err and "comparisons" not in said.err
+    said = dpo("judge", "check", f"{tmp_path}:train", "--judge", "length", "--out", pairs)
+    assert (said.code, pairs.read_bytes()) == (2, before)
+
+
 def test_plain_pairs_and_a_rule_of_the_users_own(tmp_path: Path) -> None:
     """Chosen is what people prefer. The rule is right on even rows and ties on odd ones: (5 + 5/2) / 10."""
     rules = tmp_path / "rules.py"

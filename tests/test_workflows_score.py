@@ -205,11 +205,13 @@ def test_a_failure_leaves_the_older_file_as_it_was(tiny_base: Path, pairs: Path,
 
 
 def test_out_must_be_a_file_in_a_folder_that_is_there(tiny_base: Path, pairs: Path, tmp_path: Path) -> None:
-    """Told before the model is loaded. Replacing /dev/null by a file would break the machine."""
-    for out in (tmp_path, "/dev/null", tmp_path / "no" / "x.jsonl", "/"):
+    """Told before the model is loaded. Replacing /dev/null would break the machine, replacing the pairs lose them."""
+    before = pairs.read_bytes()
+    for out in (tmp_path, "/dev/null", tmp_path / "no" / "x.jsonl", "/", pairs):
         said = dpo("score", tiny_base, pairs, "--out", out)
         assert (said.code, said.out) == (2, "")
         assert str(out) in said.err
+    assert pairs.read_bytes() == before
 
 
 def test_a_run_with_another_model_as_reference_says_how_to_score(tiny_run: Path, pairs: Path, tmp_path: Path) -> None:

@@ -50,6 +50,8 @@ def evaluate(
     """Win rate by temperature against the reference, held-out accuracy, calibration, KL; a figure and a page."""
     llm = llm_options(template, key_env, param, price, replies, concurrency, timeout)
     asked = _numbers(temperatures)
+    if len(runs) > 1 and not figure.parent.is_dir():
+        raise typer.BadParameter(f"{figure.parent} is no folder", param_hint="--figure")
     from dpo_studio.config import SourceSection, user_path
     from dpo_studio.reports.progress import Progress
     from dpo_studio.reports.text import printable

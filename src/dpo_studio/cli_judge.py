@@ -9,6 +9,8 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from dpo_studio.cli_data import Labels, source_section
+
 __all__ = ["app", "llm_options"]
 
 app = typer.Typer(name="judge", help="Judges: how far to trust them.", no_args_is_help=True, rich_markup_mode=None)
@@ -61,10 +63,7 @@ def check(
         Optional[list[str]],  # noqa: UP045
         typer.Option("--map", metavar="NAME=COLUMN", help="Which columns hold prompt, first and second."),
     ] = None,
-    label: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--label", metavar="NAME=VALUE", help="What a label's values mean: first=1, second=2, tie=0."),
-    ] = None,
+    label: Labels = None,
     annotators: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="COLUMN,COLUMN", help="The columns of the labels, one an annotator."),
@@ -83,20 +82,11 @@ def check(
     timeout: Timeout = 120.0,
 ) -> None:
     """A judge against human labels: agreement, kappa, position bias, the longer answer, and what people reach."""
-    from dpo_studio.config import SourceSection
     from dpo_studio.workflows.judging import check_judge
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} is not one of float32, bfloat16, float16", param_hint="--dtype")
-    if not source:
-        raise typer.BadParameter("the source is empty", param_hint="SOURCE")
-    section = SourceSection(
-        source=source,
-        split=split,
-        rows=rows,
-        map=_named("--map", columns),
-        label=dict(_named("--label", label)),
-    )
+    section = source_section(source, "auto", columns, label).model_copy(update={"split": split, "rows": rows})
     result = check_judge(
         section,
         judge,

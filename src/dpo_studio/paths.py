@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpo_studio.errors import UsageError
 
-__all__ = ["inside", "plain_name"]
+__all__ = ["check_out", "inside", "plain_name"]
 
 _LONGEST = 255
 """Bytes that file systems allow a name."""
@@ -47,3 +47,18 @@ def inside(folder: Path, name: str, *, hint: str | None = None) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{path} is a link that leads out of {folder}", hint=hint)
     return path
+
+
+def check_out(file: Path, source: str, *, option: str = "--out") -> None:
+    """Told before anything long begins: whether a result can be written there, and is not written over its source.
+
+    Raises:
+        UsageError: no file, no such folder, or what was (or lies in) the source that is read.
+    """
+    if not file.name or (file.exists() and not file.is_file()):  # replacing /dev/null would be no kindness
+        raise UsageError(f"{option} {file} is not a file")
+    if not file.parent.is_dir():
+        raise UsageError(f"{option} {file}: no such folder")
+    named = {Path(name).expanduser().resolve() for name in (source, source.rpartition(":")[0]) if name}
+    if file.exists() and named & {file.resolve(), *file.resolve().parents}:
+        raise UsageError(f"{option} {file} is what is read: it would be replaced", hint="choose another name")

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import sys
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
@@ -213,13 +215,15 @@ def user_rule(spec: str) -> RuleJudge:
     path = Path(file).expanduser()
     if not path.is_file():
         raise UsageError(f"--judge {spec}: no such file: {path}", hint="the form is FILE.py:function")
-    found = importlib.util.spec_from_file_location(path.stem, path)
+    found = importlib.util.spec_from_file_location(f"judge {path.stem}", path)  # a name that hides no other module
     if found is None or found.loader is None:
         raise UsageError(f"--judge {spec}: {path} is not a Python file", hint="the form is FILE.py:function")
     module = importlib.util.module_from_spec(found)
+    sys.modules[found.name] = module  # dataclasses look their own module up
     try:
-        found.loader.exec_module(module)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):
+            found.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
         raise JudgeError(f"{path} cannot be run: {_where(error, path)}") from None
     function = getattr(module, name, None)
     if not callable(function):
@@ -231,21 +235,22 @@ def user_rule(spec: str) -> RuleJudge:
 
 def _call(function: Callable[..., Any], comparison: Comparison, path: Path, name: str) -> Verdict:
     try:
-        said = function(as_text(comparison.prompt), comparison.a, comparison.b)
-    except Exception as error:
+        with redirect_stdout(sys.stderr):  # what it prints is not among the data of the command
+            said = function(as_text(comparison.prompt), comparison.a, comparison.b)
+    except (Exception, SystemExit) as error:
         raise JudgeError(f"{path}, {name}: {_where(error, path)}", hint=_about(comparison)) from None
     winner, reason = said if isinstance(said, tuple) and len(said) == 2 else (said, f"{name} says so.")
     if isinstance(said, Verdict):
         winner, reason = said.winner, said.reason
-    if winner not in _WINNERS or not isinstance(reason, str):
+    if not isinstance(winner, str) or winner not in _WINNERS or not isinstance(reason, str):
         raise JudgeError(
             f'{path}, {name} returned {said!r:.80}: expected "a", "b" or "tie", or a pair of that and a reason',
             hint=_about(comparison),
         )
-    return Verdict(winner, reason)
+    return Verdict(cast("Winner", winner), reason)
 
 
-def _where(error: Exception, path: Path) -> str:
+def _where(error: BaseException, path: Path) -> str:
     """The error and the line of the user's file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     at = f"line {lines[-1]}: " if lines else ""

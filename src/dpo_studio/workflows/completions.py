@@ -79,7 +79,6 @@ class Speaker:
                 sample=sample,
                 progress=advance,
             )
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_atomically(file, "".join(json.dumps(vars(answer)) + "\n" for answer in found))
         return found
 
@@ -91,4 +90,10 @@ def _read(file: Path, count: int) -> list[Completion] | None:
         found = [Completion(**(row | {"ids": tuple(row["ids"])})) for row in rows]
     except (OSError, ValueError, TypeError, KeyError):
         return None
-    return found if len(found) == count else None
+    return found if len(found) == count and all(map(_is_whole, found)) else None
+
+
+def _is_whole(answer: Completion) -> bool:
+    """Whether a line of a file, which may have been edited, holds what an answer does."""
+    kinds = isinstance(answer.text, str) and isinstance(answer.ended, bool) and type(answer.tokens) is int
+    return kinds and all(type(token) is int for token in answer.ids)

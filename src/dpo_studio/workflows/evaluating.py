@@ -6,6 +6,7 @@ Answers are written and saved first, then judged: a restart writes none of them 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -34,7 +35,7 @@ from dpo_studio.reports.winrates import MOST_RUNS, save_winrate_figure, winrate_
 from dpo_studio.runs import RunFolder, is_run, write_atomically
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
-from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 
 __all__ = ["REFERENCE", "Evaluation", "compare_runs", "evaluate_run"]
@@ -44,6 +45,7 @@ REFERENCE = "reference"
 Chat = tuple[Message, ...]
 Answers = dict[tuple[float, int], list[Completion]]
 """By temperature and sample."""
+_IN_THE_RUN = "an evaluation is kept in its run: copy the run to where you may write, and evaluate the copy"
 _OUTCOMES = {"a": "loss", "b": "win", "tie": "tie"}
 _WINNERS = {"a": "base", "b": "tuned", "tie": "tie"}
 """A is the other side's answer, B the policy's."""
@@ -108,6 +110,9 @@ def evaluate_run(
         pairs = _pairs(recipe, source, run, shown)
         loaded = load_any(run, say=shown.say)
         judge = judge_for(loaded=loaded)  # what is wrong with it is told before anything long begins
+        if against != REFERENCE:
+            find_any(against, shown.say)
+        _make(folder.evaluation / "completions")
         chats = list({prompt_key(pair.prompt): pair.prompt for pair in pairs}.values())[: asked.prompts]
         held_out = _held_out(loaded, pairs, shown)
         policy = Speaker(loaded, folder.evaluation / "completions", "policy", tuned=True)
@@ -138,6 +143,16 @@ def evaluate_run(
         ]
         _leave(folder, rates, rows)
     return rates
+
+
+def _make(completions: Path) -> None:
+    """The folder of the answers, before the first of them takes its time."""
+    try:
+        completions.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RunError(f"{completions} cannot be made: {error.strerror or error}", hint=_IN_THE_RUN) from None
+    if not os.access(completions, os.W_OK):
+        raise RunError(f"{completions} cannot be written", hint=_IN_THE_RUN)
 
 
 def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:

@@ -21,9 +21,11 @@ from dpo_studio.evaluation.everyday import everyday_judge
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, Winner, longer_wins, summary, user_rule
 from dpo_studio.evaluation.llm_judge import LLMJudge, cost_line
 from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
+from dpo_studio.paths import check_out
 from dpo_studio.preferences.labelled import Label, Labelled, LabelledSource, read_labelled
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.reports.progress import Progress
+from dpo_studio.runs import write_atomically
 
 __all__ = ["JUDGES", "LLMOptions", "check_judge", "judge_from"]
 
@@ -127,6 +129,8 @@ def check_judge(
     Raises:
         DPOStudioError: the source or the judge cannot be used.
     """
+    if out is not None:
+        check_out(out, source.source)
     with progress or Progress() as shown:
         read = read_labelled(source, annotators, seed=seed)
         rows = [row for row in read.comparisons if len(row.pair.chosen) == len(row.pair.rejected) == 1]
@@ -226,4 +230,4 @@ def _write(
         }
         for row, flip, said, verdict in zip(rows, flips, labels, verdicts, strict=True)
     )
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines))

@@ -12,14 +12,14 @@ from peft import LoraConfig
 from torch import nn
 
 from dpo_studio.config import ModelSection, user_path
-from dpo_studio.errors import RunError
+from dpo_studio.errors import RunError, UsageError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
-from dpo_studio.models.load import ChatModel, load_chat_model
+from dpo_studio.models.load import ChatModel, load_chat_model, locate
 from dpo_studio.models.scan import base_named_by
 from dpo_studio.runs import RunFolder, is_run
 
-__all__ = ["Loaded", "load_any"]
+__all__ = ["Loaded", "find_any", "load_any"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,7 +53,7 @@ def load_any(
         ModelError, RunError: not found or unusable.
     """
     changes: dict[str, Any] = {k: v for k, v in (("dtype", dtype), ("chat_template", chat_template)) if v is not None}
-    folder = user_path(name)
+    folder = _folder(name)
     if is_run(folder):
         return _load_run(RunFolder(folder), changes, say)
     if (folder / "adapter_config.json").is_file():
@@ -63,6 +63,23 @@ def load_any(
         return Loaded(base, attach_existing(base.model, folder, trainable=False), None, folder)
     base = load_chat_model(ModelSection(path=name, **changes), say=say)
     return Loaded(base, base.model, None, None)
+
+
+def find_any(name: str, say: Callable[[str], None] = lambda _: None) -> None:
+    """See that there is something behind a name which is loaded later; a model of the Hub is fetched.
+
+    Raises:
+        ModelError: nothing is.
+    """
+    folder = _folder(name)
+    if not is_run(folder) and not (folder / "adapter_config.json").is_file():
+        locate(name, say=say)
+
+
+def _folder(name: str) -> Path:
+    if not name:  # which as a path would be the working directory
+        raise UsageError("the name of a model is empty", hint="give a folder, a Hub id, or a run")
+    return user_path(name)
 
 
 def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None]) -> Loaded:

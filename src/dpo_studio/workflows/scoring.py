@@ -16,6 +16,7 @@ from dpo_studio.learning.logprobs import check_packing
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.paths import check_out
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.progress import Progress
@@ -111,10 +112,7 @@ def score_to_file(name: str, source: SourceSection, file: Path, **settings: Any)
     Raises:
         DPOStudioError: as `score_pairs`.
     """
-    if not file.name or (file.exists() and not file.is_file()):  # replacing /dev/null would be no kindness
-        raise UsageError(f"--out {file} is not a file")
-    if not file.parent.is_dir():
-        raise UsageError(f"--out {file}: no such folder")
+    check_out(file, source.source)
     scratch = file.with_name(f".{file.name}.part")
     try:
         with scratch.open("w", encoding="utf-8") as out:
