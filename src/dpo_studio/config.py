@@ -80,7 +80,7 @@ class ReadingSection(Section):
     rows: Annotated[int, Field(gt=0)] | None = None
     """Take a seeded sample of this many: of the rows, or of the held-out pairs."""
     map: dict[str, str] = {}
-    """Which column (dots reach into nested ones) holds prompt, chosen, rejected; first, second, label; answers, scores."""
+    """The column (dots reach into nested ones) of prompt, chosen, rejected; first, second, label; answers, scores."""
     label: dict[str, LabelValue | list[LabelValue]] = {}
     """What the label's values mean: {first: 1, second: [2, 3], tie: 0, both_bad: -1}. Compared as text."""
 
