@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from dpo_studio.cli import _print_stream
 from dpo_studio.config import load_recipe, parse_override, parse_yaml
 from dpo_studio.errors import DPOStudioError, RecipeError, RunError, UsageError
 from dpo_studio.export.card import Card, license_of, quoted
@@ -447,3 +449,20 @@ def test_no_token_is_in_a_line_of_metrics_or_the_environment_s_record(tiny_run: 
     """The record names versions and hardware, and no variable."""
     record = json.loads((tiny_run / "environment.json").read_text())
     assert not {"env", "environ", "variables", "user", "host", "hostname"} & set(record)
+
+
+@pytest.mark.parametrize("text", PAYLOADS, ids=lambda text: ascii(text)[:40])
+def test_an_answer_as_it_streams_to_a_terminal_cannot_rewrite_the_screen(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A character a piece, as a model may draw them; into a pipe it goes as it is, for programs to read."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, clean in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        _print_stream(iter(text))
+        assert stream.getvalue() == (printable(text.replace("\r", "\\x0d")) if clean else text) + "\n"
+        assert not clean or not UNSEEN.search(stream.getvalue())
