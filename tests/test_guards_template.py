@@ -21,6 +21,9 @@ from tests.tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "How far\nis <b>it</b>? "}, {"role": "assistant", "content": "About 384,400 km."}]
 ITSELF = "{% set ns = namespace(x=['a']) %}{% for i in range(40) %}"
+TWINS = "{%% set ns = namespace(x=['a'], y=['a']) %%}{%% for i in range(45) %%}{%% set ns.x = %s %%}{%% set ns.y = %s %%}{%% endfor %%}"
+COMPARED = "{% if ns.x == ns.y %}{% endif %}"
+"""What holds itself twice, 45 times over, is compared with its like in one call that does not end."""
 SECONDS = 3
 """Of thread time, at a tenth of the real limits."""
 
@@ -99,6 +102,12 @@ FILLING = [
     ITSELF + "{% set ns.x = [ns.x] + [ns.x] %}{% endfor %}{{ ns.x == ns.x|list }}",
     ITSELF + "{% set ns.x = [ns.x] * 2 %}{% endfor %}{{ ns.x|string }}",
     ITSELF + "{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson(indent=9) }}",
+    TWINS % (("[ns.x, ns.x]", "[ns.y, ns.y]")) + COMPARED,
+    TWINS % (("(ns.x, ns.x)", "(ns.y, ns.y)")) + COMPARED,
+    TWINS % (("{1: ns.x, 2: ns.x}", "{1: ns.y, 2: ns.y}")) + COMPARED,
+    TWINS % (("dict(a=ns.x, b=ns.x)", "dict(a=ns.y, b=ns.y)")) + COMPARED,
+    TWINS % (("[ns.x] * 2", "[ns.y] * 2")) + COMPARED,
+    TWINS % (("[ns.x] + [ns.x]", "[ns.y] + [ns.y]")) + COMPARED,
     "{% set ns = namespace() %}{% macro m() %}{% set ns.v = varargs %}{% endmacro %}{% for i in range(40) %}"
     "{{ m(ns.v, ns.v) }}{% endfor %}{{ ns.v }}",
     "{% set a = namespace() %}{% set b = namespace(x=a, y=a) %}{{ [b, b] }}",
@@ -172,8 +181,9 @@ def test_hostile_templates_are_stopped_in_time(source: str) -> None:
     before = time.thread_time()
     try:
         text = render(source)
-    except (TemplateError, ModelError, TypeError, ValueError, ArithmeticError):
+    except (TemplateError, ModelError, TypeError, ValueError, ArithmeticError) as error:
         text = ""
+        assert "memory" not in str(error), "the machine's limit stopped it, not ours"
     assert time.thread_time() - before < SECONDS
     assert len(text) < 1000
     assert not any(word in text for word in ("root:", "uid=", "<class", "<module", "object at 0x", "<function"))
@@ -219,7 +229,7 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
         ("{{ '%999d' % 1 }}", "{{ '%1000d' % 1 }}"),
         ("{{ {'a': 1}|tojson(indent=16) }}", "{{ {'a': 1}|tojson(indent=17) }}"),
         ("{{ " + "[0] + " * 9 + "[messages[0].role] }}", "{{ " + "[" * 33 + "messages" + "]" * 33 + " }}"),
-        ("{{ strftime_now('%d' * 50)|length }}", "{{ strftime_now('%d' * 51)|length }}"),
+        ("{{ strftime_now('%d' * 50)|length }}", "{{ strftime_now('%d' * 50 ~ 'x')|length }}"),
         ("{{ strftime_now('%20d')|length }}", "{{ strftime_now('%200d')|length }}"),
         ("a" * 256_000, "a" * 256_001),
         (
@@ -234,6 +244,40 @@ def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
     assert render(just)
     with pytest.raises((TemplateLimit, ModelError)):
         render(over)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "it is nested too deep, or calls itself without end"),
+        ("{{ 'a' * 10 ** 9 }}", "it makes a value of 1,000,000,000 characters"),
+        ("{{ [messages] * 10 ** 9 }}", "it makes a value of"),
+        (
+            "{% for i in range(999999) %}{% endfor %}",
+            "it makes more than 200,000,000 characters, or takes 1,000,000 steps",
+        ),
+        ("{{ 'a'.ljust(3) }}", "it calls str.ljust"),
+        ("{{ '{}'.format(3) }}", "it calls 'format'"),
+        ("{{ [namespace()] }}", "it puts a Namespace where values go"),
+        ("{{ 2 ** 9999 }}", "it raises a number to a power of thousands of digits"),
+        ("{{ 2 ** 2000 * 2 ** 2000 * 2 ** 2000 }}", "it makes a number of thousands of digits"),
+        ("{{ '%5000d' % 1 }}", "it pads a text to thousands of characters"),
+        ("{{ {}|tojson(indent=99) }}", "it writes JSON with more than 16 spaces a level"),
+        ("{{ strftime_now('x' * 101) }}", "it writes the date in more than 100 characters"),
+        ("{{ ' '.join(messages|map('string')) }}", "it joins what is no list: put `|list` before"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ nothing.at_all }}", "'nothing' is undefined"),
+        ("{{ nothing() }}", "'nothing' is undefined"),
+        ("{% if %}", "the chat template cannot be used: Expected an expression"),
+        ("{{ " + "(" * 100_000 + " }}", "the chat template cannot be used: it is nested too deep"),
+        ("a" * 256_001, "the chat template has 256,001 characters, over 256,000"),
+    ],
+    ids=lambda text: text[:30],
+)
+def test_what_was_wrong_is_said(source: str, words: str) -> None:
+    with pytest.raises((TemplateError, ModelError)) as refused:
+        render(source)
+    assert str(refused.value).startswith(words) and len(str(refused.value)) < 500
 
 
 def test_time_is_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
