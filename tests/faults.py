@@ -243,7 +243,7 @@ def few_blows(bench: Bench) -> Iterator[Blow]:
         rf"half {writing}/optimizer\.safetensors",
         rf"empty {writing}/manifest\.json",
         rf"os\.rename {writing}",
-        r"os\.rename RUN/checkpoints/step-2",
+        r"os\.rmdir RUN/checkpoints/\.dropping-step-2",
         r"os\.rename RUN/\.result\.json.*",
     ):
         yield Blow(AT_EVENT, "cached", place(pattern))
