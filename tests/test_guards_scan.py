@@ -22,6 +22,7 @@ from dpo_studio.models.load import load_chat_model
 from dpo_studio.models.scan import base_named_by, refuse_strange_lora, scan_folder, weight_files
 from dpo_studio.tokens.template import ChatTemplate
 from dpo_studio.workflows.loading import load_any
+from tests.guard_words import words_of
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -177,7 +178,7 @@ ASKS_FOR_CODE: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize("change", ASKS_FOR_CODE, ids=str)
+@pytest.mark.parametrize("change", ASKS_FOR_CODE, ids=words_of)
 @pytest.mark.parametrize("file", CONFIGS)
 def test_settings_that_ask_for_code_are_refused(model: Path, canary: Path, file: str, change: dict[str, Any]) -> None:
     poison(model)
@@ -193,7 +194,7 @@ def test_settings_that_say_no_to_code_are_fine(model: Path) -> None:
 
 
 @pytest.mark.parametrize("file", [*CONFIGS, "adapter_config.json"])
-@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"a": 1' + " " * 20_000_001 + "}"], ids=len)
+@pytest.mark.parametrize("content", ["{", "[1]", "[" * 100_000, '{"a": 1' + " " * 20_000_001 + "}"], ids=words_of)
 def test_settings_that_are_none_are_refused(model: Path, file: str, content: str) -> None:
     (model / file).write_text(content)
     assert file in refusal(lambda: scan_folder(model, "m")).message
@@ -293,7 +294,7 @@ STRANGE_LORA: list[tuple[dict[str, Any], str]] = [
 ]
 
 
-@pytest.mark.parametrize(("change", "reason"), STRANGE_LORA, ids=str)
+@pytest.mark.parametrize(("change", "reason"), STRANGE_LORA, ids=words_of)
 def test_an_adapter_that_is_more_than_plain_lora_is_refused(
     adapter: Path, canary: Path, change: dict[str, Any], reason: str
 ) -> None:
@@ -313,7 +314,7 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused(
         {"megatron_core": "megatron.core", "megatron_config": None, "use_dora": False},
         {"unknown_to_this_peft": 7},
     ],
-    ids=str,
+    ids=words_of,
 )
 def test_what_plain_lora_says_is_fine(change: dict[str, Any]) -> None:
     refuse_strange_lora({"peft_type": "LORA"} | change, DEFAULTS, "a")
@@ -332,7 +333,7 @@ def test_settings_of_an_adapter_are_an_object(raw: Any) -> None:
         {"exclude_modules": "(.*)*(.*)*(.*)*_nothing"},
         {"layers_to_transform": [0, 1, 2, 3], "layers_pattern": "(l+)+(a+)+yers"},
     ],
-    ids=str,
+    ids=words_of,
 )
 def test_layers_come_from_the_tensors_where_a_pattern_names_them(adapter: Path, change: dict[str, Any]) -> None:
     """The first would take longer than the sun; all give the same 28 layers."""
@@ -366,7 +367,7 @@ LEADS_ELSEWHERE: list[Any] = [
 ]
 
 
-@pytest.mark.parametrize("named", LEADS_ELSEWHERE, ids=repr)
+@pytest.mark.parametrize("named", LEADS_ELSEWHERE, ids=words_of)
 def test_an_adapter_whose_base_leads_elsewhere_is_refused(adapter: Path, named: Any) -> None:
     rewrite(adapter / "adapter_config.json", base_model_name_or_path=named)
     error = refusal(lambda: load_any(str(adapter)))

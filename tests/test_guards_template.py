@@ -17,6 +17,7 @@ from dpo_studio.preferences.pair import Message
 from dpo_studio.tokens import metering
 from dpo_studio.tokens.chat import ChatEncoder, PairError
 from dpo_studio.tokens.template import LONGEST_CHAT, ChatTemplate, TemplateLimit
+from tests.guard_words import words_of
 from tests.tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "How far\nis <b>it</b>? "}, {"role": "assistant", "content": "About 384,400 km."}]
@@ -175,7 +176,7 @@ def a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_tenth")
-@pytest.mark.parametrize("source", [*BREAKING_OUT, *RUNNING_ON, *FILLING], ids=lambda source: source[:70])
+@pytest.mark.parametrize("source", [*BREAKING_OUT, *RUNNING_ON, *FILLING], ids=words_of)
 def test_hostile_templates_are_stopped_in_time(source: str) -> None:
     """Each raises, or writes what holds nothing of the machine (jinja writes what is not there as nothing)."""
     before = time.thread_time()
@@ -190,7 +191,7 @@ def test_hostile_templates_are_stopped_in_time(source: str) -> None:
     assert len(CHAT) == 2 and CHAT[0]["content"].startswith("How far")
 
 
-@pytest.mark.parametrize("source", NO_TEMPLATE, ids=lambda source: source[:30])
+@pytest.mark.parametrize("source", NO_TEMPLATE, ids=words_of)
 def test_what_is_no_template_is_refused_before_it_runs(source: str) -> None:
     before = time.thread_time()
     with pytest.raises(ModelError, match="the chat template") as refused:
@@ -200,10 +201,10 @@ def test_what_is_no_template_is_refused_before_it_runs(source: str) -> None:
 
 
 def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
-    """Those that make much, one after another, in a process that is allowed 3 GB and two minutes of CPU."""
+    """A third of those that make much, one after another, in a process that is allowed 3 GB and two minutes of CPU."""
     code = (
         "from tests.test_guards_template import FILLING, render\n"
-        "for source in FILLING:\n"
+        "for source in FILLING[::3]:\n"
         "    try: render(source)\n"
         "    except MemoryError: raise SystemExit(f'memory: {source[:80]}')\n"
         "    except Exception: pass\n"
@@ -237,7 +238,7 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
             "{% for i in range(999999) %}{% endfor %}{% for i in [1,2] %}{% endfor %}",
         ),
     ],
-    ids=lambda source: source[:50],
+    ids=words_of,
 )
 def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
     """What is just within one is written; the next larger is refused."""
@@ -272,7 +273,7 @@ def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
         ("{{ " + "(" * 100_000 + " }}", "the chat template cannot be used: it is nested too deep"),
         ("a" * 256_001, "the chat template has 256,001 characters, over 256,000"),
     ],
-    ids=lambda text: text[:30],
+    ids=words_of,
 )
 def test_what_was_wrong_is_said(source: str, words: str) -> None:
     with pytest.raises((TemplateError, ModelError)) as refused:
@@ -319,7 +320,7 @@ HONEST = [
 ]
 
 
-@pytest.mark.parametrize("source", HONEST, ids=lambda source: source[:60])
+@pytest.mark.parametrize("source", HONEST, ids=words_of)
 @pytest.mark.parametrize("open_answer", [False, True])
 def test_honest_templates_write_what_transformers_writes(source: str, open_answer: bool) -> None:
     """The oracle is `apply_chat_template`, which runs them in jinja's own sandbox."""

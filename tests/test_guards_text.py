@@ -25,6 +25,7 @@ from dpo_studio.reports.markup import block, esc, table
 from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.text import one_line, printable
 from dpo_studio.runs import RunFolder, is_run
+from tests.guard_words import words_of
 from tests.tiny_runs import dpo, tiny_rows, write_recipe
 
 # Paths
@@ -85,7 +86,7 @@ GOOD_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+@pytest.mark.parametrize("name", BAD_NAMES, ids=words_of)
 def test_names_that_lead_elsewhere_or_exist_nowhere_are_refused(name: str, tmp_path: Path) -> None:
     for act in (plain_name, lambda name: inside(tmp_path, name)):
         with pytest.raises(UsageError) as refused:
@@ -94,7 +95,7 @@ def test_names_that_lead_elsewhere_or_exist_nowhere_are_refused(name: str, tmp_p
         refused.value.message.encode()
 
 
-@pytest.mark.parametrize("name", GOOD_NAMES, ids=ascii)
+@pytest.mark.parametrize("name", GOOD_NAMES, ids=words_of)
 def test_names_that_are_only_odd_are_names(name: str, tmp_path: Path) -> None:
     assert inside(tmp_path, name) == tmp_path / name
     (tmp_path / name).write_text("x")
@@ -154,7 +155,7 @@ HOSTILE_PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path", HOSTILE_PATHS, ids=lambda path: path[:20])
+@pytest.mark.parametrize("path", HOSTILE_PATHS, ids=words_of)
 @pytest.mark.parametrize(
     "key", ["model.path", "data.train.source", "run.folder", "model.chat_template", "model.adapter"]
 )
@@ -214,7 +215,7 @@ BAD_YAML = [
 ]
 
 
-@pytest.mark.parametrize("text", BAD_YAML, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", BAD_YAML, ids=words_of)
 def test_yaml_that_makes_objects_or_unfolds_is_refused(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -339,7 +340,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("text", PAYLOADS, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", PAYLOADS, ids=words_of)
 def test_text_in_a_page_is_text(text: str) -> None:
     """In an element, an attribute, a block, a table's caption, head, name and cell: no tag, attribute or comment more."""
     page = f"<p title=\"{esc(text)}\" id='{esc(text)}'>{esc(text)}</p>{block(text)}" + table(
@@ -354,7 +355,7 @@ def test_text_in_a_page_is_text(text: str) -> None:
     assert not UNSEEN.search(page)
 
 
-@pytest.mark.parametrize("text", PAYLOADS, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", PAYLOADS, ids=words_of)
 def test_text_on_a_terminal_is_text(text: str) -> None:
     """In what is said, warned of, and in an error's message and hint."""
     shown = io.StringIO()
@@ -367,7 +368,7 @@ def test_text_on_a_terminal_is_text(text: str) -> None:
     everything.encode()
 
 
-@pytest.mark.parametrize("text", PAYLOADS, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", PAYLOADS, ids=words_of)
 def test_text_in_a_model_card_is_text(text: str) -> None:
     """A name stands in a code span, an answer in a fence, neither of which it can close; the metadata stays what it was.
 
@@ -451,7 +452,7 @@ def test_no_token_is_in_a_line_of_metrics_or_the_environment_s_record(tiny_run: 
     assert not {"env", "environ", "variables", "user", "host", "hostname"} & set(record)
 
 
-@pytest.mark.parametrize("text", PAYLOADS, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", PAYLOADS, ids=words_of)
 def test_an_answer_as_it_streams_to_a_terminal_cannot_rewrite_the_screen(
     text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
