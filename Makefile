@@ -5,7 +5,7 @@ ARGS ?=
 # Threads that wait give way to other processes (the reason stands in cli.py).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: demo test slow faults check format benchmark clean
+.PHONY: demo test slow faults mutants check format benchmark clean
 
 demo: .venv/runtime
 	$(BIN)/dpo demo --out runs/demo
@@ -22,10 +22,18 @@ faults: .venv/dev
 	rm -f faults.jsonl
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.faults --results faults.jsonl --table docs/reliability.md
 
+# The guards of SECURITY.md with each check broken in turn; the tests must notice. Half an hour; memory is bounded, for
+# a template no longer stopped would take it all.
+mutants: .venv/dev
+	$(BIN)/python -m pip install --quiet 'mutmut>=3.8,<4'
+	rm -rf mutants && ulimit -v 12000000 && OMP_NUM_THREADS=1 $(BIN)/mutmut run --max-children 2
+	$(BIN)/mutmut results
+
 check: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python scripts/audit.py
 
 format: .venv/dev
 	$(BIN)/ruff check --fix .
@@ -49,4 +57,4 @@ benchmark: .venv/dev
 	$(BIN)/python -m pip install --quiet --upgrade pip
 
 clean:
-	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv build dist *.egg-info src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis mutants

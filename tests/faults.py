@@ -5,7 +5,8 @@
 One process imports torch, which takes five seconds, and forks every trial before it starts a thread of its own; some
 trials go through the real command. A trial is a run that is ended in some way and then continued until it is finished:
 adapter, metrics, last checkpoint with the optimizer, and recipe must be the same bytes, and nothing unfinished may lie
-about. `--few` is what `make test` runs; `--part i/n` every n-th trial; `--table` writes the results kept so far.
+about. `--few` is what `make test` runs; `--part i/n` every n-th trial. A trial whose outcome is in `--results` already
+is not tried again, so a suite that was stopped goes on; `--table` writes what it holds.
 """
 
 from __future__ import annotations
@@ -70,6 +71,7 @@ class Outcome:
 
     kind: str
     setting: str
+    number: int
     where: str
     code: int
     """Of the process that was ended; negative: by that signal. 0: it was finished before."""
@@ -138,7 +140,8 @@ class Bench:
         least = (steps - 1) // every * every if steps else 0  # the checkpoint of the last line may not have been whole
         shutil.rmtree(place)
         seconds = round(time.monotonic() - started, 2)
-        return Outcome(blow.kind, blow.setting, where, code, resumed, -1 < resumed < least, differs, seconds)
+        too_far_back = -1 < resumed < least
+        return Outcome(blow.kind, blow.setting, blow.number, where, code, resumed, too_far_back, differs, seconds)
 
     def _end(self, blow: Blow, run: Path, log: Path, cache: Path) -> tuple[int, str]:
         """Start a run and end it; the exit code and where that was."""
@@ -240,7 +243,7 @@ def few_blows(bench: Bench) -> Iterator[Blow]:
         rf"half {writing}/optimizer\.safetensors",
         rf"empty {writing}/manifest\.json",
         rf"os\.rename {writing}",
-        r"os\.rename RUN/checkpoints/step-2",
+        r"os\.rmdir RUN/checkpoints/\.dropping-step-2",
         r"os\.rename RUN/\.result\.json.*",
     ):
         yield Blow(AT_EVENT, "cached", place(pattern))
@@ -313,16 +316,20 @@ def main() -> None:
     options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     options.add_argument("--few", action="store_true")
     options.add_argument("--part", default="1/1", metavar="I/N")
-    options.add_argument("--results", type=Path, help="JSON lines, added to")
-    options.add_argument("--table", type=Path, help="the page to put the table of all results in")
+    options.add_argument("--results", type=Path, help="JSON lines, added to as trials end")
+    options.add_argument("--table", type=Path, help="the page to put the table in")
     given = options.parse_args()
     part, parts = map(int, given.part.split("/"))
     importlib.import_module("dpo_studio.workflows.training")  # once, for every trial
-    results = []
+    kept = given.results.read_text().splitlines() if given.results and given.results.exists() else []
+    results = [Outcome(**json.loads(line)) for line in kept]
+    done = {(result.kind, result.setting, result.number) for result in results}
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(Path(folder))
         blows = list(few_blows(bench) if given.few else all_blows(bench))[part - 1 :: parts]
         for blow in blows:
+            if (blow.kind, blow.setting, blow.number) in done:
+                continue
             result = bench.try_out(blow)
             results.append(result)
             if given.results:
@@ -336,8 +343,7 @@ def main() -> None:
     counted = Counter(result.well for result in results)
     print(f"{counted[True]} of {len(results)} trials ended in the same bytes")
     if given.table:
-        kept = [Outcome(**json.loads(line)) for line in given.results.read_text().splitlines()]
-        put_table(given.table, table(kept))
+        put_table(given.table, table(results))
     sys.exit(0 if counted[False] == 0 else 1)
 
 

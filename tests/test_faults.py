@@ -22,8 +22,8 @@ def test_twelve_kills_change_no_byte(tmp_path: Path) -> None:
 
 def test_the_table_counts_what_went_well(tmp_path: Path) -> None:
     """Two of a kind, one of them with a byte that differs: 2 trials, 1 the same; text around the table stays."""
-    well = Outcome("SIGTERM", "bco", "0.1 s", 143, 2, False, [], 1.0)
-    results = [well, Outcome("SIGTERM", "live", "0.2 s", 0, -1, False, ["metrics.jsonl"], 1.0)]
+    well = Outcome("SIGTERM", "bco", 0, "0.1 s", 143, 2, False, [], 1.0)
+    results = [well, Outcome("SIGTERM", "live", 0, "0.2 s", 0, -1, False, ["metrics.jsonl"], 1.0)]
     mark = "<!-- the table of `make faults` -->"
     page = tmp_path / "page.md"
     page.write_text(f"above\n{mark}\nold\n{mark}\nbelow\n")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import signal
 import subprocess
@@ -81,6 +83,19 @@ def test_a_link_in_the_lock_s_place_is_not_followed(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="cannot be written"), held(tmp_path / "run"):
         pass
     assert (tmp_path / "precious").read_text() == "mine"
+
+
+def test_a_file_system_without_locks_is_told_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unsupported(descriptor: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    said: list[str] = []
+    with held(tmp_path / "run", said.append) as hold:
+        hold.check()
+    assert said == [
+        f"{tmp_path}/run is on a file system without locks (No locks available): see that one process uses it"
+    ]
 
 
 def test_of_many_at_once_one_is_in_at_a_time(tmp_path: Path) -> None:

@@ -268,3 +268,21 @@ def test_a_damaged_run_is_an_error_not_a_traceback(finished: Path) -> None:
     assert "is not valid JSON" in train(finished).err
     (run / "recipe.yaml").write_text("[")
     assert "recipe.yaml cannot be read" in train(finished).err
+
+
+def test_a_log_that_a_broken_disk_has_been_at_is_read_as_far_as_it_goes(tmp_path: Path) -> None:
+    """Zeros as after a power cut, bytes that are no text, JSON that is no line of ours: what comes before counts."""
+    run = RunFolder(tmp_path)
+    for junk in (b"\0" * 40, b"\xff\xfe{", b"5\n", b"[1]\n", b'{"loss": 1}\n', b'{"step": null}\n'):
+        (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}\n' + junk)
+        assert list(run.lines("metrics.jsonl")) == [{"step": 1}, {"step": 2}]
+
+
+def test_what_a_killed_start_left_is_no_stranger_s(tiny_base: Path, tmp_path: Path) -> None:
+    """Killed before recipe.yaml had its name: only a lock and an unfinished file are there."""
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/.lock").write_text("process 1 on earth\n")
+    (tmp_path / "run/.recipe.yaml.writing-4194305").write_text("model:")
+    assert train(recipe, "training.max_steps=1").code == 0
+    assert not list((tmp_path / "run").glob(".*"))

@@ -13,10 +13,12 @@ import pytest
 
 import dpo_studio
 from dpo_studio.config import SourceSection
+from dpo_studio.preferences.checks import TextChecks
 from dpo_studio.preferences.findings import DataReport, Example, Finding
+from dpo_studio.preferences.pair import Pair
+from dpo_studio.preferences.sources import open_pairs
 from dpo_studio.reports.data_page import render_data_page
 from dpo_studio.reports.data_table import plain_report
-from dpo_studio.workflows.checking import check_source
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 
 
@@ -122,19 +124,23 @@ def test_the_checks_of_text_load_no_torch() -> None:
 
 
 def test_memory_does_not_grow_with_the_text(tmp_path: Path) -> None:
-    """1,500 rows of 11 KB are 16 MB. In memory at once: 64 rows for the format, 256 of a batch and 1.2 KB a pair."""
-    long = {"chosen": "Because." * 450, "rejected": "No." * 1200}
-    rows = [long | {"prompt": f"{number} {'Why?' * 930}"} for number in range(1500)]
-    file = write_rows(tmp_path / "long.jsonl", rows)
-    del rows
-    tracemalloc.start()
-    try:
-        report = check_source(SourceSection(source=str(file)))
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert report.pairs == 1500
-    assert peak < 0.6 * file.stat().st_size
+    """Rows of 11 KB are seen and forgotten: what stays of a pair is hashes and signatures, less than 2 KB."""
+    long = {"chosen": "Because. " * 400, "rejected": "No. " * 900}
+    kept = []
+    for count in (200, 400):
+        rows = [long | {"prompt": f"{number} {'Why? ' * 750}"} for number in range(count)]
+        file = write_rows(tmp_path / f"{count}.jsonl", rows)
+        del rows
+        texts = TextChecks()
+        tracemalloc.start()
+        try:
+            for pair in open_pairs(SourceSection(source=str(file))).results:
+                assert isinstance(pair, Pair)
+                texts.see(pair)
+            kept.append(tracemalloc.get_traced_memory()[0])
+        finally:
+            tracemalloc.stop()
+    assert 200 * 500 < kept[1] - kept[0] < 200 * 2_000
 
 
 # Before a training

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dpo_studio.config import HeldOutSection, SourceSection
 from dpo_studio.preferences.sources import read_pairs
@@ -223,3 +226,21 @@ def test_a_full_disk_leaves_no_half_file(tmp_path: Path) -> None:
     assert "error: " in done.stderr
     assert "Traceback" not in done.stderr
     assert [file.name for file in tmp_path.iterdir()] == ["in.jsonl"]
+
+
+def test_the_worked_example_of_the_documents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows, the command and the recipe of docs/data.md give the two pairs it names, and one tie."""
+    text = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    rows, recipe = (re.search(rf"```{kind}\n(.*?)```", text, re.DOTALL) for kind in ("json", "yaml"))
+    command = re.search(r"^dpo (data convert verdicts\.jsonl .*?)\n```", text, re.DOTALL | re.MULTILINE)
+    assert rows
+    assert recipe
+    assert command
+    monkeypatch.chdir(tmp_path)
+    Path("verdicts.jsonl").write_text(rows[1], encoding="utf-8")
+    assert dpo(*shlex.split(command[1].replace("\\\n", " "))).code == 0
+    pairs = [(line["chosen"][0]["content"], line["rejected"][0]["content"]) for line in lines(Path("pairs.jsonl"))]
+    assert pairs == [("4", "5"), ("6", "7")]
+    assert lines(Path("pairs.refused.jsonl")) == [{"row": 2, "reason": "tie"}]
+    by_recipe = read_pairs(SourceSection(**yaml.safe_load(recipe[1])["data"]["train"]))
+    assert by_recipe.pairs == read_pairs(SourceSection(source="pairs.jsonl")).pairs

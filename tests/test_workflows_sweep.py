@@ -16,7 +16,7 @@ import pytest
 
 from dpo_studio.errors import NonFiniteError, UsageError
 from dpo_studio.learning import reference
-from dpo_studio.reports.frontier import frontier_table, measure
+from dpo_studio.reports.frontier import draw_frontier, frontier_table, measure
 from dpo_studio.workflows import training
 from dpo_studio.workflows.sweeping import plan_sweep
 from tests.tiny_runs import Said, dpo, write_recipe
@@ -181,18 +181,19 @@ def test_samples_are_read_where_an_evaluation_left_them(tmp_path: Path) -> None:
     assert measure(tmp_path, "a|b").sampled is None
     (tmp_path / "evaluation").mkdir()
     rates = [{"temperature": 0.0, "win_rate": 0.9, "kl": 9.0}, {"temperature": 1.0, "win_rate": 0.7, "kl": 4.5}]
-    rates[1] |= {"win_rate_ci95": [0.6, 0.8]}  # type: ignore[dict-item]
-    (tmp_path / "evaluation" / "winrate.json").write_text(json.dumps({"temperatures": [*rates, {"temperature": 2.0}]}))
+    rates[1] |= {"win_rate_ci95": [0.6, 0.8], "kl_ci95": [3.5, 5.5]}  # type: ignore[dict-item]
+    evaluation = {"against": "reference", "temperatures": [*rates, {"temperature": 2.0}]}
+    (tmp_path / "evaluation" / "winrate.json").write_text(json.dumps(evaluation))
     run = measure(tmp_path, "a|b")
-    assert run.to_plain()["sampled"] == {
-        "temperature": 1.0,
-        "kl": 4.5,
-        "win_rate": 0.7,
-        "win_rate_ci95": (0.6, 0.8),
-    }
+    at_one = {"temperature": 1.0, "kl": 4.5, "kl_ci95": (3.5, 5.5), "win_rate": 0.7, "win_rate_ci95": (0.6, 0.8)}
+    assert run.to_plain()["sampled"] == at_one
     table = frontier_table([run])
     assert "| a\\|b | 0 | – | – | – | – | 70 % (60–80 %) | 4.50 | nothing found |" in table
     assert "at temperature 1." in table
+    draw_frontier([run], tmp_path)
+    assert "KL to the reference, nats an answer" in (tmp_path / "frontier.svg").read_text()
+    (tmp_path / "evaluation" / "winrate.json").write_text(json.dumps(evaluation | {"against": "other/model"}))
+    assert measure(tmp_path, "a|b").to_plain()["sampled"] == at_one | {"win_rate": None, "win_rate_ci95": None}
 
 
 def test_importing_the_sweep_loads_no_torch() -> None:

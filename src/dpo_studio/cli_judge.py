@@ -196,13 +196,15 @@ def _number(value: float | None) -> str:
 
 
 def _orders(verdicts: dict[str, Any]) -> list[str]:
-    """Position bias and what could not be read, where answers were shown in an order."""
-    if not verdicts["asked_in_both_orders"]:
-        return []
-    first = _number(verdicts["first_shown_preferred"])
-    return [
-        f"the answer shown first was preferred {first} of the time (0.5: no position bias); the orders disagree on "
-        f"{verdicts['orders_disagree']} of {verdicts['asked_in_both_orders']} comparisons",
-        f"not judged: {verdicts['not_judged']} comparisons (replies: {verdicts['unparsable']} unparsable, "
-        f"{verdicts['refused']} refused, {verdicts['too_long']} too long)",
-    ]
+    """Position bias, where answers were shown in an order; and what was not judged."""
+    lines = []
+    if verdicts["asked_in_both_orders"]:
+        first = _number(verdicts["first_shown_preferred"])
+        lines.append(
+            f"the answer shown first was preferred {first} of the time (0.5: no position bias); the orders disagree on "
+            f"{verdicts['orders_disagree']} of {verdicts['asked_in_both_orders']} comparisons"
+        )
+    if verdicts["not_judged"]:
+        kinds = [f"{verdicts[kind]} {kind.replace('_', ' ')}" for kind in ("unparsable", "refused", "too_long")]
+        lines.append(f"not judged: {verdicts['not_judged']} comparisons (replies: {', '.join(kinds)})")
+    return lines

@@ -23,7 +23,8 @@ from dpo_studio.paths import inside
 
 __all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_override", "parse_yaml", "recipe_schema"]
 
-_MAX_RECIPE_BYTES = 1_000_000
+_MAX_RECIPE_BYTES = 200_000
+"""A recipe has two thousand; 1 MB of `1:1:1:...`, a number to the base of 60, takes PyYAML half a minute."""
 BUNDLED = "bundled:"
 LabelValue = str | int | float | bool
 MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
@@ -405,8 +406,10 @@ def parse_yaml(text: str) -> Any:
     """Plain data from YAML: no tags that make objects, no aliases, no key twice, however the text came here.
 
     Raises:
-        yaml.YAMLError: it is none, or nested too deep.
+        yaml.YAMLError: it is none, too long, or nested too deep.
     """
+    if len(text) > _MAX_RECIPE_BYTES:
+        raise yaml.YAMLError(f"over {_MAX_RECIPE_BYTES:,} characters")
     try:
         return _Loader(text).get_single_data()
     except (ValueError, OverflowError) as error:  # a number of 5,000 digits, or one no calendar or base 60 knows

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import os
 import socket
 from collections.abc import Callable, Iterator
@@ -66,6 +65,8 @@ def held(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator
 
 def _taken(file: Path, warn: Callable[[str], None]) -> int:
     """The open and locked file. Its content is only for the message that another process gets."""
+    import fcntl  # not on Windows, where nothing is trained but runs are read
+
     while True:
         descriptor = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
         try:

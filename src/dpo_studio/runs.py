@@ -95,15 +95,19 @@ class RunFolder:
         except FileNotFoundError:
             return None
         except ValueError as error:
-            raise RunError(f"{self.result_file} is not valid JSON: {error}") from None
+            raise RunError(
+                f"{self.result_file} is not valid JSON: {error}",
+                hint="remove it: the same command writes it again, from the last checkpoint",
+            ) from None
         return raw if isinstance(raw, dict) else None
 
     def settle(self, wanted: Recipe) -> Recipe:
         """The recipe to run here: `wanted`, with what an earlier start of the same run has settled.
 
         Raises:
-            RunError: the folder holds another recipe's run (with the difference), or something that is no run.
+            RunError: the folder holds another recipe's run (with the difference), something that is no run, or links.
         """
+        self._refuse_links()
         there = self.recipe()
         if there is None:
             if self.path.exists() and (not self.path.is_dir() or any(map(_is_something, self.path.iterdir()))):
@@ -136,7 +140,6 @@ class RunFolder:
 
     def start(self, loaded: LoadedRecipe, recipe: Recipe) -> None:
         """Make the folder and write down what is run, before anything long begins."""
-        self._refuse_links()
         with _writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             self.sweep()
@@ -183,15 +186,18 @@ class RunFolder:
             sync(self.path)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The whole lines of a .jsonl file; one cut off by a crash is not one."""
+        """The whole lines of a .jsonl file; one cut off by a crash, or what a broken disk left of one, is none."""
         file = self.path / name
         if not file.exists():
             return
-        for text in file.read_text(encoding="utf-8").splitlines():
+        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
-                yield json.loads(text)
+                line = json.loads(text)
             except ValueError:
                 return
+            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+                return
+            yield line
 
     def cut_back(self, step: int) -> None:
         """Forget what came after `step`: a resumed run writes those lines again."""

@@ -107,7 +107,7 @@ class Endpoint:
         url = urlsplit(self.base_url)
         if key and self.asking.key_variable is None and url.scheme == "http" and url.hostname not in _LOCAL:
             self._say(
-                f"the key in {variable} is not sent to {url.hostname} in clear text; name the variable if it is its"
+                f"{url.hostname} gets no key: it would go there in clear text (--judge-key-env {variable} sends it)"
             )
             return ""
         return key

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 from torch import nn
 
-from dpo_studio.evaluation.judges import Comparison, Completion, Progress, Verdict, higher_wins
+from dpo_studio.evaluation.judges import Comparison, Completion, Progress, Verdict, higher_wins, not_judged
 from dpo_studio.learning.logprobs import check_packing
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import batched_logps
@@ -56,7 +57,7 @@ class ImplicitReward:
         """
         pairs = [Pair(c.prompt, _turn(c.a), _turn(c.b), row) for row, c in enumerate(comparisons)]
         encoded = encode_pairs(pairs, self.encoder, max_length=None)
-        verdicts = {row: Verdict("tie", f"Not judged: {reason}.") for row, reason in encoded.refused}
+        verdicts = {row: not_judged(reason) for row, reason in encoded.refused}
         if progress is not None:
             progress(len(verdicts))
         kept = [self._as_generated(pair, comparisons[pair.row]) for pair in encoded.pairs]
@@ -74,12 +75,15 @@ class ImplicitReward:
         return [verdicts[row] for row in range(len(comparisons))]
 
     def _as_generated(self, pair: EncodedPair, comparison: Comparison) -> EncodedPair:
-        """Answers that never ended without the end of turn that the template writes after them."""
-        return replace(
-            pair,
-            chosen=_as_ended(pair.chosen, comparison.a.ended),
-            rejected=_as_ended(pair.rejected, comparison.b.ended),
-        )
+        """The very tokens that were drawn, where a model wrote both answers: their text could be told in others.
+
+        Where there is text alone, an answer that never ended goes without the end of turn that the template writes.
+        """
+        a, b = comparison.a, comparison.b
+        if a.ids and b.ids:
+            prompt = np.array(self.encoder.prompt_ids(comparison.prompt), np.int32)
+            return EncodedPair(pair.row, prompt, _drawn(a), _drawn(b))
+        return replace(pair, chosen=_as_ended(pair.chosen, a.ended), rejected=_as_ended(pair.rejected, b.ended))
 
     def _logps(self, pairs: Sequence[EncodedPair], progress: Progress | None) -> PairLogps:
         budget = tokens_without_gradient(CPU_TOKENS, next(self.policy.parameters()).device)
@@ -91,6 +95,10 @@ class ImplicitReward:
 
 def _turn(answer: Completion) -> tuple[Message, ...]:
     return (Message("assistant", answer.text),)
+
+
+def _drawn(answer: Completion) -> EncodedAnswer:
+    return EncodedAnswer(np.array(answer.ids, np.int32), np.ones(len(answer.ids), bool))
 
 
 def _as_ended(answer: EncodedAnswer, ended: bool) -> EncodedAnswer:

@@ -61,7 +61,7 @@ class Card:
 
     def text(self) -> str:
         """The whole README.md."""
-        parts = [f"---\n{self._metadata()}---\n", f"# {_plain(self.title)}\n", _list(self.facts)]
+        parts = [f"---\n{self._metadata()}---\n", f"# {_escaped(self.title)}\n", _list(self.facts)]
         if self.figures:
             parts += ["## Measured\n", *([f"{self.measured}\n"] if self.measured else []), _list(self.figures)]
         if self.example is not None:
@@ -143,6 +143,11 @@ def license_of(folder: Path) -> str | None:
         return None
     name = data.get("license") if isinstance(data, dict) else None
     return name if isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) else None
+
+
+def _escaped(text: str) -> str:
+    """A name as a heading: no span, link, image, tag or entity, whatever it is called."""
+    return re.sub(r"([\\`\[\]<>&])", r"\\\1", _plain(text))
 
 
 def _plain(text: str) -> str:

@@ -23,6 +23,7 @@ from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.models.scan import PICKLES, read_json, scan_folder, weight_files
 from dpo_studio.tokens.chat import ChatEncoder
+from dpo_studio.tokens.template import LONGEST_TEMPLATE
 
 __all__ = [
     "ChatModel",
@@ -210,13 +211,19 @@ def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:
     except Exception as error:
         raise ModelError(f"{section.path}: its tokenizer cannot be loaded: {_one_line(error)}") from None
     if section.chat_template is not None:
-        try:
-            tokenizer.chat_template = Path(section.chat_template).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ModelError(f"model.chat_template {section.chat_template} cannot be read: {error}") from None
+        tokenizer.chat_template = _read_template(section.chat_template)
     eos = read_json(folder / "generation_config.json").get("eos_token_id")
     ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
     return ChatEncoder(tokenizer, eos_ids={int(i) for i in ids if i is not None})
+
+
+def _read_template(path: str) -> str:
+    """No more than a template can have, so that /dev/zero ends too."""
+    try:
+        with Path(path).open(encoding="utf-8") as file:
+            return file.read(LONGEST_TEMPLATE + 1)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"model.chat_template {path} cannot be read: {error}") from None
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -157,7 +157,8 @@ def base_named_by(raw: Any, revision: Any, name: str) -> str:
     """
     if not raw:
         raise ModelError(f"{name}: its adapter_config.json names no base model")
-    if not isinstance(raw, str) or not _NAME.fullmatch(raw.removeprefix("bundled:")) or ".." in Path(raw).parts:
+    bare = raw.removeprefix("bundled:") if isinstance(raw, str) else ""
+    if not isinstance(raw, str) or not _NAME.fullmatch(bare) or ".." in Path(bare).parts:
         raise ModelError(
             f"{name}: the base that its adapter_config.json names leads elsewhere: {raw!r}",
             hint="if you trust it: name the base as model.path and this folder as model.adapter in a recipe",

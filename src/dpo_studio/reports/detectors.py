@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from statistics import mean, median, variance
+from statistics import fmean, median, variance
 from typing import Any
 
 from dpo_studio.reports.facts import finite
@@ -43,6 +43,10 @@ USUAL_STEPS = 16
 """Steps that say what is usual: those before the spike, and those the run began with."""
 MOVED = 0.02
 """Share of its first value that the loss must have lost by half of the run: DPO's goes from 0.693 to 0.679."""
+HIDDEN = 0.1
+"""Share of its first value whose fall the noise may not hide (two standard errors): else nothing is said."""
+MOST_STEPS = 256
+"""Steps over which that is averaged, at most: a quarter of a night's run is more than is needed, at every step."""
 TURNED = 0.05
 """How far above its lowest the held-out loss must have risen, twice in a row, as a share of the loss before training:
 as a share of the lowest, small losses would turn with a single pair."""
@@ -56,11 +60,16 @@ class Curve:
     """Steps that are planned."""
     steps: list[Row] = field(default_factory=list)
     held_out: list[Row] = field(default_factory=list)
+    beginning: list[Row] = field(default_factory=list)
+    latest: list[Row] = field(default_factory=list)
+    """As many rows from either end as `_enough` asks for, looked up once a step."""
 
     def add(self, row: Row) -> None:
         """A line of metrics.jsonl; step 0's is an evaluation only."""
         if finite(row, "loss") is not None:
             self.steps.append(row)
+            self.latest = _enough(reversed(self.steps))
+            self.beginning = self.beginning or self.latest
         if finite(row, "eval_loss") is not None:
             self.held_out.append(row)
 
@@ -71,11 +80,11 @@ class Curve:
 
     def recent(self, *keys: str) -> tuple[float, ...] | None:
         """The recent mean of each key over pairs; None while there are too few steps, or none with these keys."""
-        return _means(_enough(reversed(self.steps)), keys)
+        return _means(self.latest, keys)
 
     def first(self, *keys: str) -> tuple[float, ...] | None:
         """The same of the run's beginning."""
-        return _means(_enough(self.steps), keys)
+        return _means(self.beginning, keys)
 
 
 def _enough(rows: Iterable[Row]) -> list[Row]:
@@ -193,16 +202,18 @@ def _gradient_spikes(curve: Curve) -> str | None:
 def _loss_does_not_move(curve: Curve) -> str | None:
     if 2 * curve.step < curve.total_steps:
         return None
-    before = _values(_enough(curve.steps), "loss")
-    now = _values(curve.steps[-max(1, curve.total_steps // 4) :], "loss")
+    before = _values(curve.beginning, "loss")
+    now = _values(curve.steps[-max(1, min(curve.total_steps // 4, MOST_STEPS)) :], "loss")
     if len(before) < RECENT_STEPS or len(now) < RECENT_STEPS:
         return None
-    fallen = mean(before) - mean(now)
+    fallen = fmean(before) - fmean(now)
+    if fallen >= MOVED * abs(fmean(before)):
+        return None
     error = math.sqrt(variance(before) / len(before) + variance(now) / len(now))
-    if fallen + 2 * error >= MOVED * abs(mean(before)):  # so large a fall may hide in the noise
+    if fallen + 2 * error >= HIDDEN * abs(fmean(before)):
         return None
     return (
-        f"the loss began at {significant(mean(before))} and is {significant(mean(now))} over the last "
+        f"the loss began at {significant(fmean(before))} and is {significant(fmean(now))} over the last "
         f"{count(len(now))} steps, at step {count(curve.step)} of {count(curve.total_steps)}"
     )
 

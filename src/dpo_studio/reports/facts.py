@@ -37,7 +37,7 @@ class RunFacts:
     notes: tuple[str, ...] = ()
     """What could not be read, for the reader of the report."""
     win_rates: Row = field(default_factory=dict)
-    """evaluation/winrate.json: what `dpo eval` measured at each temperature."""
+    """evaluation/winrate.json: what an evaluation measured at each temperature."""
     win_rates_svg: str = ""
     """The figure it drew of it."""
 
@@ -46,6 +46,11 @@ class RunFacts:
         """What was measured at each of them."""
         rows = self.win_rates.get("temperatures")
         return [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+
+    @property
+    def against_reference(self) -> bool:
+        """Whether the evaluation compared the run with its own reference, not with another model."""
+        return str(self.win_rates.get("against", "reference")) == "reference"
 
     def series(self, key: str) -> Series:
         """The values of one metric over the steps."""

@@ -32,9 +32,10 @@ def _few_pairs(facts: RunFacts) -> bool:
 
 def _panel(finding: Finding, last: float) -> str:
     when = f'<span class="number">{_when(finding, last)}</span>'
+    saw = esc(finding.saw[0].upper() + finding.saw[1:]).replace(" %", "&nbsp;%")  # no line ends between the two
     return (
         f'<div class="panel finding"><h3>{esc(finding.title)} {when}</h3>'
-        f"<p>{esc(finding.saw[0].upper() + finding.saw[1:])}.</p>"
+        f"<p>{saw}.</p>"
         f'<p class="advice"><strong>What to do:</strong> {esc(finding.advice)}.</p></div>'
     )
 

@@ -1,14 +1,15 @@
 """What a sweep shows: how much each setting gained, and how far it went from the reference for it.
 
-The axes say what they are. From the policy's own samples, where `dpo eval` has been: KL to the reference, and win rate
-(Rafailov et al. 2023, arXiv 2305.18290, figure 2 left). From held-out pairs, always: accuracy, against how far the
+The axes say what they are. From the policy's own samples, where an evaluation has been: KL to the reference, and win
+rate (Rafailov et al. 2023, arXiv 2305.18290, figure 2 left). From held-out pairs, always: accuracy, against how far the
 log-probs of their answers have moved. That distance is no KL: the answers are not the policy's own, and a policy may
 leave its reference where no held-out answer is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,7 +39,9 @@ class Sampled:
     temperature: float
     kl: float
     """Mean log-ratio of whole answers to the reference, in nats."""
+    kl_ci95: tuple[float, float] | None
     win_rate: float | None
+    """None where the run was compared with something else than its reference: that is another axis."""
     win_rate_ci95: tuple[float, float] | None
 
 
@@ -79,7 +82,7 @@ def measure(folder: Path, name: str, stopped: str | None = None) -> Measured:
         margin=facts.number("margin"),
         loss=facts.number("held_out_loss"),
         path=tuple(_path(facts)),
-        sampled=_sampled(facts.temperatures),
+        sampled=_sampled(facts),
         health=tuple(finding.name for finding in health_of(facts)),
         stopped=stopped,
     )
@@ -95,13 +98,17 @@ def _path(facts: RunFacts) -> list[tuple[float, float, float]]:
     return found
 
 
-def _sampled(rows: Sequence[Mapping[str, Any]]) -> Sampled | None:
+def _sampled(facts: RunFacts) -> Sampled | None:
     """Of the temperature nearest to 1."""
     known = []
-    for row in rows:
+    for row in facts.temperatures:
         temperature, kl = finite(row, "temperature"), finite(row, "kl")
-        if temperature is not None and kl is not None:
-            known.append(Sampled(temperature, kl, share(row, "win_rate"), interval(row, "win_rate_ci95")))
+        if temperature is None or kl is None:
+            continue
+        rate, ends = share(row, "win_rate"), interval(row, "win_rate_ci95")
+        if not facts.against_reference:
+            rate, ends = None, None
+        known.append(Sampled(temperature, kl, interval(row, "kl_ci95"), rate, ends))
     return min(known, key=lambda sampled: abs(sampled.temperature - _SAMPLED_AT), default=None)
 
 
@@ -185,13 +192,15 @@ def draw_frontier(runs: Sequence[Measured], folder: Path) -> list[Path]:
 
 
 def _figure(runs: Sequence[Measured], panels: Sequence[Callable[..., None]]) -> Any:
-    columns = 2 * len(panels)
-    legend = 0.24 * -(-len(runs) // columns)  # inches
-    width, height = 4.6 * len(panels), 3.5 + legend
+    width = 4.7 * len(panels)
+    longest = max(len(_label(run)) for run in runs)
+    columns = max(1, min(len(runs), int(width / (0.6 + 0.095 * longest))))  # inches: a line with its marker, a letter
+    legend = 0.24 * -(-len(runs) // columns)
+    height = 3.5 + legend
     figure = Figure(figsize=(width, height), facecolor=PALETTE["surface"])
     FigureCanvasAgg(figure)
     figure.subplots_adjust(
-        left=0.68 / width, right=1 - 0.2 / width, top=1 - 0.4 / height, bottom=(0.62 + legend) / height, wspace=0.24
+        left=0.8 / width, right=1 - 0.2 / width, top=1 - 0.4 / height, bottom=(0.66 + legend) / height, wspace=0.28
     )
     for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         _plain(axes)
@@ -199,9 +208,15 @@ def _figure(runs: Sequence[Measured], panels: Sequence[Callable[..., None]]) -> 
             draw(axes, run, _look(number))
         axes.axhline(0.5, color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         axes.set_xlim(left=min(0.0, axes.get_xlim()[0]))
+        axes.set_ylim(top=min(1.02, axes.get_ylim()[1]))
     named = axes.get_legend_handles_labels()
     figure.legend(*named, loc="lower center", ncols=columns, frameon=False, fontsize=10)
     return figure
+
+
+def _label(run: Measured) -> str:
+    """`objective.beta=0.1` -> `beta=0.1`: the sections stand in the table."""
+    return printable(re.sub(r"(^|,)[\w.]*\.(?=\w+=)", r"\1", run.name).replace(",", ", "))
 
 
 def _plain(axes: Any) -> None:
@@ -233,10 +248,11 @@ def _draw_held_out(axes: Any, run: Measured, look: dict[str, Any]) -> None:
     axes.set_xlabel("mean |log-ratio| of a held-out answer, nats (not a KL)", fontsize=10, color=PALETTE["muted"])
     axes.set_ylabel("accuracy", fontsize=10, color=PALETTE["muted"])
     if not run.path:
-        axes.plot([], [], label=printable(run.name), **look)
+        axes.plot([], [], label=_label(run), **look)
         return
     _, far, right = zip(*run.path, strict=True)
-    axes.plot(far, right, linewidth=1.4, label=printable(run.name), clip_on=False, **(look | {"markersize": 5}))
+    axes.plot(far, right, linewidth=1.4, clip_on=False, **(look | {"markersize": 4}))
+    axes.plot(far[-1:], right[-1:], linewidth=1.4, label=_label(run), clip_on=False, zorder=4, **look)
     if run.accuracy_ci95 is not None and run.accuracy is not None:
         low, high = run.accuracy_ci95
         axes.plot([far[-1]] * 2, [low, high], color=look["color"], linewidth=1.2, alpha=0.55)
@@ -249,8 +265,10 @@ def _draw_sampled(axes: Any, run: Measured, look: dict[str, Any]) -> None:
     axes.set_ylabel("win rate against the reference", fontsize=10, color=PALETTE["muted"])
     sampled = run.sampled
     if sampled is None or sampled.win_rate is None:
-        axes.plot([], [], label=printable(run.name), **look)
+        axes.plot([], [], label=_label(run), **look)
         return
     if sampled.win_rate_ci95 is not None:
         axes.plot([sampled.kl] * 2, sampled.win_rate_ci95, color=look["color"], linewidth=1.4)
-    axes.plot([sampled.kl], [sampled.win_rate], label=printable(run.name), **look)
+    if sampled.kl_ci95 is not None:
+        axes.plot(sampled.kl_ci95, [sampled.win_rate] * 2, color=look["color"], linewidth=1.4)
+    axes.plot([sampled.kl], [sampled.win_rate], label=_label(run), **look)

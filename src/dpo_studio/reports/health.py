@@ -92,12 +92,12 @@ def health_of(facts: RunFacts) -> list[Finding]:
 
 
 def _lengths_sampled(facts: RunFacts, steps: int) -> list[Finding]:
-    """By `dpo eval` at several temperatures, or by the demo."""
+    """By an evaluation at several temperatures, or by the demo."""
     before, after = (
         [finite(row, key) for row in facts.temperatures] for key in ("reference_mean_tokens", "mean_tokens")
     )
     known = [pair for pair in zip(before, after, strict=True) if None not in pair]
-    if not known:
+    if not known or not facts.against_reference:
         return lengthening(facts.result, steps)
     means = [mean(value or 0.0 for value in side) for side in zip(*known, strict=True)]
     return lengthening({"mean_tokens_base": means[0], "mean_tokens_tuned": means[1]}, steps)

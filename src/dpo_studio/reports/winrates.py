@@ -27,7 +27,7 @@ def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[P
     One run shows its length-controlled win rate beside the plain one; several show the plain one alone, by name.
     """
     with styled():
-        figure, axes = blank(height=270, left=56, right=112, top=16, bottom=46)
+        figure, axes = blank(height=280, left=56, right=112, top=34, bottom=46)
         axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
         axes.axhline(0.5, color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         ends = [([0.5], "as good as\nthe reference" if len(runs) == 1 else "reference", "muted")]
@@ -43,6 +43,7 @@ def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[P
                 ends += [(at, _short(name), look[0])]
         _frame(axes, [row["temperature"] for _, rates in runs for row in rates["temperatures"]])
         label_ends(axes, ends)
+        axes.text(0, 1.04, _terms(runs), transform=axes.transAxes, fontsize=10, color=PALETTE["muted"])
         figure.set_facecolor(PALETTE["surface"])
         written = []
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
@@ -81,9 +82,16 @@ def _frame(axes: Any, temperatures: Sequence[float]) -> None:
     axes.set_xlabel("sampling temperature", fontsize=11, color=PALETTE["muted"], labelpad=6)
 
 
-def _short(name: str) -> str:
+def _terms(runs: Sequence[tuple[str, Rates]]) -> str:
+    """What the figure cannot be read without: who judged, against what, on how many prompts."""
+    shared = [{_short(str(rates[key]), 28) for _, rates in runs} for key in ("against", "judge", "n_prompts")]
+    against, judge, prompts = (" or ".join(sorted(one)) for one in shared)
+    return f"win rate against {against}, judged by {judge}, {prompts} prompts"
+
+
+def _short(name: str, longest: int = 16) -> str:
     shown = one_line(name)
-    return shown if len(shown) <= 16 else f"{shown[:15]}…"
+    return shown if len(shown) <= longest else f"{shown[: longest - 1]}…"
 
 
 _COLUMNS = ("temperature", "win rate", "at equal length", "won / tied / lost", "ended", "tokens", "repetition", "KL")

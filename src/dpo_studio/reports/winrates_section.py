@@ -19,10 +19,10 @@ def win_rates_section(facts: RunFacts) -> str:
     """Empty where nothing was sampled."""
     if not facts.temperatures:
         return ""
-    against = facts.win_rates.get("against")
+    other = "the reference" if facts.against_reference else clipped(str(facts.win_rates["against"]), 100)
     lead = (
-        f"Answers to held-out prompts, sampled at each temperature and compared with those of "
-        f"{clipped(str(against), 100) if against else 'the reference'}; a tie counts one half. 50 % is a coin toss."
+        f"Answers to held-out prompts, sampled at each temperature and compared with those of {other}; "
+        "a tie counts one half. 50 % is a coin toss."
     )
     return section(
         "win-rates",

@@ -21,7 +21,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
-from jinja2.utils import Joiner, Namespace
+from jinja2.utils import Joiner
 from jinja2.visitor import NodeTransformer
 
 from dpo_studio.errors import ModelError
@@ -38,11 +38,11 @@ from dpo_studio.tokens.metering import (
     weight,
 )
 
-__all__ = ["LONGEST_CHAT", "ChatTemplate", "TemplateLimit"]
+__all__ = ["LONGEST_CHAT", "LONGEST_TEMPLATE", "ChatTemplate", "TemplateLimit"]
 
 LONGEST_CHAT = 4_000_000
 """Characters of a chat: a million tokens. What fits needs a hundredth of the limits below in an honest template."""
-_LONGEST_TEMPLATE = 256_000
+LONGEST_TEMPLATE = 256_000
 """Characters of a template; the longest of known models have 30,000."""
 _TEXT_METHODS = (
     *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal"),
@@ -64,8 +64,8 @@ class ChatTemplate:
         Raises:
             ModelError: too long, no Jinja, or made of what no chat template needs.
         """
-        if len(source) > _LONGEST_TEMPLATE:
-            raise ModelError(f"the chat template has {len(source):,} characters, over {_LONGEST_TEMPLATE:,}")
+        if len(source) > LONGEST_TEMPLATE:
+            raise ModelError(f"the chat template has {len(source):,} characters, over {LONGEST_TEMPLATE:,}")
         self._special_tokens = {
             name: [str(token) for token in value] if isinstance(value, list | tuple) else str(value)
             for name, value in special_tokens.items()
@@ -190,8 +190,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         """A call of a macro, a function or a method; of the latter two, only of those listed."""
         meter = METER.get()
         if isinstance(__obj, Macro | BlockReference | LoopContext):
-            for argument in (args, tuple(kwargs.values())):
-                meter.bounded(tuple(value for value in argument if not isinstance(value, Namespace)))
+            values = (*args, *kwargs.values())  # it may keep them together, as `varargs`
+            meter.bounded([value for value in values if isinstance(value, str | list | tuple | dict)])
             meter.spend(__self._template_length)
             if isinstance(__obj, LoopContext) and args:  # a recursive loop goes over them as they are
                 args = (turns(args[0], __self._template_length), *args[1:])

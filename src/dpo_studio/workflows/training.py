@@ -228,10 +228,9 @@ class _Session:
         )
         timing = list(self.run.lines("timing.jsonl"))
         trained_seconds = sum(line["seconds"] for line in timing)
-        steps = max((line["step"] for line in timing), default=0)
         result: dict[str, Any] = {
             "kind": "train",
-            "steps": steps,
+            "steps": self.state.step if self.state is not None else 0,
             "skipped_steps": sum("skipped" in line for line in self.run.lines("metrics.jsonl")),
             "pairs": len(self.data.train.pairs),
             "held_out_pairs": len(self.data.held_out.pairs),
