@@ -13,15 +13,10 @@ __all__ = ["app", "llm_options"]
 
 app = typer.Typer(name="judge", help="Judges: how far to trust them.", no_args_is_help=True, rich_markup_mode=None)
 
-JudgeSpec = Annotated[
-    str,
-    typer.Option(
-        "--judge",
-        metavar="JUDGE",
-        help="everyday, length, FILE.py:function (your own code), implicit:MODEL_OR_RUN, reward:MODEL, "
-        "llm:MODEL@BASE_URL.",
-    ),
-]
+JUDGE_HELP = (
+    "everyday, length, FILE.py:function (your own code), implicit:MODEL_OR_RUN, reward:MODEL, llm:MODEL@BASE_URL."
+)
+JudgeSpec = Annotated[str, typer.Option("--judge", metavar="JUDGE", help=JUDGE_HELP)]
 Template = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads it at run time
     typer.Option("--judge-template", metavar="FILE", help="What an LLM judge is asked instead of our own wording."),

@@ -34,10 +34,11 @@ from dpo_studio.reports.winrates import MOST_RUNS, save_winrate_figure, winrate_
 from dpo_studio.runs import RunFolder, is_run, write_atomically
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
+from dpo_studio.workflows.judging import JUDGES
 from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.preparing import read_and_split
 
-__all__ = ["REFERENCE", "Evaluation", "compare_runs", "evaluate_run"]
+__all__ = ["REFERENCE", "Evaluation", "compare_runs", "default_judge", "evaluate_run"]
 
 REFERENCE = "reference"
 """What a run is compared with unless another model is named: its own base, the adapter off."""
@@ -99,11 +100,7 @@ def evaluate_run(
         DPOStudioError: a model, a source or the judge cannot be used.
     """
     asked = settings or Evaluation()
-    if not is_run(user_path(run)):
-        raise RunError(f"{run} is not a run folder", hint="give the folder that `dpo train` or `dpo demo` made")
-    folder = RunFolder(user_path(run))
-    recipe = folder.recipe()
-    assert recipe is not None
+    recipe, folder = _recipe(run), RunFolder(user_path(run))
     with progress or Progress() as shown:
         pairs = _pairs(recipe, source, run, shown)
         loaded = load_any(run, say=shown.say)
@@ -138,6 +135,26 @@ def evaluate_run(
         ]
         _leave(folder, rates, rows)
     return rates
+
+
+def default_judge(run: str) -> str:
+    """The rule that the bundled pairs were written to; there is no such judge of anybody else's pairs.
+
+    Raises:
+        RunError: not a run.
+        UsageError: a run on other pairs.
+    """
+    if _recipe(run).data.train.source.startswith("bundled:everyday"):
+        return "everyday"
+    raise UsageError(f"{run}: name a judge of its answers with --judge", hint=f"one of {JUDGES}")
+
+
+def _recipe(run: str) -> Recipe:
+    if not is_run(user_path(run)):
+        raise RunError(f"{run} is not a run folder", hint="give the folder that `dpo train` or `dpo demo` made")
+    recipe = RunFolder(user_path(run)).recipe()
+    assert recipe is not None
+    return recipe
 
 
 def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:
