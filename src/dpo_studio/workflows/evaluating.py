@@ -22,9 +22,7 @@ from dpo_studio.evaluation.diversity import distinct_n, repetition
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, summary
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
-from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
-from dpo_studio.learning.reference import batched_logps
-from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.objectives import margin
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report
@@ -37,6 +35,7 @@ from dpo_studio.workflows.completions import Speaker
 from dpo_studio.workflows.judging import JUDGES
 from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.preparing import read_and_split
+from dpo_studio.workflows.scoring import side_logps
 
 __all__ = ["REFERENCE", "Evaluation", "compare_runs", "default_judge", "evaluate_run"]
 
@@ -208,7 +207,9 @@ def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict
     encoded = encode_pairs(pairs, loaded.base.encoder, max_length=None).pairs
     if not encoded:
         return {}
-    policy, reference = (_logps(loaded, encoded, tuned, "held-out pairs", progress) for tuned in (True, False))
+    policy, reference = (
+        side_logps(loaded, encoded, "held-out pairs", progress, tuned=tuned) for tuned in (True, False)
+    )
     good = finite(policy) & finite(reference)
     if not good.any():
         return {}
@@ -235,17 +236,11 @@ def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Prog
     for row, (prompt, answer) in enumerate(zip(prompts, drawn, strict=True)):
         side = EncodedAnswer(np.array(answer.ids, np.int32), np.ones(len(answer.ids), bool))
         pairs.append(EncodedPair(row, np.array(prompt, np.int32), side, side))
-    tuned, base = (_logps(policy.loaded, pairs, on, "KL to the reference", progress) for on in (True, False))
+    tuned, base = (
+        side_logps(policy.loaded, pairs, "KL to the reference", progress, tuned=side) for side in (True, False)
+    )
     ratios: list[float] = (tuned.chosen_P - base.chosen_P).tolist()
     return ratios
-
-
-def _logps(loaded: Loaded, pairs: Sequence[EncodedPair], tuned: bool, title: str, progress: Progress) -> PairLogps:
-    budget = tokens_without_gradient(CPU_TOKENS, loaded.base.device)
-    with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
-        return batched_logps(
-            loaded.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
-        )
 
 
 def _at_temperature(
