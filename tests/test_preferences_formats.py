@@ -5,12 +5,17 @@ from __future__ import annotations
 import csv
 import gzip
 import json
+import re
+import shlex
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dpo_studio.cli_data import source_section
 from dpo_studio.config import SourceSection
+from dpo_studio.errors import DataError
 from dpo_studio.preferences import files as files_module
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import PairSource, Refusal, open_pairs, read_pairs
@@ -282,6 +287,116 @@ def test_nectar(tmp_path: Path) -> None:
     assert reasons(every) == reasons(source)
 
 
+def test_raw_ultrafeedback(tmp_path: Path) -> None:
+    """Four ratings' mean decides: of 2.5, 5 and 1 the second is best, the third worst, whatever `overall_score` says.
+
+    Without a mean the overall score is all there is (row 1: 3 over 1). An answer that nobody rated takes no part: in
+    row 2 it is the only other one. Rows 3 and 4 are a tie and a list of texts.
+    """
+
+    def completion(response: object, mean: object, overall: object) -> Row:
+        return {
+            "model": "m",
+            "response": response,
+            "fine-grained_score": mean,
+            "overall_score": overall,
+            "critique": "",
+        }
+
+    def row(*completions: object) -> Row:
+        return {"source": "sharegpt", "instruction": "2+2?", "models": ["m"], "completions": [*completions]}
+
+    a, b, c = completion("5", 2.5, 10), completion("4", "5", 1), completion("six", 1.0, 9)
+    old = [{"response": "5", "overall_score": 1}, {"response": "4", "overall_score": 3.0}]
+    rows = [row(a, b, c), row(*old), row(a, completion("4", None, 3)), row(a, a | {"response": "4"}), row("5", "4")]
+    source = read(tmp_path, *rows)
+    assert source.format == "ultrafeedback-raw"
+    told = {"origin": "sharegpt"}
+    assert source.pairs == [
+        asked("2+2?", "4", "six", 0, scores=(5, 1), **told),
+        asked("2+2?", "4", "5", 1, scores=(3, 1), **told),
+    ]
+    refused = ["fewer than two answers have a score", "tie", "completions is not a list of objects"]
+    assert list(reasons(source).values()) == refused
+
+
+def test_webgpt(tmp_path: Path) -> None:
+    """The scores are of people, one the negative of the other; 0 is a tie."""
+    row = {"question": {"dataset": "eli5", "full_text": "Why?"}, "answer_0": "a [1]", "answer_1": "b", "quotes_0": {}}
+    source = read(tmp_path, *[row | {"score_0": score, "score_1": -score} for score in (0.5, -1.0, 0.0)])
+    assert source.format == "webgpt"
+    assert source.pairs == [
+        asked("Why?", "a [1]", "b", 0, scores=(0.5, -0.5)),
+        asked("Why?", "b", "a [1]", 1, scores=(1, -1)),
+    ]
+    assert reasons(source) == {2: "tie"}
+
+
+def talked(*texts: str) -> list[Row]:
+    return [said(("user", "assistant")[at % 2], text) for at, text in enumerate(texts)]
+
+
+def test_arena(tmp_path: Path) -> None:
+    """Chatbot Arena's words and those of the newer sets; MT-Bench's rows hold both turns whichever was judged."""
+    row = {"model_a": "x", "model_b": "y", "turn": 1, "language": "English"}
+    row |= {"conversation_a": talked("q", "a"), "conversation_b": talked("q", "b")}
+    winners = ["model_a", "model_b", "tie", "tie (bothbad)", "both_bad", "x", None, ["model_a"]]
+    source = read(tmp_path, *[row | {"winner": winner} for winner in winners])
+    assert source.format == "arena"
+    assert source.pairs == [asked("q", "a", "b", 0), asked("q", "b", "a", 1)]
+    wrong = "winner is none of model_a, model_b, tie and both_bad"
+    told = ["tie", "both bad", "both bad", wrong, "winner is missing", wrong]
+    assert reasons(source) == dict(enumerate(told, 2))
+    two = {"conversation_a": talked("q", "a", "r", "c"), "conversation_b": talked("q", "b", "r", "d")}
+    bench = read(tmp_path, *[two | {"winner": "model_b", "judge": "expert_1", "turn": turn} for turn in (1, 2, 3)])
+    assert bench.pairs == [
+        asked("q", "b", "a"),
+        Pair((user("q"),), (bot("b"), user("r"), bot("d")), (bot("a"), user("r"), bot("c")), 1),
+    ]
+    assert reasons(bench) == {2: "turn is no turn of conversation_a"}
+
+
+def test_arena_of_columns_of_json(tmp_path: Path) -> None:
+    """One of three columns is 1: read as one label of two values its ties would be the second answer's wins."""
+    row = {
+        "model_a": "x",
+        "model_b": "y",
+        "prompt": '["q", "r"]',
+        "response_a": '["a", "c"]',
+        "response_b": '["b","d"]',
+    }
+    wins = [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 0, 0), ("1", "1", "0")]
+    names = ("winner_model_a", "winner_model_b", "winner_tie")
+    rows = [row | dict(zip(names, win, strict=True)) for win in wins]
+    rows += [rows[0] | {"response_a": text} for text in ('["a"]', '["a", null]', "a")]
+    source = read(tmp_path, *rows)
+    assert source.format == "arena-55k"
+    answers = (bot("a"), user("r"), bot("c")), (bot("b"), user("r"), bot("d"))
+    assert source.pairs == [Pair((user("q"),), *answers, 0), Pair((user("q"),), *answers[::-1], 1)]
+    none = "not one of winner_model_a, winner_model_b, winner_tie is 1"
+    uneven, not_text, not_json = (
+        "prompt and responses have not as many turns",
+        "response_a is not text",
+        "response_a is not a list written as JSON",
+    )
+    assert reasons(source) == dict(enumerate(["tie", none, none, uneven, not_text, not_json], 2))
+
+
+def test_a_system_column_beside_trls(tmp_path: Path) -> None:
+    """As truthy-dpo has it. A system turn that is there already is not there twice; another one is a contradiction."""
+    row = {"source": "truthy", "system": "Be brief.", "prompt": "q", "chosen": "a", "rejected": "b"}
+    turns = [said("system", "Be brief."), said("user", "q")]
+    dialogue = {"chosen": [said("user", "q"), said("assistant", "a")], "rejected": talked("q", "b")}
+    rows = [row, row | {"system": ""}, row | {"prompt": turns}, row | {"prompt": turns, "system": "Be long."}]
+    source = read(tmp_path, *rows)
+    under = Pair((system("Be brief."), user("q")), (bot("a"),), (bot("b"),), 0, origin="truthy")
+    assert source.pairs == [under, asked("q", "a", "b", 1, origin="truthy"), replace(under, row=2)]
+    assert reasons(source) == {3: "prompt has a system turn besides the system column"}
+    assert read(tmp_path, row | dialogue).pairs == [under]
+    del row["prompt"]
+    assert read(tmp_path, row | dialogue).pairs == [under]
+
+
 def test_openai(tmp_path: Path) -> None:
     answers: Row = {"preferred_output": [said("assistant", "4")], "non_preferred_output": [said("assistant", "5")]}
     messages = [said("system", "s"), said("user", [{"type": "text", "text": "2+2?"}])]
@@ -408,6 +523,97 @@ def test_a_csv_with_scores_and_a_source_column(tmp_path: Path) -> None:
     columns = {"prompt": "source", "chosen": "good", "rejected": "bad"}
     (pair,) = read_pairs(SourceSection(source=str(file), map=columns)).pairs
     assert pair == asked("Übersetze", "a", "b", origin="wmt")
+
+
+def test_lists_of_answers_and_scores(tmp_path: Path) -> None:
+    """The best against the worst, by hand: of 3, 5 and none "b" over "a"; text counts as a number, a word does not."""
+    rows: list[Row] = [
+        {"q": "q", "texts": ["a", "b", "c"], "scores": scores}
+        for scores in ([3, 5, None], ["2", "1.5", 7], [4, 4, 4], [1, None, None], [1, 2], [1, "N/A", 3], 5, None)
+    ]
+    source = mapped(tmp_path, rows, "prompt=q answers=texts scores=scores")
+    assert source.pairs == [asked("q", "b", "a", 0, scores=(5, 3)), asked("q", "c", "b", 1, scores=(7, 1.5))]
+    few, uneven = "fewer than two answers have a score", "answers and scores are not as many"
+    told = ["tie", few, uneven, "score is not a number", "answers and scores are not two lists", "scores is missing"]
+    assert reasons(source) == dict(enumerate(told, 2))
+
+
+def test_a_name_after_a_list_is_looked_up_in_each_of_its_objects(tmp_path: Path) -> None:
+    """As raw UltraFeedback's completions; list places may stand in brackets, as the sets' own pages write them."""
+    rows: list[Row] = [{"q": "q", "out": [{"text": "a", "score": 1}, {"text": "b", "score": 2}, {"text": "c"}, None]}]
+    by_name = mapped(tmp_path, rows, "prompt=q answers=out.text scores=out.score")
+    by_place = mapped(
+        tmp_path,
+        rows,
+        "prompt=q first=out[0].text second=out.1.text score_first=out[0].score score_second=out[1].score",
+    )
+    assert by_name.pairs == by_place.pairs == [asked("q", "b", "a", scores=(2, 1))]
+    with pytest.raises(DataError, match=r"no column 'out\.txt'"):
+        mapped(tmp_path, rows, "prompt=q answers=out.txt scores=out.score")
+
+
+@pytest.mark.parametrize("mark", [",", ";", "\t"])
+def test_a_csv_of_semicolons_or_tabs(mark: str, tmp_path: Path) -> None:
+    """As spreadsheets of half of Europe save it; the other two marks are text where they are not the delimiter."""
+    file = tmp_path / "pairs.csv"
+    with file.open("w", newline="", encoding="utf-8-sig") as stream:
+        table = [["prompt", "chosen", "rejected"], ["Öl; oder, \t was?", "a, b; c\td", 'say "b"\nthen']]
+        csv.writer(stream, delimiter=mark).writerows(table)
+    assert read_pairs(SourceSection(source=str(file))).pairs == [
+        asked("Öl; oder, \t was?", "a, b; c\td", 'say "b"\nthen')
+    ]
+
+
+@pytest.mark.parametrize(("encoding", "hint"), [("utf-16", "-f UTF-16"), ("cp1252", "-f WINDOWS-1252")])
+@pytest.mark.parametrize("name", ["p.csv", "p.jsonl", "p.json"])
+def test_text_that_is_not_utf8_is_told_how_to_become_it(name: str, encoding: str, hint: str, tmp_path: Path) -> None:
+    text = "prompt,chosen,rejected\nü,a,b\n" if name == "p.csv" else '{"prompt": "ü", "chosen": "a", "rejected": "b"}\n'
+    (tmp_path / name).write_bytes(text.encode(encoding))
+    with pytest.raises(DataError, match="not UTF-8") as told:
+        read_pairs(SourceSection(source=str(tmp_path / name)))
+    assert hint in str(told.value.hint)
+
+
+PUBLISHED: dict[str, list[Row]] = {
+    "PKU-SafeRLHF": [
+        {"prompt": "q", "response_0": "a", "response_1": "b", "better_response_id": n, "safer_response_id": 0}
+        for n in (0, 1)
+    ],
+    "Auto-J": [{"prompt": "q", "response 1": "a", "response 2": "b", "label": n} for n in (0, 1, 2)],
+    "LLMBar": [{"input": "q", "output_1": "a", "output_2": "b", "label": n} for n in (1, 2)],
+    "OpenAI's summaries": [
+        {"info": {"post": "q", "title": "t"}, "summaries": [{"text": "a"}, {"text": "b"}], "choice": n} for n in (0, 1)
+    ],
+    "Preference-Collection": [
+        {
+            "orig_instruction": "q",
+            "orig_response_A": "a",
+            "orig_response_B": "b",
+            "orig_preference": letter,
+            "output": "",
+        }
+        for letter in "AB"
+    ],
+    "distilabel's `generations`": [
+        {"input": "q", "generations": ["a", "b"], "rating": ratings} for ratings in ([9.0, 7.0], [5.0, 7.0], [7, 7])
+    ],
+}
+"""In each set's own columns: the first answer preferred, the second, and in some a tie."""
+
+
+def test_the_mappings_of_the_documents(tmp_path: Path) -> None:
+    document = (Path(__file__).parent.parent / "docs" / "data.md").read_text(encoding="utf-8")
+    mappings = dict(re.findall(r"^\| ([^|]+) \| `(--map [^`]+)` \|$", document, re.MULTILINE))
+    assert len(mappings) == len(PUBLISHED)
+    for name, rows in PUBLISHED.items():
+        options = next(options for shown, options in mappings.items() if shown.startswith(name))
+        words = shlex.split(options)
+        given = [text for option, text in zip(words[::2], words[1::2], strict=True) if option == "--map"]
+        labels = [text for option, text in zip(words[::2], words[1::2], strict=True) if option == "--label"]
+        section = source_section("rows.jsonl", map_=given, label=labels)
+        found = read(tmp_path, *rows, map=section.map, label=section.label)
+        assert [(pair.row, pair.chosen[0].content) for pair in found.pairs] == [(0, "a"), (1, "b")], name
+        assert reasons(found) == dict.fromkeys(range(2, len(rows)), "tie"), name
 
 
 # Files that are read a piece at a time

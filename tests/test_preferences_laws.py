@@ -72,6 +72,20 @@ SEEDS: dict[str, dict[str, Any]] = {
         "answers": [{"answer": t, "rank": r} for r, t in enumerate("abc")],
     },
     "nectar-all": {"prompt": "q", "answers": [{"answer": text, "rank": rank} for rank, text in enumerate("abc")]},
+    "webgpt": {"question": {"full_text": "q"}, "answer_0": "b", "answer_1": "a", "score_0": -0.5, "score_1": 0.5},
+    "arena": {
+        "conversation_a": [user("q"), bot("b")],
+        "conversation_b": [user("q"), bot("a")],
+        "winner": "model_b",
+        "turn": 1,
+    },
+    "arena-55k": {"prompt": '["q"]', "response_a": '["a"]', "response_b": '["b"]'}
+    | {"winner_model_a": 1, "winner_model_b": 0, "winner_tie": 0},
+    "ultrafeedback-raw": {
+        "instruction": "q",
+        "models": [],
+        "completions": [{"response": text, "fine-grained_score": 9 - at} for at, text in enumerate("abc")],
+    },
 }
 
 

@@ -683,7 +683,7 @@ BROKEN = {
         (b"prompt,chosen,rejected\n", "holds no rows"),
         (b'prompt,chosen,rejected\nq,"a"x,b\n', "bad.csv, the row from line 2 on: not CSV"),
         (b'prompt,chosen,rejected\nq,a,b\nq,"a,b\n', "bad.csv, the row from line 3 on: not CSV"),
-        (b"prompt;chosen;rejected\nq;a;b\n", r"its columns \(prompt;chosen;rejected\) are not"),
+        (b"prompt|chosen|rejected\nq|a|b\n", r"its columns \(prompt\|chosen\|rejected\) are not"),
         (b"prompt,chosen,rejected\n\xff,a,b\n", "not UTF-8"),
     ],
     "bad.jsonl.gz": [

@@ -68,7 +68,16 @@ def _reading(path: Path) -> Iterator[None]:
             f"{path} cannot be read: {error}", hint="is the file whole, and may you read it? download or copy it again"
         ) from None
     except UnicodeDecodeError:
-        raise DataError(f"{path} is not UTF-8 text", hint="save it as UTF-8") from None
+        raise DataError(f"{path} is not UTF-8 text", hint=_as_utf8(path)) from None
+
+
+def _as_utf8(path: Path) -> str:
+    """How to make UTF-8 of it: UTF-16 begins with a mark, what else it may be only its owner knows."""
+    with _open(path) as stream:
+        utf16 = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    old = "UTF-16" if utf16 else "WINDOWS-1252"
+    says = "it begins as UTF-16 does" if utf16 else "Excel's old files are often Windows-1252"
+    return f"save it as UTF-8 ({says}: iconv -f {old} -t UTF-8 OLD > NEW)"
 
 
 def _open(path: Path) -> BinaryIO:
@@ -107,7 +116,7 @@ def _parse_line(line: bytes, path: Path, number: int) -> object:
     try:
         return _parse(line.decode("utf-8"))
     except UnicodeDecodeError:
-        raise DataError(f"{where}: not UTF-8 text", hint="save the file as UTF-8") from None
+        raise DataError(f"{where}: not UTF-8 text", hint=_as_utf8(path)) from None
     except (ValueError, RecursionError) as error:
         hint = "each line holds one JSON object" + (
             "; a file that is one JSON array is named .json" if line.lstrip()[:1] == b"[" else ""
@@ -225,10 +234,15 @@ def _why(error: Exception) -> str:
 
 
 def _csv_rows(path: Path) -> Iterator[object]:
-    """Rows by the header's names. A row too long has a key None, a row too short has None values (csv.DictReader)."""
+    """Rows by the header's names. A row too long has a key None, a row too short has None values (csv.DictReader).
+
+    Commas stand between fields; or semicolons or tabs, where the header has none of the former: one column is no pair.
+    """
     csv.field_size_limit(_MAX_ROW)  # its own limit of 131,072 characters is shorter than some answers
     with _reading(path), io.TextIOWrapper(_open(path), encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(_csv_lines(stream), strict=True)
+        header = stream.readline(_MAX_ROW)
+        delimiter = next((mark for mark in ",;\t" if mark in header), ",")
+        reader = csv.DictReader(_csv_lines(header, stream), strict=True, delimiter=delimiter)
         try:
             yield from reader
         except csv.Error as error:
@@ -238,11 +252,12 @@ def _csv_rows(path: Path) -> Iterator[object]:
             ) from None
 
 
-def _csv_lines(stream: TextIO) -> Iterator[str]:
-    while line := stream.readline(_MAX_ROW):
+def _csv_lines(line: str, stream: TextIO) -> Iterator[str]:
+    while line:
         if len(line) == _MAX_ROW:
             raise csv.Error(f"longer than {_MAX_ROW // _MIB} MiB")
         yield line
+        line = stream.readline(_MAX_ROW)
 
 
 def _parquet_rows(path: Path) -> Iterator[object]:

@@ -1,6 +1,6 @@
 """The public shapes: a raw row -> a Pair, or a `RowError` that says why not. One small pure function a format.
 
-    trl               prompt, chosen, rejected: text or message lists; or chosen and rejected alone that begin alike
+    trl               prompt, chosen, rejected, system: texts or messages; or chosen and rejected alone that begin alike
     ultrafeedback     prompt (text), chosen and rejected whole dialogues that begin with it
     hh                chosen and rejected whole transcripts: '\\n\\nHuman: ...\\n\\nAssistant: ...'
     alpaca-ranking    instruction, input, chosen, rejected; system, history (LLaMA-Factory)
@@ -13,8 +13,12 @@
     helpsteer2        prompt, response_1, response_2, preference_strength: from -3 (first) to 3 (second), 0 a tie
     helpsteer3        context (messages), response1, response2, overall_preference: the same
     shp               history, human_ref_A, human_ref_B, labels: 1 (A) or 0 (B)
+    webgpt            question {full_text}, answer_0, answer_1, score_0, score_1: the higher wins
+    arena             conversation_a, conversation_b, winner: model_a, model_b, tie, tie (bothbad); MT-Bench's too
+    arena-55k         prompt, response_a, response_b, each a list of texts as JSON; winner_model_a, ...: 0 or 1
     nectar            prompt (a transcript), answers [{answer, rank}]: the best against the worst
     nectar-all        the same: the best against each other one, several pairs a row
+    ultrafeedback-raw instruction, completions [{response, fine-grained_score}]: the best against the worst
 
 A label that says tie is looked at before the answers are: a tie is no broken row.
 """
@@ -26,7 +30,9 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from dpo_studio.preferences.arena import arena, arena_55k
 from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.preferences.ranked import nectar, nectar_all, raw_ultrafeedback
 from dpo_studio.preferences.turns import (
     Row,
     RowError,
@@ -35,6 +41,7 @@ from dpo_studio.preferences.turns import (
     conversation,
     dialogues,
     implicit,
+    instruction_of,
     is_transcript,
     messages,
     number,
@@ -87,18 +94,21 @@ def _preferred(prompt: str | Turns, row: Row, answers: tuple[str, str], leaning:
 
 def _trl(row: Row) -> Pair:
     """`prompt`, `chosen`, `rejected`, each text or a message list; the answers may repeat the prompt."""
-    return conversation(value_of(row, "prompt"), value_of(row, "chosen"), value_of(row, "rejected"))
+    pair = conversation(value_of(row, "prompt"), value_of(row, "chosen"), value_of(row, "rejected"))
+    return replace(pair, prompt=with_system(pair.prompt, row.get("system")))
 
 
 def trl_implicit(row: Row) -> Pair:
     """TRL's rows without a prompt, in a file that has no such column: what the answers share is the prompt."""
-    return implicit(value_of(row, "chosen"), value_of(row, "rejected"))
+    pair = implicit(value_of(row, "chosen"), value_of(row, "rejected"))
+    return replace(pair, prompt=with_system(pair.prompt, row.get("system")))
 
 
 def _ultrafeedback(row: Row) -> Pair:
     prompt = text_of(value_of(row, "prompt"), "prompt")
     chosen, rejected = (messages(value_of(row, side), side) for side in ("chosen", "rejected"))
-    return dialogues(prompt, chosen, rejected)
+    pair = dialogues(prompt, chosen, rejected)
+    return replace(pair, prompt=with_system(pair.prompt, row.get("system")))
 
 
 def _hh(row: Row) -> Pair:
@@ -122,7 +132,7 @@ def _hh_side(before: str, text: str, side: str) -> Turns:
 
 
 def _alpaca_ranking(row: Row) -> Pair:
-    prompt = (*_history(row.get("history")), Message("user", _instruction(row)))
+    prompt = (*_history(row.get("history")), Message("user", instruction_of(row)))
     chosen, rejected = value_of(row, "chosen"), value_of(row, "rejected")
     return answers_to(with_system(prompt, row.get("system")), chosen, rejected)
 
@@ -161,7 +171,7 @@ def _orca(row: Row) -> Pair:
 
 
 def _argilla(row: Row) -> Pair:
-    return conversation(_instruction(row), value_of(row, "chosen_response"), value_of(row, "rejected_response"))
+    return conversation(instruction_of(row), value_of(row, "chosen_response"), value_of(row, "rejected_response"))
 
 
 # Two answers and a label
@@ -172,7 +182,7 @@ def _alpaca_eval(row: Row) -> Pair:
     if label != 0 and not 1 <= label <= 2:
         raise RowError("preference is neither 0 nor from 1 to 2")
     leaning = 0 if label == 0 else label - 1.5
-    return _preferred(_instruction(row), row, ("output_1", "output_2"), leaning)
+    return _preferred(instruction_of(row), row, ("output_1", "output_2"), leaning)
 
 
 def _pandalm(row: Row) -> Pair:
@@ -184,7 +194,7 @@ def _pandalm(row: Row) -> Pair:
     if 2 * count <= votes.total():
         raise RowError("tie: no majority of annotators")
     leaning = (0, -1, 1)[int(label)]
-    return _preferred(_instruction(row), row, ("response1", "response2"), leaning)
+    return _preferred(instruction_of(row), row, ("response1", "response2"), leaning)
 
 
 def _helpsteer2(row: Row) -> Pair:
@@ -218,51 +228,12 @@ def _shp(row: Row) -> Pair:
     return replace(pair, scores=scores if scores is None or label == 1 else scores[::-1])
 
 
-# Ranked answers
-
-
-def _nectar(row: Row) -> Pair:
-    prompt, ranked = _ranked(row)
-    (best, chosen), (worst, rejected) = ranked[0], ranked[-1]
-    if best == worst:
-        raise RowError("tie")
-    return conversation(prompt, chosen, rejected)
-
-
-def _nectar_all(row: Row) -> list[Pair]:
-    """One pair for each answer that is ranked below the best; what is wrong with one refuses the row."""
-    prompt, ranked = _ranked(row)
-    best, chosen = ranked[0]
-    worse = [answer for rank, answer in ranked if rank > best]
-    if not worse:
-        raise RowError("tie")
-    return [conversation(prompt, chosen, answer) for answer in worse]
-
-
-def _ranked(row: Row) -> tuple[str | Turns, list[tuple[float, object]]]:
-    """The prompt, and (rank, answer) of each answer, the best first; equal ranks in the row's own order."""
-    prompt = text_of(value_of(row, "prompt"), "prompt")
-    answers = value_of(row, "answers")
-    if not isinstance(answers, list) or not all(isinstance(answer, dict) for answer in answers):
-        raise RowError("answers is not a list of objects")
-    if len(answers) < 2:
-        raise RowError("answers are fewer than two")
-    ranked = sorted(((number(a, "rank"), value_of(a, "answer")) for a in answers), key=lambda one: one[0])
-    return (_open_transcript(prompt) if is_transcript(prompt) else prompt), ranked
-
-
-def _open_transcript(prompt: str) -> Turns:
-    """A transcript that waits for its last answer: `...\\n\\nAssistant:`."""
-    turns = transcript(prompt, "prompt")
-    return turns[:-1] if turns[-1] == Message("assistant", "") else turns
-
-
-def _instruction(row: Row) -> str:
-    """Alpaca's prompt: the instruction, and its input on the next line where there is one."""
-    parts = [text_of(value_of(row, "instruction"), "instruction")]
-    if row.get("input") is not None:
-        parts.append(text_of(row["input"], "input"))
-    return "\n".join(part for part in parts if part.strip())
+def _webgpt(row: Row) -> Pair:
+    question = value_of(row, "question")
+    asked = text_of(question.get("full_text") if isinstance(question, dict) else question, "question")
+    scores = number(row, "score_0"), number(row, "score_1")
+    pair = _preferred(asked, row, ("answer_0", "answer_1"), scores[1] - scores[0])
+    return replace(pair, scores=(max(scores), min(scores)))
 
 
 # Which is which
@@ -296,8 +267,12 @@ FORMATS: dict[str, Format] = {
     "helpsteer2": _format("prompt response_1 response_2 preference_strength", _helpsteer2),
     "helpsteer3": _format("context response1 response2 overall_preference", _helpsteer3),
     "shp": _format("history human_ref_A human_ref_B labels", _shp),
-    "nectar": _format("prompt answers", _nectar),
-    "nectar-all": _format("prompt answers", _nectar_all),
+    "webgpt": _format("question answer_0 answer_1 score_0 score_1", _webgpt),
+    "arena": _format("conversation_a conversation_b winner", arena),
+    "arena-55k": _format("prompt response_a response_b winner_model_a winner_model_b winner_tie", arena_55k),
+    "nectar": _format("prompt answers", nectar),
+    "nectar-all": _format("prompt answers", nectar_all),
+    "ultrafeedback-raw": _format("instruction models completions", raw_ultrafeedback),
 }
 
 

@@ -7,8 +7,12 @@
 
     map: {prompt: instruction, input: input, first: a.text, second: b.text, score_first: a.score, score_second: b.score}
 
-A dot reaches into a nested column; a number after it counts list places from 0 (`messages.0.content`). Without a
-label the higher score is preferred. Without a prompt the answers are whole dialogues, and what they share is it.
+    map: {prompt: prompt, answers: generations, scores: ratings}
+
+A dot reaches into a nested column; a number after it counts list places from 0 (`messages.0.content` or
+`messages[0].content`), and a name after a list is looked up in each of its objects (`completions.text`). Without a
+label the higher score is preferred; of a list of answers the best is chosen and the worst rejected. Without a prompt
+the answers are whole dialogues, and what they share is it.
 """
 
 from __future__ import annotations
@@ -21,11 +25,13 @@ from dataclasses import dataclass, replace
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.pair import Pair
+from dpo_studio.preferences.ranked import best_and_worst
 from dpo_studio.preferences.turns import Row, RowError, conversation, implicit, number, text_of, value_of, with_system
 
 __all__ = ["columns_of", "mapped_parser"]
 
 _RANKED, _LABELLED = ("chosen", "rejected"), ("first", "second")
+_LISTS = {"answers", "scores"}
 _ASKED = {"prompt", "input", "system"}
 _RANKED_SCORES, _LABELLED_SCORES = {"score_chosen", "score_rejected"}, {"score_first", "score_second"}
 _WAYS = (  # to say which answer is preferred, each of them once
@@ -34,6 +40,7 @@ _WAYS = (  # to say which answer is preferred, each of them once
     {*_LABELLED, "label"},
     {*_LABELLED, "label"} | _LABELLED_SCORES,
     {*_LABELLED} | _LABELLED_SCORES,
+    _LISTS,
 )
 _MEANINGS = {"first", "second", "tie", "both_bad"}
 
@@ -48,6 +55,8 @@ class _Mapped:
 
     def __call__(self, raw: Row) -> Pair:
         row: Row = {name: _dig(raw, column) for name, column in self.columns.items()}
+        if "answers" in row:
+            row |= _best_and_worst(row)
         chosen, rejected = self._sides(row)
         pair = _pair(row, _answer(row, chosen), _answer(row, rejected))
         return replace(pair, prompt=with_system(pair.prompt, row.get("system")), scores=_scores(row, chosen, rejected))
@@ -66,6 +75,17 @@ class _Mapped:
         if meaning in {"tie", "both_bad"}:
             raise RowError(meaning.replace("_", " "))
         return ("first", "second") if meaning == "first" else ("second", "first")
+
+
+def _best_and_worst(row: Row) -> Row:
+    """Two lists of as many places -> the same columns as a row of two answers has."""
+    answers, scores = (value_of(row, name) for name in ("answers", "scores"))
+    if not isinstance(answers, list) or not isinstance(scores, list):
+        raise RowError("answers and scores are not two lists")
+    if len(answers) != len(scores):
+        raise RowError("answers and scores are not as many")
+    (high, chosen), (low, rejected) = best_and_worst(scores, answers)
+    return {"chosen": chosen, "rejected": rejected, "score_chosen": high, "score_rejected": low}
 
 
 def _pair(row: Row, chosen: object, rejected: object) -> Pair:
@@ -99,8 +119,9 @@ def mapped_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pa
     if given - _ASKED not in _WAYS or ("input" in given and "prompt" not in given):
         raise DataError(
             f"{where}: map names {', '.join(sorted(given)) or 'no columns'}",
-            hint="data.train.map, or --map: prompt, chosen, rejected; or prompt, first, second and label, "
-            "or score_first and score_second; optional are input, system and scores",
+            hint="data.train.map, or --map: prompt, chosen, rejected; or prompt, first, second and label, or "
+            "score_first and score_second; or prompt, answers and scores, two lists; optional are input, system and "
+            "scores",
         )
     for name, column in section.map.items():
         if not any(column in row or _dig(row, column) is not None for row in rows):
@@ -147,11 +168,13 @@ def _dig(row: object, path: str) -> object:
     if isinstance(row, dict) and path in row:
         return row[path]
     value = row
-    for part in path.split("."):
+    for part in re.sub(r"\[(\d+)\]", r".\1", path).split("."):
         if isinstance(value, dict):
             value = value.get(part)
         elif isinstance(value, list) and re.fullmatch(r"\d{1,9}", part) and int(part) < len(value):
             value = value[int(part)]
+        elif isinstance(value, list) and any(isinstance(item, dict) and part in item for item in value):
+            value = [item.get(part) if isinstance(item, dict) else None for item in value]
         else:
             return None
     return value

@@ -182,5 +182,6 @@ def _format(section: SourceSection, first: list[object]) -> tuple[str, Parser]:
 def _wrong_columns(section: SourceSection, rows: list[Row]) -> DataError:
     return DataError(
         f"{section.source}: its columns ({columns_of(rows)}) are not those of a known format; expected {_EXPECTED}",
-        hint="say which column holds what with data.train.map or --map, or name the shape with format",
+        hint="say which column holds what: --map prompt=COLUMN --map chosen=COLUMN --map rejected=COLUMN; or first and "
+        "second, and a label: --map label=COLUMN --label first=VALUE --label second=VALUE (a recipe: data.train.map)",
     )

@@ -21,6 +21,8 @@ __all__ = [
     "conversation",
     "dialogues",
     "implicit",
+    "instruction_of",
+    "is_missing",
     "is_transcript",
     "messages",
     "number",
@@ -101,10 +103,12 @@ def dialogues(prompt: str | None, chosen: Turns, rejected: Turns) -> Pair:
 
 
 def with_system(prompt: Turns, system: object) -> Turns:
-    """The prompt under the system turn of a column of its own, which may be empty."""
+    """The prompt under the system turn of a column of its own, which may be empty, or there already."""
     if system is None or (isinstance(system, str) and not system.strip()):
         return prompt
     if prompt and prompt[0].role in {"system", "developer"}:
+        if prompt[0].content == system:
+            return prompt
         raise RowError("prompt has a system turn besides the system column")
     return (Message("system", text_of(system, "system")), *prompt)
 
@@ -181,10 +185,15 @@ def transcript(text: str, side: str) -> Turns:
 # Values
 
 
+def is_missing(value: object) -> bool:
+    """Nothing, null and NaN, which is a data frame's null."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def value_of(row: Row, name: str) -> object:
-    """What stands in a column; nothing, null and NaN (a data frame's null) are missing."""
+    """What stands in a column, where something does."""
     value = row.get(name)
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_missing(value):
         raise RowError(f"{name} is missing")
     return value
 
@@ -268,3 +277,11 @@ def _unicode(text: str) -> str:
     except UnicodeEncodeError:  # a lone surrogate: no tokenizer takes it
         raise RowError("text is not valid Unicode") from None
     return text
+
+
+def instruction_of(row: Row) -> str:
+    """Alpaca's prompt: the instruction, and its input on the next line where there is one."""
+    parts = [text_of(value_of(row, "instruction"), "instruction")]
+    if row.get("input") is not None:
+        parts.append(text_of(row["input"], "input"))
+    return "\n".join(part for part in parts if part.strip())
