@@ -73,6 +73,7 @@ def test_what_cannot_be_read_is_an_error_with_a_hint(tmp_path: Path) -> None:
         ([write_rows(tmp_path / "other.jsonl", [{"a": 1}])], 1),
         (["bundled:everyday", "--too-long", "never"], 2),
         (["bundled:everyday", "--model", tmp_path / "none"], 1),
+        (["bundled:everyday", "--chat-template", tmp_path / "none"], 2),
     ):
         said = dpo("data", "check", *arguments)
         assert (said.code, said.out) == (code, "")
@@ -93,6 +94,33 @@ def test_a_held_out_source_is_compared(tmp_path: Path) -> None:
     said = dpo("data", "check", train, "--held-out", held, "--json")
     leak = next(finding for finding in said.lines[0]["findings"] if finding["name"] == "held-out-leak")
     assert (leak["count"], leak["of"], [e["row"] for e in leak["examples"]]) == (2, 4, [0, 1])
+
+
+def test_a_held_out_source_without_a_pair_is_no_source_without_leaks(tmp_path: Path) -> None:
+    train = write_rows(tmp_path / "train.jsonl", tiny_rows(3))
+    held = write_rows(tmp_path / "held.jsonl", [row | {"chosen": 1} for row in tiny_rows(3)])
+    said = dpo("data", "check", train, "--held-out", held)
+    assert said.code == 1
+    assert "held.jsonl: none of its 3 rows can be used" in said.err
+
+
+def test_a_page_never_takes_the_place_of_the_pairs(tmp_path: Path) -> None:
+    """Nor is it told after the reading that there is no such folder."""
+    pairs = write_rows(tmp_path / "p.jsonl", tiny_rows(3))
+    before = pairs.read_bytes()
+    (tmp_path / "dir.html").mkdir()
+    for page in (pairs, tmp_path / "none" / "p.html", tmp_path / "dir.html"):
+        said = dpo("data", "check", pairs, "--html", page)
+        assert (said.code, said.out) == (2, "")
+        assert "--html" in said.err
+    assert pairs.read_bytes() == before
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["dir.html", "p.jsonl"]
+
+
+def test_where_there_is_no_pair_the_other_checks_were_not_made(tmp_path: Path) -> None:
+    said = dpo("data", "check", write_rows(tmp_path / "p.jsonl", [row | {"chosen": 1} for row in tiny_rows(3)]))
+    assert "The other checks are of pairs, and there are none." in said.out
+    assert "Every check" not in said.out
 
 
 def test_the_page_holds_no_markup_of_the_data(tmp_path: Path) -> None:

@@ -142,6 +142,10 @@ def check(
     if too_long not in ("drop", "cut_prompt_start", "cut_answer_end"):
         choices = "drop, cut_prompt_start, cut_answer_end"
         raise typer.BadParameter(f"{too_long!r} is not one of {choices}", param_hint="--too-long")
+    if chat_template is not None and model is None:
+        raise typer.BadParameter("goes with --model", param_hint="--chat-template")
+    if html is not None:
+        _check_page(html)
     section = source_section(source, format_, map_, label)
     report = check_source(
         section.model_copy(update={"split": split, "rows": rows}),
@@ -150,15 +154,23 @@ def check(
         max_length=max_length,
         too_long=too_long,  # type: ignore[arg-type]  # one of the three
     )
-    if html is not None:
-        from dpo_studio.reports.data_page import write_data_page
-
-        write_data_page(report, html)
     if as_json:
         print(json.dumps(report.to_plain()))
     else:
         from dpo_studio.reports.data_table import print_report
 
         print_report(report)
+    if html is not None:
+        from dpo_studio.reports.data_page import write_data_page
+
+        write_data_page(report, html)
     if not report.usable:
         sys.exit(1)  # typer.Exit ends as 0 where `main` calls the commands
+
+
+def _check_page(file: Path) -> None:
+    """Told before a large source is read; and the name of a page is never that of the pairs."""
+    if file.suffix.lower() not in (".html", ".htm"):
+        raise typer.BadParameter(f"{file} does not end in .html", param_hint="--html")
+    if not file.parent.is_dir() or file.is_dir():
+        raise typer.BadParameter(f"{file} cannot be a file", param_hint="--html")

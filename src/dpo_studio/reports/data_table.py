@@ -96,4 +96,6 @@ def _source_line(report: DataReport) -> str:
 
 def _nothing_found(report: DataReport) -> str:
     fine = [finding.name for finding in report.at("fine")]
+    if not report.pairs:
+        return "The other checks are of pairs, and there are none."
     return f"Nothing found by {', '.join(fine)}." if fine else "Every check found something."

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import Counter
 from itertools import islice
 
 from dpo_studio.config import ModelSection, Recipe, SourceSection, TooLong
@@ -12,7 +12,7 @@ from dpo_studio.preferences.duplicates import REMEMBERED
 from dpo_studio.preferences.findings import DataReport, Finding, level_of
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.rows import sample
-from dpo_studio.preferences.sources import Refusal, open_pairs
+from dpo_studio.preferences.sources import Refusal, nothing_usable, open_pairs
 from dpo_studio.preferences.split import Split
 from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.text import percent
@@ -61,8 +61,7 @@ def check_source(
                     tokens.see(pairs)
                 advance(len(rows))
         if held_out is not None:
-            for pair in _pairs_of(held_out):
-                texts.see_held_out(pair)
+            _see_held_out(texts, held_out)
     findings, histograms = texts.findings(), texts.histograms()
     if tokens is not None and tokens.pairs:
         findings += tokens.findings()
@@ -89,8 +88,18 @@ def _token_checks(model: ModelSection, max_length: int, too_long: TooLong, progr
     return TokenChecks(load_encoder(folder, model), max_length=max_length, too_long=too_long)
 
 
-def _pairs_of(section: SourceSection) -> Iterator[Pair]:
-    return (row for row in open_pairs(section).results if isinstance(row, Pair))
+def _see_held_out(texts: TextChecks, held_out: SourceSection) -> None:
+    stream = open_pairs(held_out)
+    refused: Counter[str] = Counter()
+    pairs = 0
+    for row in stream.results:
+        if isinstance(row, Refusal):
+            refused[row.reason] += 1
+        else:
+            texts.see_held_out(row)
+            pairs += 1
+    if not pairs:  # silence would read as: no prompt of it is trained on
+        raise nothing_usable(stream, refused)
 
 
 def look_at_pairs(recipe: Recipe, split: Split, progress: Progress, *, anyway: bool) -> None:
