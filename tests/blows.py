@@ -174,13 +174,14 @@ class Journal:
         def syncing(fd: Any) -> None:
             real(fd)
             path, inode = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd).st_ino  # noqa: PTH115
-            copy = self.kept / f"{inode}.new"
+            what = f"{inode}-folder" if Path(path).is_dir() else f"{inode}-file"  # numbers are given again
+            copy = self.kept / f"{what}.new"
             if Path(path).is_dir():
                 names = {entry.name: (entry.stat().st_ino, entry.is_dir()) for entry in Path(path).iterdir()}
                 copy.write_text(json.dumps(names))
             else:
                 shutil.copyfile(path, copy)
-            copy.rename(self.kept / str(inode))
+            copy.rename(self.kept / what)
 
         os.fsync = syncing
 
@@ -197,13 +198,13 @@ def after_power_cut(run: Path, kept: Path) -> None:
 
 def _rebuild(inode: int, target: Path, kept: Path, now: dict[int, Path]) -> None:
     target.mkdir()
-    listing = kept / str(inode)
+    listing = kept / f"{inode}-folder"
     names = json.loads(listing.read_text()) if listing.exists() else {}
     for name, (number, is_folder) in names.items():
         if is_folder:
             _rebuild(number, target / name, kept, now)
             continue
-        synced = kept / str(number)
+        synced = kept / f"{number}-file"
         content = synced.read_bytes() if synced.exists() else b""
         if number in now and not now[number].read_bytes().startswith(content):
             content = b""  # the number of a file that is gone, given to a new one

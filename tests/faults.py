@@ -243,7 +243,7 @@ def few_blows(bench: Bench) -> Iterator[Blow]:
         rf"half {writing}/optimizer\.safetensors",
         rf"empty {writing}/manifest\.json",
         rf"os\.rename {writing}",
-        r"os\.rename RUN/checkpoints/step-2",
+        r"os\.rmdir RUN/checkpoints/\.dropping-step-2",
         r"os\.rename RUN/\.result\.json.*",
     ):
         yield Blow(AT_EVENT, "cached", place(pattern))
@@ -254,7 +254,8 @@ def few_blows(bench: Bench) -> Iterator[Blow]:
 
 def _wrong_code(kind: str, code: int, said: str) -> list[str]:
     """A killed process is killed; one that is asked to stop says so with a code of its own, and never with a trace."""
-    wanted = {RANDOM: {-9}, TERM: {143, -15}, INT: {130}, TWICE: {130}, AT_EVENT: {-9}, POWER: {-9}}
+    # -15, -2: by the signal itself, before the command listens or after it has said goodbye; 143 and 130 to a shell
+    wanted = {RANDOM: {-9}, TERM: {143, -15}, INT: {130}, TWICE: {130, -2}, AT_EVENT: {-9}, POWER: {-9}}
     late = set() if kind in (AT_EVENT, POWER) else {0}
     if code not in wanted[kind.removeprefix(COMMAND)] | late:
         return [f"ended with {code}: {said[-300:]}"]

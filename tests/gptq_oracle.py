@@ -2,6 +2,10 @@
 
     python -m tests.gptq_oracle layers OUT.safetensors           random layers of every format, packed and dequantised
     python -m tests.gptq_oracle model FOLDER OUT [SETTINGS...]   a model folder with its linears packed by gptqmodel
+    python -m tests.gptq_oracle adapter FOLDER ADAPTER SEQUENCES.json OUT.json
+                                                                 log-probs by PEFT on the base that gptqmodel loads
+
+A sequence is `[prompt ids, answer ids]`; its log-prob is the sum over the answer.
 
 `SETTINGS` are `bits=4 group_size=32 sym=1 desc_act=0 checkpoint_format=gptq`, defaults as shown.
 """
@@ -48,6 +52,8 @@ def main() -> None:
     what, *rest = sys.argv[1:]
     if what == "layers":
         _layers(Path(rest[0]))
+    elif what == "adapter":
+        _adapter(*map(Path, rest))
     else:
         folder, out, *settings = rest
         _model(Path(folder), Path(out), **_settings(settings))
@@ -156,6 +162,26 @@ def _model(folder: Path, out: Path, **settings: Any) -> None:
         config = json.loads((folder / "config.json").read_text())
         (place / "config.json").write_text(json.dumps(config | changes))
         save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+
+
+def _adapter(folder: Path, adapter: Path, sequences: Path, out: Path) -> None:
+    """Through transformers, gptqmodel's torch kernel and PEFT's own layers, one sequence at a time, fp32."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, GPTQConfig
+
+    quantization = GPTQConfig(bits=4, backend="gptq_torch")
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    kinds = {type(module).__name__ for module in model.modules() if "TorchLinear" in type(module).__name__}
+    assert kinds, "gptqmodel's layers are not there"
+    sums = []
+    for prompt, answer in json.loads(sequences.read_text()):
+        with torch.no_grad():
+            logps = model(input_ids=torch.tensor([[*prompt, *answer]])).logits[0].float().log_softmax(-1)
+        places = range(len(prompt) - 1, len(prompt) + len(answer) - 1)
+        sums.append(sum(float(logps[place, token]) for place, token in zip(places, answer, strict=True)))
+    out.write_text(json.dumps(sums))
 
 
 def _is_linear(key: str) -> bool:

@@ -198,9 +198,10 @@ def test_an_exhausted_quota_is_not_waited_for(tmp_path: Path) -> None:
         assert len(stub.requests) == 1
 
 
-def test_a_key_that_a_reply_repeats_reaches_no_file(tmp_path: Path) -> None:
+def test_a_key_that_prompt_and_reply_repeat_reaches_no_file(tmp_path: Path) -> None:
     with stub_server(lambda number, request: says(f"I saw {KEY}.\nVerdict: 1")) as stub:
-        verdicts = judge_at(stub, tmp_path).judge_all([comparison(0, f"good {KEY}")])
+        pasted = Comparison((Message("user", f"is {KEY} a good key?"),), answer("yes"), answer("no"))
+        verdicts = judge_at(stub, tmp_path).judge_all([pasted])
     assert KEY not in (tmp_path / "replies.jsonl").read_text()
     assert "I saw [key]." in lines(tmp_path)[0]["reply"]["choices"][0]["message"]["content"]
     assert KEY not in verdicts[0].reason

@@ -20,8 +20,8 @@ from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.evaluation import reward_model
 from dpo_studio.evaluation.implicit import ImplicitReward
-from dpo_studio.evaluation.judges import Comparison, Completion, Verdict
-from dpo_studio.evaluation.reward_model import load_reward_model
+from dpo_studio.evaluation.judges import Comparison, Completion, Verdict, not_judged
+from dpo_studio.evaluation.reward_model import Encoded, load_reward_model
 from dpo_studio.models.load import load_encoder
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.encode import encode_pairs
@@ -98,9 +98,9 @@ def test_text_cannot_end_its_own_turn(tmp_path: Path) -> None:
     """The spelled `<|im_end|>` is read as the tokenizer writes it when told to split special tokens: several ids."""
     judge = load_reward_model(str(decoder_folder(tmp_path / "rm", pad_token_id=0)), dtype="float32")
     end = tiny_tokenizer("chatml").eos_token_id
-    (ids,) = judge.encode([(*PROMPT, Message("assistant", TEXTS[2][0]))])
-    assert isinstance(ids, list)
-    assert ids.count(end) == 3  # of the system's, the user's and the assistant's turn
+    (chat,) = judge.encode([(*PROMPT, Message("assistant", TEXTS[2][0]))])
+    assert isinstance(chat, Encoded)
+    assert chat.ids.count(end) == 3  # of the system's, the user's and the assistant's turn
 
 
 def test_an_encoder_without_a_template_gets_two_texts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -129,7 +129,7 @@ def test_an_encoder_without_a_template_gets_two_texts(tmp_path: Path, monkeypatc
                 for answer in (comparison.a, comparison.b)
             )
         assert numbers(verdict) == pytest.approx([a, b], rel=1e-2, abs=1e-3)
-    assert verdicts[-1] == Verdict("tie", "Not judged: an answer is too long for the reward model.")
+    assert verdicts[-1] == not_judged("an answer is too long for the reward model, which reads 40 tokens")
     monkeypatch.setattr(reward_model, "_TOKENS_AT_ONCE", {"cpu": 1})
     one_by_one = load_reward_model(str(tmp_path), dtype="float32").judge_all([*COMPARISONS, long])
     assert [verdict.winner for verdict in one_by_one] == [verdict.winner for verdict in verdicts]
@@ -159,7 +159,7 @@ def test_the_implicit_reward_is_the_textbooks(tiny_base: Path) -> None:
     done: list[int] = []
     verdicts = judge.judge_all(comparisons, done.append)
     assert sum(done) == 4
-    assert verdicts[3] == Verdict("tie", "Not judged: both answers have the same token ids.")
+    assert verdicts[3] == not_judged("both answers have the same token ids")
     turns = [(Message("assistant", c.a.text), Message("assistant", c.b.text)) for c in comparisons[:3]]
     pairs = encode_pairs([Pair(PROMPT, (a,), (b,)) for a, b in turns], encoder, max_length=None).pairs
     last = pairs[2].chosen

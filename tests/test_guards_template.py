@@ -17,10 +17,14 @@ from dpo_studio.preferences.pair import Message
 from dpo_studio.tokens import metering
 from dpo_studio.tokens.chat import ChatEncoder, PairError
 from dpo_studio.tokens.template import LONGEST_CHAT, ChatTemplate, TemplateLimit
+from tests.guard_words import words_of
 from tests.tiny_tokenizers import FAMILIES, tiny_tokenizer
 
 CHAT = [{"role": "user", "content": "How far\nis <b>it</b>? "}, {"role": "assistant", "content": "About 384,400 km."}]
 ITSELF = "{% set ns = namespace(x=['a']) %}{% for i in range(40) %}"
+TWINS = "{%% set ns = namespace(x=['a'], y=['a']) %%}{%% for i in range(45) %%}{%% set ns.x = %s %%}{%% set ns.y = %s %%}{%% endfor %%}"
+COMPARED = "{% if ns.x == ns.y %}{% endif %}"
+"""What holds itself twice, 45 times over, is compared with its like in one call that does not end."""
 SECONDS = 3
 """Of thread time, at a tenth of the real limits."""
 
@@ -99,6 +103,12 @@ FILLING = [
     ITSELF + "{% set ns.x = [ns.x] + [ns.x] %}{% endfor %}{{ ns.x == ns.x|list }}",
     ITSELF + "{% set ns.x = [ns.x] * 2 %}{% endfor %}{{ ns.x|string }}",
     ITSELF + "{% set ns.x = [ns.x] %}{% endfor %}{{ ns.x|tojson(indent=9) }}",
+    TWINS % (("[ns.x, ns.x]", "[ns.y, ns.y]")) + COMPARED,
+    TWINS % (("(ns.x, ns.x)", "(ns.y, ns.y)")) + COMPARED,
+    TWINS % (("{1: ns.x, 2: ns.x}", "{1: ns.y, 2: ns.y}")) + COMPARED,
+    TWINS % (("dict(a=ns.x, b=ns.x)", "dict(a=ns.y, b=ns.y)")) + COMPARED,
+    TWINS % (("[ns.x] * 2", "[ns.y] * 2")) + COMPARED,
+    TWINS % (("[ns.x] + [ns.x]", "[ns.y] + [ns.y]")) + COMPARED,
     "{% set ns = namespace() %}{% macro m() %}{% set ns.v = varargs %}{% endmacro %}{% for i in range(40) %}"
     "{{ m(ns.v, ns.v) }}{% endfor %}{{ ns.v }}",
     "{% set a = namespace() %}{% set b = namespace(x=a, y=a) %}{{ [b, b] }}",
@@ -166,21 +176,22 @@ def a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("a_tenth")
-@pytest.mark.parametrize("source", [*BREAKING_OUT, *RUNNING_ON, *FILLING], ids=lambda source: source[:70])
+@pytest.mark.parametrize("source", [*BREAKING_OUT, *RUNNING_ON, *FILLING], ids=words_of)
 def test_hostile_templates_are_stopped_in_time(source: str) -> None:
     """Each raises, or writes what holds nothing of the machine (jinja writes what is not there as nothing)."""
     before = time.thread_time()
     try:
         text = render(source)
-    except (TemplateError, ModelError, TypeError, ValueError, ArithmeticError):
+    except (TemplateError, ModelError, TypeError, ValueError, ArithmeticError) as error:
         text = ""
+        assert "memory" not in str(error), "the machine's limit stopped it, not ours"
     assert time.thread_time() - before < SECONDS
     assert len(text) < 1000
     assert not any(word in text for word in ("root:", "uid=", "<class", "<module", "object at 0x", "<function"))
     assert len(CHAT) == 2 and CHAT[0]["content"].startswith("How far")
 
 
-@pytest.mark.parametrize("source", NO_TEMPLATE, ids=lambda source: source[:30])
+@pytest.mark.parametrize("source", NO_TEMPLATE, ids=words_of)
 def test_what_is_no_template_is_refused_before_it_runs(source: str) -> None:
     before = time.thread_time()
     with pytest.raises(ModelError, match="the chat template") as refused:
@@ -190,10 +201,10 @@ def test_what_is_no_template_is_refused_before_it_runs(source: str) -> None:
 
 
 def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
-    """Those that make much, one after another, in a process that is allowed 3 GB and two minutes of CPU."""
+    """A third of those that make much, one after another, in a process that is allowed 3 GB and two minutes of CPU."""
     code = (
         "from tests.test_guards_template import FILLING, render\n"
-        "for source in FILLING:\n"
+        "for source in FILLING[::3]:\n"
         "    try: render(source)\n"
         "    except MemoryError: raise SystemExit(f'memory: {source[:80]}')\n"
         "    except Exception: pass\n"
@@ -212,6 +223,8 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
     ("just", "over"),
     [
         ("{{ ('a' * 8000000)|length }}", "{{ ('a' * 8000001)|length }}"),
+        ("{{ ('a' * 7999999 ~ 'b')|length }}", "{{ ('a' * 7999999 ~ 'bc')|length }}"),
+        ("{{ ('a' * 7999999 + 'b')|length }}", "{{ ('a' * 7999999 + 'bc')|length }}"),
         ("{{ (2 ** 2048) > 0 }}", "{{ (2 ** 2049) > 0 }}"),
         ("{{ (2 ** 2000) * (2 ** 2000) > 0 }}", "{{ (2 ** 2047) * (2 ** 2049) > 0 }}"),
         ("{{ ('f' * 1024)|int(0, 16) > 0 }}", "{{ ('f' * 1025)|int(0, 16) > 0 }}"),
@@ -219,7 +232,7 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
         ("{{ '%999d' % 1 }}", "{{ '%1000d' % 1 }}"),
         ("{{ {'a': 1}|tojson(indent=16) }}", "{{ {'a': 1}|tojson(indent=17) }}"),
         ("{{ " + "[0] + " * 9 + "[messages[0].role] }}", "{{ " + "[" * 33 + "messages" + "]" * 33 + " }}"),
-        ("{{ strftime_now('%d' * 50)|length }}", "{{ strftime_now('%d' * 51)|length }}"),
+        ("{{ strftime_now('%d' * 50)|length }}", "{{ strftime_now('%d' * 50 ~ 'x')|length }}"),
         ("{{ strftime_now('%20d')|length }}", "{{ strftime_now('%200d')|length }}"),
         ("a" * 256_000, "a" * 256_001),
         (
@@ -227,13 +240,47 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
             "{% for i in range(999999) %}{% endfor %}{% for i in [1,2] %}{% endfor %}",
         ),
     ],
-    ids=lambda source: source[:50],
+    ids=words_of,
 )
 def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
     """What is just within one is written; the next larger is refused."""
     assert render(just)
     with pytest.raises((TemplateLimit, ModelError)):
         render(over)
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", "it is nested too deep, or calls itself without end"),
+        ("{{ 'a' * 10 ** 9 }}", "it makes a value of 1,000,000,000 characters"),
+        ("{{ [messages] * 10 ** 9 }}", "it makes a value of"),
+        (
+            "{% for i in range(999999) %}{% endfor %}",
+            "it makes more than 200,000,000 characters, or takes 1,000,000 steps",
+        ),
+        ("{{ 'a'.ljust(3) }}", "it calls str.ljust"),
+        ("{{ '{}'.format(3) }}", "it calls 'format'"),
+        ("{{ [namespace()] }}", "it puts a Namespace where values go"),
+        ("{{ 2 ** 9999 }}", "it raises a number to a power of thousands of digits"),
+        ("{{ 2 ** 2000 * 2 ** 2000 * 2 ** 2000 }}", "it makes a number of thousands of digits"),
+        ("{{ '%5000d' % 1 }}", "it pads a text to thousands of characters"),
+        ("{{ {}|tojson(indent=99) }}", "it writes JSON with more than 16 spaces a level"),
+        ("{{ strftime_now('x' * 101) }}", "it writes the date in more than 100 characters"),
+        ("{{ ' '.join(messages|map('string')) }}", "it joins what is no list: put `|list` before"),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+        ("{{ nothing.at_all }}", "'nothing' is undefined"),
+        ("{{ nothing() }}", "'nothing' is undefined"),
+        ("{% if %}", "the chat template cannot be used: Expected an expression"),
+        ("{{ " + "(" * 100_000 + " }}", "the chat template cannot be used: it is nested too deep"),
+        ("a" * 256_001, "the chat template has 256,001 characters, over 256,000"),
+    ],
+    ids=words_of,
+)
+def test_what_was_wrong_is_said(source: str, words: str) -> None:
+    with pytest.raises((TemplateError, ModelError)) as refused:
+        render(source)
+    assert str(refused.value).startswith(words) and len(str(refused.value)) < 500
 
 
 def test_time_is_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -275,7 +322,7 @@ HONEST = [
 ]
 
 
-@pytest.mark.parametrize("source", HONEST, ids=lambda source: source[:60])
+@pytest.mark.parametrize("source", HONEST, ids=words_of)
 @pytest.mark.parametrize("open_answer", [False, True])
 def test_honest_templates_write_what_transformers_writes(source: str, open_answer: bool) -> None:
     """The oracle is `apply_chat_template`, which runs them in jinja's own sandbox."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import io
 import json
 import re
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
+from dpo_studio.cli import _print_stream
 from dpo_studio.config import load_recipe, parse_override, parse_yaml
 from dpo_studio.errors import DPOStudioError, RecipeError, RunError, UsageError
 from dpo_studio.export.card import Card, license_of, quoted
@@ -23,6 +25,7 @@ from dpo_studio.reports.markup import block, esc, table
 from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.text import one_line, printable
 from dpo_studio.runs import RunFolder, is_run
+from tests.guard_words import words_of
 from tests.tiny_runs import dpo, tiny_rows, write_recipe
 
 # Paths
@@ -83,7 +86,7 @@ GOOD_NAMES = [
 ]
 
 
-@pytest.mark.parametrize("name", BAD_NAMES, ids=ascii)
+@pytest.mark.parametrize("name", BAD_NAMES, ids=words_of)
 def test_names_that_lead_elsewhere_or_exist_nowhere_are_refused(name: str, tmp_path: Path) -> None:
     for act in (plain_name, lambda name: inside(tmp_path, name)):
         with pytest.raises(UsageError) as refused:
@@ -92,7 +95,7 @@ def test_names_that_lead_elsewhere_or_exist_nowhere_are_refused(name: str, tmp_p
         refused.value.message.encode()
 
 
-@pytest.mark.parametrize("name", GOOD_NAMES, ids=ascii)
+@pytest.mark.parametrize("name", GOOD_NAMES, ids=words_of)
 def test_names_that_are_only_odd_are_names(name: str, tmp_path: Path) -> None:
     assert inside(tmp_path, name) == tmp_path / name
     (tmp_path / name).write_text("x")
@@ -152,7 +155,7 @@ HOSTILE_PATHS = [
 ]
 
 
-@pytest.mark.parametrize("path", HOSTILE_PATHS, ids=lambda path: path[:20])
+@pytest.mark.parametrize("path", HOSTILE_PATHS, ids=words_of)
 @pytest.mark.parametrize(
     "key", ["model.path", "data.train.source", "run.folder", "model.chat_template", "model.adapter"]
 )
@@ -212,7 +215,7 @@ BAD_YAML = [
 ]
 
 
-@pytest.mark.parametrize("text", BAD_YAML, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", BAD_YAML, ids=words_of)
 def test_yaml_that_makes_objects_or_unfolds_is_refused(
     text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -337,7 +340,7 @@ class Tags(HTMLParser):
         self.text += data
 
 
-@pytest.mark.parametrize("text", PAYLOADS, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", PAYLOADS, ids=words_of)
 def test_text_in_a_page_is_text(text: str) -> None:
     """In an element, an attribute, a block, a table's caption, head, name and cell: no tag, attribute or comment more."""
     page = f"<p title=\"{esc(text)}\" id='{esc(text)}'>{esc(text)}</p>{block(text)}" + table(
@@ -352,7 +355,7 @@ def test_text_in_a_page_is_text(text: str) -> None:
     assert not UNSEEN.search(page)
 
 
-@pytest.mark.parametrize("text", PAYLOADS, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", PAYLOADS, ids=words_of)
 def test_text_on_a_terminal_is_text(text: str) -> None:
     """In what is said, warned of, and in an error's message and hint."""
     shown = io.StringIO()
@@ -365,7 +368,7 @@ def test_text_on_a_terminal_is_text(text: str) -> None:
     everything.encode()
 
 
-@pytest.mark.parametrize("text", PAYLOADS, ids=lambda text: ascii(text)[:40])
+@pytest.mark.parametrize("text", PAYLOADS, ids=words_of)
 def test_text_in_a_model_card_is_text(text: str) -> None:
     """A name stands in a code span, an answer in a fence, neither of which it can close; the metadata stays what it was.
 
@@ -447,3 +450,20 @@ def test_no_token_is_in_a_line_of_metrics_or_the_environment_s_record(tiny_run: 
     """The record names versions and hardware, and no variable."""
     record = json.loads((tiny_run / "environment.json").read_text())
     assert not {"env", "environ", "variables", "user", "host", "hostname"} & set(record)
+
+
+@pytest.mark.parametrize("text", PAYLOADS, ids=words_of)
+def test_an_answer_as_it_streams_to_a_terminal_cannot_rewrite_the_screen(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A character a piece, as a model may draw them; into a pipe it goes as it is, for programs to read."""
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    for stream, clean in ((Terminal(), True), (io.StringIO(), False)):
+        monkeypatch.setattr(sys, "stdout", stream)
+        _print_stream(iter(text))
+        assert stream.getvalue() == (printable(text.replace("\r", "\\x0d")) if clean else text) + "\n"
+        assert not clean or not UNSEEN.search(stream.getvalue())

@@ -46,10 +46,10 @@ LONG = [pair(0, "a b c"), pair(1, "a " * 60), pair(2, "a " * 20, "b " * 60), pai
 
 @pytest.mark.parametrize(
     ("too_long", "usable", "lost", "level"),
-    [("drop", 1, 0, "fine"), ("cut_answer_end", 3, 2, "stop"), ("cut_prompt_start", 1, 0, "fine")],
+    [("drop", 1, 0, "fine"), ("cut_answer_end", 3, 1, "stop"), ("cut_prompt_start", 1, 0, "fine")],
 )
 def test_what_the_length_rule_does(too_long: TooLong, usable: int, lost: int, level: str) -> None:
-    """Three of four are over; only cutting answers keeps rows 1 and 2, which then lose an end each: half of all."""
+    """Three of four are over; only cutting answers keeps rows 1 and 2, and row 1 alone loses a chosen end."""
     limit = tokens("Why?", "a " * 20) + 10
     seen = checks(max_length=limit, too_long=too_long)
     findings = found(seen, LONG)

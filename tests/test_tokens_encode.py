@@ -98,8 +98,10 @@ def test_a_cut_answer_has_no_end_of_turn() -> None:
     assert one.chosen.ids.tolist() == [TILDE] * 4
     assert one.chosen.scored.tolist() == [True] * 4
     assert one.rejected.ids.tolist() == [TILDE] * 3 + [END]
-    assert cut.counts == {"answer end cut": 1}
+    assert cut.counts == {"answer end cut": 1, "chosen answer end cut": 1}
     assert cut.refused == []
+    other = encode([pair(3, 6)], PROMPT + 4, "cut_answer_end")
+    assert other.counts == {"answer end cut": 1}
 
 
 def test_one_token_over_costs_the_end_of_turn_alone() -> None:

@@ -195,7 +195,7 @@ def test_cut_answers_stop_a_training(tmp_path: Path, tiny_base: Path) -> None:
     cut = ["--set", "data.too_long=cut_answer_end", "--set", "data.max_length=44", "--dry-run"]
     said = dpo("train", recipe, *cut)
     assert said.code == 1
-    assert "pairs an answer of which loses its end" in said.err
+    assert "pairs whose chosen answer loses its end" in said.err
     assert "another data.too_long" in said.err
     assert dpo("train", recipe, *cut, "--anyway").code == 0
 

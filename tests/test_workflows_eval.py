@@ -12,6 +12,7 @@ import pytest
 
 from dpo_studio.evaluation.generation import generate
 from dpo_studio.workflows import completions
+from dpo_studio.workflows.evaluating import default_judge
 from tests.conftest import plain_logps
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe
 
@@ -220,6 +221,15 @@ def test_what_is_refused(run: Path, given: tuple[str, ...], code: int, said_: st
     assert said.code == code
     assert said_ in said.err
     assert not (run / "evaluation" / "completions").exists()
+
+
+def test_a_run_on_pairs_of_ones_own_has_no_judge_by_itself(run: Path) -> None:
+    said = dpo("eval", run)
+    assert said.code == 2 and "--judge" in said.err and "reward:MODEL" in said.err
+    recipe = (run / "recipe.yaml").read_text()
+    source = next(line for line in recipe.splitlines() if line.strip().startswith("source:"))
+    (run / "recipe.yaml").write_text(recipe.replace(source, "    source: bundled:everyday", 1))
+    assert default_judge(str(run)) == "everyday"
 
 
 def test_not_a_run(tmp_path: Path) -> None:

@@ -9,8 +9,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from dpo_studio.cli_judge import (
+    JUDGE_HELP,
     Concurrency,
-    JudgeSpec,
     KeyEnv,
     Param,
     Price,
@@ -25,7 +25,10 @@ __all__ = ["evaluate"]
 
 def evaluate(
     runs: Annotated[list[str], typer.Argument(metavar="RUN...", help="Run folders; several share one figure.")],
-    judge: JudgeSpec,
+    judge: Annotated[
+        Optional[str],  # noqa: UP045 - typer reads it at run time
+        typer.Option(metavar="JUDGE", help=f"{JUDGE_HELP} Default: everyday, for runs on the bundled pairs."),
+    ] = None,
     against: Annotated[str, typer.Option(help="The run's own reference, or a model or run.")] = "reference",
     temperatures: Annotated[str, typer.Option(help="Sampling temperatures, with commas.")] = "0,0.25,0.5,0.75,1",
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts, at most.")] = 80,
@@ -33,7 +36,7 @@ def evaluate(
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
     source: Annotated[
-        Optional[str],  # noqa: UP045 - typer reads it at run time
+        Optional[str],  # noqa: UP045
         typer.Option(help="Pairs to measure on instead of those the run held out."),
     ] = None,
     figure: Annotated[Path, typer.Option(help="Where the figure of several runs goes, as .png and .svg.")] = Path(
@@ -55,7 +58,7 @@ def evaluate(
     from dpo_studio.config import SourceSection, user_path
     from dpo_studio.reports.progress import Progress
     from dpo_studio.reports.text import printable
-    from dpo_studio.workflows.evaluating import Evaluation, compare_runs, evaluate_run
+    from dpo_studio.workflows.evaluating import Evaluation, compare_runs, default_judge, evaluate_run
     from dpo_studio.workflows.judging import judge_from
 
     settings = Evaluation(asked, samples, max_new_tokens, prompts, seed)
@@ -65,7 +68,7 @@ def evaluate(
         with Progress() as progress:
             rates = evaluate_run(
                 run,
-                partial(judge_from, judge, llm=llm, say=progress.say),
+                partial(judge_from, judge or default_judge(run), llm=llm, say=progress.say),
                 against=against,
                 source=section,
                 settings=settings,

@@ -15,15 +15,10 @@ __all__ = ["app", "llm_options"]
 
 app = typer.Typer(name="judge", help="Judges: how far to trust them.", no_args_is_help=True, rich_markup_mode=None)
 
-JudgeSpec = Annotated[
-    str,
-    typer.Option(
-        "--judge",
-        metavar="JUDGE",
-        help="everyday, length, FILE.py:function (your own code), implicit:MODEL_OR_RUN, reward:MODEL, "
-        "llm:MODEL@BASE_URL.",
-    ),
-]
+JUDGE_HELP = (
+    "everyday, length, FILE.py:function (your own code), implicit:MODEL_OR_RUN, reward:MODEL, llm:MODEL@BASE_URL."
+)
+JudgeSpec = Annotated[str, typer.Option("--judge", metavar="JUDGE", help=JUDGE_HELP)]
 Template = Annotated[
     Optional[Path],  # noqa: UP045 - typer reads it at run time
     typer.Option("--judge-template", metavar="FILE", help="What an LLM judge is asked instead of our own wording."),
@@ -186,13 +181,15 @@ def _number(value: float | None) -> str:
 
 
 def _orders(verdicts: dict[str, Any]) -> list[str]:
-    """Position bias and what could not be read, where answers were shown in an order."""
-    if not verdicts["asked_in_both_orders"]:
-        return []
-    first = _number(verdicts["first_shown_preferred"])
-    return [
-        f"the answer shown first was preferred {first} of the time (0.5: no position bias); the orders disagree on "
-        f"{verdicts['orders_disagree']} of {verdicts['asked_in_both_orders']} comparisons",
-        f"not judged: {verdicts['not_judged']} comparisons (replies: {verdicts['unparsable']} unparsable, "
-        f"{verdicts['refused']} refused, {verdicts['too_long']} too long)",
-    ]
+    """Position bias, where answers were shown in an order; and what was not judged."""
+    lines = []
+    if verdicts["asked_in_both_orders"]:
+        first = _number(verdicts["first_shown_preferred"])
+        lines.append(
+            f"the answer shown first was preferred {first} of the time (0.5: no position bias); the orders disagree on "
+            f"{verdicts['orders_disagree']} of {verdicts['asked_in_both_orders']} comparisons"
+        )
+    if verdicts["not_judged"]:
+        kinds = [f"{verdicts[kind]} {kind.replace('_', ' ')}" for kind in ("unparsable", "refused", "too_long")]
+        lines.append(f"not judged: {verdicts['not_judged']} comparisons (replies: {', '.join(kinds)})")
+    return lines

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from dpo_studio.evaluation.judges import Comparison, Completion, Progress, Verdict, higher_wins
+from dpo_studio.evaluation.judges import Comparison, Completion, Progress, Verdict, higher_wins, not_judged
 from dpo_studio.learning.logprobs import check_packing
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import batched_logps
@@ -57,7 +57,7 @@ class ImplicitReward:
         """
         pairs = [Pair(c.prompt, _turn(c.a), _turn(c.b), row) for row, c in enumerate(comparisons)]
         encoded = encode_pairs(pairs, self.encoder, max_length=None)
-        verdicts = {row: Verdict("tie", f"Not judged: {reason}.") for row, reason in encoded.refused}
+        verdicts = {row: not_judged(reason) for row, reason in encoded.refused}
         if progress is not None:
             progress(len(verdicts))
         kept = [self._as_generated(pair, comparisons[pair.row]) for pair in encoded.pairs]

@@ -35,6 +35,7 @@ __all__ = [
     "higher_wins",
     "in_both_orders",
     "longer_wins",
+    "not_judged",
     "summary",
     "user_rule",
 ]
@@ -86,6 +87,8 @@ class Verdict:
     """One short plain sentence for the report."""
     by_order: tuple[Opinion, Opinion] | None = None
     """What was said with A shown first and with B shown first, where the judge was asked both; of the same A and B."""
+    judged: bool = True
+    """Not where the judge had nothing to say: that is a tie, too, and counted."""
 
 
 class Judge(Protocol):
@@ -139,17 +142,22 @@ def in_both_orders(a_first: Opinion, b_first: Opinion, reason: str) -> Verdict:
     """One verdict from what was said of the same A and B in either order; whatever is not the same twice is a tie."""
     failed = next((opinion for opinion in (a_first, b_first) if opinion not in _WINNERS), None)
     if failed is not None:
-        return Verdict("tie", f"Not judged: {_NO_VERDICT[failed]}.", (a_first, b_first))
+        return not_judged(_NO_VERDICT[failed], (a_first, b_first))
     if a_first != b_first:
         said = f"{_shown(a_first)} when A came first, {_shown(b_first)} when B did"
         return Verdict("tie", f"The judge disagrees with itself: {said}.", (a_first, b_first))
     return Verdict(cast("Winner", a_first), reason, (a_first, b_first))
 
 
+def not_judged(why: str, by_order: tuple[Opinion, Opinion] | None = None) -> Verdict:
+    """The tie of a comparison about which the judge has nothing to say."""
+    return Verdict("tie", f"Not judged: {why}.", by_order, judged=False)
+
+
 def higher_wins(a: float, b: float, reason: str) -> Verdict:
     """The verdict by a number of each answer; numbers that cannot be compared are a tie that says so."""
     if math.isnan(a) or math.isnan(b):
-        return Verdict("tie", "Not judged: there is no number to compare.")
+        return not_judged("there is no number to compare")
     return Verdict("tie" if a == b else "a" if a > b else "b", reason)
 
 
@@ -177,7 +185,7 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "asked_in_both_orders": len(asked_twice),
         "orders_disagree": sum(x != y and x in _WINNERS and y in _WINNERS for x, y in asked_twice),
         "first_shown_preferred": first / preferring if preferring else None,
-        "not_judged": sum(x not in _WINNERS or y not in _WINNERS for x, y in asked_twice),
+        "not_judged": sum(not verdict.judged for verdict in verdicts),
         "unparsable": opinions["unparsable"],
         "refused": opinions["refused"],
         "too_long": opinions["too long"],

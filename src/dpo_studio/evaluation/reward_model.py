@@ -19,18 +19,26 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
-from dpo_studio.evaluation.judges import Comparison, Progress, Verdict, as_text, higher_wins
+from dpo_studio.evaluation.judges import Comparison, Progress, Verdict, as_text, higher_wins, not_judged
 from dpo_studio.models.load import check_files, choose_dtype, load_encoder, load_weights, locate
 from dpo_studio.preferences.pair import Message
-from dpo_studio.tokens.chat import PairError
+from dpo_studio.tokens.chat import ChatEncoder, PairError
 
 __all__ = ["RewardModel", "load_reward_model"]
 
 _TOKENS_AT_ONCE = {"cpu": 4096, "cuda": 32768}
 """Padding included; a longer answer goes alone."""
 
-Ids = list[int] | PairError
 Chats = Sequence[tuple[Message, ...]]
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """A whole chat as the model reads it."""
+
+    ids: list[int]
+    types: list[int] | None = None
+    """Which of an encoder's two texts each token belongs to."""
 
 
 @dataclass(frozen=True)
@@ -40,8 +48,10 @@ class RewardModel:
     typed: str
     """What its user called it."""
     model: PreTrainedModel
-    encode: Callable[[Chats], list[Ids]] = field(repr=False)
-    """Whole chats, the answer their last turn, to ids."""
+    encode: Callable[[Chats], list[Encoded | PairError]] = field(repr=False)
+    """Whole chats, the answer their last turn, to ids; or why not."""
+    longest: int
+    """Tokens it can read."""
 
     @property
     def name(self) -> str:
@@ -60,6 +70,8 @@ class RewardModel:
 
         `progress` hears of comparisons as their answers are read, each of which counts one half.
         """
+        if not comparisons:
+            return []
         chats = list(
             dict.fromkeys(
                 (*pair.prompt, Message("assistant", answer.text)) for pair in comparisons for answer in (pair.a, pair.b)
@@ -71,28 +83,32 @@ class RewardModel:
             for pair in comparisons
         ]
 
-    def _rewards(self, chats: Chats, total: int, progress: Progress | None) -> list[float | None]:
-        """The reward of each chat, None where it has none."""
-        ids = self.encode(chats)
-        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None) or 10**9
-        readable = [
-            (place, its) for place, its in enumerate(ids) if not isinstance(its, PairError) and len(its) <= limit
-        ]
-        rewards: list[float | None] = [None] * len(chats)
-        told = 0
+    def _rewards(self, chats: Chats, total: int, progress: Progress | None) -> list[float | str]:
+        """The reward of each chat, or why it has none. `progress` is told of `total` as its share of chats is read."""
+        encoded = self.encode(chats)
+        rewards: list[float | str] = ["" for _ in chats]
+        readable = []
+        for place, its in enumerate(encoded):
+            if isinstance(its, PairError):
+                rewards[place] = f"the reward model cannot read an answer ({its.message})"
+            elif len(its.ids) > self.longest:
+                rewards[place] = f"an answer is too long for the reward model, which reads {self.longest} tokens"
+            else:
+                readable.append((place, its))
+        read, told = len(chats) - len(readable), 0
         for batch in _batches(readable, _TOKENS_AT_ONCE[self.model.device.type]):
             for (place, _), reward in zip(batch, self._read([its for _, its in batch]).tolist(), strict=True):
                 rewards[place] = reward
+            read += len(batch)
             if progress is not None:
-                done = total * sum(reward is not None for reward in rewards) // len(chats)
-                progress(done - told)
-                told = done
+                progress(total * read // len(chats) - told)
+                told = total * read // len(chats)
         if progress is not None:
             progress(total - told)
         return rewards
 
     @torch.no_grad()
-    def _read(self, ids: Sequence[list[int]]) -> Tensor:
+    def _read(self, chats: Sequence[Encoded]) -> Tensor:
         """Rewards of chats padded on the right, fp32, (B,).
 
         A decoder is read at its last token that is not its padding token. One without a padding token is lent a token
@@ -100,16 +116,24 @@ class RewardModel:
         """
         config = self.model.config.get_text_config()
         own = config.pad_token_id
-        pad = own if own is not None else _absent(ids, config.vocab_size)
-        width = max(map(len, ids))
-        ids_BW = torch.tensor([[*its, *[pad] * (width - len(its))] for its in ids], device=self.model.device)
-        mask_BW = torch.tensor([[1] * len(its) + [0] * (width - len(its)) for its in ids], device=self.model.device)
+        pad = own if own is not None else _absent([chat.ids for chat in chats], config.vocab_size)
+        inputs = {
+            "input_ids": self._padded([chat.ids for chat in chats], pad),
+            "attention_mask": self._padded([[1] * len(chat.ids) for chat in chats], 0),
+        }
+        if types := [chat.types for chat in chats if chat.types is not None]:
+            inputs["token_type_ids"] = self._padded(types, 0)
         config.pad_token_id = pad
         try:
-            logits_BL: Tensor = self.model(input_ids=ids_BW, attention_mask=mask_BW).logits.float()
+            logits_BL: Tensor = self.model(**inputs).logits.float()
         finally:
             config.pad_token_id = own
         return logits_BL[:, 0] if logits_BL.shape[1] == 1 else logits_BL[:, 1] - logits_BL[:, 0]
+
+    def _padded(self, rows: Sequence[list[int]], fill: int) -> Tensor:
+        """Rows of one length, (B, W)."""
+        width = max(map(len, rows))
+        return torch.tensor([[*row, *[fill] * (width - len(row))] for row in rows], device=self.model.device)
 
 
 def load_reward_model(name: str, *, dtype: str = "auto", say: Callable[[str], None] = lambda _: None) -> RewardModel:
@@ -132,23 +156,31 @@ def load_reward_model(name: str, *, dtype: str = "auto", say: Callable[[str], No
         tokenizer: Any = AutoTokenizer.from_pretrained(folder)
     except Exception as error:
         raise ModelError(f"{name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     if tokenizer.chat_template:
-        return RewardModel(name, model, load_encoder(folder, ModelSection(path=name)).chat_ids)
-    return RewardModel(name, model, lambda chats: _two_texts(tokenizer, chats))
+        encoder = load_encoder(folder, ModelSection(path=name))
+        return RewardModel(name, model, lambda chats: _one_chat(encoder, chats), longest)
+    longest = min(longest, tokenizer.model_max_length)  # RoBERTa counts its positions from 2
+    return RewardModel(name, model, lambda chats: _two_texts(tokenizer, chats), longest)
 
 
-def _two_texts(tokenizer: Any, chats: Chats) -> list[Ids]:
+def _one_chat(encoder: ChatEncoder, chats: Chats) -> list[Encoded | PairError]:
+    return [ids if isinstance(ids, PairError) else Encoded(ids) for ids in encoder.chat_ids(chats)]
+
+
+def _two_texts(tokenizer: Any, chats: Chats) -> list[Encoded | PairError]:
     """Question and answer as an encoder's two texts."""
     questions, answers = [as_text(chat[:-1]) for chat in chats], [chat[-1].content for chat in chats]
-    ids: list[Ids] = tokenizer(questions, answers, truncation=False, verbose=False)["input_ids"]
-    return ids
+    encoded = tokenizer(questions, answers, truncation=False, verbose=False)
+    types = encoded.get("token_type_ids", [None] * len(chats))
+    return [Encoded(ids, its) for ids, its in zip(encoded["input_ids"], types, strict=True)]
 
 
-def _batches(chats: Sequence[tuple[int, list[int]]], tokens: int) -> list[list[tuple[int, list[int]]]]:
+def _batches(chats: Sequence[tuple[int, Encoded]], tokens: int) -> list[list[tuple[int, Encoded]]]:
     """Chats of like length together, the longest first."""
-    batches: list[list[tuple[int, list[int]]]] = []
-    for chat in sorted(chats, key=lambda chat: -len(chat[1])):
-        if batches and len(batches[-1][0][1]) * (len(batches[-1]) + 1) <= tokens:
+    batches: list[list[tuple[int, Encoded]]] = []
+    for chat in sorted(chats, key=lambda chat: -len(chat[1].ids)):
+        if batches and len(batches[-1][0][1].ids) * (len(batches[-1]) + 1) <= tokens:
             batches[-1].append(chat)
         else:
             batches.append([chat])
@@ -161,7 +193,7 @@ def _absent(ids: Sequence[list[int]], vocabulary: int) -> int:
     return next((token for token in range(vocabulary) if token not in used), 0)
 
 
-def _verdict(a: float | None, b: float | None) -> Verdict:
-    if a is None or b is None:
-        return Verdict("tie", "Not judged: an answer is too long for the reward model.")
+def _verdict(a: float | str, b: float | str) -> Verdict:
+    if isinstance(a, str) or isinstance(b, str):
+        return not_judged(a if isinstance(a, str) else str(b))
     return higher_wins(a, b, f"The reward of A is {a:.3g}, that of B {b:.3g}.")

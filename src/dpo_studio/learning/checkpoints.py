@@ -31,7 +31,7 @@ from dpo_studio.learning.train import TrainingState
 from dpo_studio.models.adapters import adapter_state, save_adapter
 from dpo_studio.models.moving import put_reference, reference_state
 
-__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint"]
+__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint", "sweep"]
 
 KEPT = 2
 """Newest checkpoints that stay, and with them the one of the lowest held-out loss; a 7B run's takes half a gigabyte."""
@@ -60,7 +60,7 @@ def save_checkpoint(
     final = folder / f"step-{state.step}"
     if final.is_dir() and not final.is_symlink() and _damage(final) is None:
         return final
-    _sweep(folder)
+    sweep(folder)
     check_space(folder, checkpoint_bytes(policy, state), f"the checkpoint of step {state.step}")
     scratch = folder / f"{_WRITING}{final.name}"
     try:
@@ -219,8 +219,8 @@ def _drop(checkpoint: Path) -> bool:
     return True
 
 
-def _sweep(folder: Path) -> None:
-    """What a killed process was writing or dropping; a link of such a name goes too, not what it leads to."""
+def sweep(folder: Path) -> None:
+    """Remove what a killed process was writing or dropping; a link of such a name goes too, not what it leads to."""
     for unfinished in (_WRITING, _DROPPING):
         for path in folder.glob(f"{unfinished}*"):
             if path.is_symlink():

@@ -6,8 +6,8 @@ signature (one permutation hashing): it chooses a place, which keeps its least v
 borrows from the next that has one (Shrivastava and Li 2014, arXiv 1406.4784). Two texts are compared when they agree
 in all 6 places of one of 21 bands: with J = 0.8 that happens in 998 of 1,000 cases.
 
-A signature of 700 words takes 0.06 ms; datasketch 2.0 takes 0.51 (64 places, crc32) to 1.15 (128, its own sha1), which
-is half a minute to a minute for 60,000 pairs (benchmarks/data_check.py).
+A signature of 700 words takes 0.06 ms. datasketch 2.0 takes 0.45 (64 places, crc32) to 1.15 (128, its own sha1): half a
+minute to more than one for 60,000 pairs (benchmarks/data_check.py).
 
 Shapes: N texts, K places of a signature.
 """

@@ -17,6 +17,7 @@ from dpo_studio.preferences.pair import Pair
 from dpo_studio.tokens.chat import ChatEncoder, PairError, PairIds
 from dpo_studio.tokens.encode import (
     ANSWER_CUT,
+    CHOSEN_CUT,
     DROPPED,
     END_APPENDED,
     OVER,
@@ -182,16 +183,16 @@ def _over(counts: Mapping[str, int], pairs: int, max_length: int, too_long: TooL
 
 
 def _lost_ends(counts: Mapping[str, int], pairs: int, examples: Examples) -> Finding:
-    count = counts.get(ANSWER_CUT, 0)
+    count = counts.get(CHOSEN_CUT, 0)
     return Finding(
         "lost-ends",
-        "pairs an answer of which loses its end",
+        "pairs whose chosen answer loses its end",
         count,
         pairs,
         level_of(count, pairs, warning=0.01, stop=0.1),
-        does="A cut answer has no end of turn. From chosen ones the model does not learn to stop: it rambles on.",
+        does="A cut answer has no end of turn. From such chosen ones the model does not learn to stop: it rambles on.",
         todo="A larger data.max_length, or another data.too_long: drop, or cut_prompt_start for long chats.",
-        examples=_some(examples, ANSWER_CUT),
+        examples=_some(examples, CHOSEN_CUT),
     )
 
 

@@ -25,6 +25,7 @@ DROPPED = "dropped: "
 OVER = "over max_length"
 PROMPT_OVER = "prompt alone over max_length"
 ANSWER_CUT = "answer end cut"
+CHOSEN_CUT = "chosen answer end cut"
 PROMPT_CUT = "prompt start cut"
 RE_RENDERED = "prompt re-rendered differently"
 END_APPENDED = "end of turn appended"
@@ -108,8 +109,10 @@ def fit_pair(
     notes: list[str] = []
     if max_length is not None and _longest(ids) > max_length:
         if too_long == "cut_answer_end":
-            ids = _cut_answers(ids, max_length)
             notes.append(ANSWER_CUT)
+            if len(ids.prompt) + len(ids.chosen.ids) > max_length:
+                notes.append(CHOSEN_CUT)
+            ids = _cut_answers(ids, max_length)
         elif too_long == "cut_prompt_start":
             ids = _cut_prompt(pair, ids, encoder, max_length)
             notes.append(PROMPT_CUT)

@@ -23,9 +23,7 @@ from dpo_studio.evaluation.diversity import distinct_n, repetition
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, summary
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
-from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
-from dpo_studio.learning.reference import batched_logps
-from dpo_studio.objectives import PairLogps, margin
+from dpo_studio.objectives import margin
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report
@@ -35,10 +33,12 @@ from dpo_studio.reports.winrates import MOST_RUNS, save_winrate_figure, winrate_
 from dpo_studio.runs import RunFolder, is_run, write_atomically
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
+from dpo_studio.workflows.judging import JUDGES
 from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
+from dpo_studio.workflows.scoring import side_logps
 
-__all__ = ["REFERENCE", "Evaluation", "compare_runs", "evaluate_run"]
+__all__ = ["REFERENCE", "Evaluation", "compare_runs", "default_judge", "evaluate_run"]
 
 REFERENCE = "reference"
 """What a run is compared with unless another model is named: its own base, the adapter off."""
@@ -101,11 +101,7 @@ def evaluate_run(
         DPOStudioError: a model, a source or the judge cannot be used.
     """
     asked = settings or Evaluation()
-    if not is_run(user_path(run)):
-        raise RunError(f"{run} is not a run folder", hint="give the folder that `dpo train` or `dpo demo` made")
-    folder = RunFolder(user_path(run))
-    recipe = folder.recipe()
-    assert recipe is not None
+    recipe, folder = _recipe(run), RunFolder(user_path(run))
     with progress or Progress() as shown:
         pairs = _pairs(recipe, source, run, shown)
         loaded = load_any(run, say=shown.say)
@@ -153,6 +149,26 @@ def _make(completions: Path) -> None:
         raise RunError(f"{completions} cannot be made: {error.strerror or error}", hint=_IN_THE_RUN) from None
     if not os.access(completions, os.W_OK):
         raise RunError(f"{completions} cannot be written", hint=_IN_THE_RUN)
+
+
+def default_judge(run: str) -> str:
+    """The rule that the bundled pairs were written to; there is no such judge of anybody else's pairs.
+
+    Raises:
+        RunError: not a run.
+        UsageError: a run on other pairs.
+    """
+    if _recipe(run).data.train.source.startswith("bundled:everyday"):
+        return "everyday"
+    raise UsageError(f"{run}: name a judge of its answers with --judge", hint=f"one of {JUDGES}")
+
+
+def _recipe(run: str) -> Recipe:
+    if not is_run(user_path(run)):
+        raise RunError(f"{run} is not a run folder", hint="give the folder that `dpo train` or `dpo demo` made")
+    recipe = RunFolder(user_path(run)).recipe()
+    assert recipe is not None
+    return recipe
 
 
 def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:
@@ -206,7 +222,9 @@ def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict
     encoded = encode_pairs(pairs, loaded.base.encoder, max_length=None).pairs
     if not encoded:
         return {}
-    policy, reference = (_logps(loaded, encoded, tuned, "held-out pairs", progress) for tuned in (True, False))
+    policy, reference = (
+        side_logps(loaded, encoded, "held-out pairs", progress, tuned=tuned) for tuned in (True, False)
+    )
     good = finite(policy) & finite(reference)
     if not good.any():
         return {}
@@ -233,17 +251,11 @@ def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Prog
     for row, (prompt, answer) in enumerate(zip(prompts, drawn, strict=True)):
         side = EncodedAnswer(np.array(answer.ids, np.int32), np.ones(len(answer.ids), bool))
         pairs.append(EncodedPair(row, np.array(prompt, np.int32), side, side))
-    tuned, base = (_logps(policy.loaded, pairs, on, "KL to the reference", progress) for on in (True, False))
+    tuned, base = (
+        side_logps(policy.loaded, pairs, "KL to the reference", progress, tuned=side) for side in (True, False)
+    )
     ratios: list[float] = (tuned.chosen_P - base.chosen_P).tolist()
     return ratios
-
-
-def _logps(loaded: Loaded, pairs: Sequence[EncodedPair], tuned: bool, title: str, progress: Progress) -> PairLogps:
-    budget = tokens_without_gradient(CPU_TOKENS, loaded.base.device)
-    with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
-        return batched_logps(
-            loaded.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
-        )
 
 
 def _at_temperature(

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from dpo_studio.config import MINUTES
 from dpo_studio.disk import check_space, sync_folder
 from dpo_studio.errors import RunError
-from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint
+from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint, sweep
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.lock import Held
 from dpo_studio.models.adapters import save_adapter
@@ -83,10 +83,11 @@ class Saver:
 
 
 def find_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole one, with a word on what is odd about it.
+    """The newest whole one, with a word on what is odd about it. What a killed process left half done is removed.
 
     Steps order checkpoints, not times: a clock that was set back changes nothing, and is mentioned.
     """
+    sweep(run.checkpoints)
     checkpoint = newest_checkpoint(run.checkpoints, warn)
     if checkpoint is None:
         return None

@@ -21,9 +21,9 @@ from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
-from dpo_studio.workflows.loading import load_any
+from dpo_studio.workflows.loading import Loaded, load_any
 
-__all__ = ["score_pairs"]
+__all__ = ["score_pairs", "score_to_file", "side_logps"]
 
 
 def score_pairs(
@@ -52,8 +52,10 @@ def score_pairs(
         if not encoded.pairs:
             raise DataError(f"{pairs.name}: no pair can be scored", hint=f"the first: {encoded.refused[0][1]}")
         check_packing(loaded.policy, encoded.pairs)
-        policy = _logps(loaded, encoded.pairs, True, shown)
-        reference = policy if loaded.adapter is None else _logps(loaded, encoded.pairs, False, shown)
+        policy = side_logps(loaded, encoded.pairs, "policy", shown, tuned=True)
+        reference = policy
+        if loaded.adapter is not None:
+            reference = side_logps(loaded, encoded.pairs, "reference", shown, tuned=False)
     lines = [*_scored(encoded.pairs, policy, reference, used_beta)]
     lines += [{"index": r.row, "refused": r.reason} for r in pairs.refused]
     lines += [{"index": row, "refused": reason} for row, reason in encoded.refused]
@@ -76,8 +78,10 @@ def score_pairs(
     return summary
 
 
-def _logps(loaded: Any, pairs: Sequence[EncodedPair], tuned: bool, progress: Progress) -> PairLogps:
-    title = "policy" if tuned else "reference"
+def side_logps(
+    loaded: Loaded, pairs: Sequence[EncodedPair], title: str, progress: Progress, *, tuned: bool
+) -> PairLogps:
+    """Log-probs of the pairs under the policy (tuned) or its reference, in order."""
     with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
         budget = tokens_without_gradient(CPU_TOKENS, next(loaded.policy.parameters()).device)
         return batched_logps(
