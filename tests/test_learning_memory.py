@@ -6,6 +6,7 @@ import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -167,11 +168,14 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory() -> None:
         unless_out_of_memory(torch.nn.Identity(), lambda: (_ for _ in ()).throw(RuntimeError("something else")))
 
 
-def test_passes_without_a_gradient_take_a_gpu_s_full_measure() -> None:
-    """However little training has room for; a CPU's measure stays."""
-    cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert [tokens_without_gradient(tokens, gpu) for tokens in (1630, 65536)] == [8192, 65536]
-    assert tokens_without_gradient(1630, cpu) == 1630
+def test_passes_without_a_gradient_take_a_gpu_s_full_measure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """However little training has room for; a CPU's measure stays, and that of compiled layers, which keep as much."""
+    on_gpu: Any = SimpleNamespace(parameters=lambda: iter([SimpleNamespace(device=torch.device("cuda"))]))
+    monkeypatch.setattr(memory, "is_compiled", lambda model: False)
+    assert [tokens_without_gradient(tokens, on_gpu) for tokens in (1630, 65536)] == [8192, 65536]
+    monkeypatch.setattr(memory, "is_compiled", lambda model: True)
+    assert tokens_without_gradient(1630, on_gpu) == 1630
+    assert tokens_without_gradient(1630, policy_on(size=0)) == 1630
 
 
 def test_a_cpu_is_given_its_own_number() -> None:

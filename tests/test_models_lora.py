@@ -12,7 +12,7 @@ from dpo_studio.config import AdapterSection
 from dpo_studio.models.adapters import as_reference, attach
 from dpo_studio.models.lora import LoraLinear
 from dpo_studio.models.packed import Dense, Packed, flatten
-from dpo_studio.models.products import products
+from dpo_studio.models.products import base_alone, products
 from tests.conftest import moved, plain_logps, random_pairs
 from tests.tiny_models import tiny_model
 
@@ -62,6 +62,19 @@ def test_outputs_and_every_gradient_are_the_formula_s(needs_input: bool) -> None
     )
     for got, wanted in zip(found, exact, strict=True):
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_base_alone_is_an_adapter_of_zeros_and_teaches_nothing() -> None:
+    """To the bit, the adapter being there; a backward pass through it gives no numbers rather than wrong ones."""
+    x, weights, down, ups = drawn(torch.bfloat16)
+    expected = by_operator(x, weights, down, [torch.zeros_like(up) for up in ups])
+    with base_alone():
+        found = by_operator(x, weights, down, ups)
+    for y, wanted, adapted in zip(found, expected, by_operator(x, weights, down, ups), strict=True):
+        assert torch.equal(y, wanted)
+        assert not torch.equal(y, adapted)
+    slopes = torch.autograd.grad(sum((y.sum() for y in found), torch.zeros(())), ups)
+    assert all(slope.isnan().all() for slope in slopes)
 
 
 def test_the_operator_keeps_torch_s_rules() -> None:

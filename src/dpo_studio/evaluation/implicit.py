@@ -86,7 +86,7 @@ class ImplicitReward:
         return replace(pair, chosen=_as_ended(pair.chosen, a.ended), rejected=_as_ended(pair.rejected, b.ended))
 
     def _logps(self, pairs: Sequence[EncodedPair], progress: Progress | None) -> PairLogps:
-        budget = tokens_without_gradient(CPU_TOKENS, next(self.policy.parameters()).device)
+        budget = tokens_without_gradient(CPU_TOKENS, self.policy)
         told = progress or (lambda done: None)
         return batched_logps(
             self.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: told(done)

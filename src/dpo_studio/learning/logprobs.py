@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.attention import row_inputs
-from dpo_studio.models.layers import causal_lm, plain_layers
+from dpo_studio.models.layers import as_trained, causal_lm, plain_layers
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, pack, packed_tokens
@@ -56,7 +56,10 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     """
     base = causal_lm(model)
     inputs = row_inputs(base.config, batch)
-    hidden_TH = base.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    with as_trained(model):
+        hidden_TH = base.base_model(**inputs, use_cache=False).last_hidden_state[0]
+    if not torch.is_grad_enabled():
+        hidden_TH = hidden_TH.detach()
     head = base.get_output_embeddings()
     logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
         hidden_TH.index_select(0, batch.predictor_N), head.weight, head.bias, batch.target_N, collision_N
@@ -83,12 +86,15 @@ class _HeadLogps(torch.autograd.Function):
     ) -> Tensor:
         slope_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         logps_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
-        terms = _compiled_head_terms() if hidden_NH.is_cuda else _head_terms
+        # compiled, the two kinds of pass would be two kernels that sum in other orders: one kernel, whatever is wanted
+        terms, with_slope = _head_terms, slope_NH is not None
+        if hidden_NH.is_cuda:
+            terms, with_slope = _compiled_head_terms(), True
         rows = max(1, _LOGITS_AT_ONCE[hidden_NH.device.type] // len(head_VH))
         for start in range(0, len(hidden_NH), rows):
             at = slice(start, start + rows)
             logits_nV = _logits(hidden_NH[at], head_VH, bias_V)
-            logps_N[at], off_nV = terms(logits_nV, target_N[at, None], head_VH.dtype if slope_NH is not None else None)
+            logps_N[at], off_nV = terms(logits_nV, target_N[at, None], head_VH.dtype if with_slope else None)
             if collision_N is not None:  # at least -log V: no underflow
                 collision_N[at] = 2 * logits_nV.softmax(-1, dtype=torch.float32).norm(dim=-1).log()
             if slope_NH is not None and off_nV is not None:
@@ -129,12 +135,10 @@ def _compiled_head_terms() -> Any:
     Liger's fused head took 12.2 ms there, cut-cross-entropy 13.7; at a vocabulary of 128k 20 against 33 and 32.
     """
 
-    def terms(logits_nV: Tensor, target_n1: Tensor, slope_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
+    def terms(logits_nV: Tensor, target_n1: Tensor, slope_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         logits_nV = logits_nV.float()
         logsumexp_n1 = logits_nV.logsumexp(-1, keepdim=True)
         logps_n = (logits_nV.gather(1, target_n1) - logsumexp_n1)[:, 0]
-        if slope_dtype is None:
-            return logps_n, None
         hot_nV = torch.arange(logits_nV.shape[1], device=logits_nV.device) == target_n1
         return logps_n, ((logits_nV - logsumexp_n1).exp() - hot_nV.float()).to(slope_dtype)
 

@@ -18,7 +18,7 @@ from torch import nn
 from dpo_studio.errors import RunError
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.gptq import weight_count
-from dpo_studio.models.layers import RUNGS, Recompute, set_recompute
+from dpo_studio.models.layers import RUNGS, Recompute, is_compiled, set_recompute
 from dpo_studio.models.lora import forget_what_is_ready
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
@@ -123,9 +123,11 @@ def unless_out_of_memory(model: nn.Module, compute: Callable[[], _T]) -> _T | No
     return None
 
 
-def tokens_without_gradient(tokens: int, device: torch.device) -> int:
-    """Tokens at once in passes that keep nothing for a backward pass: a GPU has room for its full measure of them."""
-    return max(tokens, _GPU_TOKENS[0]) if device.type == "cuda" else tokens
+def tokens_without_gradient(tokens: int, model: nn.Module) -> int:
+    """Tokens at once in passes without a backward pass: a GPU has room for its full measure of them where nothing is
+    kept. Compiled layers keep as much as in training, for they run the same code (`models.layers.as_trained`)."""
+    on_gpu = next(model.parameters()).device.type == "cuda"
+    return max(tokens, _GPU_TOKENS[0]) if on_gpu and not is_compiled(model) else tokens
 
 
 def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: int, device: torch.device) -> Limit:

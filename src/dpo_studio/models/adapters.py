@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError
 from dpo_studio.models.lora import LoraLinear, link_mates
+from dpo_studio.models.products import base_alone
 from dpo_studio.models.scan import read_json, refuse_strange_lora, scan_folder
 
 __all__ = [
@@ -169,14 +170,8 @@ def as_reference(policy: nn.Module) -> Iterator[None]:
             finally:
                 policy.base_model.set_adapter(POLICY)
         else:
-            layers = [module for module in policy.modules() if isinstance(module, LoraLinear)]
-            for layer in layers:
-                layer.silent = True
-            try:
+            with base_alone():  # PEFT's own switch turns every parameter's gradient off and on: 25 ms on a 7B
                 yield
-            finally:
-                for layer in layers:
-                    layer.silent = False
 
 
 @contextmanager

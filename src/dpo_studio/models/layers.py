@@ -14,7 +14,16 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-__all__ = ["RUNGS", "Recompute", "causal_lm", "compiled_layers", "plain_layers", "set_recompute"]
+__all__ = [
+    "RUNGS",
+    "Recompute",
+    "as_trained",
+    "causal_lm",
+    "compiled_layers",
+    "is_compiled",
+    "plain_layers",
+    "set_recompute",
+]
 
 Recompute = Literal["nothing", "mlp", "layer"]
 RUNGS: tuple[Recompute, ...] = ("nothing", "mlp", "layer")
@@ -40,19 +49,43 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     settings: dict[str, Any] = {"recompile_limit": 64}
     if hasattr(torch._dynamo.config, _ALLOW_MATES):
         settings[_ALLOW_MATES] = True
-    # Round where eager code rounds. A fused kernel keeps fp32 in between, but not where something is saved for a
-    # backward pass: a policy that has not moved was 0.25 nats a pair off its reference (bf16, four small layers). FP8
-    # makes more of it: the loss of a 7B began at 0.82 instead of ln 2.
-    from torch._inductor import config as inductor  # not with torch itself: half a second
-
-    rounding: Any = inductor.patch(emulate_precision_casts=True)
     try:
-        with torch._dynamo.config.patch(settings), rounding:
+        with torch._dynamo.config.patch(settings):
             yield
     finally:
         hook.remove()
         for layer in layers:
             layer._compiled_call_impl = None
+
+
+def is_compiled(model: nn.Module) -> bool:
+    """Whether the model's layers run compiled now."""
+    return any(layer._compiled_call_impl is not None for layer in _layers(model))
+
+
+@contextmanager
+def as_trained(model: nn.Module) -> Iterator[None]:
+    """Inside, compiled layers run the code they are trained with, a gradient being wanted or not.
+
+    A pass that keeps nothing for a backward pass is compiled apart, and rounds elsewhere: a policy that had not moved
+    was 0.25 nats a pair off its reference (bf16, four small layers), and the loss of a 7B in FP8 began at 0.82 instead
+    of ln 2. What it keeps is let go with its result. Eager layers round alike anyway.
+    """
+    layers = _layers(model)
+    if torch.is_grad_enabled() or not is_compiled(model):
+        yield
+        return
+    before = [layer.training for layer in layers]
+    for layer in layers:
+        layer.training = getattr(
+            layer, "gradient_checkpointing", False
+        )  # what `set_recompute` chose, whatever eval() said since
+    try:
+        with torch.enable_grad():
+            yield
+    finally:
+        for layer, training in zip(layers, before, strict=True):
+            layer.training = training
 
 
 @contextmanager

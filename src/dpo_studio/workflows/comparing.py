@@ -119,7 +119,7 @@ def _compared(
 
 
 def _logps(model: nn.Module, pairs: Sequence[EncodedPair], title: str, progress: Progress) -> PairLogps:
-    budget = tokens_without_gradient(CPU_TOKENS, next(model.parameters()).device)
+    budget = tokens_without_gradient(CPU_TOKENS, model)
     with progress.task(title, len(pairs), "pairs") as advance, in_eval(model):
         return batched_logps(
             model, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
@@ -131,7 +131,7 @@ def _reference(
 ) -> PairLogps:
     """What the training compared with, from its cache where that is still there."""
     model, context, computes = reference_model(recipe, base, policy)
-    budget = tokens_without_gradient(CPU_TOKENS, base.device)
+    budget = tokens_without_gradient(CPU_TOKENS, model)
     cache = ReferenceCache(cache_folder() / "reference", context)
     with progress.task("its reference", len(pairs), "pairs") as advance, computes():
         return reference_logps(model, pairs, budget=budget, cache=cache, progress=lambda done, tokens: advance(done))

@@ -33,9 +33,7 @@ def accelerated(
             "no kernels can be compiled here (Triton and a C compiler such as gcc are needed): "
             "training works, at less than half the speed"
         )
-    # the two passes of a whole-step objective are compiled apart and would not drop out alike
-    unlike = recipe.objective.whole_step and recipe.adapter.dropout > 0
-    if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX or unlike:
+    if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX:
         yield
         return
     set_recompute(policy, "nothing")

@@ -179,7 +179,7 @@ def _perplexity(base: ChatModel, pairs: Sequence[EncodedPair], progress: Progres
     """Of the chosen answers' tokens; None without any."""
     if not pairs:
         return None
-    budget = tokens_without_gradient(CPU_TOKENS, base.device)
+    budget = tokens_without_gradient(CPU_TOKENS, base.model)
     with progress.task(f"perplexity {when}", len(pairs), "pairs") as advance:
         logps = batched_logps(
             base.model, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)

@@ -83,7 +83,7 @@ def side_logps(
 ) -> PairLogps:
     """Log-probs of the pairs under the policy (tuned) or its reference, in order."""
     with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
-        budget = tokens_without_gradient(CPU_TOKENS, next(loaded.policy.parameters()).device)
+        budget = tokens_without_gradient(CPU_TOKENS, loaded.policy)
         return batched_logps(
             loaded.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
         )

@@ -192,7 +192,7 @@ class _Session:
         budget = int(self.recipe.training.tokens_per_micro_batch)
         difference = check_packing(self.policy, self.data.train.pairs)
         self.progress.say(f"packed and plain log-probs agree: {difference:.2g} nats a token apart")
-        at_once = tokens_without_gradient(budget, self.base.device)
+        at_once = tokens_without_gradient(budget, self.policy)
         live, cached = self._references(at_once)
         steps = steps_of(self.recipe, self.data.train.pairs, budget, cached)
         self.state = state = TrainingState.fresh(
