@@ -19,6 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
+from dpo_studio.cli import set_environment
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.learning.memory import Limit, Room, plan_limit
@@ -35,6 +36,7 @@ from tests.conftest import columns, gradients, plain_logps, plain_peft_on, polic
 from tests.tiny_models import tiny_folder, tiny_model
 from tests.tiny_runs import dpo, write_recipe
 
+set_environment()  # torch has not asked for memory yet
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
     pytest.mark.filterwarnings("default"),
@@ -273,7 +275,7 @@ def test_a_real_lack_of_memory_ends_with_the_same_losses() -> None:
 def test_the_plan_fits_and_fills() -> None:
     """What is planned runs, and twice as much, in rows that a step of 160 pairs fills, does not.
 
-    A GiB: of less, the allocator's blocks of 20 MiB waste more than the tenth that the plan spares.
+    A GiB: of less, blocks of 20 MiB waste more than the tenth that the plan spares.
     """
     policy = larger()
     train_mode(policy)

@@ -41,6 +41,8 @@ _GPU_TOKENS = (8192, 65536)
 """Fewest that are aimed at whatever the model's size, and most."""
 _SPARE = 0.9
 """Share of the free memory that is planned with: fragments, other lengths, and the loss take the rest."""
+_LESS = 0.9
+"""What is tried of a plan that did not fit."""
 _T = TypeVar("_T")
 
 
@@ -131,7 +133,8 @@ def tokens_without_gradient(tokens: int, model: nn.Module) -> int:
 
 
 def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: int, device: torch.device) -> Limit:
-    """As many tokens as keep the device busy, or as fit: two rows forward and backward say what a token costs.
+    """As many tokens as keep the device busy, or as fit: two short rows forward and backward say what a token costs,
+    and a row of the size planned whether that is true.
 
     The policy's gradients are gone afterwards.
 
@@ -151,9 +154,12 @@ def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: 
         set_recompute(policy, recompute)
         if recompute == RUNGS[0] and _fits(policy, _row(by_length, wanted)):
             return Limit(0, wanted)
-        fitting = _tokens_that_fit(policy, by_length)
-        if fitting >= longest:
-            return Limit(0, _in_whole_blocks(min(wanted, fitting), longest), recompute)
+        fitting = min(wanted, _tokens_that_fit(policy, by_length))
+        while fitting >= longest:
+            tokens = _in_whole_blocks(fitting, longest)
+            if tokens == longest or _fits(policy, _row(by_length, tokens)):
+                return Limit(0, tokens, recompute)
+            fitting = max(longest, _LESS * fitting)  # short rows waste parts of torch's blocks: the line is too flat
     raise too_long_for_memory(longest)
 
 
