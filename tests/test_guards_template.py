@@ -25,6 +25,7 @@ ITSELF = "{% set ns = namespace(x=['a']) %}{% for i in range(40) %}"
 TWINS = "{%% set ns = namespace(x=['a'], y=['a']) %%}{%% for i in range(45) %%}{%% set ns.x = %s %%}{%% set ns.y = %s %%}{%% endfor %%}"
 COMPARED = "{% if ns.x == ns.y %}{% endif %}"
 """What holds itself twice, 45 times over, is compared with its like in one call that does not end."""
+SEPARATED = "{{ {'a': 1}|tojson(separators=('%s', ':')) }}"
 SECONDS = 3
 """Of thread time, at a tenth of the real limits."""
 
@@ -137,6 +138,7 @@ FILLING = [
     "{{ ('a' * 7000000)|list|length }}",
     "{% set x = 'a' * 7000000 %}{{ [x, x] }}",
     "{% set x = 'a' * 7000000 %}" + "{{ x }}" * 40,
+    "{% set x = 'a' * 7000000 %}" + "{% if x|tojson %}{% endif %}" * 40,
     "{% set x = 'a' * 7000000 %}" + "{% set y %}{{ x[1:] }}{% endset %}" * 40,
     "{% set x = 'a' * 7000000 %}" + "{% if x[1:] == x[:-1] %}{% endif %}" * 40,
     "{% macro m() %}{% for i in range(999999) %}" + "a" * 9000 + "{% endfor %}{% endmacro %}{% set x = m() %}",
@@ -231,6 +233,8 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
         ("{{ range(1000000)|length }}", "{{ range(1000001)|length }}"),
         ("{{ '%999d' % 1 }}", "{{ '%1000d' % 1 }}"),
         ("{{ {'a': 1}|tojson(indent=16) }}", "{{ {'a': 1}|tojson(indent=17) }}"),
+        ("{{ {'a': 1}|tojson(indent='%s') }}" % (" " * 16), "{{ {'a': 1}|tojson(indent='%s') }}" % (" " * 17)),
+        (SEPARATED % ("," * (99 - 3 * metering.ITEM)), SEPARATED % ("," * (100 - 3 * metering.ITEM))),
         ("{{ " + "[0] + " * 9 + "[messages[0].role] }}", "{{ " + "[" * 33 + "messages" + "]" * 33 + " }}"),
         ("{{ strftime_now('%d' * 50)|length }}", "{{ strftime_now('%d' * 50 ~ 'x')|length }}"),
         ("{{ strftime_now('%20d')|length }}", "{{ strftime_now('%200d')|length }}"),
@@ -283,6 +287,12 @@ def test_what_was_wrong_is_said(source: str, words: str) -> None:
     assert str(refused.value).startswith(words) and len(str(refused.value)) < 500
 
 
+def test_a_template_s_own_words_are_cut() -> None:
+    with pytest.raises(TemplateError) as refused:
+        render("{{ raise_exception('x' * 9000) }}")
+    assert str(refused.value) == "x" * 400
+
+
 def test_time_is_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A million steps of a few microseconds pass, the same with a search of 2 MB in each do not."""
     monkeypatch.setattr(metering, "_SECONDS", 0.2)
@@ -307,6 +317,7 @@ HONEST = [
     "{{ messages | map(attribute='role') | join(', ') }}{{ messages | selectattr('role', 'equalto', 'user') | list | length }}"
     "{{ messages | rejectattr('role', 'eq', 'user') | first | tojson(indent=2) }}",
     "{{ {'b': [1, 2.5, none, true], 'a': 'é<'} | tojson }}{{ {'b': 1, 'a': 2} | dictsort }}{{ dict(a=1).items() | list }}",
+    "{{ {'b': 'é', 'a': [1, 2]} | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true, indent='-') }}",
     "{{ '%s has %03d' % (messages[0].role, 7) }}{{ 7 % 4 }}{{ 2 ** 5 }}{{ 2 ** -1 }}{{ 'ab' * 3 }}{{ [1] + [2] }}{{ (1,) * 2 }}",
     "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ messages[0].get('name', 'no') }}{{ messages[::-1] }}",
     "{{ tools is none }}{{ tools is defined }}{{ nothing is defined }}{{ nothing | default('d') }}[{{ nothing }}]"
