@@ -76,10 +76,8 @@ def as_trained(model: nn.Module) -> Iterator[None]:
         yield
         return
     before = [layer.training for layer in layers]
-    for layer in layers:
-        layer.training = getattr(
-            layer, "gradient_checkpointing", False
-        )  # what `set_recompute` chose, whatever eval() said since
+    for layer in layers:  # what `set_recompute` chose, whatever eval() said since
+        layer.training = getattr(layer, "gradient_checkpointing", False)
     try:
         with torch.enable_grad():
             yield
