@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 
 import dpo_studio
+from dpo_studio.cli import set_environment
 from dpo_studio.learning.train import TrainingState
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows
@@ -495,3 +496,14 @@ def test_a_real_interrupt_in_a_real_process_leaves_a_run_that_continues(tiny_bas
     step = int(checkpoint.name.removeprefix("step-"))
     said = dpo("train", recipe, "--set", f"training.max_steps={step}")
     refused(said, f"100000 there, {step} asked for")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch's segments grow on Linux alone")
+@pytest.mark.parametrize("chosen", [{}, {"PYTORCH_ALLOC_CONF": "a:1"}, {"PYTORCH_CUDA_ALLOC_CONF": "a:1"}])
+def test_a_gpu_s_memory_grows_unless_the_user_has_chosen(
+    monkeypatch: pytest.MonkeyPatch, chosen: dict[str, str]
+) -> None:
+    monkeypatch.setattr(os, "environ", dict(chosen))
+    set_environment()
+    set_here = {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name}
+    assert set_here == chosen or (not chosen and set_here == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
