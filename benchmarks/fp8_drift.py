@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from dpo_studio.config import SourceSection
+from dpo_studio.learning import logprobs
 from dpo_studio.models import fp8, products
 from dpo_studio.models.packed import Dense
 from dpo_studio.workflows.scoring import score_pairs
@@ -75,6 +76,7 @@ def rounded_activations(on: bool) -> Iterator[None]:
     with (
         patch.object(products, "Block8", Dense),
         patch.object(fp8, "fp8_rows", lambda x_MK: (rounded(x_MK),)),
+        patch.object(logprobs, "computes_in_fp8", lambda model: True),
         patch.object(fp8, "fp8_product", lambda x_MK, weight: x_MK @ weight.weight_NK.t()),
     ):
         yield

@@ -133,7 +133,7 @@ class Bench:
         after = said[len(before) :]
         differs = [f"exit code {done}: {after[-300:]}"] if done else self._differences(blow.setting, run)
         if "Traceback" in said:
-            differs.append(f"a traceback: {said[said.index('Traceback') :][-600:]}")
+            differs.append(f"a traceback: {said[said.index('Traceback') :][:1500]}")
         differs += _wrong_code(blow.kind, code, before)
         resumed = _resumed_after(after)
         every = (SETTINGS[blow.setting].get("training") or _SIX_STEPS)["save_every"]

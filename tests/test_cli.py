@@ -507,3 +507,13 @@ def test_a_gpu_s_memory_grows_unless_the_user_has_chosen(
     set_environment()
     set_here = {name: value for name, value in os.environ.items() if "ALLOC_CONF" in name}
     assert set_here == chosen or (not chosen and set_here == {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_another_interrupt_while_an_error_is_told_leaves_no_traceback() -> None:
+    code = (
+        "import os, signal; from dpo_studio import cli; from dpo_studio.reports import text\n"
+        "text.printable = lambda message: os.kill(os.getpid(), signal.SIGINT)\n"
+        "cli._die('stopped by SIGINT after step 4', 130)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "")

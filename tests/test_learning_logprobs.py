@@ -7,6 +7,7 @@ LoRA layers, autograd through all of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -210,6 +211,18 @@ def test_check_packing_passes_a_single_pair_and_bfloat16() -> None:
     assert check_packing(tiny_model(attn_implementation=PAIRS), random_pairs(1)) < 1e-4
     half = tiny_model(attn_implementation=PAIRS, initializer_range=0.08).bfloat16()
     assert check_packing(half, random_pairs(5)) < 0.05
+
+
+@pytest.mark.parametrize(("off", "in_fp8", "passes"), [(0.2, False, False), (0.2, True, True), (0.4, True, False)])
+def test_check_packing_allows_each_precision_its_own_noise(
+    monkeypatch: pytest.MonkeyPatch, off: float, in_fp8: bool, passes: bool
+) -> None:
+    """In bf16, and with activations in FP8, whose rounding is twenty times as coarse."""
+    monkeypatch.setattr(logprobs, "computes_in_fp8", lambda model: in_fp8)
+    monkeypatch.setattr(logprobs, "token_logps", lambda *given: token_logps(*given) + off)
+    half = tiny_model(attn_implementation=PAIRS).bfloat16()
+    with nullcontext() if passes else pytest.raises(ModelError, match="fp8" if in_fp8 else "bfloat16"):
+        check_packing(half, random_pairs(5))
 
 
 def test_check_packing_is_blind_to_dropout() -> None:

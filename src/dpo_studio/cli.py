@@ -325,6 +325,8 @@ def _wrong_usage(error: Any) -> None:
 
 
 def _die(message: str, code: int) -> None:
+    for number in (signal.SIGINT, signal.SIGTERM):  # it is ending already: another Ctrl-C is no news, and no traceback
+        signal.signal(number, lambda *_: os._exit(code))
     from dpo_studio.reports.text import printable
 
     try:

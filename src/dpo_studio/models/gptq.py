@@ -18,7 +18,15 @@ from dpo_studio.models.fp8 import fp8_weight
 from dpo_studio.models.packed import Block8, Dense, Frozen, Packed
 from dpo_studio.models.products import products
 
-__all__ = ["FP8Linear", "GPTQLinear", "QuantisedLinear", "frozen_weight", "held_dense", "weight_count"]
+__all__ = [
+    "FP8Linear",
+    "GPTQLinear",
+    "QuantisedLinear",
+    "computes_in_fp8",
+    "frozen_weight",
+    "held_dense",
+    "weight_count",
+]
 
 _SPARE = 0.8
 """Share of the free memory that weights formed for a while may take."""
@@ -128,6 +136,11 @@ class FP8Linear(nn.Linear):
 
 QuantisedLinear = GPTQLinear | FP8Linear
 """Layers without a weight."""
+
+
+def computes_in_fp8(model: nn.Module) -> bool:
+    """Whether products of this model round their inputs to FP8."""
+    return any(isinstance(module, FP8Linear) for module in model.modules())
 
 
 def frozen_weight(linear: Any) -> Frozen:
