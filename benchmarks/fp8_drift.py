@@ -53,7 +53,7 @@ def main() -> None:
             with rounded_activations(name == "fp8"):
                 overrides = [*given.set, f"run.folder={run}", "reference.mode=live"]
                 result = train_recipe(given.recipe, overrides)
-            keys = ("accuracy", "accuracy_ci95", "mean_margin", "held_out_loss")
+            keys = ("accuracy", "accuracy_ci95", "held_out_loss")
             record["settings"][f"trained in {name}"] = {key: result.get(key) for key in keys}
             for scored in ("bf16", "fp8"):
                 with rounded_activations(scored == "fp8"):
