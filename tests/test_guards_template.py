@@ -138,7 +138,8 @@ FILLING = [
     "{{ ('a' * 7000000)|list|length }}",
     "{% set x = 'a' * 7000000 %}{{ [x, x] }}",
     "{% set x = 'a' * 7000000 %}" + "{{ x }}" * 40,
-    "{% set x = 'a' * 7000000 %}" + "{% if x|tojson %}{% endif %}" * 40,
+    "{% set x = 'a' * 7000000 %}" + "{% if x|tojson %}{% endif %}" * 20,
+    "{% set x = 'a' * 7000000 %}" + "{% if x[1:] %}{% endif %}" * 20,
     "{% set x = 'a' * 7000000 %}" + "{% set y %}{{ x[1:] }}{% endset %}" * 40,
     "{% set x = 'a' * 7000000 %}" + "{% if x[1:] == x[:-1] %}{% endif %}" * 40,
     "{% macro m() %}{% for i in range(999999) %}" + "a" * 9000 + "{% endfor %}{% endmacro %}{% set x = m() %}",
@@ -234,6 +235,7 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
         ("{{ '%999d' % 1 }}", "{{ '%1000d' % 1 }}"),
         ("{{ {'a': 1}|tojson(indent=16) }}", "{{ {'a': 1}|tojson(indent=17) }}"),
         ("{{ {'a': 1}|tojson(indent='%s') }}" % (" " * 16), "{{ {'a': 1}|tojson(indent='%s') }}" % (" " * 17)),
+        ("{{ ('b' * 799990).join(['a'] * 10)|length }}", "{{ ('b' * 799991).join(['a'] * 10)|length }}"),
         (SEPARATED % ("," * (99 - 3 * metering.ITEM)), SEPARATED % ("," * (100 - 3 * metering.ITEM))),
         ("{{ " + "[0] + " * 9 + "[messages[0].role] }}", "{{ " + "[" * 33 + "messages" + "]" * 33 + " }}"),
         ("{{ strftime_now('%d' * 50)|length }}", "{{ strftime_now('%d' * 50 ~ 'x')|length }}"),
@@ -263,7 +265,12 @@ def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
             "{% for i in range(999999) %}{% endfor %}",
             "it makes more than 200,000,000 characters, or takes 1,000,000 steps",
         ),
+        ("{{ ('a' * 7000000).replace('a', 'b' * 7000000) }}", "it makes a value of 49,000,000,000,000 characters"),
+        ("{{ ('a' * 7000000)|replace('a', 'b' * 7000000) }}", "it makes a value of 49,000,000,000,000 characters"),
+        ("{{ ('b' * 7000000).join(['a'] * 300000) }}", "it makes a value of 2,100,002,700,008 characters"),
+        ("{{ (['a'] * 300000)|join('b' * 7000000) }}", "it makes a value of 2,100,002,700,008 characters"),
         ("{{ 'a'.ljust(3) }}", "it calls str.ljust"),
+        ("{{ range(3).count(1) }}", "it calls range.count"),
         ("{{ '{}'.format(3) }}", "it calls 'format'"),
         ("{{ [namespace()] }}", "it puts a Namespace where values go"),
         ("{{ 2 ** 9999 }}", "it raises a number to a power of thousands of digits"),
@@ -285,6 +292,26 @@ def test_what_was_wrong_is_said(source: str, words: str) -> None:
     with pytest.raises((TemplateError, ModelError)) as refused:
         render(source)
     assert str(refused.value).startswith(words) and len(str(refused.value)) < 500
+
+
+@pytest.mark.parametrize(
+    ("text", "old", "new"),
+    [
+        ("banana", "an", "xyz"),
+        ("banana", "", "-"),
+        ("", "", "ab"),
+        ("aaa", "a", "a"),
+        ("banana", "z", "long"),
+        ("aaaa", "aa", "bcd"),
+    ],
+)
+def test_the_length_of_what_is_replaced_is_known_before(text: str, old: str, new: str) -> None:
+    assert metering.length_replaced(text, old, new) == len(text.replace(old, new))
+
+
+def test_what_is_replaced_by_less_costs_what_it_was() -> None:
+    assert metering.length_replaced("banana", "ana", "") == 6
+    assert [metering.length_replaced("banana", *odd) for odd in ((1, "x"), ("n", None), (None, 2))] == [6, 6, 6]
 
 
 def test_a_template_s_own_words_are_cut() -> None:
@@ -318,6 +345,7 @@ HONEST = [
     "{{ messages | rejectattr('role', 'eq', 'user') | first | tojson(indent=2) }}",
     "{{ {'b': [1, 2.5, none, true], 'a': 'é<'} | tojson }}{{ {'b': 1, 'a': 2} | dictsort }}{{ dict(a=1).items() | list }}",
     "{{ {'b': 'é', 'a': [1, 2]} | tojson(sort_keys=true, separators=(',', ':'), ensure_ascii=true, indent='-') }}",
+    "{{ 'banana'.replace('an', 'xyz', 1) }}{{ 'banana' | replace('an', 'xyz', 1) }}{{ {1: 'a'}.get(1) }}{{ [3, 4].index(4) }}",
     "{{ '%s has %03d' % (messages[0].role, 7) }}{{ 7 % 4 }}{{ 2 ** 5 }}{{ 2 ** -1 }}{{ 'ab' * 3 }}{{ [1] + [2] }}{{ (1,) * 2 }}",
     "{% for k, v in messages[0].items() %}{{ k }}={{ v }};{% endfor %}{{ messages[0].get('name', 'no') }}{{ messages[::-1] }}",
     "{{ tools is none }}{{ tools is defined }}{{ nothing is defined }}{{ nothing | default('d') }}[{{ nothing }}]"

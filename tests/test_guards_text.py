@@ -95,6 +95,32 @@ def test_names_that_lead_elsewhere_or_exist_nowhere_are_refused(name: str, tmp_p
         refused.value.message.encode()
 
 
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "names no file"),
+        (" . ", "names no file"),
+        ("..", "names no file"),
+        ("X.", "ends in a dot or a space"),
+        ("run ", "ends in a dot or a space"),
+        (" run\t", "has a character that no file name has everywhere"),
+        ("a/b", "has a character that no file name has everywhere"),
+        ("x" * 256, "is longer than 255 bytes"),
+        ("nul.txt", "is a device on some systems"),
+    ],
+)
+def test_what_is_wrong_with_a_name_is_said(name: str, reason: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        plain_name(name, hint="another")
+    assert refused.value.message == f"{name[:80]!r} {reason}"
+    assert refused.value.hint == "another"
+
+
+@pytest.mark.parametrize("name", ["runX", "X run"])
+def test_letters_at_the_end_of_a_name_stay(name: str) -> None:
+    assert plain_name(name) == name
+
+
 @pytest.mark.parametrize("name", GOOD_NAMES, ids=words_of)
 def test_names_that_are_only_odd_are_names(name: str, tmp_path: Path) -> None:
     assert inside(tmp_path, name) == tmp_path / name
