@@ -25,6 +25,8 @@ ITSELF = "{% set ns = namespace(x=['a']) %}{% for i in range(40) %}"
 TWINS = "{%% set ns = namespace(x=['a'], y=['a']) %%}{%% for i in range(45) %%}{%% set ns.x = %s %%}{%% set ns.y = %s %%}{%% endfor %%}"
 COMPARED = "{% if ns.x == ns.y %}{% endif %}"
 """What holds itself twice, 45 times over, is compared with its like in one call that does not end."""
+SEVEN_MILLION = "{% set x = 'a' * 7000000 %}"
+CALLED = "{%% macro m() %%}{%% endmacro %%}{%% for i in range(%d) %%}{%% if m() %%}{%% endif %%}{%% endfor %%}"
 SEPARATED = "{{ {'a': 1}|tojson(separators=('%s', ':')) }}"
 SECONDS = 3
 """Of thread time, at a tenth of the real limits."""
@@ -138,8 +140,6 @@ FILLING = [
     "{{ ('a' * 7000000)|list|length }}",
     "{% set x = 'a' * 7000000 %}{{ [x, x] }}",
     "{% set x = 'a' * 7000000 %}" + "{{ x }}" * 40,
-    "{% set x = 'a' * 7000000 %}" + "{% if x|tojson %}{% endif %}" * 20,
-    "{% set x = 'a' * 7000000 %}" + "{% if x[1:] %}{% endif %}" * 20,
     "{% set x = 'a' * 7000000 %}" + "{% set y %}{{ x[1:] }}{% endset %}" * 40,
     "{% set x = 'a' * 7000000 %}" + "{% if x[1:] == x[:-1] %}{% endif %}" * 40,
     "{% macro m() %}{% for i in range(999999) %}" + "a" * 9000 + "{% endfor %}{% endmacro %}{% set x = m() %}",
@@ -241,6 +241,16 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
         ("{{ strftime_now('%d' * 50)|length }}", "{{ strftime_now('%d' * 50 ~ 'x')|length }}"),
         ("{{ strftime_now('%20d')|length }}", "{{ strftime_now('%200d')|length }}"),
         ("a" * 256_000, "a" * 256_001),
+        *(
+            (SEVEN_MILLION + once + often * 27 + "x", SEVEN_MILLION + once + often * 28 + "x")
+            for once, often in (
+                ("", "{% if x|tojson %}{% endif %}"),
+                ("", "{% if x[1:] %}{% endif %}"),
+                ("", "{% if x.startswith('b') %}{% endif %}"),
+                ("{% macro m(a) %}{% endmacro %}", "{% if m(x) %}{% endif %}"),
+            )
+        ),
+        (CALLED % 33000 + "x" * 5000, CALLED % 34500 + "x" * 5000),  # a call costs as much as the template is long
         (
             "{% for i in range(950000) %}{% endfor %}x",
             "{% for i in range(999999) %}{% endfor %}{% for i in [1,2] %}{% endfor %}",
@@ -269,6 +279,7 @@ def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
         ("{{ ('a' * 7000000)|replace('a', 'b' * 7000000) }}", "it makes a value of 49,000,000,000,000 characters"),
         ("{{ ('b' * 7000000).join(['a'] * 300000) }}", "it makes a value of 2,100,002,700,008 characters"),
         ("{{ (['a'] * 300000)|join('b' * 7000000) }}", "it makes a value of 2,100,002,700,008 characters"),
+        ("{{ ('%999d' * 9000) % ((1,) * 9000) }}", "it makes a value of 9,189,008 characters"),
         ("{{ 'a'.ljust(3) }}", "it calls str.ljust"),
         ("{{ range(3).count(1) }}", "it calls range.count"),
         ("{{ '{}'.format(3) }}", "it calls 'format'"),
