@@ -25,6 +25,7 @@ ITSELF = "{% set ns = namespace(x=['a']) %}{% for i in range(40) %}"
 TWINS = "{%% set ns = namespace(x=['a'], y=['a']) %%}{%% for i in range(45) %%}{%% set ns.x = %s %%}{%% set ns.y = %s %%}{%% endfor %%}"
 COMPARED = "{% if ns.x == ns.y %}{% endif %}"
 """What holds itself twice, 45 times over, is compared with its like in one call that does not end."""
+FILTERED = "{%% for i in range(%d) %%}{%% if 1|abs %%}{%% endif %%}{%% endfor %%}x"
 SEVEN_MILLION = "{% set x = 'a' * 7000000 %}"
 CALLED = "{%% macro m() %%}{%% endmacro %%}{%% for i in range(%d) %%}{%% if m() %%}{%% endif %%}{%% endfor %%}"
 SEPARATED = "{{ {'a': 1}|tojson(separators=('%s', ':')) }}"
@@ -250,6 +251,7 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
                 ("{% macro m(a) %}{% endmacro %}", "{% if m(x) %}{% endif %}"),
             )
         ),
+        (FILTERED % 485000, FILTERED % 500000),  # each is a step of its own
         (CALLED % 33000 + "x" * 5000, CALLED % 34500 + "x" * 5000),  # a call costs as much as the template is long
         (
             "{% for i in range(950000) %}{% endfor %}x",
@@ -284,6 +286,11 @@ def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
         ("{{ range(3).count(1) }}", "it calls range.count"),
         ("{{ '{}'.format(3) }}", "it calls 'format'"),
         ("{{ [namespace()] }}", "it puts a Namespace where values go"),
+        ("{{ namespace()|replace('a', 'b') }}", "it puts a Namespace where values go"),
+        (
+            ITSELF + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
+            "it makes a value of more than 8,000,000 characters",
+        ),
         ("{{ 2 ** 9999 }}", "it raises a number to a power of thousands of digits"),
         ("{{ 2 ** 2000 * 2 ** 2000 * 2 ** 2000 }}", "it makes a number of thousands of digits"),
         ("{{ '%5000d' % 1 }}", "it pads a text to thousands of characters"),
