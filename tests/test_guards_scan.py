@@ -155,10 +155,18 @@ def test_an_index_names_files_of_its_folder(model: Path, name: Any) -> None:
     assert "names a weight file that is none" in refusal(lambda: weight_files(model, "m")).message
 
 
+def test_the_files_of_a_sound_index_are_known(model: Path) -> None:
+    names = {"a": "model-1.safetensors", "b": "model-2.safetensors", "c": "model-1.safetensors"}
+    rewrite(model / "model.safetensors.index.json", weight_map=names)
+    assert weight_files(model, "m") == {key: model / name for key, name in names.items()}
+
+
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"weight_map": []}', "{}", "[" * 100_000])
 def test_a_damaged_index_is_refused(model: Path, content: str) -> None:
     (model / "model.safetensors.index.json").write_text(content)
-    assert "is damaged" in refusal(lambda: weight_files(model, "m")).message
+    error = refusal(lambda: scan_folder(model, "m"))
+    assert error.message == "m: model.safetensors.index.json is damaged"
+    assert error.hint == "is the download complete? fetch the model again"
 
 
 CONFIGS = (
@@ -170,6 +178,7 @@ ASKS_FOR_CODE: list[dict[str, Any]] = [
     {"auto_map": {"AutoModelForCausalLM": "someone/repo--evil.Evil"}},
     {"trust_remote_code": True},
     {"text_config": {"deep": [{"auto_map": {"AutoModel": "evil.Evil"}}]}},
+    {"text_config": {"auto_map": {"AutoModel": "evil.Evil"}}, "zeros": [0, 0]},
     {"custom_generate": "someone/repo"},
     {"_attn_implementation": "someone/kernel"},
     {"_attn_implementation_internal": "someone/kernel:run"},
@@ -222,7 +231,9 @@ def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(model: Path, name: str
 def test_a_device_in_a_folder_is_refused(model: Path, target: str) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.json").symlink_to(target)
-    assert "tokenizer.json is no file" in refusal(lambda: load(model)).message
+    error = refusal(lambda: load(model))
+    assert error.message == f"{model}: tokenizer.json is no file"
+    assert error.hint == "a device or a pipe in a model folder is no accident"
 
 
 @pytest.mark.parametrize("name", ["secret.model", "merges.txt", "tokenizer.json", "README.md", "chat_template.jinja"])
@@ -231,7 +242,9 @@ def test_a_link_that_leads_out_is_refused(model: Path, tmp_path: Path, name: str
     (tmp_path / "id_rsa").write_text("key")
     (model / name).unlink(missing_ok=True)
     (model / name).symlink_to("../id_rsa")
-    assert f"{name} is a link that leads out" in refusal(lambda: load(model)).message
+    error = refusal(lambda: load(model))
+    assert f"{name} is a link that leads out" in error.message
+    assert error.hint == "put the file itself there"
 
 
 def test_a_link_into_a_folder_with_a_like_name_leads_out(model: Path, tmp_path: Path) -> None:
@@ -240,6 +253,14 @@ def test_a_link_into_a_folder_with_a_like_name_leads_out(model: Path, tmp_path: 
     (tmp_path / "model_evil" / "x").write_text("x")
     (model / "x.model").symlink_to("../model_evil/x")
     assert "leads out" in refusal(lambda: load(model)).message
+
+
+def test_only_a_snapshot_of_the_hub_s_cache_has_blobs_beside_it(model: Path) -> None:
+    blobs = model.parent.parent / "blobs"
+    blobs.mkdir()
+    (blobs / "x").write_text("x")
+    (model / "x.model").symlink_to("../../blobs/x")
+    assert "leads out" in refusal(lambda: scan_folder(model, "m")).message
 
 
 def test_links_that_are_usual_are_followed(model: Path, tmp_path: Path) -> None:
@@ -303,6 +324,15 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused(
     rewrite(adapter / "adapter_config.json", **change)
     error = refusal(lambda: load_any(str(adapter)))
     assert reason in error.message and str(adapter) in error.message
+
+
+def test_a_strange_adapter_is_refused_with_a_way_on() -> None:
+    two = {"peft_type": "LORA", "use_dora": True, "bias": "all"}
+    error = refusal(lambda: refuse_strange_lora(two, DEFAULTS, "a"))
+    assert error.message == "a: only plain LoRA adapters can be used; this is LORA, use_dora, bias"
+    assert error.hint == "merge it into its base first, or train a LoRA adapter"
+    error = refusal(lambda: refuse_strange_lora({"peft_type": "LORA", "init_lora_weights": "pissa"}, DEFAULTS, "a"))
+    assert str(error.hint).startswith("PEFT makes plain LoRA of it: save_pretrained(")
 
 
 @pytest.mark.parametrize(

@@ -113,6 +113,7 @@ FILLING = [
     TWINS % (("dict(a=ns.x, b=ns.x)", "dict(a=ns.y, b=ns.y)")) + COMPARED,
     TWINS % (("[ns.x] * 2", "[ns.y] * 2")) + COMPARED,
     TWINS % (("[ns.x] + [ns.x]", "[ns.y] + [ns.y]")) + COMPARED,
+    "{% set x = 'a' * 1000000 %}{% set y = [x, x, x, x] %}{% set y = y + y + y %}",
     "{% set ns = namespace() %}{% macro m() %}{% set ns.v = varargs %}{% endmacro %}{% for i in range(40) %}"
     "{{ m(ns.v, ns.v) }}{% endfor %}{{ ns.v }}",
     "{% set a = namespace() %}{% set b = namespace(x=a, y=a) %}{{ [b, b] }}",
@@ -241,6 +242,9 @@ def test_the_kernel_agrees_that_little_memory_is_taken() -> None:
         ("{{ " + "[0] + " * 9 + "[messages[0].role] }}", "{{ " + "[" * 33 + "messages" + "]" * 33 + " }}"),
         ("{{ strftime_now('%d' * 50)|length }}", "{{ strftime_now('%d' * 50 ~ 'x')|length }}"),
         ("{{ strftime_now('%20d')|length }}", "{{ strftime_now('%200d')|length }}"),
+        ("{{ ('a' * 7999996)|indent(4)|length }}", "{{ ('a' * 7999997)|indent(4)|length }}"),
+        ("{{ ('\\n' * 999999)|indent(7)|length }}", "{{ ('\\n' * 1000000)|indent(7)|length }}"),
+        ("{{ ('a' * 7999996)|indent('....')|length }}", "{{ ('a' * 7999996)|indent('.....')|length }}"),
         ("a" * 256_000, "a" * 256_001),
         *(
             (SEVEN_MILLION + once + often * 27 + "x", SEVEN_MILLION + once + often * 28 + "x")
@@ -291,6 +295,8 @@ def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
             ITSELF + "{% set ns.x = [ns.x, ns.x] %}{% endfor %}{{ ns.x }}",
             "it makes a value of more than 8,000,000 characters",
         ),
+        ("{{ " + "[" * 33 + "messages" + "]" * 33 + " }}", "it makes a value 32 deep"),
+        ("{{ ('f' * 9999)|int(0, 16) }}", "it makes a number of thousands of digits"),
         ("{{ 2 ** 9999 }}", "it raises a number to a power of thousands of digits"),
         ("{{ 2 ** 2000 * 2 ** 2000 * 2 ** 2000 }}", "it makes a number of thousands of digits"),
         ("{{ '%5000d' % 1 }}", "it pads a text to thousands of characters"),
@@ -375,6 +381,9 @@ HONEST = [
     "{% for m in [{'n': 'a', 'c': [{'n': 'b', 'c': []}]}] recursive %}{{ m.n }}{{ loop(m.c) }}{% endfor %}",
     "{{ messages | length }}{{ [3, 1, 2] | sort }}{{ [1, 1] | unique | list }}{{ 'A' | lower }}{{ '5' | int + 1 }}{{ [1, 2] | max }}"
     "{{ messages | last | string }}{{ '<' | e }}{{ '<' | safe }}{{ [1, 2] | reverse | list }}{{ none | default('x', true) }}",
+    "{{ 'a\n\n b' | indent }}{{ 'a\n\n b' | indent('> ', true) }}{{ 'a\n\n b' | indent(1, blank=true) }}{{ [1, 2] | join }}"
+    "{{ messages | join('-', attribute='role') }}{{ dict({'a': 1}, b=2) }}{{ dict([('a', 1)]).a }}{{ namespace({'a': 1}, b=2).a }}",
+    "{% for m in messages %}\n  {% if m.role == 'user' %}\n {{ m.role }}\n  {%+ endif %}\n\n{% endfor %}\n .\n",
     "{% filter upper %}{% for m in messages %}{{ m.role }}{% endfor %}{% endfilter %}{% block b %}in{% endblock %}{{ self.b() }}",
 ]
 

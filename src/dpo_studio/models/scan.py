@@ -85,7 +85,7 @@ def _check_file(file: Path, inside: tuple[Path, ...], name: str) -> None:
 def _check_setting(config: str, key: str, value: Any, name: str) -> None:
     if key in _CODE_KEYS and value:
         raise ModelError(f"{name}: {config} asks to run code from the model's folder ({key})", hint=_NO_CODE)
-    if key.strip("_").endswith(("implementation", "implementation_internal")) and "/" in str(value):
+    if key.endswith(("implementation", "implementation_internal")) and "/" in str(value):
         raise ModelError(f"{name}: {config} asks to run a kernel from the Hub ({key}: {value})", hint=_NO_CODE)
 
 

@@ -140,8 +140,7 @@ def metered(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[...
 def length_replaced(text: str, old: Any, new: Any) -> int:
     if not isinstance(old, str) or not isinstance(new, str):
         return len(text)
-    times = text.count(old) if old else len(text) + 1
-    return len(text) + times * max(0, len(new) - len(old))
+    return len(text) + text.count(old) * max(0, len(new) - len(old))
 
 
 def _paying(filter_: Callable[..., Any]) -> Callable[..., Any]:
