@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 from jinja2 import TemplateError
+from tokenizers import AddedToken
 
 from dpo_studio.errors import ModelError
 from dpo_studio.preferences.pair import Message
@@ -397,6 +398,23 @@ def test_honest_templates_write_what_transformers_writes(source: str, open_answe
     theirs = tokenizer.apply_chat_template(CHAT, tokenize=False, add_generation_prompt=open_answer)
     ours = ChatTemplate(source, tokenizer.special_tokens_map).render(CHAT, add_generation_prompt=open_answer)
     assert ours == theirs != ""
+
+
+def test_nothing_is_formed_while_compiling() -> None:
+    """No meter runs then: this one, put where a rendering's would be, has paid for nothing."""
+    meter = metering.Meter()
+    before = meter._left
+    token = metering.METER.set(meter)
+    template = ChatTemplate("{{ 'a'|upper }}{{ 'b' ~ 'c' }}{{ [1, 2]|join }}", {})
+    metering.METER.reset(token)
+    assert meter._left == before
+    assert template.render(CHAT, add_generation_prompt=False) == "Abc12"
+
+
+def test_special_tokens_are_text_in_lists_too() -> None:
+    tokens = {"eos_token": AddedToken("</s>"), "extra": [AddedToken("<a>"), "<b>"]}
+    template = ChatTemplate("{{ eos_token }}{{ extra[0] ~ extra[1] }}{{ extra|length }}", tokens)
+    assert template.render(CHAT, add_generation_prompt=False) == "</s><a><b>2"
 
 
 def encoder_with(template: Any) -> ChatEncoder:

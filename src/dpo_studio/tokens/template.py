@@ -163,7 +163,6 @@ class _Environment(ImmutableSandboxedEnvironment):
             extensions=[_Generation, loopcontrols],
             finalize=_output,
             optimized=False,  # constants would be formed while compiling, off the meter
-            cache_size=0,
         )
         self._template_length = template_length
         self.filters = metered(self.filters)
