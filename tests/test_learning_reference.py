@@ -26,6 +26,7 @@ from dpo_studio.objectives import PairLogps
 from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import micro_batches
+from dpo_studio.workflows import preparing
 from dpo_studio.workflows.training import run_training
 from tests.conftest import encoded, plain_logps, policy_on, random_pairs, write_pairs
 from tests.tiny_models import tiny_folder, tiny_model
@@ -342,3 +343,5 @@ def test_what_a_run_s_numbers_depend_on_is_in_the_key_and_nothing_else(
     assert another_file("weights", f"model.path={other}")
     assert another_file("config", f"model.path={theta}")
     assert another_file("adapter", f"model.adapter={tmp_path / 'first/adapter'}")
+    monkeypatch.setattr(preparing, "computes_in_fp8", lambda model: True)
+    assert another_file("compute")

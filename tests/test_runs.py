@@ -102,6 +102,17 @@ def test_a_finished_run_says_so_and_is_left_alone(finished: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in finished.parent.rglob("*")} == before
 
 
+def test_a_finished_run_needs_no_data_to_say_so(finished: Path, tiny_run: Path) -> None:
+    pairs = tiny_run.parent / "pairs.jsonl"
+    pairs.rename(finished.parent / "moved.jsonl")
+    try:
+        said = train(finished)
+    finally:
+        (finished.parent / "moved.jsonl").rename(pairs)
+    assert said.code == 0, said.err
+    assert "is finished: 4 steps; nothing to do" in said.err
+
+
 def test_an_unfinished_run_is_continued_to_the_same_end(finished: Path) -> None:
     """As a crash after step 2's checkpoint leaves it: lines beyond the checkpoint are written again, equal."""
     run = finished.parent / "run"

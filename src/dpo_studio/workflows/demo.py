@@ -12,14 +12,15 @@ from dpo_studio.config import LoadedRecipe, load_recipe
 from dpo_studio.evaluation.everyday import EverydayRule
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
-from dpo_studio.preferences.pair import Message
+from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.reports.health import lengthening
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder
 from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
-from dpo_studio.workflows.training import TrainedRun, run_training
+from dpo_studio.workflows.training import run_training
 
 __all__ = ["SHOWCASE", "demo_recipe", "run_demo"]
 
@@ -51,9 +52,11 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
             return trained.result
         if trained.base is None or trained.policy is None:  # trained by an earlier start that got no further
             loaded = load_any(str(trained.folder.path), say=shown.say)
+            held_out: Sequence[Pair] = read_and_split(demo_recipe(out).recipe, shown)[1].held_out
         else:
             loaded = Loaded(trained.base, trained.policy, None, trained.folder.adapter)
-        result = trained.result | _evaluate(trained, loaded, shown)
+            held_out = trained.held_out
+        result = trained.result | _evaluate(trained.folder, held_out, loaded, shown)
         for finding in lengthening(result, result["steps"]):
             shown.warn(finding.words())
             result["health"] = [*result.get("health", ()), finding.to_plain()]
@@ -68,8 +71,8 @@ def demo_recipe(out: str | Path) -> LoadedRecipe:
     return load_recipe(Path(__file__).parent.parent / "recipes" / "demo.yaml", [f"run.folder={json.dumps(str(out))}"])
 
 
-def _evaluate(trained: TrainedRun, loaded: Loaded, progress: Progress) -> dict[str, Any]:
-    prompts = [pair.prompt for pair in trained.held_out[:_PROMPTS]]
+def _evaluate(run: RunFolder, held_out: Sequence[Pair], loaded: Loaded, progress: Progress) -> dict[str, Any]:
+    prompts = [pair.prompt for pair in held_out[:_PROMPTS]]
     chats = [*prompts, (Message("user", SHOWCASE),)]
     base, tuned = (answers(loaded, chats, _SAMPLING, tuned=side, progress=progress) for side in (False, True))
     judge = EverydayRule()
@@ -87,7 +90,7 @@ def _evaluate(trained: TrainedRun, loaded: Loaded, progress: Progress) -> dict[s
                 "reason": verdict.reason,
             }
         )
-    _write_answers(trained.folder, lines)
+    _write_answers(run, lines)
     rate = win_rate(outcomes)
     return (
         {

@@ -15,6 +15,7 @@ from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.learning.memory import Limit, plan_limit
 from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval
+from dpo_studio.models.gptq import computes_in_fp8
 from dpo_studio.models.load import ChatModel, load_chat_model, weights_fingerprint
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import prompt_key
@@ -147,6 +148,7 @@ def reference_model(
         "weights": weights_fingerprint(folder),
         "adapter": weights_fingerprint(Path(adapter)) if adapter is not None else "",
         "dtype": str(base.model.dtype),
+        "compute": "fp8" if computes_in_fp8(model) else "",
         "attention": base.model.config._attn_implementation,
         "device": base.device.type,
         "torch": torch.__version__,

@@ -65,6 +65,7 @@ class TrainedRun:
     """None when the run was finished before and nothing was loaded."""
     policy: PeftModel | None = None
     held_out: Sequence[Pair] = ()
+    """Empty then, too: a finished run needs none of its data to say so."""
 
 
 def train_recipe(
@@ -114,14 +115,13 @@ def run_training(
     """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps."""
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
-    check_tracker(recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
-        _, split = read_and_split(recipe, progress)
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
         if not (run.path / "report.html").exists():  # it is the last thing that is written
             run.sweep()
             progress.say(f"report: {write_report(run.path)}")
-        return TrainedRun(run, done, held_out=split.held_out)
+        return TrainedRun(run, done)
+    check_tracker(recipe)
     with held(run.path, progress.warn) as hold:
         return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after)
 
