@@ -47,7 +47,7 @@ class Progress:
             self._print(printable(text))
 
     def warn(self, text: str) -> None:
-        """What should be read even under `--quiet`."""
+        """What should be read even where news is not wanted."""
         self._print(f"warning: {printable(text)}", style="yellow")
 
     @contextmanager

@@ -51,7 +51,6 @@ def score_pairs(
         encoded = encode_pairs(pairs.pairs, loaded.base.encoder, max_length=max_length, too_long=too_long)
         if not encoded.pairs:
             raise DataError(f"{pairs.name}: no pair can be scored", hint=f"the first: {encoded.refused[0][1]}")
-        check_packing(loaded.policy, encoded.pairs)
         policy = side_logps(loaded, encoded.pairs, "policy", shown, tuned=True)
         reference = policy
         if loaded.adapter is not None:
@@ -81,7 +80,13 @@ def score_pairs(
 def side_logps(
     loaded: Loaded, pairs: Sequence[EncodedPair], title: str, progress: Progress, *, tuned: bool
 ) -> PairLogps:
-    """Log-probs of the pairs under the policy (tuned) or its reference, in order."""
+    """Log-probs of the pairs under the policy (tuned) or its reference, in order; packed, if that changes nothing.
+
+    Raises:
+        ModelError: packed and plain differ.
+    """
+    if tuned:
+        check_packing(loaded.policy, pairs)
     with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
         budget = tokens_without_gradient(CPU_TOKENS, loaded.policy)
         return batched_logps(
