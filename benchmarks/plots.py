@@ -103,7 +103,7 @@ def draw(records: Sequence[dict[str, Any]], file: Path) -> None:
     figure, panels = pyplot.subplots(
         len(records),
         1,
-        figsize=(9, sum(0.36 * len(some) + 0.9 for some in bars)),
+        figsize=(11, sum(0.36 * len(some) + 0.9 for some in bars)),
         height_ratios=[max(1, len(some)) for some in bars],
         layout="constrained",
         squeeze=False,
@@ -118,7 +118,7 @@ def draw(records: Sequence[dict[str, Any]], file: Path) -> None:
         labels = [f"{_who(result)}: {result['setting']}" for result in some]
         panel.set_yticks(places, labels=labels, fontsize=9, color=_INK)
         panel.set_title(
-            f"{record['mix']}: pairs a second, peak memory", loc="left", fontsize=11, color=_INK, fontweight="bold"
+            f"{record['mix']}: pairs/s, peak memory", loc="left", fontsize=11, color=_INK, fontweight="bold"
         )
         panel.set_xlim(0, 1.18 * max(rates, default=1))
         panel.invert_yaxis()
