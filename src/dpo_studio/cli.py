@@ -30,6 +30,10 @@ app.add_typer(cli_data.app)
 app.add_typer(cli_judge.app)
 
 INTERRUPTED = 128 + signal.SIGINT
+_LESS_MEMORY = (
+    "end what else is on the GPU (`nvidia-smi` shows it), ask for shorter pairs or answers, "
+    "or choose a smaller or a GPTQ base"
+)
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045 - typer reads it at run time
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
@@ -286,9 +290,17 @@ def main() -> None:
         hint = "\n  hint: free some space and run the same command" if error.errno == errno.ENOSPC else ""
         _die(f"{where}{error.strerror or error}{hint}", 1)
     except Exception as error:
+        if _is_out_of_memory(error):
+            said = " ".join(str(error).split()).split(". ")[:3]  # the rest is of torch's own settings
+            _die(f"{'. '.join(said)}\n  hint: {_LESS_MEMORY}", 1)
         if not hasattr(error, "format_message"):
             raise
         _wrong_usage(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory did not suffice; where torch was not imported, nothing ran on a GPU."""
+    return isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
 
 
 def set_environment() -> None:
