@@ -157,7 +157,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
-    chat = Chat(_load(model, dtype), sampling, system, tuned=not base)
+    chat = Chat(_load(model, dtype, with_reference=base), sampling, system, tuned=not base)
     _print_stream(chat.say(text))
 
 
@@ -183,7 +183,9 @@ def chat(
             return
         if text == "/quit":
             return
-        if text in ("/base", "/tuned"):
+        if text == "/base" and talk.loaded.other_reference is not None:
+            print(f"this run's reference is not its base: it is {talk.loaded.other_reference}", file=sys.stderr)
+        elif text in ("/base", "/tuned"):
             talk.tuned = text == "/tuned"
         elif text == "/new":
             talk.turns.clear()
@@ -349,12 +351,13 @@ def _die(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _load(model: str, dtype: str | None) -> Any:
+def _load(model: str, dtype: str | None, *, with_reference: bool = False) -> Any:
     from dpo_studio.reports.progress import Progress
     from dpo_studio.workflows.loading import load_any
 
+    checked = _one_of("--dtype", dtype, "float32", "bfloat16", "float16")
     with Progress() as progress:
-        return load_any(model, dtype=_one_of("--dtype", dtype, "float32", "bfloat16", "float16"), say=progress.say)
+        return load_any(model, dtype=checked, with_reference=with_reference, say=progress.say)
 
 
 def _bits_and_group(bits: int, group_size: str) -> tuple[int, int | None]:

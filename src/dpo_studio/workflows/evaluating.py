@@ -104,7 +104,7 @@ def evaluate_run(
     recipe, folder = _recipe(run), RunFolder(user_path(run))
     with progress or Progress() as shown:
         pairs = _pairs(recipe, source, run, shown)
-        loaded = load_any(run, say=shown.say)
+        loaded = load_any(run, with_reference=against == REFERENCE, say=shown.say)
         judge = judge_for(loaded=loaded)  # what is wrong with it is told before anything long begins
         if against != REFERENCE:
             find_any(against, shown.say)
@@ -219,6 +219,9 @@ def _other_side(
 
 def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
     """Accuracy and margin on the labelled pairs, and whether the margins mean what they say."""
+    if loaded.other_reference is not None:
+        progress.warn(f"no margins and no KL: the run's reference, {loaded.other_reference}, is not loaded beside it")
+        return {}
     encoded = encode_pairs(pairs, loaded.base.encoder, max_length=None).pairs
     if not encoded:
         return {}
@@ -244,7 +247,7 @@ def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Prog
     temperature are another distribution's, so there is no such number for those.
     """
     drawn = [answer for (t, _), found in answers.items() if t == 1 for answer in found]
-    if not drawn or policy.loaded.adapter is None:
+    if not drawn or policy.loaded.adapter is None or policy.loaded.other_reference is not None:
         return None
     prompts = policy.prompt_ids(chats) * (len(drawn) // len(chats))
     pairs = []

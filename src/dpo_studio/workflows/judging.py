@@ -86,7 +86,8 @@ def _implicit(name: str, loaded: Any, dtype: str | None, say: Callable[[str], No
     from dpo_studio.workflows.loading import load_any
 
     if name:
-        loaded = load_any(name, dtype=dtype, say=say)
+        loaded = load_any(name, dtype=dtype, with_reference=True, say=say)
+    loaded.check_reference()
     if loaded.adapter is None:
         raise JudgeError(
             f"{name or loaded.base.typed} has no adapter: policy and reference are the same, every reward is 0",
