@@ -35,6 +35,7 @@ _LESS_MEMORY = (
     "or choose a smaller or a GPTQ base"
 )
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045 - typer reads it at run time
+Anyway = Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")]
@@ -65,7 +66,7 @@ def train(
     tracker: Annotated[Optional[str], typer.Option(help="tensorboard, wandb or trackio.")] = None,  # noqa: UP045
     save_every: Annotated[Optional[str], typer.Option(help="Steps between checkpoints, or minutes: 10min.")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and model; train nothing.")] = False,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")] = False,
+    anyway: Anyway = False,
     verify: Annotated[bool, typer.Option("--verify", help="Train a few steps twice; exit 3 if they differ.")] = False,
 ) -> None:
     """Train what a recipe says; the same command again continues an unfinished run."""
@@ -83,7 +84,7 @@ def train(
     if verify:
         from dpo_studio.workflows.verifying import verify_recipe
 
-        verdict = verify_recipe(recipe, changes)
+        verdict = verify_recipe(recipe, changes, anyway=anyway)
         print(verdict.text)
         sys.exit(0 if verdict.deterministic else 3)
     result = train_recipe(recipe, changes, anyway=anyway)
@@ -100,11 +101,13 @@ def sweep(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")],
     overrides: Overrides = None,
     out: Annotated[Optional[Path], typer.Option(help="The sweep's folder; default: the run's, with -sweep.")] = None,  # noqa: UP045
+    anyway: Anyway = False,
 ) -> None:
     """Train with every combination of `--set a.b=x,y,z`; runs share a reference, and one table and figure."""
     from dpo_studio.workflows.sweeping import run_sweep
 
-    print((run_sweep(recipe, overrides or [], out=out) / "sweep.md").read_text(encoding="utf-8"), end="")
+    folder = run_sweep(recipe, overrides or [], out=out, anyway=anyway)
+    print((folder / "sweep.md").read_text(encoding="utf-8"), end="")
 
 
 @app.command()
