@@ -16,12 +16,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dpo_studio.config import BUNDLED, ModelSection, cache_folder, user_path
+from dpo_studio.config import BUNDLED, ModelSection, cache_folder
 from dpo_studio.errors import ModelError
 from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.models.scan import PICKLES, read_json, scan_folder, weight_files
+from dpo_studio.paths import user_path
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.template import LONGEST_TEMPLATE
 

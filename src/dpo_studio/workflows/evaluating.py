@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpo_studio.config import Recipe, SourceSection, user_path
+from dpo_studio.config import Recipe, SourceSection
 from dpo_studio.errors import DataError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite
 from dpo_studio.evaluation.calibration import calibration
@@ -24,6 +24,7 @@ from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict,
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
 from dpo_studio.objectives import margin
+from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_studio.config import SourceSection, cache_folder, user_path
+from dpo_studio.config import SourceSection, cache_folder
 from dpo_studio.errors import DataError, JudgeError, UsageError
 from dpo_studio.evaluation.agreement import agreement, leave_one_out, majority
 from dpo_studio.evaluation.endpoint import Asking, Endpoint
@@ -21,7 +21,7 @@ from dpo_studio.evaluation.everyday import everyday_judge
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, Winner, longer_wins, summary, user_rule
 from dpo_studio.evaluation.llm_judge import LLMJudge, cost_line
 from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
-from dpo_studio.paths import check_out
+from dpo_studio.paths import check_out, user_path
 from dpo_studio.preferences.labelled import Label, Labelled, LabelledSource, read_labelled
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.reports.progress import Progress

@@ -11,12 +11,13 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from dpo_studio.config import ModelSection, user_path
+from dpo_studio.config import ModelSection
 from dpo_studio.errors import RunError, UsageError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
 from dpo_studio.models.load import ChatModel, load_chat_model, locate
 from dpo_studio.models.scan import base_named_by
+from dpo_studio.paths import user_path
 from dpo_studio.runs import RunFolder, is_run
 
 __all__ = ["Loaded", "find_any", "load_any"]

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dpo_studio.config import LoadedRecipe, load_recipe, parse_override, user_path
+from dpo_studio.config import LoadedRecipe, load_recipe, parse_override
 from dpo_studio.errors import NonFiniteError, UsageError
+from dpo_studio.paths import user_path
 from dpo_studio.reports.frontier import Measured, draw_frontier, frontier_table, measure
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import is_run, write_atomically
