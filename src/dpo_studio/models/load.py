@@ -38,7 +38,8 @@ __all__ = [
     "weights_fingerprint",
 ]
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
+"""The last names the license, which an export's card repeats."""
 _AS_GPTQ = "a GPTQ base takes a quarter (`dpo quantize` makes one)"
 _MORE_ROOM = "choose a smaller model, or a GPU with more free memory: `nvidia-smi` shows what else is on this one"
 _NO_HUB = "check the network, or download the model elsewhere and give its folder"
