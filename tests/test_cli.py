@@ -16,6 +16,7 @@ import pytest
 import dpo_studio
 from dpo_studio.cli import set_environment
 from dpo_studio.learning.train import TrainingState
+from dpo_studio.workflows import training
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows
 
@@ -287,6 +288,24 @@ def test_an_adapter_to_continue_must_be_one(tiny_base: Path, tiny_run: Path, tmp
     other = tiny_folder(tmp_path / "other", num_hidden_layers=2)
     said = dpo("train", recipe, "--set", f"model.adapter={tiny_run}/adapter", "--set", f"model.path={other}")
     refused(said, "another base?")
+
+
+@pytest.mark.parametrize("more", [(), ("--dry-run",)], ids=["train", "dry run"])
+def test_what_else_a_recipe_names_is_looked_at_before_any_weights(
+    more: tuple[str, ...], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "load_chat_model", lambda *_, **__: pytest.fail("the base was loaded"))
+    other = tiny_folder(tmp_path / "other", family="qwen3")
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base, adapter=None)
+    for change, words in (
+        (f"model.adapter={tmp_path}/no", f"{tmp_path}/no holds no adapter"),
+        (f"reference.adapter={tmp_path}/no", f"{tmp_path}/no holds no adapter"),
+        (f"reference.model={tmp_path}/no", f"no such model folder: {tmp_path}/no"),
+        (f"reference.model={tmp_path}", "has no config.json"),
+        (f"reference.model={other}", f"reference.model {other} has another vocabulary than {tiny_base}"),
+    ):
+        refused(dpo("train", recipe, *more, "--set", change), words)
+    assert not (tmp_path / "run" / "checkpoints").exists()
 
 
 def test_training_goes_on_from_a_finished_runs_adapter(tiny_base: Path, tiny_run: Path, tmp_path: Path) -> None:

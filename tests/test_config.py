@@ -22,11 +22,11 @@ from dpo_studio.config import (
     load_recipe,
     parse_override,
     recipe_schema,
-    user_path,
     validate_recipe,
 )
 from dpo_studio.errors import RecipeError, UsageError
 from dpo_studio.objectives import OBJECTIVES, SFT, Mixture
+from dpo_studio.paths import user_path
 
 SOURCE = Path(dpo_studio.__file__).parent
 SHIPPED = sorted((SOURCE / "recipes").glob("*.yaml"))

@@ -82,7 +82,11 @@ def test_of_a_path_only_the_last_part_is_given_away(tmp_path: Path) -> None:
         ("---\nlicense: 'a\\n- b'\n---\n", None),
         ("---\n{:\n---\n", None),
         ("# no metadata", None),
+        ("---\nlicense: mit\n---\n" + "x" * 1_000_000, "mit"),
+        ("---\n" + "a: b\n" * 100_000 + "license: mit\n---\n", None),
+        ("---" + "\n" * 1_000_000, None),
     ],
+    ids=range(8),
 )
 def test_the_license_is_the_bases_own(text: str, found: str | None, tmp_path: Path) -> None:
     assert license_of(tmp_path) is None

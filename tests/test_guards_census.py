@@ -153,7 +153,7 @@ def test_nothing_is_fetched_from_the_hub_but_data() -> None:
     """The list of what a download may bring: no `.py`, no pickle."""
     from dpo_studio.models.load import _HUB_FILES
 
-    assert set(_HUB_FILES) == {"*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"}
+    assert set(_HUB_FILES) == {"*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"}
 
 
 def test_processes_are_started_with_lists_of_words() -> None:

@@ -26,7 +26,7 @@ from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.text import one_line, printable
 from dpo_studio.runs import RunFolder, is_run
 from tests.guard_words import words_of
-from tests.tiny_runs import dpo, tiny_rows, write_recipe
+from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 
 # Paths
 
@@ -196,6 +196,25 @@ def test_a_home_folder_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setenv("HOME", str(furnished(tmp_path)))
     with pytest.raises(UsageError, match=r"^--out .*a_file is what is read"):
         check_out(tmp_path / "a_file", "~/a_file")
+
+
+def test_a_home_of_nobody_s_is_no_traceback(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pathlib raises a RuntimeError where ~ names no user of this machine; then it is a file's name like any other."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    nobody = "~nosuchuser/pairs.jsonl"
+    pairs = write_rows(tmp_path / "pairs.jsonl", tiny_rows(2))
+    check_out(tmp_path / "new", nobody)
+    for code, words, command in (
+        (1, "~nosuchuser/pairs.jsonl", ("score", tiny_base, nobody, "--out", "scores.jsonl")),
+        (1, "~nosuchuser/pairs.jsonl", ("judge", "check", nobody, "--judge", "length", "--out", "verdicts.jsonl")),
+        (2, "no such file: ~nosuchuser/j.py", ("judge", "check", pairs, "--judge", "~nosuchuser/j.py:f")),
+        (2, "no such folder", ("score", tiny_base, pairs, "--out", "~nosuchuser/scores.jsonl")),
+        (1, "~nosuchuser/r.yaml", ("train", "~nosuchuser/r.yaml")),
+        (1, "~nosuchuser/m", ("generate", "~nosuchuser/m", "--prompt", "a")),
+    ):
+        said = dpo(*command)
+        assert said.code == code and words in said.err and said.err.count("error: ") == 1, said
 
 
 def furnished(folder: Path) -> Path:

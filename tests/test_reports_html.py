@@ -15,7 +15,7 @@ import yaml
 
 from dpo_studio.errors import RunError
 from dpo_studio.reports.facts import read_run
-from dpo_studio.reports.figures import CHARTS, save_figures
+from dpo_studio.reports.figures import CHARTS
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.sections import (
     answers_section,
@@ -400,12 +400,3 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
     with pytest.raises(RunError, match="No space left on device"):
         write_report(run)
     assert (run / "report.html").read_bytes() == first
-
-
-def test_figures_can_be_saved_and_are_reproducible(tmp_path: Path) -> None:
-    facts = read_run(write_run(tmp_path / "run", TRAINED | COMPARED))
-    first = save_figures(facts, tmp_path / "one")
-    assert [path.name for path in first][:2] == ["loss.png", "loss.svg"]
-    assert len(first) == 12
-    second = save_figures(facts, tmp_path / "two")
-    assert [path.read_bytes() for path in first] == [path.read_bytes() for path in second]

@@ -187,6 +187,11 @@ def test_a_training_that_would_be_worthless_is_stopped_and_goes_on_anyway(tmp_pa
     gone_on = dpo("train", recipe, "--anyway", "--set", "training.max_steps=1")
     assert (gone_on.code, (tmp_path / "run" / "result.json").is_file()) == (0, True), gone_on.err
     assert "warning: pairs that are there in both orders" in gone_on.err
+    for more in (("train", recipe, "--verify"), ("sweep", recipe, "--set", "objective.beta=0.1,0.2")):
+        said = dpo(*more)
+        assert said.code == 1 and "--anyway" in said.err
+        gone_on = dpo(*more, "--anyway", "--set", "training.max_steps=1")
+        assert gone_on.code == 0 and "warning: pairs that are there in both orders" in gone_on.err, gone_on.err
 
 
 def test_cut_answers_stop_a_training(tmp_path: Path, tiny_base: Path) -> None:

@@ -462,10 +462,11 @@ def test_this_machine_is_deterministic_and_says_so(recipe: Path, tmp_path: Path)
         ("optimizer", "adapter/adapter_model.safetensors after step-3: "),
     ],
 )
+@pytest.mark.parametrize("save_every", [1, 100])
 def test_a_difference_is_found_where_it_is(
-    recipe: Path, monkeypatch: pytest.MonkeyPatch, place: str, where: str
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, place: str, where: str, save_every: int
 ) -> None:
-    """The second training's step 2 (or the end of step 3) computes something else by a hair."""
+    """The second training's step 2 (or the end of step 3, its last) computes something else by a hair."""
     advance = TrainingState.advance
     trainings: list[TrainingState] = []
 
@@ -486,8 +487,12 @@ def test_a_difference_is_found_where_it_is(
         if second(state, 3) and place == "optimizer":
             hair(policy).data += 1e-6
 
+    listing = Path.glob
+    monkeypatch.setattr(
+        Path, "glob", lambda *its: iter(sorted(listing(*its)))
+    )  # any order is allowed: here the oldest first
     monkeypatch.setattr(TrainingState, "advance", advancing)
-    said = dpo("train", recipe, "--verify", "--set", "training.warmup=0")
+    said = dpo("train", recipe, "--verify", "--set", "training.warmup=0", "--save-every", save_every)
     assert said.code == 3, said.err
     assert said.out.startswith("not deterministic (CPU, float32, 1 threads): ")
     assert f"first differ in {where}" in said.out

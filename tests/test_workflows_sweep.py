@@ -117,10 +117,10 @@ def test_a_run_that_stops_itself_does_not_stop_the_others(
 ) -> None:
     whole = training.run_training
 
-    def breaks(loaded: Any, progress: Any) -> Any:
+    def breaks(loaded: Any, progress: Any, **more: Any) -> Any:
         if loaded.recipe.objective.beta == 0.1:
             raise NonFiniteError("step 3: the gradient is not finite")
-        return whole(loaded, progress)
+        return whole(loaded, progress, **more)
 
     (tmp_path / "out" / "objective.beta=0.1").mkdir(parents=True)
     monkeypatch.setattr(training, "run_training", breaks)

@@ -30,7 +30,12 @@ app.add_typer(cli_data.app)
 app.add_typer(cli_judge.app)
 
 INTERRUPTED = 128 + signal.SIGINT
+_LESS_MEMORY = (
+    "end what else is on the GPU (`nvidia-smi` shows it), ask for shorter pairs or answers, "
+    "or choose a smaller or a GPTQ base"
+)
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045 - typer reads it at run time
+Anyway = Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")]
@@ -61,7 +66,7 @@ def train(
     tracker: Annotated[Optional[str], typer.Option(help="tensorboard, wandb or trackio.")] = None,  # noqa: UP045
     save_every: Annotated[Optional[str], typer.Option(help="Steps between checkpoints, or minutes: 10min.")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and model; train nothing.")] = False,
-    anyway: Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")] = False,
+    anyway: Anyway = False,
     verify: Annotated[bool, typer.Option("--verify", help="Train a few steps twice; exit 3 if they differ.")] = False,
 ) -> None:
     """Train what a recipe says; the same command again continues an unfinished run."""
@@ -79,7 +84,7 @@ def train(
     if verify:
         from dpo_studio.workflows.verifying import verify_recipe
 
-        verdict = verify_recipe(recipe, changes)
+        verdict = verify_recipe(recipe, changes, anyway=anyway)
         print(verdict.text)
         sys.exit(0 if verdict.deterministic else 3)
     result = train_recipe(recipe, changes, anyway=anyway)
@@ -96,11 +101,13 @@ def sweep(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")],
     overrides: Overrides = None,
     out: Annotated[Optional[Path], typer.Option(help="The sweep's folder; default: the run's, with -sweep.")] = None,  # noqa: UP045
+    anyway: Anyway = False,
 ) -> None:
     """Train with every combination of `--set a.b=x,y,z`; runs share a reference, and one table and figure."""
     from dpo_studio.workflows.sweeping import run_sweep
 
-    print((run_sweep(recipe, overrides or [], out=out) / "sweep.md").read_text(encoding="utf-8"), end="")
+    folder = run_sweep(recipe, overrides or [], out=out, anyway=anyway)
+    print((folder / "sweep.md").read_text(encoding="utf-8"), end="")
 
 
 @app.command()
@@ -153,7 +160,7 @@ def generate(
     text = sys.stdin.read() if prompt == "-" else prompt
     if not text.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
-    chat = Chat(_load(model, dtype), sampling, system, tuned=not base)
+    chat = Chat(_load(model, dtype, with_reference=base), sampling, system, tuned=not base)
     _print_stream(chat.say(text))
 
 
@@ -179,7 +186,9 @@ def chat(
             return
         if text == "/quit":
             return
-        if text in ("/base", "/tuned"):
+        if text == "/base" and talk.loaded.other_reference is not None:
+            print(f"this run's reference is not its base: it is {talk.loaded.other_reference}", file=sys.stderr)
+        elif text in ("/base", "/tuned"):
             talk.tuned = text == "/tuned"
         elif text == "/new":
             talk.turns.clear()
@@ -286,9 +295,17 @@ def main() -> None:
         hint = "\n  hint: free some space and run the same command" if error.errno == errno.ENOSPC else ""
         _die(f"{where}{error.strerror or error}{hint}", 1)
     except Exception as error:
+        if _is_out_of_memory(error):
+            said = " ".join(str(error).split()).split(". ")[:3]  # the rest is of torch's own settings
+            _die(f"{'. '.join(said)}\n  hint: {_LESS_MEMORY}", 1)
         if not hasattr(error, "format_message"):
             raise
         _wrong_usage(error)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether a GPU's memory did not suffice; where torch was not imported, nothing ran on a GPU."""
+    return isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
 
 
 def set_environment() -> None:
@@ -337,12 +354,13 @@ def _die(message: str, code: int) -> None:
     sys.exit(code)
 
 
-def _load(model: str, dtype: str | None) -> Any:
+def _load(model: str, dtype: str | None, *, with_reference: bool = False) -> Any:
     from dpo_studio.reports.progress import Progress
     from dpo_studio.workflows.loading import load_any
 
+    checked = _one_of("--dtype", dtype, "float32", "bfloat16", "float16")
     with Progress() as progress:
-        return load_any(model, dtype=_one_of("--dtype", dtype, "float32", "bfloat16", "float16"), say=progress.say)
+        return load_any(model, dtype=checked, with_reference=with_reference, say=progress.say)
 
 
 def _bits_and_group(bits: int, group_size: str) -> tuple[int, int | None]:

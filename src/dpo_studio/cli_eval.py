@@ -55,7 +55,8 @@ def evaluate(
     asked = _numbers(temperatures)
     if len(runs) > 1 and not figure.parent.is_dir():
         raise typer.BadParameter(f"{figure.parent} is no folder", param_hint="--figure")
-    from dpo_studio.config import SourceSection, user_path
+    from dpo_studio.config import SourceSection
+    from dpo_studio.paths import user_path
     from dpo_studio.reports.progress import Progress
     from dpo_studio.reports.text import printable
     from dpo_studio.workflows.evaluating import Evaluation, compare_runs, default_judge, evaluate_run

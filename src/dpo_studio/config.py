@@ -19,7 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from dpo_studio.errors import RecipeError, UsageError
 from dpo_studio.objectives import DPO, OBJECTIVES, TRL_NAMES, Objective
-from dpo_studio.paths import inside
+from dpo_studio.paths import inside, user_path
 
 __all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_override", "parse_yaml", "recipe_schema"]
 
@@ -339,14 +339,6 @@ def recipe_schema() -> dict[str, Any]:
 def cache_folder() -> Path:
     """Where downloads, conversions and reference log-probs are kept (`$DPO_STUDIO_CACHE`)."""
     return user_path(os.environ.get("DPO_STUDIO_CACHE") or "~/.cache/dpo-studio")
-
-
-def user_path(path: str | Path) -> Path:
-    """The path with ~ as the user's home; where there is no such user (pathlib raises), a file of that name."""
-    try:
-        return Path(path).expanduser()
-    except RuntimeError:
-        return Path(path)
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from dpo_studio.errors import UsageError
 
-__all__ = ["check_out", "inside", "plain_name"]
+__all__ = ["check_out", "inside", "plain_name", "user_path"]
 
 _LONGEST = 255
 """Bytes that file systems allow a name."""
@@ -16,6 +16,14 @@ _SEPARATORS = frozenset('/\\:*?"<>|')
 _UNSEEN = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 _DEVICES = frozenset({"CON", "PRN", "AUX", "NUL"} | {f"{port}{n}" for port in ("COM", "LPT") for n in range(1, 10)})
 """Names that Windows keeps for itself, with any ending."""
+
+
+def user_path(path: str | Path) -> Path:
+    """The path with ~ as the user's home; where there is no such user (pathlib raises), a file of that name."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
 
 
 def plain_name(name: str, *, hint: str | None = None) -> str:
@@ -59,6 +67,6 @@ def check_out(file: Path, source: str, *, option: str = "--out") -> None:
         raise UsageError(f"{option} {file} is not a file")
     if not file.parent.is_dir():
         raise UsageError(f"{option} {file}: no such folder")
-    named = {Path(name).expanduser().resolve() for name in (source, source.rpartition(":")[0]) if name}
+    named = {user_path(name).resolve() for name in (source, source.rpartition(":")[0]) if name}
     if file.exists() and named & {file.resolve(), *file.resolve().parents}:
         raise UsageError(f"{option} {file} is what is read: it would be replaced", hint="choose another name")

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
 from dpo_studio.errors import JudgeError, UsageError
+from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message
 
 __all__ = [
@@ -220,7 +221,7 @@ def user_rule(spec: str) -> RuleJudge:
         JudgeError: the file fails when it is run.
     """
     file, _, name = spec.rpartition(":")
-    path = Path(file).expanduser()
+    path = user_path(file)
     if not path.is_file():
         raise UsageError(f"--judge {spec}: no such file: {path}", hint="the form is FILE.py:function")
     found = importlib.util.spec_from_file_location(f"judge {path.stem}", path)  # a name that hides no other module

@@ -20,7 +20,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.evaluation.judges import Comparison, Progress, Verdict, as_text, higher_wins, not_judged
-from dpo_studio.models.load import check_files, choose_dtype, load_encoder, load_weights, locate
+from dpo_studio.models.load import check_files, choose_dtype, load_encoder, load_weights, locate, put_on_gpu
 from dpo_studio.preferences.pair import Message
 from dpo_studio.tokens.chat import ChatEncoder, PairError
 
@@ -146,7 +146,9 @@ def load_reward_model(name: str, *, dtype: str = "auto", say: Callable[[str], No
     check_files(folder, name)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen, _ = choose_dtype(dtype, device)
-    model = load_weights(AutoModelForSequenceClassification, folder, chosen, None, name).to(device).eval()
+    model = load_weights(AutoModelForSequenceClassification, folder, chosen, None, name).eval()
+    with put_on_gpu(model.get_memory_footprint(), name):
+        model = model.to(device)
     if model.config.num_labels > 2:
         raise ModelError(
             f"{name} has {model.config.num_labels} labels, and none of them is the reward",

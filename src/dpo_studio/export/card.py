@@ -31,7 +31,9 @@ __all__ = [
 BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
 """What the bundled model is called on the Hub."""
 
-_FRONT_MATTER = re.compile(r"\A---\s*\n(.*?)\n---\s*\n", re.DOTALL)
+_FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*\n", re.DOTALL)
+_LONGEST_HEAD = 200_000
+"""Characters of a base's card that are read: its metadata stand first, in a thousand or two."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
@@ -136,8 +138,11 @@ def versions(*packages: str) -> dict[str, str]:
 def license_of(folder: Path) -> str | None:
     """The license that the base's own card names, if it has one."""
     card = folder / "README.md"
+    if not card.is_file():
+        return None
     try:
-        found = _FRONT_MATTER.match(card.read_text(encoding="utf-8")) if card.is_file() else None
+        with card.open(encoding="utf-8") as file:
+            found = _FRONT_MATTER.match(file.read(_LONGEST_HEAD))
         data = parse_yaml(found[1]) if found else None
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
         return None

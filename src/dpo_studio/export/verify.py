@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from torch import Tensor
 
@@ -20,7 +19,7 @@ from dpo_studio.evaluation.accuracy import finite
 from dpo_studio.evaluation.winrate import share_ci95
 from dpo_studio.objectives import PairLogps, margin, wins
 
-__all__ = ["BARS", "Bar", "Comparison", "as_json", "compare"]
+__all__ = ["BARS", "Bar", "Comparison", "compare"]
 
 Interval = tuple[float, float]
 
@@ -157,8 +156,3 @@ def _share(share: float) -> str:
 def _interval(interval: Interval, sign: str = "") -> str:
     low, high = interval
     return f"{low:{sign}.3f} to {high:{sign}.3f}"
-
-
-def as_json(comparison: Comparison) -> dict[str, Any]:
-    """For `export.json`."""
-    return dict(vars(comparison))

@@ -83,6 +83,8 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
                 policy = PeftModel.from_pretrained(
                     base, folder, adapter_name=name, is_trainable=trainable, config=config
                 )
+    except torch.OutOfMemoryError:  # a RuntimeError, and no word on whether the adapter fits the model
+        raise
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
             f"{folder}: this adapter does not fit the model: {' '.join(str(error).split())[:300]}",

@@ -6,8 +6,8 @@ import errno
 import hashlib
 import os
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,12 +16,13 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 from transformers.utils import logging as transformers_logging
 
-from dpo_studio.config import BUNDLED, ModelSection, cache_folder, user_path
+from dpo_studio.config import BUNDLED, ModelSection, cache_folder
 from dpo_studio.errors import ModelError
 from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.models.scan import PICKLES, read_json, scan_folder, weight_files
+from dpo_studio.paths import user_path
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.template import LONGEST_TEMPLATE
 
@@ -33,10 +34,14 @@ __all__ = [
     "load_encoder",
     "load_weights",
     "locate",
+    "put_on_gpu",
     "weights_fingerprint",
 ]
 
-_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+_HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
+"""The last names the license, which an export's card repeats."""
+_AS_GPTQ = "a GPTQ base takes a quarter (`dpo quantize` makes one)"
+_MORE_ROOM = "choose a smaller model, or a GPU with more free memory: `nvidia-smi` shows what else is on this one"
 _NO_HUB = "check the network, or download the model elsewhere and give its folder"
 
 
@@ -80,23 +85,46 @@ def load_chat_model(
     attention = choose_attention(section.attention, config, device)
     quantization = read_quantization(folder)
     if quantization is None:
-        model = load_weights(AutoModelForCausalLM, folder, dtype, attention, section.path).to(device)
+        model = load_weights(AutoModelForCausalLM, folder, dtype, attention, section.path)
+        with put_on_gpu(model.get_memory_footprint(), section.path, hint=f"{_AS_GPTQ}, or {_MORE_ROOM}"):
+            model = model.to(device)
     else:
-        model = load_gptq(
-            folder,
-            config,
-            quantization,
-            name=section.path,
-            dtype=dtype,
-            attention=attention,
-            device=device,
-            residency=section.residency,
-            compute=section.compute,
-            say=say,
+        packed = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+        hint = (
+            _MORE_ROOM if section.residency == "packed" else f"model.residency: packed takes that much; or {_MORE_ROOM}"
         )
+        with put_on_gpu(packed, section.path, hint=hint):
+            model = load_gptq(
+                folder,
+                config,
+                quantization,
+                name=section.path,
+                dtype=dtype,
+                attention=attention,
+                device=device,
+                residency=section.residency,
+                compute=section.compute,
+                say=say,
+            )
     model.requires_grad_(False)
     model.eval()
     return ChatModel(model, encoder, folder, typed or section.path, reason)
+
+
+@contextmanager
+def put_on_gpu(size: int, name: str, *, hint: str | None = None) -> Iterator[None]:
+    """Inside, a model of `size` bytes goes to the GPU.
+
+    Raises:
+        ModelError: the GPU has no room for it.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise ModelError(
+            f"{name} does not fit in the GPU's memory: its weights take {size / 2**30:.1f} GiB",
+            hint=hint or _MORE_ROOM,
+        ) from None
 
 
 def locate(path: str, revision: str | None = None, say: Callable[[str], None] = lambda _: None) -> Path:

@@ -1,11 +1,10 @@
-"""The figures of a run: drawn once, shown inline in the page or saved as PNG and SVG."""
+"""The figures of a run, shown inline in the page."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from matplotlib.ticker import FuncFormatter
@@ -17,13 +16,12 @@ from dpo_studio.reports.drawing import (
     label_ends,
     line_across,
     step_axes,
-    styled,
     training_curve,
 )
 from dpo_studio.reports.facts import RunFacts, interval, share
 from dpo_studio.reports.text import count, percent, significant
 
-__all__ = ["CHARTS", "Chart", "save_figures"]
+__all__ = ["CHARTS", "Chart"]
 
 MaybeFigure = Any
 """A matplotlib Figure, or None where the run has no such numbers (mypy does not look into matplotlib)."""
@@ -39,23 +37,6 @@ class Chart:
     draw: Callable[[RunFacts], MaybeFigure]
     summary: Callable[[RunFacts], str]
     """What the figure shows, for those who cannot see it."""
-
-
-def save_figures(facts: RunFacts, folder: Path) -> list[Path]:
-    """Write every figure the run has numbers for, as PNG (2x) and SVG; the same bytes for the same run."""
-    folder.mkdir(parents=True, exist_ok=True)
-    written = []
-    for chart in CHARTS:
-        with styled():
-            figure = chart.draw(facts)
-            if figure is None:
-                continue
-            figure.set_facecolor(PALETTE["surface"])
-            for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-                path = folder / f"{chart.name}{suffix}"
-                figure.savefig(path, dpi=144, metadata=metadata)
-                written.append(path)
-    return written
 
 
 def _draw_loss(facts: RunFacts) -> MaybeFigure:

@@ -6,7 +6,7 @@ Shapes: L = prompt tokens, A = answer tokens. `max_length` is for L + A, and a p
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -74,9 +74,8 @@ def encode_pairs(
     *,
     max_length: int | None,
     too_long: TooLong = "drop",
-    progress: Callable[[int], None] | None = None,
 ) -> Encoded:
-    """Encode the pairs in order; `progress` hears how many are done so far."""
+    """Encode the pairs in order."""
     kept: list[EncodedPair] = []
     counts: Counter[str] = Counter()
     refused: list[tuple[int, str]] = []
@@ -91,8 +90,6 @@ def encode_pairs(
             else:
                 counts.update(notes)
                 kept.append(encoded)
-        if progress is not None:
-            progress(start + len(chunk))
     return Encoded(kept, dict(counts), refused)
 
 

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpo_studio.config import Recipe, SourceSection, user_path
+from dpo_studio.config import Recipe, SourceSection
 from dpo_studio.errors import DataError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite
 from dpo_studio.evaluation.calibration import calibration
@@ -24,6 +24,7 @@ from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict,
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
 from dpo_studio.objectives import margin
+from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report
@@ -104,7 +105,7 @@ def evaluate_run(
     recipe, folder = _recipe(run), RunFolder(user_path(run))
     with progress or Progress() as shown:
         pairs = _pairs(recipe, source, run, shown)
-        loaded = load_any(run, say=shown.say)
+        loaded = load_any(run, with_reference=against == REFERENCE, say=shown.say)
         judge = judge_for(loaded=loaded)  # what is wrong with it is told before anything long begins
         if against != REFERENCE:
             find_any(against, shown.say)
@@ -219,6 +220,9 @@ def _other_side(
 
 def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
     """Accuracy and margin on the labelled pairs, and whether the margins mean what they say."""
+    if loaded.other_reference is not None:
+        progress.warn(f"no margins and no KL: the run's reference, {loaded.other_reference}, is not loaded beside it")
+        return {}
     encoded = encode_pairs(pairs, loaded.base.encoder, max_length=None).pairs
     if not encoded:
         return {}
@@ -244,7 +248,7 @@ def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Prog
     temperature are another distribution's, so there is no such number for those.
     """
     drawn = [answer for (t, _), found in answers.items() if t == 1 for answer in found]
-    if not drawn or policy.loaded.adapter is None:
+    if not drawn or policy.loaded.adapter is None or policy.loaded.other_reference is not None:
         return None
     prompts = policy.prompt_ids(chats) * (len(drawn) // len(chats))
     pairs = []

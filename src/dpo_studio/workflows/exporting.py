@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 
-from dpo_studio.config import ModelSection, Recipe, user_path
+from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.disk import check_space
 from dpo_studio.errors import RunError
 from dpo_studio.evaluation.judges import Completion
@@ -32,6 +32,7 @@ from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import load_chat_model, locate
+from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder, is_run

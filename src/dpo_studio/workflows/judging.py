@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_studio.config import SourceSection, cache_folder, user_path
+from dpo_studio.config import SourceSection, cache_folder
 from dpo_studio.errors import DataError, JudgeError, UsageError
 from dpo_studio.evaluation.agreement import agreement, leave_one_out, majority
 from dpo_studio.evaluation.endpoint import Asking, Endpoint
@@ -21,7 +21,7 @@ from dpo_studio.evaluation.everyday import everyday_judge
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, Winner, longer_wins, summary, user_rule
 from dpo_studio.evaluation.llm_judge import LLMJudge, cost_line
 from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
-from dpo_studio.paths import check_out
+from dpo_studio.paths import check_out, user_path
 from dpo_studio.preferences.labelled import Label, Labelled, LabelledSource, read_labelled
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.reports.progress import Progress
@@ -86,7 +86,8 @@ def _implicit(name: str, loaded: Any, dtype: str | None, say: Callable[[str], No
     from dpo_studio.workflows.loading import load_any
 
     if name:
-        loaded = load_any(name, dtype=dtype, say=say)
+        loaded = load_any(name, dtype=dtype, with_reference=True, say=say)
+    loaded.check_reference()
     if loaded.adapter is None:
         raise JudgeError(
             f"{name or loaded.base.typed} has no adapter: policy and reference are the same, every reward is 0",

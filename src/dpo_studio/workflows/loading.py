@@ -11,12 +11,13 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from dpo_studio.config import ModelSection, user_path
+from dpo_studio.config import ModelSection
 from dpo_studio.errors import RunError, UsageError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
 from dpo_studio.models.load import ChatModel, load_chat_model, locate
 from dpo_studio.models.scan import base_named_by
+from dpo_studio.paths import user_path
 from dpo_studio.runs import RunFolder, is_run
 
 __all__ = ["Loaded", "find_any", "load_any"]
@@ -32,10 +33,27 @@ class Loaded:
     beta: float | None
     """The run's own, None outside a run."""
     adapter: Path | None
+    other_reference: str | None = None
+    """The model that the run was held close to where that is not the policy's own base; it is not loaded here."""
+
+    def check_reference(self) -> None:
+        """See that the reference can be computed.
+
+        Raises:
+            RunError: it is another model.
+        """
+        if self.other_reference is not None:
+            raise _not_loaded(self.other_reference, self.adapter)
 
     @contextmanager
     def tuned(self, on: bool) -> Iterator[None]:
-        """Inside, the model computes as the policy (on) or as its reference (off)."""
+        """Inside, the model computes as the policy (on) or as its reference (off).
+
+        Raises:
+            RunError: its reference is another model.
+        """
+        if not on:
+            self.check_reference()
         with in_eval(self.policy), nullcontext() if on else as_reference(self.policy):
             yield
 
@@ -44,18 +62,18 @@ def load_any(
     name: str,
     *,
     dtype: str | None = None,
-    chat_template: str | None = None,
+    with_reference: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> Loaded:
     """Load a Hub id, a model folder, a bundled model, a run or an adapter folder.
 
     Raises:
-        ModelError, RunError: not found or unusable.
+        ModelError, RunError: not found or unusable; or `with_reference`, a run whose reference is another model.
     """
-    changes: dict[str, Any] = {k: v for k, v in (("dtype", dtype), ("chat_template", chat_template)) if v is not None}
+    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
     folder = _folder(name)
     if is_run(folder):
-        return _load_run(RunFolder(folder), changes, say)
+        return _load_run(RunFolder(folder), changes, with_reference, say)
     if (folder / "adapter_config.json").is_file():
         config = read_adapter_config(folder)
         base_name = _base_of(folder, config, name)
@@ -82,7 +100,7 @@ def _folder(name: str) -> Path:
     return user_path(name)
 
 
-def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None]) -> Loaded:
+def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]) -> Loaded:
     recipe = run.recipe()
     assert recipe is not None
     adapter = run.adapter if run.result_file.is_file() else None  # an adapter of a run made longer is not its final one
@@ -92,17 +110,22 @@ def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None
             raise RunError(f"{run.path} has no adapter and no checkpoint yet", hint="`dpo train` continues it")
         say(f"{run.path} is unfinished: using {checkpoint.name}")
         adapter = checkpoint / "adapter"
+    other = recipe.reference.model
+    if other is not None and with_reference:
+        raise _not_loaded(other, adapter)
     base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
     policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
     reference = recipe.reference.adapter or recipe.model.adapter
-    if recipe.reference.model is not None:
-        raise RunError(
-            f"{run.path} has another model as its reference ({recipe.reference.model})",
-            hint="score both models on their own",
-        )
-    if reference is not None:
+    if other is None and reference is not None:
         policy = attach_existing(policy, Path(reference), trainable=False, name=REFERENCE)
-    return Loaded(base, policy, recipe.objective.beta, adapter)
+    return Loaded(base, policy, recipe.objective.beta, adapter, other)
+
+
+def _not_loaded(reference: str, adapter: Path | None) -> RunError:
+    return RunError(
+        f"the run's reference is another model ({reference}), which is not loaded beside it",
+        hint=f"name {adapter} instead of the run, for then its base is the reference; `dpo eval` has --against MODEL",
+    )
 
 
 def _base_of(folder: Path, config: LoraConfig, name: str) -> str:

@@ -14,9 +14,16 @@ from peft import PeftModel
 from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.learning.memory import Limit, plan_limit
-from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval
+from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval, read_adapter_config
 from dpo_studio.models.gptq import computes_in_fp8
-from dpo_studio.models.load import ChatModel, load_chat_model, weights_fingerprint
+from dpo_studio.models.load import (
+    ChatModel,
+    check_folder,
+    load_chat_model,
+    load_encoder,
+    locate,
+    weights_fingerprint,
+)
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
@@ -30,6 +37,7 @@ __all__ = [
     "RunData",
     "attach_policy",
     "encode_both",
+    "look_at_models",
     "read_and_split",
     "reference_model",
     "settle_dtype",
@@ -59,6 +67,37 @@ def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Spli
     dropped = f", {split.shared_prompts_dropped} dropped for sharing a prompt" if split.shared_prompts_dropped else ""
     progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}")
     return source, split
+
+
+def look_at_models(recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> ChatEncoder:
+    """Every model and adapter that the recipe names, looked over before weights are loaded; the base's encoder.
+
+    Raises:
+        ModelError: one is missing, unsafe or unsupported, or the reference has another vocabulary.
+    """
+    for adapter in (recipe.model.adapter, recipe.reference.adapter):
+        if adapter is not None:
+            read_adapter_config(Path(adapter))
+    encoder = _look_at(recipe.model, say)
+    if recipe.reference.model is not None:
+        other = _look_at(_reference_section(recipe, recipe.reference.model), say)
+        _check_vocabulary(recipe, encoder, other)
+    return encoder
+
+
+def _look_at(section: ModelSection, say: Callable[[str], None]) -> ChatEncoder:
+    folder = locate(section.path, section.revision, say)
+    check_folder(folder, section)
+    return load_encoder(folder, section)
+
+
+def _reference_section(recipe: Recipe, path: str) -> ModelSection:
+    return ModelSection(path=path, dtype=recipe.model.dtype, attention=recipe.model.attention)
+
+
+def _check_vocabulary(recipe: Recipe, base: ChatEncoder, other: ChatEncoder) -> None:
+    if other.vocabulary() != base.vocabulary():
+        raise ModelError(f"reference.model {recipe.reference.model} has another vocabulary than {recipe.model.path}")
 
 
 def encode_both(recipe: Recipe, source: PairSource, split: Split, encoder: ChatEncoder, progress: Progress) -> RunData:
@@ -134,11 +173,8 @@ def reference_model(
     adapter = section.adapter or (recipe.model.adapter if section.model is None else None)
     folder, model = base.folder, policy
     if section.model is not None:
-        other = load_chat_model(
-            ModelSection(path=section.model, dtype=recipe.model.dtype, attention=recipe.model.attention)
-        )
-        if other.encoder.vocabulary() != base.encoder.vocabulary():
-            raise ModelError(f"reference.model {section.model} has another vocabulary than {base.typed}")
+        other = load_chat_model(_reference_section(recipe, section.model))
+        _check_vocabulary(recipe, base.encoder, other.encoder)
         folder, model = other.folder, other.model
         if section.adapter is not None:
             model = attach_existing(other.model, Path(section.adapter), trainable=False)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpo_studio.config import BUNDLED, ModelSection, SourceSection, user_path
+from dpo_studio.config import BUNDLED, ModelSection, SourceSection
 from dpo_studio.disk import check_space
 from dpo_studio.errors import DataError, ModelError, RunError, UsageError
 from dpo_studio.export.card import public_name, versions
@@ -30,6 +30,7 @@ from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
+from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.rows import sample
 from dpo_studio.preferences.sources import read_pairs

@@ -46,7 +46,7 @@ def score_pairs(
         raise UsageError(f"--beta {beta} is not a positive number")
     with progress or Progress() as shown:
         pairs = read_pairs(source)
-        loaded = load_any(name, dtype=dtype, say=shown.say)
+        loaded = load_any(name, dtype=dtype, with_reference=True, say=shown.say)
         used_beta = beta if beta is not None else loaded.beta if loaded.beta is not None else 0.1
         encoded = encode_pairs(pairs.pairs, loaded.base.encoder, max_length=max_length, too_long=too_long)
         if not encoded.pairs:

@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dpo_studio.config import LoadedRecipe, load_recipe, parse_override, user_path
+from dpo_studio.config import LoadedRecipe, load_recipe, parse_override
 from dpo_studio.errors import NonFiniteError, UsageError
+from dpo_studio.paths import user_path
 from dpo_studio.reports.frontier import Measured, draw_frontier, frontier_table, measure
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import is_run, write_atomically
@@ -35,12 +36,18 @@ class Member:
 
 
 def run_sweep(
-    path: str | Path, overrides: Sequence[str], *, out: Path | None = None, progress: Progress | None = None
+    path: str | Path,
+    overrides: Sequence[str],
+    *,
+    out: Path | None = None,
+    anyway: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Train every combination; the same command again continues. Returns the folder, with sweep.md and sweep.json.
 
     A run that stops itself over numbers that are not finite is noted, and the others go on. Table and figure are
-    written after each run, so that an interrupted sweep has them of what is done.
+    written after each run, so that an interrupted sweep has them of what is done. `anyway`: on pairs that make a
+    training worthless, too.
 
     Raises:
         DPOStudioError: before anything is trained if a setting is impossible; else what `dpo train` would stop at.
@@ -54,7 +61,7 @@ def run_sweep(
             shown.say(f"run {number} of {len(members)}: {member.name}")
             stopped = None
             try:
-                run_training(member.loaded, shown)
+                run_training(member.loaded, shown, anyway=anyway)
             except NonFiniteError as error:
                 stopped = error.message
                 shown.warn(f"{member.name} stopped itself: {error.message}")

@@ -27,7 +27,7 @@ from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.lock import Held, held
 from dpo_studio.models.adapters import in_eval, train_mode
-from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
+from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.reports.health import HealthWatch
@@ -42,6 +42,7 @@ from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
     encode_both,
+    look_at_models,
     read_and_split,
     reference_model,
     settle_dtype,
@@ -84,10 +85,10 @@ def train_recipe(
 def check_recipe(
     path: str | Path, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
 ) -> None:
-    """`--dry-run`: look at recipe, data, model files and token counts; load no weights, write nothing.
+    """`--dry-run`: look at recipe, data, model and adapter files and token counts; load no weights, write nothing.
 
     Raises:
-        DPOStudioError: what `dpo train` would stop at.
+        DPOStudioError: what `dpo train` would stop at before it loads any weights.
     """
     loaded = load_recipe(path, list(overrides))
     with progress or Progress() as shown:
@@ -96,9 +97,7 @@ def check_recipe(
         check_tracker(recipe)
         source, split = read_and_split(recipe, shown)
         look_at_pairs(recipe, split, shown, anyway=anyway)
-        folder = locate(recipe.model.path, recipe.model.revision, shown.say)
-        check_folder(folder, recipe.model)
-        data = encode_both(recipe, source, split, load_encoder(folder, recipe.model), shown)
+        data = encode_both(recipe, source, split, look_at_models(recipe, shown.say), shown)
         look_at_lengths(recipe, data.train, shown, anyway=anyway)
         steps = steps_of(recipe, data.train.pairs, budget=CPU_TOKENS)
         shown.say(f"{steps.total} steps of {recipe.training.pairs_per_step} pairs would be trained into {run.path}")
@@ -139,9 +138,7 @@ def _train_in(
     recipe = run.settle(loaded.recipe)  # again: another process may just have left
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
-    folder = locate(recipe.model.path, recipe.model.revision, progress.say)
-    check_folder(folder, recipe.model)
-    encoder = load_encoder(folder, recipe.model)
+    encoder = look_at_models(recipe, progress.say)
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
         base = load_chat_model(recipe.model, typed=typed_model(loaded), say=progress.say, encoder=encoder)

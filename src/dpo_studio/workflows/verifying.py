@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_studio.config import load_recipe
+from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder
 from dpo_studio.workflows.training import run_training
@@ -35,9 +36,16 @@ class Verdict:
 
 
 def verify_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, steps: int = 3, progress: Progress | None = None
+    path: str | Path,
+    overrides: Sequence[str] = (),
+    *,
+    steps: int = 3,
+    anyway: bool = False,
+    progress: Progress | None = None,
 ) -> Verdict:
     """Train the recipe's first `steps` steps twice, from loading the model on, into folders that are removed again.
+
+    `anyway`: on pairs that make a training worthless, too.
 
     Raises:
         DPOStudioError: what `dpo train` would stop at.
@@ -47,7 +55,7 @@ def verify_recipe(
         for run in runs:
             shown.say(f"training the first {steps} steps, the {run.path.name} time")
             changes = [*overrides, *_CHANGES, f"run.folder={json.dumps(str(run.path))}"]
-            run_training(load_recipe(path, changes), shown, stop_after=steps)
+            run_training(load_recipe(path, changes), shown, anyway=anyway, stop_after=steps)
         return _verdict(*runs)
 
 
@@ -57,7 +65,9 @@ def _verdict(first: RunFolder, second: RunFolder) -> Verdict:
     assert recipe is not None
     setting = f"{environment['device']}, {recipe.model.dtype}, {torch.get_num_threads()} threads"
     steps = sum(line["step"] > 0 for line in first.lines("metrics.jsonl"))
-    weights = _first_tensor(*(next(run.checkpoints.glob("step-*")) for run in (first, second)))
+    one, other = (newest_checkpoint(run.checkpoints) for run in (first, second))
+    assert one is not None and other is not None and one.name == other.name  # both stopped after the same step
+    weights = _first_tensor(one, other)
     where = _first_number(first, second, unless=weights)
     if not where and not weights:
         same = "every number and every weight is the same bits"
