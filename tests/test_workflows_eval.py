@@ -14,7 +14,9 @@ from dpo_studio.evaluation.generation import generate
 from dpo_studio.workflows import completions
 from dpo_studio.workflows.evaluating import default_judge
 from tests.conftest import plain_logps
+from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe
+from tests.tiny_tokenizers import tiny_tokenizer
 
 QUICK = ("--judge", "length", "--temperatures", "0,1", "--max-new-tokens", "8", "--samples", "2", "--prompts", "6")
 
@@ -22,8 +24,6 @@ QUICK = ("--judge", "length", "--temperatures", "0,1", "--max-new-tokens", "8", 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained tiny run, nine prompts held out."""
-    from tests.tiny_models import tiny_folder
-
     folder = tmp_path_factory.mktemp("eval")
     recipe = write_recipe(
         folder / "r.yaml",
@@ -185,6 +185,30 @@ def test_against_itself_everything_ties(run: Path, made: Path) -> None:
     for row in rates["temperatures"]:
         assert (row["win_rate"], row["ties"]) == (0.5, row["n"])
         assert row["win_rate_ci95"][0] < 0.5 < row["win_rate_ci95"][1]
+
+
+def test_against_another_vocabulary_one_tokenizer_counts(run: Path, tmp_path: Path) -> None:
+    """Lengths by the run's own tokenizer, from the texts, one more for an end; and the run's implicit reward, to which
+    the other model's ids are other words, judges every answer that is text."""
+    from dpo_studio.evaluation.length_control import length_controlled
+
+    other = tiny_folder(tmp_path / "other", family="gemma", seed=3)
+    for judge in ("length", "implicit"):
+        _, rates = evaluated(run, "--judge", judge, "--against", other)
+        rows = [json.loads(line) for line in (run / "evaluation" / "comparisons.jsonl").read_text().splitlines()]
+        tokenizer = tiny_tokenizer("chatml")
+
+        def count(one: dict[str, Any], tokenizer: Any = tokenizer) -> int:
+            ids = tokenizer(one["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            return len(ids) + one["ended"]
+
+        for at in rates["temperatures"]:
+            here = [row for row in rows if row["temperature"] == at["temperature"]]
+            points = [{"tuned": 1.0, "tie": 0.5, "base": 0.0}[row["winner"]] for row in here]
+            longer_by = [count(row["tuned"]) - count(row["base"]) for row in here]
+            assert longer_by != [row["tuned"]["tokens"] - row["base"]["tokens"] for row in here]
+            expected, _ = length_controlled(points, longer_by, [row["prompt"] for row in here], seed=0)
+            assert at["length_controlled"] == pytest.approx(expected)
 
 
 def test_several_runs_share_a_figure(run: Path, made: Path, tmp_path: Path) -> None:

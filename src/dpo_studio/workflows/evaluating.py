@@ -31,6 +31,7 @@ from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.side_by_side import render_comparisons
 from dpo_studio.reports.winrates import MOST_RUNS, save_winrate_figure, winrate_markdown
 from dpo_studio.runs import RunFolder, is_run, write_atomically
+from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
 from dpo_studio.workflows.judging import JUDGES
@@ -117,6 +118,7 @@ def evaluate_run(
         before = _other_side(folder, loaded, against, chats, asked, shown)
         places = [(t, s, i) for t, s in asked.rounds() for i in range(len(chats))]
         comparisons = [Comparison(chats[i], before[t, s][i], after[t, s][i]) for t, s, i in places]
+        longer_by = _longer_by(comparisons, loaded.base.encoder)
         with shown.task(f"judging: {judge.name}", len(comparisons), "comparisons") as advance:
             verdicts = judge.judge_all(comparisons, advance)
         rates = {
@@ -129,7 +131,7 @@ def evaluate_run(
             **{key: value for key, value in asdict(asked).items() if key not in ("temperatures", "prompts")},
             "held_out": held_out,
             "temperatures": [
-                _at_temperature(t, places, comparisons, verdicts, kl if t == 1 else None, asked.seed)
+                _at_temperature(t, places, comparisons, verdicts, longer_by, kl if t == 1 else None, asked.seed)
                 for t in sorted(asked.temperatures)
             ],
         }
@@ -258,11 +260,26 @@ def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Prog
     return ratios
 
 
+def _longer_by(comparisons: Sequence[Comparison], encoder: ChatEncoder) -> list[int]:
+    """By how many tokens the policy's answer is the longer one.
+
+    As drawn where both sides have one vocabulary. Counts of two tokenizers are two units, so with another one on the
+    other side both texts are counted by the policy's `encoder`, with one more for an end of turn.
+    """
+    if all(one.a.vocabulary == one.b.vocabulary for one in comparisons):
+        return [one.b.tokens - one.a.tokens for one in comparisons]
+    others, own = (encoder.token_counts([getattr(one, side).text for one in comparisons]) for side in ("a", "b"))
+    return [
+        after + one.b.ended - before - one.a.ended for one, before, after in zip(comparisons, others, own, strict=True)
+    ]
+
+
 def _at_temperature(
     temperature: float,
     places: Sequence[tuple[float, int, int]],
     comparisons: Sequence[Comparison],
     verdicts: Sequence[Verdict],
+    longer_by: Sequence[int],
     kl: list[float] | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -273,8 +290,7 @@ def _at_temperature(
     before, after = ([getattr(comparisons[place], side) for place in here] for side in ("a", "b"))
     rate = win_rate(outcomes, prompt_of, seed=seed)
     points = [{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in outcomes]
-    longer_by = [b.tokens - a.tokens for a, b in zip(before, after, strict=True)]
-    controlled, controlled_ends = length_controlled(points, longer_by, prompt_of, seed=seed)
+    controlled, controlled_ends = length_controlled(points, [longer_by[place] for place in here], prompt_of, seed=seed)
     return {
         "temperature": temperature,
         "win_rate": rate.win_rate,
