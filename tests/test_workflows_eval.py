@@ -199,8 +199,8 @@ def test_against_another_vocabulary_one_tokenizer_counts(run: Path, tmp_path: Pa
         tokenizer = tiny_tokenizer("chatml")
 
         def count(one: dict[str, Any], tokenizer: Any = tokenizer) -> int:
-            ids = tokenizer(one["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
-            return len(ids) + one["ended"]
+            ids: list[int] = tokenizer(one["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            return len(ids) + int(one["ended"])
 
         for at in rates["temperatures"]:
             here = [row for row in rows if row["temperature"] == at["temperature"]]
