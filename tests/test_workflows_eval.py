@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dpo_studio.evaluation.generation import generate
-from dpo_studio.workflows import completions
+from dpo_studio.workflows import completions, evaluating
 from dpo_studio.workflows.evaluating import default_judge
 from tests.conftest import plain_logps
 from tests.tiny_models import tiny_folder
@@ -218,6 +219,40 @@ def test_several_runs_share_a_figure(run: Path, made: Path, tmp_path: Path) -> N
     assert said.out.splitlines()[-1] == str(tmp_path / "both.png")
     svg = (tmp_path / "both.svg").read_text()
     assert ">run<" in svg and ">other<" in svg
+
+
+def test_what_is_wrong_with_the_last_run_is_told_before_the_first_is_evaluated(
+    run: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of answers must not end at a typo in the second name."""
+    more = [Path(shutil.copytree(made, tmp_path / name)) for name in ("two", "three", "four", "five")]
+    empty = Path(shutil.copytree(made, tmp_path / "empty"))
+    (empty / "result.json").unlink()
+    shutil.rmtree(empty / "checkpoints")
+    other = Path(shutil.copytree(made, tmp_path / "other"))
+    recipe = (other / "recipe.yaml").read_text()
+    its = yaml.safe_load(recipe)
+    its["reference"]["model"] = "/other"
+    (other / "recipe.yaml").write_text(yaml.safe_dump(its))
+    everyday = Path(shutil.copytree(made, tmp_path / "everyday"))
+    its["reference"]["model"], its["data"]["train"]["source"] = None, "bundled:everyday"
+    (everyday / "recipe.yaml").write_text(yaml.safe_dump(its))
+
+    def evaluates(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a run is evaluated")
+
+    monkeypatch.setattr(evaluating, "load_any", evaluates)
+    cases: tuple[tuple[int, str, tuple[object, ...]], ...] = (
+        (2, "5 runs in one figure: nobody tells more than 4 apart", (run, *more, *QUICK)),
+        (1, "no-such is not a run folder", (run, tmp_path / "no-such", *QUICK)),
+        (2, "is there twice", (run, more[0], run.parent / "two" / ".." / "run", *QUICK)),
+        (1, "empty has no adapter and no checkpoint yet", (run, empty, *QUICK)),
+        (1, "other has another model as its reference", (run, other, *QUICK)),
+        (2, "run: name a judge of its answers with --judge", (everyday, run)),
+    )
+    for code, message, given in cases:
+        said = dpo("eval", *given)
+        assert (said.code, message in said.err) == (code, True), said.err
 
 
 def test_pairs_of_ones_own_leave_trained_prompts_out(run: Path, tmp_path: Path) -> None:

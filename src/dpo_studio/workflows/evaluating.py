@@ -39,7 +39,7 @@ from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
 
-__all__ = ["REFERENCE", "Evaluation", "compare_runs", "default_judge", "evaluate_run"]
+__all__ = ["REFERENCE", "Evaluation", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
 
 REFERENCE = "reference"
 """What a run is compared with unless another model is named: its own base, the adapter off."""
@@ -173,14 +173,28 @@ def _recipe(run: str) -> Recipe:
     return recipe
 
 
-def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:
-    """One figure of several runs, as `figure`.png and .svg; the first of them is returned.
+def judges_of(runs: Sequence[str], judge: str | None) -> list[str]:
+    """The name of each run's judge: `judge` or its own default.
+
+    Each run takes its hours, so what may be wrong with the last one is looked for before the first begins.
 
     Raises:
-        UsageError: more runs than can be told apart.
+        UsageError: more runs than a figure can tell apart, one that is there twice, or one without a default judge.
+        RunError: one that is no run, or cannot be loaded.
     """
-    if len(measured) > MOST_RUNS:
-        raise UsageError(f"{len(measured)} runs in one figure: nobody tells more than {MOST_RUNS} apart")
+    if len(runs) > MOST_RUNS:
+        raise UsageError(f"{len(runs)} runs in one figure: nobody tells more than {MOST_RUNS} apart")
+    folders = [user_path(run).resolve() for run in runs]
+    for place, run in enumerate(runs):
+        _recipe(run)
+        find_any(run)
+        if folders[place] in folders[:place]:
+            raise UsageError(f"{run} is there twice")
+    return [judge or default_judge(run) for run in runs]
+
+
+def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:
+    """One figure of several runs, of which `judges_of` knows; its .png, beside which there is an .svg."""
     return save_winrate_figure([(user_path(run).resolve().name, rates) for run, rates in measured], figure)[0]
 
 

@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from dpo_studio.config import ModelSection, user_path
+from dpo_studio.config import ModelSection, Recipe, user_path
 from dpo_studio.errors import RunError, UsageError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
@@ -69,10 +69,12 @@ def find_any(name: str, say: Callable[[str], None] = lambda _: None) -> None:
     """See that there is something behind a name which is loaded later; a model of the Hub is fetched.
 
     Raises:
-        ModelError: nothing is.
+        ModelError, RunError: nothing is, or a run that cannot be loaded.
     """
     folder = _folder(name)
-    if not is_run(folder) and not (folder / "adapter_config.json").is_file():
+    if is_run(folder):
+        _adapter_of(RunFolder(folder), _recipe_of(RunFolder(folder)), lambda _: None)  # said when it is loaded
+    elif not (folder / "adapter_config.json").is_file():
         locate(name, say=say)
 
 
@@ -83,8 +85,33 @@ def _folder(name: str) -> Path:
 
 
 def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None]) -> Loaded:
+    recipe = _recipe_of(run)
+    adapter = _adapter_of(run, recipe, say)
+    base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
+    policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
+    reference = recipe.reference.adapter or recipe.model.adapter
+    if reference is not None:
+        policy = attach_existing(policy, Path(reference), trainable=False, name=REFERENCE)
+    return Loaded(base, policy, recipe.objective.beta, adapter)
+
+
+def _recipe_of(run: RunFolder) -> Recipe:
     recipe = run.recipe()
     assert recipe is not None
+    return recipe
+
+
+def _adapter_of(run: RunFolder, recipe: Recipe, say: Callable[[str], None]) -> Path:
+    """The final adapter, else the newest checkpoint's.
+
+    Raises:
+        RunError: there is neither, or the run's reference is another model.
+    """
+    if recipe.reference.model is not None:
+        raise RunError(
+            f"{run.path} has another model as its reference ({recipe.reference.model})",
+            hint="score both models on their own",
+        )
     adapter = run.adapter if run.result_file.is_file() else None  # an adapter of a run made longer is not its final one
     if adapter is None:
         checkpoint = newest_checkpoint(run.checkpoints, say)
@@ -92,17 +119,7 @@ def _load_run(run: RunFolder, changes: dict[str, Any], say: Callable[[str], None
             raise RunError(f"{run.path} has no adapter and no checkpoint yet", hint="`dpo train` continues it")
         say(f"{run.path} is unfinished: using {checkpoint.name}")
         adapter = checkpoint / "adapter"
-    base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
-    policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
-    reference = recipe.reference.adapter or recipe.model.adapter
-    if recipe.reference.model is not None:
-        raise RunError(
-            f"{run.path} has another model as its reference ({recipe.reference.model})",
-            hint="score both models on their own",
-        )
-    if reference is not None:
-        policy = attach_existing(policy, Path(reference), trainable=False, name=REFERENCE)
-    return Loaded(base, policy, recipe.objective.beta, adapter)
+    return adapter
 
 
 def _base_of(folder: Path, config: LoraConfig, name: str) -> str:
