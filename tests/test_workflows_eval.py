@@ -255,6 +255,18 @@ def test_what_is_wrong_with_the_last_run_is_told_before_the_first_is_evaluated(
         assert (said.code, message in said.err) == (code, True), said.err
 
 
+def test_margins_that_are_no_log_odds_are_not_calibrated(run: Path) -> None:
+    """IPO pulls margins to a target: sigmoid of them is nobody's probability. The output says so."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["objective"] = {"kind": "ipo", "beta": 0.1}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    _, rates = evaluated(run)
+    found = rates["held_out"]["calibration"]
+    assert (found["error"], found["bins"]) == (None, [])
+    assert found["left_out"].startswith("ipo does not train margins to be log-odds")
+    assert "No calibration: ipo" in (run / "evaluation" / "winrate.md").read_text()
+
+
 def test_pairs_of_ones_own_leave_trained_prompts_out(run: Path, tmp_path: Path) -> None:
     source = tmp_path / "more.jsonl"
     rows = tiny_rows(44)

@@ -118,9 +118,14 @@ def winrate_markdown(name: str, rates: Rates) -> str:
             "",
             f"Held-out accuracy {held_out['accuracy']:.3f} ({low:.3f} to {high:.3f}) on {held_out['pairs']} pairs; "
             f"before training {held_out['accuracy_before']:.3f}, the longer answer {held_out['longer_wins']:.3f}. "
-            f"Calibration error {held_out['calibration']['error']:.3f}.",
+            + _calibration(held_out["calibration"]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _calibration(found: Mapping[str, Any]) -> str:
+    why_not = found.get("left_out")
+    return f"No calibration: {why_not}." if why_not else f"Calibration error {found['error']:.3f}."
 
 
 def _row(row: Mapping[str, Any]) -> list[str]:

@@ -23,7 +23,7 @@ from dpo_studio.evaluation.diversity import distinct_n, repetition
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, summary
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
-from dpo_studio.objectives import margin
+from dpo_studio.objectives import Objective, margin
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report
@@ -111,7 +111,7 @@ def evaluate_run(
             find_any(against, shown.say)
         _make(folder.evaluation / "completions")
         chats = list({prompt_key(pair.prompt): pair.prompt for pair in pairs}.values())[: asked.prompts]
-        held_out = _held_out(loaded, pairs, shown)
+        held_out = _held_out(loaded, recipe.objective, pairs, shown)
         policy = Speaker(loaded, folder.evaluation / "completions", "policy", tuned=True)
         after = _ask(policy, chats, asked, shown)
         kl = _kl(policy, chats, after, shown)
@@ -233,8 +233,8 @@ def _other_side(
     return _ask(Speaker(other, completions, "against", tuned=True), chats, asked, progress)
 
 
-def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
-    """Accuracy and margin on the labelled pairs, and whether the margins mean what they say."""
+def _held_out(loaded: Loaded, objective: Objective, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
+    """Accuracy and margin on the labelled pairs, and whether the margins mean what they say, if they say anything."""
     encoded = encode_pairs(pairs, loaded.base.encoder, max_length=None).pairs
     if not encoded:
         return {}
@@ -250,7 +250,10 @@ def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict
     beta = loaded.beta if loaded.beta is not None else 0.1
     margins = (beta * margin(policy, reference)).tolist()
     summed = accuracy_summary(policy, reference, prompts, beta=beta)
-    return {"pairs": len(prompts), "beta": beta} | summed | {"calibration": calibration(margins)}
+    found = calibration(margins if objective.log_odds else [])
+    if not objective.log_odds:
+        found["left_out"] = f"{objective.kind} does not train margins to be log-odds, so they claim no probability"
+    return {"pairs": len(prompts), "beta": beta} | summed | {"calibration": found}
 
 
 def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Progress) -> list[float] | None:

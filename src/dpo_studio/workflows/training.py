@@ -203,7 +203,7 @@ class _Session:
         self._warn_if_the_reference_never_moves(steps.total)
         self._resume_or_begin(state, steps, live, at_once)
         self._track()
-        self.health = HealthWatch(steps.total)
+        self.health = HealthWatch(steps.total, saturates=self.recipe.objective.saturates)
         for line in self.run.lines("metrics.jsonl"):  # whatever these show was told of before the run was stopped
             self.health.see(line)
         room = self._room(steps)
