@@ -24,6 +24,7 @@ from dpo_studio.evaluation.judges import Comparison, Completion, Verdict, not_ju
 from dpo_studio.evaluation.reward_model import Encoded, load_reward_model
 from dpo_studio.models.load import load_encoder
 from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import encode_pairs
 from tests.conftest import encoded, plain_logps, plain_peft_on, policy_on
 from tests.tiny_models import tiny_folder, tiny_model
@@ -183,7 +184,11 @@ def test_the_implicit_reward_reads_the_tokens_that_were_drawn(tiny_base: Path) -
     letters = [i for letter in "bread" for i in tokenizer(letter, add_special_tokens=False)["input_ids"]]
     other = tokenizer("wait", add_special_tokens=False)["input_ids"]
     assert encoder.decode(letters) == "bread" and len(letters) > len(tokenizer("bread")["input_ids"])
-    drawn = [Completion(encoder.decode(ids), ended=False, tokens=len(ids), ids=tuple(ids)) for ids in (letters, other)]
+    ours = encoder.vocabulary_digest
+    drawn = [
+        Completion(encoder.decode(ids), ended=False, tokens=len(ids), ids=tuple(ids), vocabulary=ours)
+        for ids in (letters, other)
+    ]
     (verdict,) = ImplicitReward("it", policy_on(), encoder, 1.0).judge_all([Comparison(PROMPT, *drawn)])
     pair = encoded(encoder.prompt_ids(PROMPT), letters, other)
     oracle = plain_peft_on()
@@ -192,6 +197,36 @@ def test_the_implicit_reward_reads_the_tokens_that_were_drawn(tiny_base: Path) -
     with torch.no_grad():
         rewards = plain_logps(oracle, [pair]) - reference
     assert numbers(verdict) == pytest.approx(rewards[0].tolist(), abs=0.011)
+
+
+@pytest.mark.parametrize("vocabulary", ["another model's", "nobody's"])
+def test_the_implicit_reward_reads_tokens_of_another_vocabulary_as_text(tiny_base: Path, vocabulary: str) -> None:
+    """Gemma's tokens begin with two more special ones: the same ids are valid and other words. So the rewards are those
+    of the same texts without ids."""
+    encoder = load_encoder(tiny_base, ModelSection(path=str(tiny_base)))
+    theirs = ChatEncoder(tiny_tokenizer("gemma"), eos_ids=[2])
+    texts = ("Wait for a day", "The bread does not rise")
+    ids = [tiny_tokenizer("gemma")(text, add_special_tokens=False)["input_ids"] for text in texts]
+    assert ids != [tiny_tokenizer("chatml")(text, add_special_tokens=False)["input_ids"] for text in texts]
+    digest = theirs.vocabulary_digest if vocabulary == "another model's" else ""
+    assert digest != encoder.vocabulary_digest
+    drawn = [
+        Completion(text, ended=False, tokens=len(one), ids=tuple(one), vocabulary=digest)
+        for text, one in zip(texts, ids, strict=True)
+    ]
+    plain = [Completion(text, ended=False, tokens=1) for text in texts]
+    judge = ImplicitReward("it", policy_on(), encoder, 1.0)
+    verdicts = judge.judge_all([Comparison(PROMPT, *drawn), Comparison(PROMPT, *plain)])
+    assert verdicts[0] == verdicts[1]
+
+
+def test_a_vocabulary_is_the_same_or_another() -> None:
+    """A chat template is no part of it: Qwen3's two differ in that alone, and from ChatML in two words."""
+    digests = {
+        family: ChatEncoder(tiny_tokenizer(family), eos_ids=[]).vocabulary_digest
+        for family in ("chatml", "qwen3", "qwen3-no-think")
+    }
+    assert digests["qwen3"] == digests["qwen3-no-think"] != digests["chatml"]
 
 
 def test_models_are_judges_on_the_command_line(tiny_run: Path, tiny_base: Path, tmp_path: Path) -> None:

@@ -407,3 +407,55 @@ def test_joining_keeps_the_order_and_len_counts_pairs() -> None:
     assert joined.chosen_P.tolist() == [-3.0, 1.0, 2.0]
     assert joined.rejected_P.tolist() == [-7.0, 3.0, 4.0]
     assert joined.chosen_tokens_P.tolist() == [2, 2, 2]
+
+
+def at(objective: Any, reward_margin: float, share: float) -> tuple[PairLogps, PairLogps]:
+    """A pair with that margin of rewards in the metrics, `share` of it won by the chosen answer; 2 and 4 tokens."""
+
+    def moved(nats: float) -> PairLogps:
+        return logps([-2000.0 + nats * share], [-4000.0 - nats * (1 - share)])
+
+    reference = moved(0.0)
+    scores = (objective.scores(moved(nats), reference) for nats in (0.0, 1.0))
+    start, unit = (float(chosen - rejected) for chosen, rejected in scores)
+    return moved((reward_margin / objective.beta - start) / (unit - start)), reference
+
+
+@pytest.mark.parametrize("objective", [one for one in ALL if not isinstance(one, Mixture)], ids=str)
+def test_a_loss_that_saturates_is_flat_at_a_margin_of_16_and_no_other_one_is(objective: Any) -> None:
+    """By autograd: no log-prob of the pair moves the loss by more than 1e-6 a nat, whichever answer won the margin."""
+    steepest = 0.0
+    for share in (0.0, 0.5, 1.0):
+        policy, reference = at(objective, 16.0, share)
+        leaves = [policy.chosen_P.requires_grad_(), policy.rejected_P.requires_grad_()]
+        policy = replace(policy, chosen_shared_P=leaves[0] / 2, rejected_shared_P=leaves[1] / 2)
+        slopes = torch.autograd.grad(objective(policy, reference).sum(), leaves, materialize_grads=True)
+        steepest = max(steepest, *(abs(slope.item()) for slope in slopes))
+    assert (steepest < 1e-6) == objective.saturates
+
+
+@pytest.mark.parametrize("objective", [one for one in ALL if not isinstance(one, Mixture)], ids=str)
+def test_margins_are_log_odds_where_the_best_margin_is_the_labels_own(objective: Any) -> None:
+    """A pair that a share p of people label one way: the expected loss is least where sigmoid(beta x margin) is p.
+
+    Smoothing is an assumption about the labels and left out; the whole step's losses are of no single pair, and LD-DPO
+    that leaves nothing out is DPO.
+    """
+    if objective.whole_step or objective == LDDPO(alpha=1.0):
+        return
+    if objective.log_odds and hasattr(objective, "label_smoothing"):
+        objective = replace(objective, label_smoothing=0.0)
+    rewards = torch.linspace(-4, 4, 1601)
+    nats = rewards / objective.beta
+    losses = objective(logps(nats / 2 - 3000, -nats / 2 - 3000), logps(0 * nats - 3000, 0 * nats - 3000))
+    found = []
+    for share in (0.3, 0.7, 0.9):
+        expected = share * losses + (1 - share) * losses.flip(0)
+        found.append(abs(rewards[expected.argmin()].sigmoid().item() - share) < 0.01)
+    assert all(found) == objective.log_odds
+
+
+def test_a_mixture_s_margins_are_its_first_term_s() -> None:
+    for first in (DPO(), IPO(), WPO(), SimPO()):
+        mixture = Mixture(terms=(first, SFT()), weights=(1.0, 1.0))
+        assert (mixture.saturates, mixture.log_odds) == (first.saturates, first.log_odds)

@@ -15,6 +15,7 @@ import pytest
 from dpo_studio.reports import detectors, health
 from dpo_studio.reports.detectors import DETECTORS, Curve
 from dpo_studio.reports.facts import read_run
+from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.health import Finding, HealthWatch, health_of, judge
 from dpo_studio.runs import RunFolder
 from tests.tiny_runs import dpo, write_recipe
@@ -147,6 +148,28 @@ def test_each_detector_is_silent_on_near_misses(name: str, lines: list[Any]) -> 
     assert name not in names(lines)
 
 
+@pytest.mark.parametrize(
+    ("objective", "seen"),
+    [
+        ("{kind: dpo}", True),
+        ("{kind: dpo, label_smoothing: 0.1}", False),
+        ("{kind: ipo}", False),
+        ("{kind: dpo_norm}", False),
+        ("{kind: mixture}", True),
+        ("{kind: mixture, terms: [{kind: ipo}, {kind: sft}], weights: [1, 1]}", False),
+        ("{kind: no-such}", True),
+        ("[]", True),
+    ],
+)
+def test_wide_margins_are_no_illness_of_objectives_that_want_them(objective: str, seen: bool, tmp_path: Path) -> None:
+    """IPO at its target: 5 nats a token times 50 tokens times beta 0.1 is a margin of 25."""
+    lines = "".join(json.dumps(line) + "\n" for line in rows(rewards__margins=25.0))
+    (tmp_path / "metrics.jsonl").write_text(lines)
+    (tmp_path / "recipe.yaml").write_text(f"objective: {objective}\n")
+    assert [finding.name for finding in health_of(read_run(tmp_path))] == ["margins_explode"] * seen
+    assert ("argins explode" in health_section(read_run(tmp_path))) == seen
+
+
 def test_all_are_silent_on_the_demo_run() -> None:
     """A real run, noisy as eight pairs a step are: its gradient goes up fourfold, its accuracy ends at 1.0."""
     assert judge(DEMO, 32) == []
@@ -229,6 +252,17 @@ def test_training_warns_once_and_the_same_stands_in_the_result_and_on_the_page(t
     for finding in again:
         assert second.err.count(finding["advice"]) == int(finding["first_step"] > 12)
     assert {finding["name"] for finding in again} >= {finding["name"] for finding in found}
+
+
+def test_training_does_not_warn_of_margins_that_its_objective_means_a_token(tiny_base: Path, tmp_path: Path) -> None:
+    """dpo_norm's beta of 5 makes 3.2 nats of a whole answer a reward margin of 16: DPO's curve would be ill."""
+    steps = {"pairs_per_step": 18, "learning_rate": 0.1, "max_steps": 12}
+    said = dpo("train", write_recipe(tmp_path / "r.yaml", tiny_base, training=steps, objective={"kind": "dpo_norm"}))
+    assert said.code == 0, said.err
+    run = RunFolder(tmp_path / "run")
+    assert "margins_explode" in [finding.name for finding in judge(run.lines("metrics.jsonl"), 12)]
+    assert "margins_explode" not in [finding["name"] for finding in (run.result() or {})["health"]]
+    assert "margins explode" not in said.err
 
 
 def test_the_document_lists_every_detector_with_its_thresholds() -> None:

@@ -219,6 +219,15 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Page]:
     return report(write_run(tmp_path_factory.mktemp("runs") / "demo", TRAINED | COMPARED))
 
 
+def test_the_time_of_one_start_is_not_called_the_whole_run_s(tmp_path: Path) -> None:
+    """Stopped after an hour of steps, and finished by a start of 20 s: a run of 20 s it was not."""
+    facts = TRAINED | {"seconds": 20.0, "training_seconds": 3610.0}
+    _, page = report(write_run(tmp_path / "resumed", facts))
+    assert "Time 20 s since the last start; steps of all starts: 1 h 00 min" in page.words
+    _, old = report(write_run(tmp_path / "old", TRAINED | {"seconds": 20.0}))
+    assert "Time 20 s since the last start " in old.words and "all starts" not in old.words
+
+
 def test_the_page_is_self_contained(demo: tuple[str, Page]) -> None:
     html, page = demo
     assert not {"script", "link", "iframe", "object", "embed", "img", "base", "form"} & set(page.elements)

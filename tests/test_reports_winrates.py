@@ -15,6 +15,7 @@ from dpo_studio.reports.figures import CHARTS
 from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.svg import embedded_svg, inline_svg
+from dpo_studio.reports.winrates import save_winrate_figure
 from dpo_studio.reports.winrates_section import win_rates_section
 from tests.test_reports_html import HOSTILE, TRAINED, Page, write_run
 
@@ -134,3 +135,14 @@ def test_a_healthy_run_says_what_was_looked_for(tmp_path: Path) -> None:
     section = health_section(read_run(write_run(tmp_path / "run", TRAINED)))
     assert "Nothing of what is looked for was seen: both rewards fall; chosen answers become unlikely;" in section
     assert health_section(read_run(tmp_path)) == ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "stem"),
+    [("beta-0.1", "beta-0.1"), ("beta-0.3", "beta-0.3"), ("both", "both"), ("both.png", "both"), ("a.b.svg", "a.b")],
+)
+def test_a_figure_keeps_the_whole_of_its_name(asked: str, stem: str, tmp_path: Path) -> None:
+    """`beta-0.1` and `beta-0.3` are two figures, not one `beta-0.png`."""
+    rates = RATES | {"n_prompts": 60}
+    written = save_winrate_figure([("one", rates), ("other", rates)], tmp_path / asked)
+    assert {path.name for path in tmp_path.iterdir()} == {f"{stem}.png", f"{stem}.svg"} == {p.name for p in written}

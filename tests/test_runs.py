@@ -10,7 +10,9 @@ import yaml
 from accelerate.tracking import get_available_trackers
 
 from dpo_studio.errors import RunError
+from dpo_studio.learning.train import evaluate
 from dpo_studio.runs import RunFolder, is_run, write_atomically
+from dpo_studio.workflows import training
 from tests.tiny_runs import Said, dpo, write_recipe
 
 
@@ -82,6 +84,39 @@ def test_timing_environment_and_result_hold_their_numbers(tiny_run: Path) -> Non
         "seconds",
         "pairs_per_second",
     }
+
+
+def test_held_out_pairs_that_are_not_finite_are_left_out_and_counted(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """JSON has no NaN. Accuracy by hand over the other pairs; the loss, a mean over all of them, is null."""
+    kept: list[float] = []
+
+    def broken(policy: Any, pairs: Any, reference: Any, *arguments: Any, **more: Any) -> Any:
+        numbers, logps = evaluate(policy, pairs, reference, *arguments, **more)
+        margins = (logps.chosen_P - reference.chosen_P) - (logps.rejected_P - reference.rejected_P)
+        kept[:] = margins[1:].tolist()
+        logps.chosen_P[0] = float("nan")
+        return numbers | {"eval_loss": float("nan")}, logps
+
+    monkeypatch.setattr(training, "evaluate", broken)
+    said = train(write_recipe(tmp_path / "r.yaml", tiny_base))
+    assert said.code == 0, said.err
+
+    def no_json(word: str) -> None:
+        raise AssertionError(f"{word} is not JSON")
+
+    result = json.loads((tmp_path / "run" / "result.json").read_text(), parse_constant=no_json)
+    assert result["not_finite"] == 1 and len(kept) == result["held_out_pairs"] - 1
+    assert result["accuracy"] == pytest.approx(sum(margin > 0 for margin in kept) / len(kept))
+    assert result["margin"] == pytest.approx(0.1 * sum(kept) / len(kept), rel=1e-5)
+    assert result["held_out_loss"] is None
+
+
+def test_a_number_that_json_has_no_word_for_is_not_written(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not JSON compliant"):
+        RunFolder(tmp_path).write_json("result.json", {"margin": float("nan")})
+    assert not any(tmp_path.iterdir())
 
 
 def test_the_resolved_recipe_is_settled_and_the_typed_one_as_given(tiny_run: Path) -> None:

@@ -9,12 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from dpo_studio.evaluation.generation import generate
-from dpo_studio.workflows import completions
+from dpo_studio.workflows import completions, evaluating
 from dpo_studio.workflows.evaluating import default_judge
 from tests.conftest import plain_logps
+from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe
+from tests.tiny_tokenizers import tiny_tokenizer
 
 QUICK = ("--judge", "length", "--temperatures", "0,1", "--max-new-tokens", "8", "--samples", "2", "--prompts", "6")
 
@@ -22,8 +25,6 @@ QUICK = ("--judge", "length", "--temperatures", "0,1", "--max-new-tokens", "8", 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A trained tiny run, nine prompts held out."""
-    from tests.tiny_models import tiny_folder
-
     folder = tmp_path_factory.mktemp("eval")
     recipe = write_recipe(
         folder / "r.yaml",
@@ -187,6 +188,30 @@ def test_against_itself_everything_ties(run: Path, made: Path) -> None:
         assert row["win_rate_ci95"][0] < 0.5 < row["win_rate_ci95"][1]
 
 
+def test_against_another_vocabulary_one_tokenizer_counts(run: Path, tmp_path: Path) -> None:
+    """Lengths by the run's own tokenizer, from the texts, one more for an end; and the run's implicit reward, to which
+    the other model's ids are other words, judges every answer that is text."""
+    from dpo_studio.evaluation.length_control import length_controlled
+
+    other = tiny_folder(tmp_path / "other", family="gemma", seed=3)
+    for judge in ("length", "implicit"):
+        _, rates = evaluated(run, "--judge", judge, "--against", other)
+        rows = [json.loads(line) for line in (run / "evaluation" / "comparisons.jsonl").read_text().splitlines()]
+        tokenizer = tiny_tokenizer("chatml")
+
+        def count(one: dict[str, Any], tokenizer: Any = tokenizer) -> int:
+            ids: list[int] = tokenizer(one["text"], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+            return len(ids) + int(one["ended"])
+
+        for at in rates["temperatures"]:
+            here = [row for row in rows if row["temperature"] == at["temperature"]]
+            points = [{"tuned": 1.0, "tie": 0.5, "base": 0.0}[row["winner"]] for row in here]
+            longer_by = [count(row["tuned"]) - count(row["base"]) for row in here]
+            assert longer_by != [row["tuned"]["tokens"] - row["base"]["tokens"] for row in here]
+            expected, _ = length_controlled(points, longer_by, [row["prompt"] for row in here], seed=0)
+            assert at["length_controlled"] == pytest.approx(expected)
+
+
 def test_several_runs_share_a_figure(run: Path, made: Path, tmp_path: Path) -> None:
     other = shutil.copytree(made, tmp_path / "other")
     said = dpo("eval", run, other, *QUICK, "--figure", tmp_path / "both")
@@ -194,6 +219,52 @@ def test_several_runs_share_a_figure(run: Path, made: Path, tmp_path: Path) -> N
     assert said.out.splitlines()[-1] == str(tmp_path / "both.png")
     svg = (tmp_path / "both.svg").read_text()
     assert ">run<" in svg and ">other<" in svg
+
+
+def test_what_is_wrong_with_the_last_run_is_told_before_the_first_is_evaluated(
+    run: Path, made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Hours of answers must not end at a typo in the second name."""
+    more = [Path(shutil.copytree(made, tmp_path / name)) for name in ("two", "three", "four", "five")]
+    empty = Path(shutil.copytree(made, tmp_path / "empty"))
+    (empty / "result.json").unlink()
+    shutil.rmtree(empty / "checkpoints")
+    other = Path(shutil.copytree(made, tmp_path / "other"))
+    recipe = (other / "recipe.yaml").read_text()
+    its = yaml.safe_load(recipe)
+    its["reference"]["model"] = "/other"
+    (other / "recipe.yaml").write_text(yaml.safe_dump(its))
+    everyday = Path(shutil.copytree(made, tmp_path / "everyday"))
+    its["reference"]["model"], its["data"]["train"]["source"] = None, "bundled:everyday"
+    (everyday / "recipe.yaml").write_text(yaml.safe_dump(its))
+
+    def evaluates(*args: Any, **kwargs: Any) -> Any:
+        raise AssertionError("a run is evaluated")
+
+    monkeypatch.setattr(evaluating, "load_any", evaluates)
+    cases: tuple[tuple[int, str, tuple[object, ...]], ...] = (
+        (2, "5 runs in one figure: nobody tells more than 4 apart", (run, *more, *QUICK)),
+        (1, "no-such is not a run folder", (run, tmp_path / "no-such", *QUICK)),
+        (2, "is there twice", (run, more[0], run.parent / "two" / ".." / "run", *QUICK)),
+        (1, "empty has no adapter and no checkpoint yet", (run, empty, *QUICK)),
+        (1, "other has another model as its reference", (run, other, *QUICK)),
+        (2, "run: name a judge of its answers with --judge", (everyday, run)),
+    )
+    for code, message, given in cases:
+        said = dpo("eval", *given)
+        assert (said.code, message in said.err) == (code, True), said.err
+
+
+def test_margins_that_are_no_log_odds_are_not_calibrated(run: Path) -> None:
+    """IPO pulls margins to a target: sigmoid of them is nobody's probability. The output says so."""
+    recipe = yaml.safe_load((run / "recipe.yaml").read_text())
+    recipe["objective"] = {"kind": "ipo", "beta": 0.1}
+    (run / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    _, rates = evaluated(run)
+    found = rates["held_out"]["calibration"]
+    assert (found["error"], found["bins"]) == (None, [])
+    assert found["left_out"].startswith("ipo does not train margins to be log-odds")
+    assert "No calibration: ipo" in (run / "evaluation" / "winrate.md").read_text()
 
 
 def test_pairs_of_ones_own_leave_trained_prompts_out(run: Path, tmp_path: Path) -> None:

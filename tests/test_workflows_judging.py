@@ -19,6 +19,10 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_studio.config import SourceSection
+from dpo_studio.preferences.labelled import read_labelled
+from dpo_studio.preferences.pair import Message
+from dpo_studio.preferences.sources import read_pairs
 from tests.stub_server import better_says_good, says, stub_server
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import dpo, write_rows
@@ -50,6 +54,15 @@ def write_slice(folder: Path) -> Path:
     file = folder / "panda.json"
     file.write_text(json.dumps(SLICE))
     return file
+
+
+def test_a_judge_reads_the_prompt_that_a_run_would_learn_from(tmp_path: Path) -> None:
+    """The same file as comparisons and as pairs: the input stands on the line after its instruction in both."""
+    section = SourceSection(source=str(write_slice(tmp_path)))
+    judged = {row.pair.row: row.pair.prompt for row in read_labelled(section).comparisons}
+    learned = {pair.row: pair.prompt for pair in read_pairs(section).pairs}
+    assert learned and learned.items() <= judged.items()
+    assert judged[0] == (Message("user", "Summarize.\ntext 0"),)
 
 
 def test_pandalm_by_hand(tmp_path: Path) -> None:

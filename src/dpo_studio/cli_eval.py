@@ -59,17 +59,17 @@ def evaluate(
     from dpo_studio.paths import user_path
     from dpo_studio.reports.progress import Progress
     from dpo_studio.reports.text import printable
-    from dpo_studio.workflows.evaluating import Evaluation, compare_runs, default_judge, evaluate_run
+    from dpo_studio.workflows.evaluating import Evaluation, compare_runs, evaluate_run, judges_of
     from dpo_studio.workflows.judging import judge_from
 
     settings = Evaluation(asked, samples, max_new_tokens, prompts, seed)
     section = SourceSection(source=source) if source else None
     measured: list[tuple[str, dict[str, Any]]] = []
-    for run in runs:
+    for run, named in zip(runs, judges_of(runs, judge, against), strict=True):
         with Progress() as progress:
             rates = evaluate_run(
                 run,
-                partial(judge_from, judge or default_judge(run), llm=llm, say=progress.say),
+                partial(judge_from, named, llm=llm, say=progress.say),
                 against=against,
                 source=section,
                 settings=settings,

@@ -170,7 +170,8 @@ class RunFolder:
         write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        """Write a whole file; a ValueError for a number that JSON has no word for."""
+        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl, timing.jsonl or memory.jsonl."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from dpo_studio.evaluation.winrate import share_ci95
 from dpo_studio.objectives import PairLogps, margin, wins
 
-__all__ = ["accuracy_summary", "finite"]
+__all__ = ["accuracy_summary", "finite", "finite_summary"]
 
 
 def accuracy_summary(
@@ -34,6 +34,19 @@ def accuracy_summary(
         "accuracy_before_per_token": wins(per_token_P).mean().item(),
         "longer_wins": wins((policy.chosen_tokens_P - policy.rejected_tokens_P).float()).mean().item(),
     }
+
+
+def finite_summary(
+    policy: PairLogps, reference: PairLogps, prompt_of: Sequence[Hashable], *, beta: float
+) -> dict[str, Any]:
+    """`accuracy_summary` of the pairs whose log-probs are finite, if any, and how many are `not_finite`."""
+    good = finite(policy) & finite(reference)
+    left_out = {"not_finite": int((~good).sum())}
+    if not good.any():
+        return left_out
+    prompts = [prompt for prompt, fine in zip(prompt_of, good.tolist(), strict=True) if fine]
+    policy, reference = (logps.map(lambda x_P: x_P[good]) for logps in (policy, reference))
+    return left_out | accuracy_summary(policy, reference, prompts, beta=beta)
 
 
 def finite(logps: PairLogps) -> Tensor:

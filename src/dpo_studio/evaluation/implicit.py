@@ -75,12 +75,13 @@ class ImplicitReward:
         return [verdicts[row] for row in range(len(comparisons))]
 
     def _as_generated(self, pair: EncodedPair, comparison: Comparison) -> EncodedPair:
-        """The very tokens that were drawn, where a model wrote both answers: their text could be told in others.
+        """The very tokens that were drawn, where they are this model's own: their text could be told in others.
 
-        Where there is text alone, an answer that never ended goes without the end of turn that the template writes.
+        Ids of another vocabulary are other words, or none at all: then both answers are read as text, as where there is
+        no more than text. An answer that never ended goes without the end of turn that the template writes.
         """
         a, b = comparison.a, comparison.b
-        if a.ids and b.ids:
+        if a.ids and b.ids and a.vocabulary == b.vocabulary == self.encoder.vocabulary_digest:
             prompt = np.array(self.encoder.prompt_ids(comparison.prompt), np.int32)
             return EncodedPair(pair.row, prompt, _drawn(a), _drawn(b))
         return replace(pair, chosen=_as_ended(pair.chosen, a.ended), rejected=_as_ended(pair.rejected, b.ended))

@@ -60,6 +60,8 @@ class Completion:
     """New tokens, the end-of-turn token included."""
     ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
     """The tokens themselves, where a model wrote them: text alone can be told in other tokens."""
+    vocabulary: str = field(default="", compare=False, repr=False)
+    """Which tokens `ids` are (`ChatEncoder.vocabulary_digest`); empty where nobody said so."""
 
     def shown(self) -> dict[str, Any]:
         """As answers.jsonl has it: what a person reads."""

@@ -60,6 +60,7 @@ class SimPO(_Alone):
     """Reward units per nat a token; the paper takes 2 to 2.5, far more than DPO's."""
     gamma: Annotated[float, Field(ge=0, strict=True)] = 0.5
     """The reward margin asked for; a good one is about half of beta. TRL's `simpo_gamma`."""
+    saturates: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None = None) -> Tensor:
         """Loss of each pair, (P,)."""

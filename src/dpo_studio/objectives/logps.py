@@ -68,6 +68,13 @@ class Formula:
     """Whether a pair's loss depends on the step's other pairs."""
     needs_agreement: ClassVar[bool] = False
     """Whether the loss reads `agreement_P`."""
+    saturates: ClassVar[bool] = False
+    """Whether a pair's loss is flat once its reward margin in the metrics is wide, however that came about: from there
+    on it only drifts. Not where the margin is of log-probs a token, is pulled to a target, or counts each answer by
+    itself."""
+    log_odds: ClassVar[bool] = False
+    """Whether beta times the margin is the log-odds that the chosen answer is the preferred one: the loss is the log
+    loss of sigmoid(beta x margin), and least where that is the share of people who prefer it."""
     __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
 
     def scores(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:

@@ -42,6 +42,13 @@ class DPO(Formula):
     label_smoothing: Share = 0.0
     """Share of pairs assumed mislabelled (conservative DPO, Mitchell 2023, Eq. 3 of the note)."""
 
+    log_odds: ClassVar[bool] = True
+
+    @property
+    def saturates(self) -> bool:  # type: ignore[override]
+        """Unless some pairs count the other way round: those cost more the wider the margin."""
+        return self.label_smoothing == 0
+
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, (P,). Equal to ln 2 while policy and reference agree."""
         return smoothed_logistic(self.beta * margin(policy, reference), self.label_smoothing)
@@ -85,6 +92,7 @@ class Hinge(Formula):
     kind: Literal["hinge"] = "hinge"
     beta: Positive = 0.1
     """Reward units per nat: the margin asked for is 1/beta nats."""
+    saturates: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, (P,)."""
@@ -101,6 +109,13 @@ class Robust(Formula):
     """As DPO's."""
     label_smoothing: Share = 0.1
     """Share of pairs known to be mislabelled; at 0 this is DPO."""
+
+    log_odds: ClassVar[bool] = True
+
+    @property
+    def saturates(self) -> bool:  # type: ignore[override]
+        """Where this is DPO; else the loss falls without end."""
+        return self.label_smoothing == 0
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, (P,); below 0 where the margin is large."""
@@ -120,6 +135,7 @@ class EXO(Formula):
     """The paper's beta_pi."""
     label_smoothing: Annotated[float, Field(gt=0, lt=0.5, strict=True)] = 1e-3
     """Probability the label gives to the rejected answer. At 0 the divergence would be infinite."""
+    saturates: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, (P,): KL(q || p) with q = sigmoid(reward margin) and p = 1 - label_smoothing."""
@@ -139,6 +155,7 @@ class DiscoPOP(Formula):
     """As DPO's."""
     tau: Annotated[float, Field(gt=0, le=1, strict=True)] = 0.05
     """Width of the blend, in reward units. Beyond 1 the exponential would grow where the policy is wrong."""
+    saturates: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, (P,)."""
@@ -162,6 +179,16 @@ class FDPO(Formula):
     """How distance from the reference is measured."""
     alpha: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5
     """Of `divergence: alpha`: 0 is the forward KL, 1 the reverse."""
+
+    @property
+    def saturates(self) -> bool:  # type: ignore[override]
+        """Where this is DPO; the rewards of other divergences are not beta times the log-ratio."""
+        return self.divergence == "reverse_kl"
+
+    @property
+    def log_odds(self) -> bool:  # type: ignore[override]
+        """As above."""
+        return self.divergence == "reverse_kl"
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, (P,)."""
@@ -187,6 +214,7 @@ class LDDPO(Formula):
     """As DPO's."""
     alpha: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5
     """Weight of those tokens: 1 is DPO, 0 leaves them out. TRL's `ld_alpha`."""
+    saturates: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, (P,)."""
@@ -214,6 +242,8 @@ class WPO(Formula):
     beta: Positive = 0.1
     """As DPO's."""
     needs_agreement: ClassVar[bool] = True
+    saturates: ClassVar[bool] = True
+    log_odds: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each pair, (P,). The weight is 1 where every token is as likely as a sampled one is on average."""

@@ -93,6 +93,16 @@ class Mixture(Formula):
         """If any term does."""
         return any(term.needs_agreement for term in self.terms)
 
+    @property
+    def saturates(self) -> bool:  # type: ignore[override]
+        """If the first term does, whose the rewards are."""
+        return self.terms[0].saturates
+
+    @property
+    def log_odds(self) -> bool:  # type: ignore[override]
+        """As the first term's."""
+        return self.terms[0].log_odds
+
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         known: Any = reference  # None only where no term reads it

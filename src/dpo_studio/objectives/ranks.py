@@ -31,6 +31,11 @@ class AOT(Formula):
     """Share of pairs assumed mislabelled."""
     whole_step: ClassVar[bool] = True
 
+    @property
+    def saturates(self) -> bool:  # type: ignore[override]
+        """Unless some pairs count the other way round: those cost more the wider the margin."""
+        return self.label_smoothing == 0
+
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each rank, (P,)."""
         policy_P = (policy.chosen_P - policy.rejected_P).sort().values
@@ -51,6 +56,11 @@ class AOTUnpaired(Formula):
     label_smoothing: Share = 0.0
     """Share of pairs assumed mislabelled."""
     whole_step: ClassVar[bool] = True
+
+    @property
+    def saturates(self) -> bool:  # type: ignore[override]
+        """Unless some pairs count the other way round: those cost more the wider the margin."""
+        return self.label_smoothing == 0
 
     def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
         """Loss of each rank, (P,)."""

@@ -21,7 +21,7 @@ from dpo_studio.preferences.mapping import mapped_parser
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.rows import read_rows
 from dpo_studio.preferences.sources import Refusal, read_pairs
-from dpo_studio.preferences.turns import Row, RowError
+from dpo_studio.preferences.turns import Row, RowError, instruction_of
 
 __all__ = ["Label", "Labelled", "LabelledSource", "read_labelled"]
 
@@ -89,10 +89,16 @@ def _from_pairs(section: SourceSection, seed: int) -> LabelledSource:
 
 
 def _with_prompt(row: object) -> object:
-    """PandaLM's instruction and what it is about as one prompt."""
-    if not isinstance(row, dict) or not all(isinstance(row.get(name, ""), str) for name in ("instruction", "input")):
+    """PandaLM's instruction and what it is about as one prompt, as `formats.py` reads them to learn from.
+
+    A row without one is left as it is, and refused when it is read.
+    """
+    if not isinstance(row, dict):
         return row
-    return row | {"prompt": "\n\n".join(filter(None, (row.get("instruction"), row.get("input"))))}
+    try:
+        return row | {"prompt": instruction_of(row)}
+    except RowError:
+        return row
 
 
 def _from_labels(

@@ -36,7 +36,7 @@ EARLY = 0.2
 BEHIND = 0.1
 """How far held-out accuracy may stay behind a saturated one: two standard errors of 0.85 on 50 held-out pairs."""
 EXPLODED = 16.0
-"""Mean reward margin. e^-16 is fp32's rounding of 1: the logistic loss of such a pair is zero to the last bit."""
+"""Mean reward margin. e^-16 is fp32's rounding of 1: the logistic loss of such a pair is flat to the last bit."""
 SPIKE = 10.0
 """A gradient norm so many times its usual size. From pair to pair it varies by 2 or 3."""
 USUAL_STEPS = 16
@@ -126,6 +126,8 @@ class Detector:
     look: Callable[[Curve], str | None]
     """What it sees in the steps so far; None where they do not show it."""
     advice: str
+    if_it_saturates: bool = False
+    """Looked for only where the objective's loss is flat at wide margins (`Formula.saturates`)."""
 
 
 def _both_rewards_fall(curve: Curve) -> str | None:
@@ -180,7 +182,7 @@ def _margins_explode(curve: Curve) -> str | None:
     known = curve.recent("rewards/margins")
     if known is None or known[0] < EXPLODED:
         return None
-    return f"the mean reward margin is {significant(known[0])}, where a pair's logistic loss is zero to fp32's last bit"
+    return f"the mean reward margin is {significant(known[0])}, where a pair's loss is flat to fp32's last bit"
 
 
 def _gradient_spikes(curve: Curve) -> str | None:
@@ -261,6 +263,7 @@ DETECTORS = (
         _margins_explode,
         "such margins are distance from the reference, not quality: stop earlier, lower training.learning_rate, or set "
         "objective.label_smoothing or objective.kind: ipo, which aim at a finite margin",
+        if_it_saturates=True,
     ),
     Detector(
         "gradient_spikes",

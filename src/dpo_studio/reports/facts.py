@@ -10,12 +10,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import TypeAdapter, ValidationError
 
 from dpo_studio.config import parse_yaml
 from dpo_studio.errors import RunError
+from dpo_studio.objectives import DPO, Objective
 
 __all__ = ["RunFacts", "Series", "finite", "interval", "read_run", "share"]
 
+_OBJECTIVE: TypeAdapter[Objective] = TypeAdapter(Objective)
 Row = dict[str, Any]
 Series = tuple[list[float], list[float]]
 """Steps and the values at them, finite ones only."""
@@ -51,6 +54,14 @@ class RunFacts:
     def against_reference(self) -> bool:
         """Whether the evaluation compared the run with its own reference, not with another model."""
         return str(self.win_rates.get("against", "reference")) == "reference"
+
+    @property
+    def saturates(self) -> bool:
+        """What the recipe's objective says of itself; as plain DPO where there is none to read."""
+        try:
+            return _OBJECTIVE.validate_python(self.recipe.get("objective") or {}).saturates
+        except ValidationError:
+            return DPO().saturates
 
     def series(self, key: str) -> Series:
         """The values of one metric over the steps."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dpo_studio.reports.detectors import DETECTORS, RECENT_PAIRS
+from dpo_studio.reports.detectors import RECENT_PAIRS
 from dpo_studio.reports.facts import RunFacts
-from dpo_studio.reports.health import Finding, health_of
+from dpo_studio.reports.health import Finding, detectors_of, health_of
 from dpo_studio.reports.markup import esc, section
 from dpo_studio.reports.text import count
 
@@ -18,7 +18,7 @@ def health_section(facts: RunFacts) -> str:
         return ""
     found = health_of(facts)
     if not found:
-        looked_for = "; ".join(detector.title.lower() for detector in DETECTORS)
+        looked_for = "; ".join(detector.title.lower() for detector in detectors_of(facts.saturates))
         said = f"Nothing of what is looked for was seen: {looked_for}."
         few = f" Below {RECENT_PAIRS} pairs a curve shows too little to say more." if _few_pairs(facts) else ""
         return section("health", "Run health", f'<div class="panel"><p>{esc(said + few)}</p></div>')

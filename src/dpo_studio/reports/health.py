@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from dpo_studio.reports.detectors import DETECTORS, Curve, Row
+from dpo_studio.reports.detectors import DETECTORS, Curve, Detector, Row
 from dpo_studio.reports.facts import RunFacts, finite
 from dpo_studio.reports.text import count
 
-__all__ = ["Finding", "HealthWatch", "health_of", "judge", "lengthening"]
+__all__ = ["Finding", "HealthWatch", "detectors_of", "health_of", "judge", "lengthening"]
 
 LONGER = 1.2
 """Tokens of a sampled answer, tuned over base. Two standard errors are 0.07 on 120 answers as uneven as the demo's."""
@@ -50,8 +50,10 @@ class Finding:
 class HealthWatch:
     """All detectors over a run, line by line: what is new is told once, and what was seen is kept."""
 
-    def __init__(self, total_steps: int) -> None:
+    def __init__(self, total_steps: int, *, saturates: bool = True) -> None:
+        """`saturates`: as the objective says of itself."""
         self._curve = Curve(total_steps)
+        self._detectors = detectors_of(saturates)
         self._findings: dict[str, Finding] = {}
 
     @property
@@ -65,7 +67,7 @@ class HealthWatch:
         if not self._curve.steps:
             return []
         step, new = int(self._curve.step), []
-        for detector in DETECTORS:
+        for detector in self._detectors:
             saw = detector.look(self._curve)
             if saw is None:
                 continue
@@ -77,9 +79,14 @@ class HealthWatch:
         return new
 
 
-def judge(rows: Iterable[Row], total_steps: int) -> list[Finding]:
+def detectors_of(saturates: bool) -> tuple[Detector, ...]:
+    """What is looked for in a run whose objective `saturates`, or does not."""
+    return tuple(detector for detector in DETECTORS if saturates or not detector.if_it_saturates)
+
+
+def judge(rows: Iterable[Row], total_steps: int, *, saturates: bool = True) -> list[Finding]:
     """What the lines of a metrics.jsonl show, in order: the very findings a live run told of."""
-    watch = HealthWatch(total_steps)
+    watch = HealthWatch(total_steps, saturates=saturates)
     for row in rows:
         watch.see(row)
     return watch.findings
@@ -88,7 +95,7 @@ def judge(rows: Iterable[Row], total_steps: int) -> list[Finding]:
 def health_of(facts: RunFacts) -> list[Finding]:
     """Everything the files of a run show: its curve, and the length of its answers where some were sampled."""
     steps = int(facts.number("steps") or max(facts.series("step")[1], default=0.0))
-    return [*judge(facts.metrics, steps), *_lengths_sampled(facts, steps)]
+    return [*judge(facts.metrics, steps, saturates=facts.saturates), *_lengths_sampled(facts, steps)]
 
 
 def _lengths_sampled(facts: RunFacts, steps: int) -> list[Finding]:

@@ -114,7 +114,9 @@ def _work(facts: RunFacts) -> list[Card]:
     if steps:
         cards.append(("Steps", count(steps), "" if pairs is None else f"on {count(pairs)} training pairs"))
     if seconds is not None:
-        cards.append(("Time", duration(seconds), "the whole run"))
+        trained = facts.number("training_seconds")  # over all starts, where `seconds` knows of the last one only
+        steps_took = "" if trained is None else f"; steps of all starts: {duration(trained)}"
+        cards.append(("Time", duration(seconds), f"since the last start{steps_took}"))
     speed = facts.number("pairs_per_second") or _typical(facts, "pairs_per_second")
     if speed is not None:
         tokens = facts.number("tokens_per_second") or _typical(facts, "tokens_per_second")

@@ -24,8 +24,10 @@ MOST_RUNS = len(_LOOKS)
 def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[Path]:
     """Draw the runs' win rates by temperature as `file`.png (3x) and .svg; the same bytes for the same numbers.
 
+    A `.png` or `.svg` that `file` ends in is not written twice; any other end, as of `beta-0.1`, is part of its name.
     One run shows its length-controlled win rate beside the plain one; several show the plain one alone, by name.
     """
+    stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
     with styled():
         figure, axes = blank(height=280, left=56, right=112, top=34, bottom=46)
         axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
@@ -47,7 +49,7 @@ def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[P
         figure.set_facecolor(PALETTE["surface"])
         written = []
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-            path = file.with_suffix(suffix)
+            path = stem.with_name(stem.name + suffix)
             figure.savefig(path, dpi=216, metadata=metadata)
             written.append(path)
     return written
@@ -116,9 +118,14 @@ def winrate_markdown(name: str, rates: Rates) -> str:
             "",
             f"Held-out accuracy {held_out['accuracy']:.3f} ({low:.3f} to {high:.3f}) on {held_out['pairs']} pairs; "
             f"before training {held_out['accuracy_before']:.3f}, the longer answer {held_out['longer_wins']:.3f}. "
-            f"Calibration error {held_out['calibration']['error']:.3f}.",
+            + _calibration(held_out["calibration"]),
         ]
     return "\n".join(lines) + "\n"
+
+
+def _calibration(found: Mapping[str, Any]) -> str:
+    why_not = found.get("left_out")
+    return f"No calibration: {why_not}." if why_not else f"Calibration error {found['error']:.3f}."
 
 
 def _row(row: Mapping[str, Any]) -> list[str]:

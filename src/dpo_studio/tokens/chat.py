@@ -9,9 +9,12 @@ template's), and encoded piece by piece.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
 
@@ -152,6 +155,15 @@ class ChatEncoder:
     def vocabulary(self) -> dict[str, int]:
         """Every token and its id."""
         return dict(self._tokenizer.get_vocab())
+
+    @cached_property
+    def vocabulary_digest(self) -> str:
+        """The same for two tokenizers if and only if every id is the same token to both."""
+        return hashlib.sha256(json.dumps(sorted(self.vocabulary().items())).encode()).hexdigest()
+
+    def token_counts(self, texts: Sequence[str]) -> list[int]:
+        """How many tokens each text is by itself, without a template; a special token it spells counts as text."""
+        return [len(ids) for ids in self._encode(texts, split_special_tokens=True)]
 
     def prompt_ids(self, prompt: Sequence[Message]) -> list[int]:
         """The prompt's turns and the header of the answer to come.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,9 +63,9 @@ class Speaker:
         digest = hashlib.sha256(key.encode()).hexdigest()
         file = self.folder / f"{self.side}-t{temperature:g}-s{sample}-{digest[:12]}.jsonl"
         known = _read(file, len(chats))
-        if known is not None:
-            return known
         encoder = self.loaded.base.encoder
+        if known is not None:
+            return _of(encoder.vocabulary_digest, known)
         title = f"{self.side}, temperature {temperature:g}" + (f", sample {sample}" if sample else "")
         with progress.task(title, None, "tokens") as advance, self.loaded.tuned(self.tuned):
             found = generate(
@@ -79,8 +80,17 @@ class Speaker:
                 sample=sample,
                 progress=advance,
             )
-        write_atomically(file, "".join(json.dumps(vars(answer)) + "\n" for answer in found))
-        return found
+        write_atomically(file, "".join(json.dumps(_line(answer)) + "\n" for answer in found))
+        return _of(encoder.vocabulary_digest, found)
+
+
+def _of(vocabulary: str, answers: Sequence[Completion]) -> list[Completion]:
+    return [replace(answer, vocabulary=vocabulary) for answer in answers]
+
+
+def _line(answer: Completion) -> dict[str, Any]:
+    """What a file holds of an answer: its prompts' ids are in the file's name, so the vocabulary need not be."""
+    return answer.shown() | {"ids": answer.ids}
 
 
 def _read(file: Path, count: int) -> list[Completion] | None:

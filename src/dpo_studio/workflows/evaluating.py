@@ -23,7 +23,7 @@ from dpo_studio.evaluation.diversity import distinct_n, repetition
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, summary
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
-from dpo_studio.objectives import margin
+from dpo_studio.objectives import Objective, margin
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
@@ -32,6 +32,7 @@ from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.side_by_side import render_comparisons
 from dpo_studio.reports.winrates import MOST_RUNS, save_winrate_figure, winrate_markdown
 from dpo_studio.runs import RunFolder, is_run, write_atomically
+from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
 from dpo_studio.workflows.judging import JUDGES
@@ -39,7 +40,7 @@ from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
 
-__all__ = ["REFERENCE", "Evaluation", "compare_runs", "default_judge", "evaluate_run"]
+__all__ = ["REFERENCE", "Evaluation", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
 
 REFERENCE = "reference"
 """What a run is compared with unless another model is named: its own base, the adapter off."""
@@ -108,16 +109,17 @@ def evaluate_run(
         loaded = load_any(run, with_reference=against == REFERENCE, say=shown.say)
         judge = judge_for(loaded=loaded)  # what is wrong with it is told before anything long begins
         if against != REFERENCE:
-            find_any(against, shown.say)
+            find_any(against, say=shown.say)
         _make(folder.evaluation / "completions")
         chats = list({prompt_key(pair.prompt): pair.prompt for pair in pairs}.values())[: asked.prompts]
-        held_out = _held_out(loaded, pairs, shown)
+        held_out = _held_out(loaded, recipe.objective, pairs, shown)
         policy = Speaker(loaded, folder.evaluation / "completions", "policy", tuned=True)
         after = _ask(policy, chats, asked, shown)
         kl = _kl(policy, chats, after, shown)
         before = _other_side(folder, loaded, against, chats, asked, shown)
         places = [(t, s, i) for t, s in asked.rounds() for i in range(len(chats))]
         comparisons = [Comparison(chats[i], before[t, s][i], after[t, s][i]) for t, s, i in places]
+        longer_by = _longer_by(comparisons, loaded.base.encoder)
         with shown.task(f"judging: {judge.name}", len(comparisons), "comparisons") as advance:
             verdicts = judge.judge_all(comparisons, advance)
         rates = {
@@ -130,7 +132,7 @@ def evaluate_run(
             **{key: value for key, value in asdict(asked).items() if key not in ("temperatures", "prompts")},
             "held_out": held_out,
             "temperatures": [
-                _at_temperature(t, places, comparisons, verdicts, kl if t == 1 else None, asked.seed)
+                _at_temperature(t, places, comparisons, verdicts, longer_by, kl if t == 1 else None, asked.seed)
                 for t in sorted(asked.temperatures)
             ],
         }
@@ -172,14 +174,28 @@ def _recipe(run: str) -> Recipe:
     return recipe
 
 
-def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:
-    """One figure of several runs, as `figure`.png and .svg; the first of them is returned.
+def judges_of(runs: Sequence[str], judge: str | None, against: str = REFERENCE) -> list[str]:
+    """The name of each run's judge: `judge` or its own default; all runs are to be compared with `against`.
+
+    Each run takes its hours, so what may be wrong with the last one is looked for before the first begins.
 
     Raises:
-        UsageError: more runs than can be told apart.
+        UsageError: more runs than a figure can tell apart, one that is there twice, or one without a default judge.
+        RunError: one that is no run, or cannot be loaded.
     """
-    if len(measured) > MOST_RUNS:
-        raise UsageError(f"{len(measured)} runs in one figure: nobody tells more than {MOST_RUNS} apart")
+    if len(runs) > MOST_RUNS:
+        raise UsageError(f"{len(runs)} runs in one figure: nobody tells more than {MOST_RUNS} apart")
+    folders = [user_path(run).resolve() for run in runs]
+    for place, run in enumerate(runs):
+        _recipe(run)
+        find_any(run, with_reference=against == REFERENCE)
+        if folders[place] in folders[:place]:
+            raise UsageError(f"{run} is there twice")
+    return [judge or default_judge(run) for run in runs]
+
+
+def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:
+    """One figure of several runs, of which `judges_of` knows; its .png, beside which there is an .svg."""
     return save_winrate_figure([(user_path(run).resolve().name, rates) for run, rates in measured], figure)[0]
 
 
@@ -218,8 +234,8 @@ def _other_side(
     return _ask(Speaker(other, completions, "against", tuned=True), chats, asked, progress)
 
 
-def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
-    """Accuracy and margin on the labelled pairs, and whether the margins mean what they say."""
+def _held_out(loaded: Loaded, objective: Objective, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
+    """Accuracy and margin on the labelled pairs, and whether the margins mean what they say, if they say anything."""
     if loaded.other_reference is not None:
         progress.warn(f"no margins and no KL: the run's reference, {loaded.other_reference}, is not loaded beside it")
         return {}
@@ -238,7 +254,10 @@ def _held_out(loaded: Loaded, pairs: Sequence[Pair], progress: Progress) -> dict
     beta = loaded.beta if loaded.beta is not None else 0.1
     margins = (beta * margin(policy, reference)).tolist()
     summed = accuracy_summary(policy, reference, prompts, beta=beta)
-    return {"pairs": len(prompts), "beta": beta} | summed | {"calibration": calibration(margins)}
+    found = calibration(margins if objective.log_odds else [])
+    if not objective.log_odds:
+        found["left_out"] = f"{objective.kind} does not train margins to be log-odds, so they claim no probability"
+    return {"pairs": len(prompts), "beta": beta} | summed | {"calibration": found}
 
 
 def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Progress) -> list[float] | None:
@@ -262,11 +281,26 @@ def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Prog
     return ratios
 
 
+def _longer_by(comparisons: Sequence[Comparison], encoder: ChatEncoder) -> list[int]:
+    """By how many tokens the policy's answer is the longer one.
+
+    As drawn where both sides have one vocabulary. Counts of two tokenizers are two units, so with another one on the
+    other side both texts are counted by the policy's `encoder`, with one more for an end of turn.
+    """
+    if all(one.a.vocabulary == one.b.vocabulary for one in comparisons):
+        return [one.b.tokens - one.a.tokens for one in comparisons]
+    others, own = (encoder.token_counts([getattr(one, side).text for one in comparisons]) for side in ("a", "b"))
+    return [
+        after + one.b.ended - before - one.a.ended for one, before, after in zip(comparisons, others, own, strict=True)
+    ]
+
+
 def _at_temperature(
     temperature: float,
     places: Sequence[tuple[float, int, int]],
     comparisons: Sequence[Comparison],
     verdicts: Sequence[Verdict],
+    longer_by: Sequence[int],
     kl: list[float] | None,
     seed: int,
 ) -> dict[str, Any]:
@@ -277,8 +311,7 @@ def _at_temperature(
     before, after = ([getattr(comparisons[place], side) for place in here] for side in ("a", "b"))
     rate = win_rate(outcomes, prompt_of, seed=seed)
     points = [{"win": 1.0, "tie": 0.5, "loss": 0.0}[outcome] for outcome in outcomes]
-    longer_by = [b.tokens - a.tokens for a, b in zip(before, after, strict=True)]
-    controlled, controlled_ends = length_controlled(points, longer_by, prompt_of, seed=seed)
+    controlled, controlled_ends = length_controlled(points, [longer_by[place] for place in here], prompt_of, seed=seed)
     return {
         "temperature": temperature,
         "win_rate": rate.win_rate,

@@ -11,7 +11,7 @@ from typing import Any
 from peft import LoraConfig
 from torch import nn
 
-from dpo_studio.config import ModelSection
+from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.errors import RunError, UsageError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
@@ -83,14 +83,17 @@ def load_any(
     return Loaded(base, base.model, None, None)
 
 
-def find_any(name: str, say: Callable[[str], None] = lambda _: None) -> None:
+def find_any(name: str, *, with_reference: bool = False, say: Callable[[str], None] = lambda _: None) -> None:
     """See that there is something behind a name which is loaded later; a model of the Hub is fetched.
 
     Raises:
-        ModelError: nothing is.
+        ModelError, RunError: nothing is; or `with_reference`, a run whose reference is another model.
     """
     folder = _folder(name)
-    if not is_run(folder) and not (folder / "adapter_config.json").is_file():
+    if is_run(folder):
+        run = RunFolder(folder)
+        _adapter_of(run, _recipe_of(run), with_reference, lambda _: None)  # said when it is loaded
+    elif not (folder / "adapter_config.json").is_file():
         locate(name, say=say)
 
 
@@ -101,8 +104,29 @@ def _folder(name: str) -> Path:
 
 
 def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]) -> Loaded:
+    recipe = _recipe_of(run)
+    adapter = _adapter_of(run, recipe, with_reference, say)
+    base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
+    policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
+    other = recipe.reference.model
+    reference = recipe.reference.adapter or recipe.model.adapter
+    if other is None and reference is not None:
+        policy = attach_existing(policy, Path(reference), trainable=False, name=REFERENCE)
+    return Loaded(base, policy, recipe.objective.beta, adapter, other)
+
+
+def _recipe_of(run: RunFolder) -> Recipe:
     recipe = run.recipe()
     assert recipe is not None
+    return recipe
+
+
+def _adapter_of(run: RunFolder, recipe: Recipe, with_reference: bool, say: Callable[[str], None]) -> Path:
+    """The final adapter, else the newest checkpoint's.
+
+    Raises:
+        RunError: there is neither; or `with_reference`, the run's reference is another model.
+    """
     adapter = run.adapter if run.result_file.is_file() else None  # an adapter of a run made longer is not its final one
     if adapter is None:
         checkpoint = newest_checkpoint(run.checkpoints, say)
@@ -110,15 +134,9 @@ def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say
             raise RunError(f"{run.path} has no adapter and no checkpoint yet", hint="`dpo train` continues it")
         say(f"{run.path} is unfinished: using {checkpoint.name}")
         adapter = checkpoint / "adapter"
-    other = recipe.reference.model
-    if other is not None and with_reference:
-        raise _not_loaded(other, adapter)
-    base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
-    policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
-    reference = recipe.reference.adapter or recipe.model.adapter
-    if other is None and reference is not None:
-        policy = attach_existing(policy, Path(reference), trainable=False, name=REFERENCE)
-    return Loaded(base, policy, recipe.objective.beta, adapter, other)
+    if with_reference and recipe.reference.model is not None:
+        raise _not_loaded(recipe.reference.model, adapter)
+    return adapter
 
 
 def _not_loaded(reference: str, adapter: Path | None) -> RunError:

@@ -11,7 +11,7 @@ import torch
 
 from dpo_studio.config import SourceSection, TooLong
 from dpo_studio.errors import DataError, UsageError
-from dpo_studio.evaluation.accuracy import accuracy_summary, finite
+from dpo_studio.evaluation.accuracy import finite_summary
 from dpo_studio.learning.logprobs import check_packing
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import batched_logps
@@ -61,20 +61,13 @@ def score_pairs(
     for line in sorted(lines, key=lambda line: line["index"]):
         out.write(json.dumps(line) + "\n")
     keys = {pair.row: prompt_key(pair.prompt) for pair in pairs.pairs}
-    good = finite(policy) & finite(reference)
     summary: dict[str, Any] = {
         "pairs": len(encoded.pairs),
         "refused": len(lines) - len(encoded.pairs),
-        "not_finite": int((~good).sum()),
         "beta": used_beta,
         "dtype": str(loaded.base.model.dtype).removeprefix("torch."),
     }
-    if good.any():
-        prompts = [keys[pair.row] for pair, fine in zip(encoded.pairs, good.tolist(), strict=True) if fine]
-        summary |= accuracy_summary(
-            policy.map(lambda x_P: x_P[good]), reference.map(lambda x_P: x_P[good]), prompts, beta=used_beta
-        )
-    return summary
+    return summary | finite_summary(policy, reference, [keys[pair.row] for pair in encoded.pairs], beta=used_beta)
 
 
 def side_logps(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import resource
 import sqlite3
 import time
@@ -19,7 +20,7 @@ from peft import PeftModel
 
 from dpo_studio.config import LoadedRecipe, Recipe, cache_folder, load_recipe
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
-from dpo_studio.evaluation.accuracy import accuracy_summary
+from dpo_studio.evaluation.accuracy import finite_summary
 from dpo_studio.learning.checkpoints import restore
 from dpo_studio.learning.logprobs import check_packing, pair_logps
 from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_gradient, unless_out_of_memory
@@ -199,7 +200,7 @@ class _Session:
         self._warn_if_the_reference_never_moves(steps.total)
         self._resume_or_begin(state, steps, live, at_once)
         self._track()
-        self.health = HealthWatch(steps.total)
+        self.health = HealthWatch(steps.total, saturates=self.recipe.objective.saturates)
         for line in self.run.lines("metrics.jsonl"):  # whatever these show was told of before the run was stopped
             self.health.see(line)
         room = self._room(steps)
@@ -243,8 +244,9 @@ class _Session:
         if self.held_out_logps is not None and self.held_out_reference is not None:
             beta = self.recipe.objective.beta
             prompts = self.data.held_out_prompts
-            result |= accuracy_summary(self.held_out_logps, self.held_out_reference, prompts, beta=beta)
-            result["held_out_loss"] = self.last_evaluation["eval_loss"]
+            result |= finite_summary(self.held_out_logps, self.held_out_reference, prompts, beta=beta)
+            loss = self.last_evaluation["eval_loss"]  # a mean over all pairs: one that is not finite makes it none
+            result["held_out_loss"] = loss if math.isfinite(loss) else None
         return result
 
     def _references(self, budget: int) -> tuple[Reference | None, Callable[..., PairLogps] | None]:
