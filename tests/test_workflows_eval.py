@@ -247,7 +247,7 @@ def test_what_is_wrong_with_the_last_run_is_told_before_the_first_is_evaluated(
         (1, "no-such is not a run folder", (run, tmp_path / "no-such", *QUICK)),
         (2, "is there twice", (run, more[0], run.parent / "two" / ".." / "run", *QUICK)),
         (1, "empty has no adapter and no checkpoint yet", (run, empty, *QUICK)),
-        (1, "other has another model as its reference", (run, other, *QUICK)),
+        (1, "the run's reference is another model (/other)", (run, other, *QUICK)),
         (2, "run: name a judge of its answers with --judge", (everyday, run)),
     )
     for code, message, given in cases:
