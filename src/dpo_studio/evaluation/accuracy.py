@@ -6,12 +6,11 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from dpo_studio.evaluation.winrate import share_ci95
 from dpo_studio.objectives import PairLogps, margin, wins
 
-__all__ = ["accuracy_summary", "finite", "finite_summary"]
+__all__ = ["accuracy_summary", "finite_pairs", "finite_summary"]
 
 
 def accuracy_summary(
@@ -40,15 +39,13 @@ def finite_summary(
     policy: PairLogps, reference: PairLogps, prompt_of: Sequence[Hashable], *, beta: float
 ) -> dict[str, Any]:
     """`accuracy_summary` of the pairs whose log-probs are finite, if any, and how many are `not_finite`."""
-    good = finite(policy) & finite(reference)
-    left_out = {"not_finite": int((~good).sum())}
-    if not good.any():
-        return left_out
+    prompts, (policy, reference) = finite_pairs(prompt_of, policy, reference)
+    left_out = {"not_finite": len(prompt_of) - len(prompts)}
+    return left_out | accuracy_summary(policy, reference, prompts, beta=beta) if prompts else left_out
+
+
+def finite_pairs(prompt_of: Sequence[Hashable], *sides: PairLogps) -> tuple[list[Hashable], list[PairLogps]]:
+    """Prompts and log-probs of the pairs whose log-probs are finite on all sides."""
+    good = torch.stack([x_P.isfinite() for logps in sides for x_P in (logps.chosen_P, logps.rejected_P)]).all(dim=0)
     prompts = [prompt for prompt, fine in zip(prompt_of, good.tolist(), strict=True) if fine]
-    policy, reference = (logps.map(lambda x_P: x_P[good]) for logps in (policy, reference))
-    return left_out | accuracy_summary(policy, reference, prompts, beta=beta)
-
-
-def finite(logps: PairLogps) -> Tensor:
-    """Which pairs have finite log-probs throughout, (P,) bool."""
-    return torch.isfinite(logps.chosen_P) & torch.isfinite(logps.rejected_P)
+    return prompts, [logps.map(lambda x_P: x_P[good]) for logps in sides]

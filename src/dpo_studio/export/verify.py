@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from dpo_studio.evaluation.accuracy import finite
+from dpo_studio.evaluation.accuracy import finite_pairs
 from dpo_studio.evaluation.winrate import share_ci95
 from dpo_studio.objectives import PairLogps, margin, wins
 
@@ -101,10 +101,8 @@ def compare(
     before: PairLogps, after: PairLogps, reference: PairLogps, prompt_of: Sequence[Hashable], *, beta: float
 ) -> Comparison:
     """The export (`after`) against the run's policy (`before`), rewards of both against the run's reference."""
-    good_P = finite(before) & finite(after) & finite(reference)
-    lost = int((~good_P).sum())
-    before, after, reference = (logps.map(lambda x_P: x_P[good_P]) for logps in (before, after, reference))
-    prompts = [prompt for prompt, fine in zip(prompt_of, good_P.tolist(), strict=True) if fine]
+    prompts, (before, after, reference) = finite_pairs(prompt_of, before, after, reference)
+    lost = len(prompt_of) - len(prompts)
     if not prompts:
         nothing = (0.0, 0.0)
         return Comparison(0, lost, 0, 0, 0, 0, 0, nothing, 0, nothing, 0, nothing, 0, nothing, 0, nothing, 0)

@@ -17,7 +17,7 @@ import numpy as np
 
 from dpo_studio.config import Recipe, SourceSection
 from dpo_studio.errors import DataError, RunError, UsageError
-from dpo_studio.evaluation.accuracy import accuracy_summary, finite
+from dpo_studio.evaluation.accuracy import accuracy_summary, finite_pairs
 from dpo_studio.evaluation.calibration import calibration
 from dpo_studio.evaluation.diversity import distinct_n, repetition
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, summary
@@ -245,12 +245,10 @@ def _held_out(loaded: Loaded, objective: Objective, pairs: Sequence[Pair], progr
     policy, reference = (
         side_logps(loaded, encoded, "held-out pairs", progress, tuned=tuned) for tuned in (True, False)
     )
-    good = finite(policy) & finite(reference)
-    if not good.any():
-        return {}
-    policy, reference = (logps.map(lambda x_P: x_P[good]) for logps in (policy, reference))
     keys = {pair.row: prompt_key(pair.prompt) for pair in pairs}
-    prompts = [keys[pair.row] for pair, fine in zip(encoded, good.tolist(), strict=True) if fine]
+    prompts, (policy, reference) = finite_pairs([keys[pair.row] for pair in encoded], policy, reference)
+    if not prompts:
+        return {}
     beta = loaded.beta if loaded.beta is not None else 0.1
     margins = (beta * margin(policy, reference)).tolist()
     summed = accuracy_summary(policy, reference, prompts, beta=beta)

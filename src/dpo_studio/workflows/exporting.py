@@ -28,7 +28,6 @@ from dpo_studio.export.requantise import (
 )
 from dpo_studio.export.verify import BARS, Comparison
 from dpo_studio.export.whole import Making, check_new, making
-from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import load_chat_model, locate
@@ -40,6 +39,7 @@ from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.cards import adapter_card, tuned_card
 from dpo_studio.workflows.comparing import RunModel, ask_the_run, look_again, stop_rate
 from dpo_studio.workflows.demo import SHOWCASE
+from dpo_studio.workflows.loading import adapter_of
 from dpo_studio.workflows.quantizing import free_memory
 
 __all__ = ["Form", "Quantising", "export_run"]
@@ -75,27 +75,12 @@ def export_run(
     if to == "gptq":
         check_gptqmodel()
     with progress or Progress() as shown:
-        adapter = _adapter_of(folder, shown)
+        adapter = adapter_of(folder, shown.say)
         if to == "adapter":
             return _export_adapter(folder, recipe, adapter, out)
         if dtype is not None:
             recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
         return _Export(folder, recipe, adapter, out, to, settings or Quantising(), rows, force, shown).make()
-
-
-def _adapter_of(run: RunFolder, progress: Progress) -> Path:
-    """The run's final adapter, else its newest checkpoint's.
-
-    Raises:
-        RunError: it has none yet.
-    """
-    if run.result_file.is_file():
-        return run.adapter
-    checkpoint = newest_checkpoint(run.checkpoints, progress.say)
-    if checkpoint is None:
-        raise RunError(f"{run.path} has no adapter and no checkpoint yet", hint="`dpo train` continues it")
-    progress.say(f"{run.path} is unfinished: using {checkpoint.name}")
-    return checkpoint / "adapter"
 
 
 def _typed_base(run: RunFolder, recipe: Recipe) -> str:

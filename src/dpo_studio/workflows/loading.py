@@ -20,7 +20,7 @@ from dpo_studio.models.scan import base_named_by
 from dpo_studio.paths import user_path
 from dpo_studio.runs import RunFolder, is_run
 
-__all__ = ["Loaded", "find_any", "load_any"]
+__all__ = ["Loaded", "adapter_of", "find_any", "load_any"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,8 +91,7 @@ def find_any(name: str, *, with_reference: bool = False, say: Callable[[str], No
     """
     folder = _folder(name)
     if is_run(folder):
-        run = RunFolder(folder)
-        _adapter_of(run, _recipe_of(run), with_reference, lambda _: None)  # said when it is loaded
+        _look_at(RunFolder(folder), with_reference, lambda _: None)  # said when it is loaded
     elif not (folder / "adapter_config.json").is_file():
         locate(name, say=say)
 
@@ -104,8 +103,7 @@ def _folder(name: str) -> Path:
 
 
 def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]) -> Loaded:
-    recipe = _recipe_of(run)
-    adapter = _adapter_of(run, recipe, with_reference, say)
+    recipe, adapter = _look_at(run, with_reference, say)
     base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
     policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
     other = recipe.reference.model
@@ -115,28 +113,33 @@ def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say
     return Loaded(base, policy, recipe.objective.beta, adapter, other)
 
 
-def _recipe_of(run: RunFolder) -> Recipe:
-    recipe = run.recipe()
-    assert recipe is not None
-    return recipe
-
-
-def _adapter_of(run: RunFolder, recipe: Recipe, with_reference: bool, say: Callable[[str], None]) -> Path:
-    """The final adapter, else the newest checkpoint's.
+def _look_at(run: RunFolder, with_reference: bool, say: Callable[[str], None]) -> tuple[Recipe, Path]:
+    """(its recipe, its adapter).
 
     Raises:
-        RunError: there is neither; or `with_reference`, the run's reference is another model.
+        RunError: it has no adapter yet; or `with_reference`, its reference is another model.
     """
-    adapter = run.adapter if run.result_file.is_file() else None  # an adapter of a run made longer is not its final one
-    if adapter is None:
-        checkpoint = newest_checkpoint(run.checkpoints, say)
-        if checkpoint is None:
-            raise RunError(f"{run.path} has no adapter and no checkpoint yet", hint="`dpo train` continues it")
-        say(f"{run.path} is unfinished: using {checkpoint.name}")
-        adapter = checkpoint / "adapter"
+    recipe = run.recipe()
+    assert recipe is not None
+    adapter = adapter_of(run, say)
     if with_reference and recipe.reference.model is not None:
         raise _not_loaded(recipe.reference.model, adapter)
-    return adapter
+    return recipe, adapter
+
+
+def adapter_of(run: RunFolder, say: Callable[[str], None]) -> Path:
+    """The run's final adapter, else its newest checkpoint's.
+
+    Raises:
+        RunError: there is neither.
+    """
+    if run.result_file.is_file():  # without it, an adapter that is there is not the final one: the run was made longer
+        return run.adapter
+    checkpoint = newest_checkpoint(run.checkpoints, say)
+    if checkpoint is None:
+        raise RunError(f"{run.path} has no adapter and no checkpoint yet", hint="`dpo train` continues it")
+    say(f"{run.path} is unfinished: using {checkpoint.name}")
+    return checkpoint / "adapter"
 
 
 def _not_loaded(reference: str, adapter: Path | None) -> RunError:
