@@ -16,6 +16,8 @@ class Message:
 
     role: str
     content: str
+    learned: bool = True
+    """False for an assistant's turn of weight 0: context, whose tokens are never scored."""
 
 
 @dataclass(frozen=True, slots=True)
