@@ -421,6 +421,8 @@ def test_a_reader_that_stops_reading_is_no_error_message(tiny_base: Path, tmp_pa
         process.stdout.readline()
         process.stdout.close()
         err = process.stderr.read()
+        assert process.wait(timeout=60) == 141, err
+    assert "error: " not in err
     assert "Traceback" not in err and "Exception ignored" not in err and "BrokenPipe" not in err
     assert "policy 400/400" in err
 
@@ -447,7 +449,7 @@ def test_numbers_that_are_not_finite_stop_the_run_with_3(tiny_base: Path, tmp_pa
     refused(said, "is not finite", "learning_rate", code=3)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_the_step_and_leaves_a_checkpoint(
     number: signal.Signals, code: int, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -515,6 +517,41 @@ def test_a_real_interrupt_in_a_real_process_leaves_a_run_that_continues(tiny_bas
     step = int(checkpoint.name.removeprefix("step-"))
     said = dpo("train", recipe, "--set", f"training.max_steps={step}")
     refused(said, f"100000 there, {step} asked for")
+
+
+def test_a_reader_that_goes_away_ends_a_training_with_a_checkpoint(tiny_base: Path, tmp_path: Path) -> None:
+    """`dpo train R 2>&1 | head`: 141 is what a shell shows for a process that SIGPIPE has ended."""
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base, training={"max_steps": 100_000, "save_every": 100_000})
+    with subprocess.Popen([COMMAND, "train", recipe], stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        assert process.stdout is not None
+        while b"train " not in process.stdout.readline():
+            assert process.poll() is None
+        process.stdout.close()
+        assert process.wait(timeout=60) == 141
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    step = int(checkpoint.name.removeprefix("step-"))
+    assert dpo("train", recipe, "--set", f"training.max_steps={step}").code == 1  # it stands where it stopped
+
+
+@pytest.mark.parametrize("ignored", [False, True], ids=["terminal", "nohup"])
+def test_a_terminal_that_goes_away(ignored: bool, tiny_base: Path, tmp_path: Path) -> None:
+    """SIGHUP leaves a checkpoint and 129; under nohup, where it was ignored from the start, the run goes on."""
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base, training={"max_steps": 100_000, "save_every": 100_000})
+    started = [*(["nohup"] if ignored else []), str(COMMAND), "train", str(recipe)]
+    with subprocess.Popen(started, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        metrics = tmp_path / "run" / "metrics.jsonl"
+        while process.poll() is None and not (metrics.exists() and len(metrics.read_text().splitlines()) > 3):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGHUP)
+        if ignored:
+            before = len(metrics.read_text().splitlines())
+            while process.poll() is None and len(metrics.read_text().splitlines()) < before + 3:
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == (143 if ignored else 129), err
+    assert f"stopped by {'SIGTERM' if ignored else 'SIGHUP'} after step" in err
+    assert list((tmp_path / "run" / "checkpoints").iterdir())
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="torch's segments grow on Linux alone")

@@ -1,7 +1,7 @@
 """The command line. It routes and prints; what a verb does is in `workflows`, imported when the verb is used.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused with a reason, 2 wrong usage, 3 a run
-stopped itself, 130 interrupted (143 after SIGTERM).
+stopped itself, 130 interrupted, 143 after SIGTERM, 129 after SIGHUP, 141 when nobody reads our output any more.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Any, Optional, TextIO
 
 import typer
 
@@ -30,6 +30,8 @@ app.add_typer(cli_data.app)
 app.add_typer(cli_judge.app)
 
 INTERRUPTED = 128 + signal.SIGINT
+UNREAD = 128 + signal.SIGPIPE
+"""A reader of our output went away."""
 _LESS_MEMORY = (
     "end what else is on the GPU (`nvidia-smi` shows it), ask for shorter pairs or answers, "
     "or choose a smaller or a GPTQ base"
@@ -277,7 +279,9 @@ def main() -> None:
 
     set_environment()
     _prepare_streams()
-    signal.signal(signal.SIGTERM, _terminated)
+    signal.signal(signal.SIGTERM, _ended)
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
+        signal.signal(signal.SIGHUP, _ended)
     try:
         outcome = app(prog_name="dpo", standalone_mode=False)
         if outcome == INTERRUPTED:  # typer hides a KeyboardInterrupt in what it returns
@@ -287,9 +291,13 @@ def main() -> None:
         _die(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
         _die("interrupted", INTERRUPTED)
+    except SystemExit as leaving:
+        if isinstance(leaving.__context__, BrokenPipeError):  # typer's own answer to it is 1
+            sys.exit(UNREAD)
+        raise
     except BrokenPipeError:  # `dpo score ... | head`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+        _nobody_reads(sys.stdout)
+        sys.exit(UNREAD)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         hint = "\n  hint: free some space and run the same command" if error.errno == errno.ENOSPC else ""
@@ -327,9 +335,22 @@ def _prepare_streams() -> None:
             stream.reconfigure(errors="backslashreplace")
 
 
-def _terminated(number: int, frame: object) -> None:
-    print("error: terminated", file=sys.stderr)
+def _ended(number: int, frame: object) -> None:
+    _tell("error: terminated" if number == signal.SIGTERM else "error: the terminal has gone (SIGHUP)")
     sys.exit(128 + number)
+
+
+def _tell(line: str) -> None:
+    """A last line on stderr, if anybody still reads there."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        _nobody_reads(sys.stderr)
+
+
+def _nobody_reads(stream: TextIO) -> None:
+    """What is left in the stream's buffer goes nowhere, or Python would fail once more as it ends."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _wrong_usage(error: Any) -> None:
@@ -342,15 +363,19 @@ def _wrong_usage(error: Any) -> None:
 
 
 def _die(message: str, code: int) -> None:
-    for number in (signal.SIGINT, signal.SIGTERM):  # it is ending already: another Ctrl-C is no news, and no traceback
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+        signal.SIGHUP,
+    ):  # it is ending already: another Ctrl-C is no news, and no traceback
         signal.signal(number, lambda *_: os._exit(code))
     from dpo_studio.reports.text import printable
 
     try:
         sys.stdout.flush()  # what is data goes first
     except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    print(f"error: {printable(message)}", file=sys.stderr)
+        _nobody_reads(sys.stdout)
+    _tell(f"error: {printable(message)}")
     sys.exit(code)
 
 

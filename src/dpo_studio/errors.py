@@ -8,7 +8,7 @@ DPOStudioError            refused with a reason            exit 1
 ├── JudgeError            a judge cannot be asked, or stopped answering
 ├── UsageError            the command itself is wrong      exit 2
 ├── NonFiniteError        a run stopped itself             exit 3
-└── Interrupted           stopped by a signal              exit 130 (SIGINT), 143 (SIGTERM)
+└── Interrupted           stopped by a signal              exit 130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP), 141 (SIGPIPE)
 """
 
 from __future__ import annotations

@@ -32,6 +32,8 @@ class Progress:
         self._given = console
         self._bars: Bars | None = None
         self._tasks = 0
+        self.unread = False
+        """Whoever read what is said has gone (`2>&1 | head`): nothing more is written, and a training stops."""
 
     def __enter__(self) -> Self:
         return self
@@ -71,8 +73,18 @@ class Progress:
             from rich.console import Console
 
             seen = sys.stderr is not None and sys.stderr.isatty()  # FORCE_COLOR in a CI log does not make it a terminal
-            self._given = Console(stderr=True, force_interactive=None if seen else False)
+            self._given = self._telling_us(Console)(stderr=True, force_interactive=None if seen else False)
         return self._given
+
+    def _telling_us(self, kind: type[Console]) -> type[Console]:
+        """rich's own answer to a reader that has gone is to leave at once, whatever is being computed."""
+
+        class Telling(kind):  # type: ignore[misc, valid-type]
+            def on_broken_pipe(console) -> None:  # noqa: N805 - self is the progress
+                console.quiet = True
+                self.unread = True
+
+        return Telling
 
     def _live(self) -> bool:
         return self._console().is_interactive

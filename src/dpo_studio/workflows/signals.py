@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM, as a training hears them: at a step's end."""
+"""SIGINT, SIGTERM, SIGHUP and a reader that went away, as a training hears them: at a step's end."""
 
 from __future__ import annotations
 
@@ -17,24 +17,36 @@ __all__ = ["Asked", "interrupted", "stopping_signals"]
 
 @dataclass
 class Asked:
-    """Which signal asked the run to stop, if one did."""
+    """What asked the run to stop, if anything did."""
 
-    signal: int = 0
+    progress: Progress
+    received: int = 0
+
+    @property
+    def signal(self) -> int:
+        """The signal received; SIGPIPE where nobody reads the progress any more (`dpo train R 2>&1 | head`); else 0."""
+        return self.received or (signal.SIGPIPE if self.progress.unread else 0)
 
 
 @contextmanager
 def stopping_signals(progress: Progress) -> Iterator[Asked]:
-    """SIGINT and SIGTERM wait for the step's end and its checkpoint; a second one does not."""
-    asked = Asked()
+    """SIGINT, SIGTERM and SIGHUP wait for the step's end and its checkpoint; a second one does not.
+
+    A SIGHUP that was ignored when we started (nohup) stays ignored.
+    """
+    asked = Asked(progress)
 
     def handle(number: int, frame: FrameType | None) -> None:
-        if asked.signal:
+        if asked.received:
             raise KeyboardInterrupt if number == signal.SIGINT else SystemExit(128 + number)
-        asked.signal = number
+        asked.received = number
         progress.say("stopping after this step, with a checkpoint; a second signal stops at once")
 
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        numbers.append(signal.SIGHUP)
     try:
-        before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        before = {number: signal.signal(number, handle) for number in numbers}
     except ValueError:  # not the main thread: whoever started it keeps the signals
         yield asked
         return
