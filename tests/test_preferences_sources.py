@@ -273,7 +273,10 @@ REFUSED: dict[str, list[Any]] = {
     "chosen has a message of unknown role 'gpt'": [GOOD | {"chosen": [turn("gpt", "a")]}],
     "chosen has a message whose content is not text": [
         GOOD | {"chosen": [turn("assistant", content)]}
-        for content in (3, IMAGE, [{"type": "text"}], ["a"], {"type": "image"}, [{"type": "text", "text": 1}])
+        for content in (3, [{"type": "text"}], ["a"], [{"type": "text", "text": 1}])
+    ],
+    "chosen has a message whose content is not text (image)": [
+        GOOD | {"chosen": [turn("assistant", content)]} for content in (IMAGE, {"type": "image"})
     ],
     "chosen has a message with tool calls, which are not supported": [
         GOOD | {"chosen": [{"role": "assistant", "content": "", "tool_calls": [{"name": "f"}]}, BOT]}

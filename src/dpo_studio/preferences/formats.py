@@ -31,6 +31,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from dpo_studio.preferences.arena import arena, arena_55k
+from dpo_studio.preferences.contents import is_empty, strange_in_row
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.preferences.ranked import nectar, nectar_all, raw_ultrafeedback
 from dpo_studio.preferences.turns import (
@@ -93,7 +94,12 @@ def _preferred(prompt: str | Turns, row: Row, answers: tuple[str, str], leaning:
 
 
 def _trl(row: Row) -> Pair:
-    """`prompt`, `chosen`, `rejected`, each text or a message list; the answers may repeat the prompt."""
+    """`prompt`, `chosen`, `rejected`, each text or a message list; the answers may repeat the prompt.
+
+    An empty prompt beside two whole dialogues hides none: what they share is it.
+    """
+    if _blank_beside_dialogues(row):
+        return trl_implicit(row)
     pair = conversation(value_of(row, "prompt"), value_of(row, "chosen"), value_of(row, "rejected"))
     return replace(pair, prompt=with_system(pair.prompt, row.get("system")))
 
@@ -104,7 +110,13 @@ def trl_implicit(row: Row) -> Pair:
     return replace(pair, prompt=with_system(pair.prompt, row.get("system")))
 
 
+def _blank_beside_dialogues(row: Row) -> bool:
+    return is_empty(row.get("prompt")) and all(opens_a_dialogue(row.get(side)) for side in ("chosen", "rejected"))
+
+
 def _ultrafeedback(row: Row) -> Pair:
+    if _blank_beside_dialogues(row):
+        return trl_implicit(row)
     prompt = text_of(value_of(row, "prompt"), "prompt")
     chosen, rejected = (messages(value_of(row, side), side) for side in ("chosen", "rejected"))
     pair = dialogues(prompt, chosen, rejected)
@@ -156,8 +168,8 @@ def _openai(row: Row) -> Pair:
     asked = row.get("input", row)
     if not isinstance(asked, dict):
         raise RowError("input is not an object")
-    if asked.get("tools"):
-        raise RowError("row has tools, which are not supported")
+    if (strange := strange_in_row(asked)) is not None:
+        raise RowError(strange)
     prompt = messages(value_of(asked, "messages"), "prompt")
     return answers_to(prompt, value_of(row, "preferred_output"), value_of(row, "non_preferred_output"))
 

@@ -53,7 +53,8 @@ def trl_row(pair: Pair) -> dict[str, Any]:
     """The pair as a row of TRL's conversational shape, which `read_pairs` reads as the same pair again."""
     sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
     row: dict[str, Any] = {
-        name: [{"role": turn.role, "content": turn.content} for turn in turns] for name, turns in sides.items()
+        name: [{"role": turn.role, "content": turn.content} | ({} if turn.learned else {"weight": 0}) for turn in turns]
+        for name, turns in sides.items()
     }
     if pair.scores is not None:
         row["score_chosen"], row["score_rejected"] = pair.scores

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
+from dpo_studio.preferences.contents import strange_in_row
 from dpo_studio.preferences.files import BadRow
 from dpo_studio.preferences.formats import FORMATS, Parser, scores_of, shape_of, trl_implicit
 from dpo_studio.preferences.mapping import columns_of, mapped_parser
@@ -106,14 +107,17 @@ def open_pairs(section: SourceSection, *, seed: int = 0) -> PairStream:
     if not first:
         raise DataError(f"{section.source} holds no rows", hint="it needs at least one preference pair")
     name, parse = _format(section, [row for _, row in first])
-    results = _results(itertools.chain(first, rows), parse, [name for name in _ORIGINS if name not in _used(section)])
+    results = _results(itertools.chain(first, rows), parse, _used(section))
     return PairStream(section.source, name, results)
 
 
-def _results(rows: Iterator[tuple[int, object]], parse: Parser, origins: list[str]) -> Iterator[Pair | Refusal]:
+def _results(rows: Iterator[tuple[int, object]], parse: Parser, used: set[str]) -> Iterator[Pair | Refusal]:
+    origins = [name for name in _ORIGINS if name not in used]
     for number, raw in rows:
         try:
             row = _checked(raw)
+            if (strange := strange_in_row({name: row[name] for name in row.keys() - used})) is not None:
+                raise RowError(strange)
             pairs = parse(row)
         except RowError as refusal:
             yield Refusal(number, refusal.reason)
@@ -141,8 +145,6 @@ def _checked(row: object) -> Row:
         raise RowError("row is not a JSON object")
     if None in row:  # csv.DictReader's name for fields beyond the header
         raise RowError("row has more fields than the header")
-    if row.get("tools"):
-        raise RowError("row has tools, which are not supported")
     return row
 
 

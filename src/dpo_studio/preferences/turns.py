@@ -10,7 +10,9 @@ import itertools
 import math
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 
+from dpo_studio.preferences.contents import chat_written_as_text, strange_in_message, weight_of
 from dpo_studio.preferences.pair import Message, Pair
 
 __all__ = [
@@ -46,7 +48,6 @@ _SPEAKERS = {  # how ShareGPT's files, and those that follow them, call the same
 }
 _ASKS = {"user", "tool"}  # the turns an assistant answers
 _OPENS = {"system", "developer", "user"}  # a list that begins so is a dialogue, not an answer
-_LIST_AS_TEXT = re.compile(r"""\s*\[\s*\{\s*['"](role|content|from|value)['"]\s*:""")
 _TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -76,13 +77,16 @@ def conversation(prompt: object, chosen: object, rejected: object) -> Pair:
 def answers_to(prompt: Turns, chosen: object, rejected: object) -> Pair:
     """A pair of two answers, text or messages, to these turns, which either answer may repeat."""
     answers = turns_of(chosen, "chosen", "assistant"), turns_of(rejected, "rejected", "assistant")
+    for side, turns in zip(("chosen", "rejected"), answers, strict=True):
+        if turns and _bare(turns) != _bare(prompt) and not any(turn.role == "assistant" for turn in turns):
+            raise RowError(f"{side} has no assistant turn: its role is {turns[-1].role}")
     return _checked(prompt, *(_after(prompt, turns) for turns in answers))
 
 
 def implicit(chosen: object, rejected: object) -> Pair:
     """A pair whose answers begin alike; what they share is the prompt."""
     if isinstance(chosen, str) and isinstance(rejected, str):
-        return _texts_that_begin_alike(chosen, rejected)
+        return _texts_that_begin_alike(text_of(chosen, "chosen"), text_of(rejected, "rejected"))
     return dialogues(None, messages(chosen, "chosen"), messages(rejected, "rejected"))
 
 
@@ -91,7 +95,7 @@ def dialogues(prompt: str | None, chosen: Turns, rejected: Turns) -> Pair:
 
     A text prompt beside them must be their first or last user turn (sets of several turns do either).
     """
-    shared = _in_common(chosen, rejected)
+    shared = _in_common(_bare(chosen), _bare(rejected))
     while shared and chosen[shared - 1].role not in _ASKS:
         shared -= 1
     asked = [turn.content.strip() for turn in chosen[:shared] if turn.role == "user"]
@@ -117,7 +121,7 @@ def _after(prompt: Turns, turns: Turns) -> Turns:
     """An answer without the prompt it may repeat."""
     if not _is_dialogue(turns):
         return turns
-    if turns[: len(prompt)] != prompt:
+    if _bare(turns[: len(prompt)]) != _bare(prompt):
         raise RowError("prompt differs from the dialogue")
     return turns[len(prompt) :]
 
@@ -153,12 +157,20 @@ def _checked(prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
             raise RowError(f"{side} does not end with an assistant turn")
         if not turns[-1].content.strip():
             raise RowError(f"{side} is empty")
-    if _bare(chosen) == _bare(rejected):
+        if not any(turn.learned for turn in turns if turn.role == "assistant"):
+            raise RowError(f"{side} has no assistant turn of weight 1")
+    if _stripped(chosen) == _stripped(rejected):
         raise RowError("chosen and rejected are identical")
+    prompt = tuple(turn if turn.learned else replace(turn, learned=True) for turn in prompt)  # of it nothing is learned
     return Pair(prompt, chosen, rejected)
 
 
 def _bare(turns: Turns) -> list[tuple[str, str]]:
+    """What is said, whatever its weight."""
+    return [(turn.role, turn.content) for turn in turns]
+
+
+def _stripped(turns: Turns) -> list[tuple[str, str]]:
     return [(turn.role, turn.content.strip()) for turn in turns]
 
 
@@ -235,7 +247,7 @@ def messages(value: object, side: str) -> Turns:
 def _message(item: object, side: str) -> Message:
     if not isinstance(item, dict):
         raise RowError(f"{side} holds something that is not a message")
-    if item.get("tool_calls") or item.get("from") == "function_call":  # dropping them would change what the answer is
+    if item.get("from") == "function_call":  # dropping it would change what the answer is
         raise RowError(f"{side} has a message with tool calls, which are not supported")
     if "from" in item and "role" not in item:
         role, content = item["from"], item.get("value")
@@ -246,9 +258,14 @@ def _message(item: object, side: str) -> Message:
         raise RowError(f"{side} has a message without a role")
     if role not in _ROLES:
         raise RowError(f"{side} has a message of unknown role {ascii(role)[:24]}")
+    if (strange := strange_in_message(item, role)) is not None:
+        raise RowError(f"{side} {strange}")
     if content is None:
         raise RowError(f"{side} has a message without content")
-    return Message(role, _content(content, side))
+    weight = weight_of(item.get("weight"))
+    if weight is None:
+        raise RowError(f"{side} has a message of {role} whose weight is neither 0 nor 1")
+    return Message(role, _content(content, side), learned=weight == 1 or role != "assistant")
 
 
 def _content(content: object, side: str) -> str:
@@ -258,7 +275,10 @@ def _content(content: object, side: str) -> str:
     parts = content if isinstance(content, list) else [content]
     texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
     if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
-        raise RowError(f"{side} has a message whose content is not text")
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        kind = next((kind for kind in kinds if isinstance(kind, str) and kind != "text"), None)
+        also = f" ({ascii(kind)[1:-1][:24]})" if kind is not None else ""
+        raise RowError(f"{side} has a message whose content is not text{also}")
     return _unicode("".join(map(str, texts)))
 
 
@@ -266,7 +286,7 @@ def text_of(value: object, side: str) -> str:
     """The value, if it is text that a tokenizer can take."""
     if not isinstance(value, str):
         raise RowError(f"{side} is not text")
-    if _LIST_AS_TEXT.match(value):  # what a data frame of message lists becomes in a CSV file
+    if chat_written_as_text(value):
         raise RowError(f"{side} is a message list written out as text")
     return _unicode(value)
 

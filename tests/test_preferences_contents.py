@@ -1,0 +1,227 @@
+"""What rows and messages hold beside their text: used, harmless, or refused by name; never left out in silence."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dpo_studio.config import SourceSection
+from dpo_studio.preferences.formats import FORMATS
+from dpo_studio.preferences.pair import Message, Pair, trl_row
+from dpo_studio.preferences.sources import PairSource, read_pairs
+
+Row = dict[str, Any]
+GOOD: Row = {"prompt": "How long do eggs boil?", "chosen": "Seven minutes.", "rejected": "Ask a hen."}
+
+
+def said(role: str, content: object, **more: object) -> Row:
+    return {"role": role, "content": content, **more}
+
+
+@pytest.fixture
+def read(tmp_path: Path) -> Callable[..., PairSource]:
+    def rows(*given: Row, **section: Any) -> PairSource:
+        file = tmp_path / "pairs.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in given), encoding="utf-8")
+        return read_pairs(SourceSection(source=str(file), **section))
+
+    return rows
+
+
+def only_reason(source: PairSource) -> str:
+    (refusal,) = source.refused
+    return refusal.reason
+
+
+THOUGHTS = ["reasoning_content", "reasoning", "thinking", "thought"]
+
+
+@pytest.mark.parametrize("field", THOUGHTS)
+@pytest.mark.parametrize("side", ["chosen", "rejected", "prompt"])
+def test_a_thought_in_a_field_of_its_own_is_not_dropped(field: str, side: str, read: Callable[..., PairSource]) -> None:
+    """Two answers that differ in their thoughts alone are refused for the thoughts, not as identical."""
+    answers = {"chosen": [said("assistant", "It is 25.")], "rejected": [said("assistant", "It is 26.")]}
+    row: Row = {"prompt": [said("user", "5 x 5?")], **answers}
+    row[side] = [row[side][0] | {field: "five fives"}]
+    assert only_reason(read(GOOD, row)) == f"{side} has a message with {field}, which are not supported"
+    same = row | {"chosen": [said("assistant", "25", **{field: "a"})], "rejected": [said("assistant", "25")]}
+    assert "identical" not in only_reason(read(GOOD, same))
+
+
+@pytest.mark.parametrize("nothing", [None, "", " ", "[]", "{}", "null", [], {}, [None], False])
+def test_nothing_is_nothing_however_it_is_written(nothing: object, read: Callable[..., PairSource]) -> None:
+    columns = dict.fromkeys(("tools", "functions", "images", "image", "audio", "documents"), nothing)
+    fields = dict.fromkeys(("reasoning_content", "tool_calls", "function_call", "thinking", "images"), nothing)
+    row = {"prompt": "q", "chosen": [said("assistant", "a", **fields)], "rejected": "b", **columns}
+    assert read(row).pairs == [
+        Pair((Message("user", "q"),), (Message("assistant", "a"),), (Message("assistant", "b"),))
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "value"),
+    [
+        ("tools", '[{"type": "function", "function": {"name": "weather"}}]'),
+        ("tools", [{"type": "function"}]),
+        ("functions", [{"name": "add"}]),
+        ("chat_template_kwargs", {"enable_thinking": False}),
+        ("chat_template_kwargs", '{"enable_thinking": false}'),
+        ("images", ["a.png"]),
+        ("image", "a.png"),
+        ("videos", [{"path": "a.mp4"}]),
+        ("audio", {"array": [0.5]}),
+        ("documents", [{"title": "t", "text": "x"}]),
+    ],
+)
+def test_a_column_that_a_server_would_render_is_refused_by_name(
+    column: str, value: object, read: Callable[..., PairSource]
+) -> None:
+    assert only_reason(read(GOOD, GOOD | {column: value})) == f"row has {column}, which are not supported"
+    hidden = {"input": {"messages": [said("user", "q")], column: value}}
+    answers = {"preferred_output": [said("assistant", "a")], "non_preferred_output": [said("assistant", "b")]}
+    good = {"input": {"messages": [said("user", "q")]}} | answers
+    assert only_reason(read(good, hidden | answers)) == f"row has {column}, which are not supported"
+
+
+@pytest.mark.parametrize("name", ["alpaca-ranking", "sharegpt-ranking", "orca", "argilla", "pandalm"])
+def test_in_every_format(name: str, read: Callable[..., PairSource]) -> None:
+    rows: dict[str, Row] = {
+        "alpaca-ranking": {"instruction": "q", "input": "", "chosen": "a", "rejected": "b"},
+        "sharegpt-ranking": {
+            "conversations": [{"from": "human", "value": "q"}],
+            "chosen": {"from": "gpt", "value": "a"},
+            "rejected": {"from": "gpt", "value": "b"},
+        },
+        "orca": {"system": "", "question": "q", "chosen": "a", "rejected": "b"},
+        "argilla": {"instruction": "q", "chosen_response": "a", "rejected_response": "b"},
+        "pandalm": {"instruction": "q", "input": "", "response1": "a", "response2": "b", "annotator1": 1},
+    }
+    source = read(rows[name] | {"tools": "[]"}, rows[name] | {"tools": [{"name": "f"}]})
+    assert source.format == name and name in FORMATS
+    assert len(source.pairs) == 1
+    assert only_reason(source) == "row has tools, which are not supported"
+
+
+def test_a_column_that_a_mapping_uses_is_what_the_mapping_says(read: Callable[..., PairSource]) -> None:
+    rows = [{"documents": "q", "a": "yes", "b": "no"}, {"documents": "q", "a": "yes", "b": "no", "tools": [1]}]
+    source = read(*rows, map={"prompt": "documents", "chosen": "a", "rejected": "b"})
+    assert len(source.pairs) == 1
+    assert only_reason(source) == "row has tools, which are not supported"
+
+
+def test_a_turn_of_weight_0_is_context(read: Callable[..., PairSource]) -> None:
+    """Fireworks' and OpenAI's field: in a prompt it changes nothing, in an answer the turn is not learned."""
+
+    def answer(first: object, last: str) -> list[Row]:
+        return [said("assistant", "Which tap?", weight=first), said("user", "The left."), said("assistant", last)]
+
+    prompt = [said("user", "It drips."), said("assistant", "What does?", weight=0), said("user", "My tap.")]
+    for weight in (0, 0.0, False, "0"):
+        row = {"prompt": prompt, "chosen": answer(weight, "Change its washer."), "rejected": answer(weight, "Move.")}
+        (pair,) = read(row).pairs
+        assert [turn.learned for turn in pair.chosen] == [turn.learned for turn in pair.rejected] == [False, True, True]
+        assert all(turn.learned for turn in pair.prompt)
+        assert read(trl_row(pair)).pairs == [pair]
+    (pair,) = read({"prompt": prompt, "chosen": answer(1, "Washer."), "rejected": answer(None, "Move.")}).pairs
+    assert all(turn.learned for turn in pair.chosen + pair.rejected)
+
+
+def test_whole_dialogues_share_turns_of_either_weight(read: Callable[..., PairSource]) -> None:
+    start = [said("user", "q"), said("assistant", "which?", weight=0), said("user", "that")]
+    row = {"chosen": [*start, said("assistant", "a")], "rejected": [*start[:1], start[1] | {"weight": 1}, start[2]]}
+    row["rejected"].append(said("assistant", "b"))
+    (pair,) = read(row).pairs
+    assert [turn.content for turn in pair.prompt] == ["q", "which?", "that"]
+
+
+@pytest.mark.parametrize("weight", [0.5, 2, -1, "much", [1]])
+def test_other_weights_are_refused(weight: object, read: Callable[..., PairSource]) -> None:
+    row = {"prompt": "q", "chosen": [said("assistant", "a", weight=weight)], "rejected": "b"}
+    assert only_reason(read(GOOD, row)) == "chosen has a message of assistant whose weight is neither 0 nor 1"
+    assert "weight" in only_reason(read(GOOD, GOOD | {"weight": weight}))
+
+
+def test_an_answer_of_which_nothing_is_learned_is_refused(read: Callable[..., PairSource]) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": [said("assistant", "b", weight=0)]}
+    assert only_reason(read(GOOD, row)) == "rejected has no assistant turn of weight 1"
+
+
+MESSAGES = [said("user", "Pick a number."), said("assistant", "Seven.")]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        json.dumps(MESSAGES),
+        json.dumps(MESSAGES, indent=2),
+        json.dumps(said("assistant", "A square.")),
+        json.dumps({"content": "A square.", "role": "assistant"}),
+        json.dumps({"messages": MESSAGES, "tools": [{"name": "pick"}]}),
+        json.dumps({"conversations": [{"from": "gpt", "value": "Seven."}]}),
+        json.dumps([{"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]}]),
+        str(MESSAGES),
+        str(said("assistant", "It's a square.")),
+    ],
+)
+def test_a_chat_written_out_as_text_is_not_learned_as_text(text: str, read: Callable[..., PairSource]) -> None:
+    for side in ("prompt", "chosen", "rejected"):
+        assert only_reason(read(GOOD, GOOD | {side: text})) == f"{side} is a message list written out as text"
+    both = {"chosen": text, "rejected": json.dumps([said("assistant", "Eight.")])}
+    assert only_reason(read({"chosen": "The sky is blue.", "rejected": "The sky is red."}, both)).endswith("as text")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Ada", "age": 36}',
+        '[{"title": "a"}, {"title": "b"}]',
+        '{"role": "admin", "content": "x"}',
+        '{"content": "a page"}',
+        "[1, 2, 3]",
+        '```json\n[{"role": "user", "content": "hi"}]\n```',
+        "{'a': 1}",
+        "[" * 100_000,
+    ],
+)
+def test_an_answer_that_is_json_is_an_answer(text: str, read: Callable[..., PairSource]) -> None:
+    (pair,) = read(GOOD | {"chosen": text}).pairs
+    assert pair.chosen[0].content == text
+
+
+@pytest.mark.parametrize("blank", ["", "  ", None, [], "absent"])
+def test_a_blank_prompt_hides_no_prompt_of_whole_dialogues(blank: object, read: Callable[..., PairSource]) -> None:
+    asked = said("user", "How do I peel garlic?")
+    row: Row = {"prompt": blank, "chosen": [asked, said("assistant", "Crush it.")]}
+    row["rejected"] = [asked, said("assistant", "With gloves.")]
+    if blank == "absent":
+        del row["prompt"]
+    beside = row | {"prompt": asked["content"]}
+    for rows in ([row], [row] * 3, [beside, row], [row, row, beside]):
+        source = read(*rows)
+        assert not source.refused
+        assert {pair.prompt for pair in source.pairs} == {(Message("user", "How do I peel garlic?"),)}
+
+
+def test_a_blank_prompt_beside_texts_is_named(read: Callable[..., PairSource]) -> None:
+    assert only_reason(read(GOOD, GOOD | {"prompt": ""})) == "prompt is empty"
+
+
+@pytest.mark.parametrize("role", ["user", "system", "tool"])
+def test_an_answer_of_another_role_is_named_with_side_and_role(role: str, read: Callable[..., PairSource]) -> None:
+    row = {"prompt": [said("user", "Why yellow?")], "chosen": [said("assistant", "Water.")]}
+    row["rejected"] = [said(role, "Paint them.")]
+    mapped = row | {"system": [said("user", "You know plants.")]}
+    for wrong in (row, mapped):
+        assert only_reason(read(GOOD, wrong)) == f"rejected has no assistant turn: its role is {role}"
+
+
+def test_what_a_tool_turn_carries_is_not_dropped(read: Callable[..., PairSource]) -> None:
+    turns = [said("user", "q"), said("assistant", "Let me see."), said("tool", "42", name="look_up")]
+    row = {"prompt": turns, "chosen": "42", "rejected": "41"}
+    assert only_reason(read(GOOD, row)) == "prompt has a message with name, which are not supported"
+    turns[2] = said("tool", "42")
+    assert len(read(row).pairs) == 1
