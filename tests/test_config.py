@@ -223,6 +223,13 @@ def test_every_key_is_read_somewhere() -> None:
         ("data.heldout", {}, "unknown key data.heldout", "data.held_out"),
         ("learning_rate", 1, "unknown key learning_rate", "training.learning_rate"),
         ("training.beta", 1, "unknown key training.beta", "objective.beta"),
+        ("lr", 1, "unknown key lr", "training.learning_rate"),
+        ("training.lr", 1, "unknown key training.lr", "training.learning_rate"),
+        ("training.per_device_train_batch_size", 1, "per_device_train_batch_size", "training.pairs_per_step"),
+        ("lora", {"r": 8}, "unknown key lora", "did you mean adapter?"),
+        ("adapter.r", 8, "unknown key adapter.r", "adapter.rank"),
+        ("model.load_in_4bit", True, "unknown key model.load_in_4bit", "GPTQ"),
+        ("base_model", "m", "unknown key base_model", "model.path"),
         ("objective.kind", "dppo", "unknown objective 'dppo'", "dpo, ipo, hinge, exo, nca"),
         ("objective.kind", "sigmoid", "unknown objective 'sigmoid'", "TRL's sigmoid is called dpo here"),
         ("objective", mixed([({"kind": "bco_pair"}, 1.0)]), "unknown objective 'bco_pair'", "called bco here"),
@@ -416,10 +423,36 @@ def test_a_recipe_that_is_not_there_or_a_folder_is_refused(tmp_path: Path) -> No
         load_recipe("/dev/zero")
 
 
-def test_a_byte_order_mark_and_an_empty_section_are_no_problem(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
     file = tmp_path / "r.yaml"
-    file.write_bytes(b"\xef\xbb\xbfmodel: {path: m}\ndata: {train: {source: s}}\nadapter:\n")
-    assert load_recipe(file).recipe.adapter == AdapterSection()
+    file.write_bytes(b"\xef\xbb\xbfmodel: {path: m}\ndata: {train: {source: s}}\n")
+    assert load_recipe(file).recipe.model.path == "m"
+
+
+@pytest.mark.parametrize("section", ["adapter", "objective", "training", "reference", "run", "data.held_out", "model"])
+def test_a_section_that_is_null_is_refused_and_never_its_defaults(section: str, tmp_path: Path) -> None:
+    """`adapter: null` trained a LoRA of rank 16."""
+    with pytest.raises(RecipeError) as caught:
+        recipe("{model: {path: m}, data: {train: {source: s}}}", tmp_path, f"{section}=null")
+    assert f"a section with keys of its own is wanted: {section}" in caught.value.message
+    assert "leave the section out" in (caught.value.hint or "")
+    assert ("whole model" in (caught.value.hint or "")) == (section == "adapter")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("pairs.jsonl", '{"prompt": "q", "chosen": "a", "rejected": "b"}'),
+        ("pairs.csv", "prompt,chosen,rejected"),
+        ("pairs.parquet", "PAR1"),
+        ("pairs.json", '[{"prompt": "q", "chosen": "a", "rejected": "b"}]'),
+    ],
+)
+def test_data_given_as_a_recipe_is_told_so(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(RecipeError, match="is data, not a recipe") as caught:
+        load_recipe(tmp_path / name)
+    assert name in (caught.value.hint or "") and "dpo data check" in (caught.value.hint or "")
 
 
 # --set
@@ -467,7 +500,7 @@ def test_an_override_inside_a_value_is_wrong_usage(tmp_path: Path) -> None:
 def test_a_section_can_be_taken_back_on_the_command_line(tmp_path: Path) -> None:
     """The way from a recipe with an adapter section to `model.adapter`, without an editor."""
     text = "{model: {path: m}, data: {train: {source: s}}, adapter: {rank: 4}}"
-    loaded = recipe(text, tmp_path, "adapter=null", "model.adapter=a")
+    loaded = recipe(text, tmp_path, "adapter={}", "model.adapter=a")
     assert loaded.recipe.adapter == AdapterSection()
 
 

@@ -18,6 +18,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from dpo_studio.errors import RecipeError, UsageError
+from dpo_studio.foreign_keys import FOREIGN_KEYS, LESS_BITS
 from dpo_studio.objectives import DPO, OBJECTIVES, TRL_NAMES, Objective
 from dpo_studio.paths import inside, user_path
 
@@ -310,12 +311,28 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedR
 
 def validate_recipe(raw: dict[str, Any], *, where: str) -> Recipe:
     """A Recipe from plain data; every problem in one error, each with its key."""
-    raw = {name: section for name, section in raw.items() if section is not None}  # `adapter:` with nothing in it
+    _refuse_empty_sections(raw, where)
     try:
         return Recipe.model_validate(raw)
     except ValidationError as error:
         problems, hints = _explain(error, raw)
         raise RecipeError(f"{where}: {'; '.join(problems)}", hint="; ".join(hints) or None) from None
+
+
+def _refuse_empty_sections(raw: dict[str, Any], where: str) -> None:
+    """`adapter: null`, or `adapter:` with nothing under it, could mean none or its defaults; we ask.
+
+    Raises:
+        RecipeError: a section is null.
+    """
+    sections = [(name,) for name in Recipe.model_fields] + [("data", "train"), ("data", "held_out")]
+    empty = [keys for keys in sections if _dig(raw, keys) is None and keys[-1] in (_dig(raw, keys[:-1]) or {})]
+    if empty:
+        names = ", ".join(".".join(keys) for keys in empty)
+        hint = "leave the section out for its defaults"
+        if ("adapter",) in empty:
+            hint += "; training a whole model, without an adapter, is not built yet"
+        raise RecipeError(f"{where}: null where a section with keys of its own is wanted: {names}", hint=hint)
 
 
 def parse_override(text: str) -> tuple[list[str], Any]:
@@ -346,6 +363,8 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise RecipeError(f"no such recipe: {file}", hint="recipes/demo.yaml is a small one to start from")
     if file.is_dir():
         raise RecipeError(f"{file} is a folder, not a recipe", hint="name the .yaml file")
+    if file.name.lower().endswith(tuple(suffix for suffix in _DATA_FILES if suffix != ".json")):
+        raise _data_for_a_recipe(file)
     try:
         with file.open("rb") as stream:
             content = stream.read(_MAX_RECIPE_BYTES + 1)
@@ -359,9 +378,19 @@ def _read_yaml(file: Path) -> dict[str, Any]:
         raise RecipeError(f"{file} is not UTF-8 text", hint="a recipe is a YAML file; is this the one?") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{file} is not valid YAML: {_one_line(error)}") from None
+    if isinstance(raw, list) and raw and all(isinstance(row, dict) for row in raw):
+        raise _data_for_a_recipe(file)
     if not isinstance(raw, dict):
         raise RecipeError(f"{file} holds no recipe", hint="it needs at least model.path and data.train.source")
     return raw
+
+
+def _data_for_a_recipe(file: Path) -> RecipeError:
+    return RecipeError(
+        f"{file} is data, not a recipe",
+        hint=f"a recipe names it: model: {{path: MODEL}} and data: {{train: {{source: {file.name}}}}} in a .yaml file; "
+        f"`dpo data check {file}` looks at the data",
+    )
 
 
 class _Loader(yaml.SafeLoader):
@@ -486,7 +515,9 @@ def _explain(error: ValidationError, raw: dict[str, Any]) -> tuple[list[str], li
         key = ".".join(keys) or "recipe"
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
             problems.append(f"unknown key {key}")
-            if near := _nearest(keys):
+            if keys[-1].lower() in LESS_BITS:
+                hints.append("a GPTQ checkpoint as model.path trains in 4 or 8 bits (`dpo quantize` makes one)")
+            elif near := _nearest(keys):
                 hints.append(f"did you mean {near}?")
         elif item["type"] == "union_tag_invalid" and isinstance(item["input"], dict):
             problems.append(f"unknown objective {(tag := item['ctx']['tag'])!r}")
@@ -532,6 +563,8 @@ def _shown(value: object) -> str:
 def _nearest(keys: list[str]) -> str | None:
     """The key that was meant: the same name in another section, else one of this section spelt alike."""
     *section, name = keys
+    if (ours := FOREIGN_KEYS.get(name.lower())) is not None and ours.split(".") != keys:
+        return ours
     elsewhere = [other for other in Recipe.model_fields if [other] != section and name in _known_keys([other])]
     if len(elsewhere) == 1:
         return f"{elsewhere[0]}.{name}"
