@@ -166,3 +166,34 @@ def test_a_held_out_source_equal_to_the_training_source_is_an_error(tmp_path: Pa
     file = held_out_file(tmp_path / "held.jsonl", ["a", "b"])
     with pytest.raises(DataError, match="no pairs are left to train on"):
         split_pairs(numbered(["a", "b"]), HeldOutSection(source=str(file)), seed=0)
+
+
+def test_near_copies_of_a_prompt_are_on_its_side() -> None:
+    """Twelve different questions, each in three spellings: by its hash alone a third of them would be parted."""
+    topics = ["bread", "cheese", "wine", "chess", "tides", "moss", "glass", "rain", "salt", "owls", "clay", "tea"]
+    prompts = [
+        f"What should somebody who has never heard of {topic} read about {topic} first, and why that of all things{end}"
+        for end in ("?", "??", " ?")
+        for topic in topics
+    ]
+    for seed in range(5):
+        parts = split_pairs(numbered(prompts), HeldOutSection(fraction=0.3), seed=seed)
+        sides = [{pair.prompt[0].content.split()[8] for pair in side} for side in (parts.train, parts.held_out)]
+        assert not sides[0] & sides[1]
+        parted = sum(
+            is_held_out(prompt_key(pair.prompt), seed=seed, fraction=0.3)
+            != is_held_out(prompt_key(numbered(prompts)[pair.row % 12].prompt), seed=seed, fraction=0.3)
+            for pair in (*parts.train, *parts.held_out)
+        )
+        assert parts.near_copies == parted
+
+
+def test_questions_in_one_long_instruction_are_no_copies() -> None:
+    """All of them on one side would leave nothing to train on, or to measure on: they go by their own hashes."""
+    form = "You are given a review of a product. Say whether its author would buy it again, in a word. "
+    pairs = numbered([form * 4 + f"Review {number}: fine" for number in range(200)])
+    parts = split_pairs(pairs, HeldOutSection(fraction=0.1), seed=0)
+    assert [is_held_out(prompt_key(pair.prompt), seed=0, fraction=0.1) for pair in pairs] == [
+        pair in parts.held_out for pair in pairs
+    ]
+    assert parts.near_copies == 0 and parts.held_out

@@ -2,23 +2,33 @@
 
 Rows about one prompt stay on one side: a prompt seen in training would make the held-out number flatter than it is.
 The side is a hash of (seed, prompt) and of nothing else, so it can be told of one row in a stream, and rows added to
-a file move no row that was there.
+a file move no row that was there. A prompt that nearly repeats an earlier one goes where that one goes: held out beside
+its copy it would measure memory.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from dpo_studio.config import HeldOutSection
 from dpo_studio.errors import DataError
+from dpo_studio.preferences.minhash import K, filled, nearest, signature
 from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.rows import sample
 from dpo_studio.preferences.sources import read_pairs
 
 __all__ = ["Split", "is_held_out", "split_pairs", "stratified"]
 
+_SEARCHED = 200_000
+"""Prompts that are searched for near copies: 512 bytes each, 100 MB in all. Later ones go by their own hash."""
+_FEW_COPIES = 4
+"""Prompts of a kind that are taken for copies of one another however small the set is."""
 _MOST_PROMPTS = 10_000  # of an origin whose share is counted out; beyond, chance is within 1 % of a tenth
 
 
@@ -32,6 +42,8 @@ class Split:
     """Pairs to measure on."""
     shared_prompts_dropped: int
     """Training pairs dropped because an explicit held-out source has their prompt."""
+    near_copies: int = 0
+    """Pairs that went to the side of an earlier prompt which theirs nearly repeats."""
 
 
 def is_held_out(key: str, *, seed: int, fraction: float) -> bool:
@@ -94,14 +106,43 @@ def split_pairs(train: list[Pair], section: HeldOutSection, *, seed: int) -> Spl
     if section.rows is None:
         return split
     chosen = sample(((pair.row, pair) for pair in split.held_out), section.rows, seed=seed)
-    return Split(split.train, [pair for _, pair in chosen], split.shared_prompts_dropped)
+    return replace(split, held_out=[pair for _, pair in chosen])
 
 
 def _by_hash(pairs: list[Pair], *, seed: int, fraction: float) -> Split:
+    keys = [prompt_key(pair.prompt) for pair in pairs]
+    followed = _followed(pairs, keys, fraction)
     sides: tuple[list[Pair], list[Pair]] = ([], [])
-    for pair in pairs:
-        sides[is_held_out(prompt_key(pair.prompt), seed=seed, fraction=fraction)].append(pair)
-    return Split(*sides, shared_prompts_dropped=0)
+    moved = 0
+    for pair, key in zip(pairs, keys, strict=True):
+        own, side = (is_held_out(each, seed=seed, fraction=fraction) for each in (key, followed.get(key, key)))
+        moved += own != side
+        sides[side].append(pair)
+    return Split(*sides, shared_prompts_dropped=0, near_copies=moved)
+
+
+def _followed(pairs: list[Pair], keys: list[str], fraction: float) -> dict[str, str]:
+    """For each prompt that nearly repeats an earlier one, the first of its kind.
+
+    A kind with more prompts than half of what is to be held out is no set of copies but a form, such as short questions
+    in one long instruction; on one side it would take everything along.
+    """
+    by_key: dict[str, Pair] = {}
+    for pair, key in zip(pairs, keys, strict=True):
+        by_key.setdefault(key, pair)
+    different = list(itertools.islice(by_key.items(), _SEARCHED))
+    texts = ("\n".join(turn.content for turn in pair.prompt) for _, pair in different)
+    twins = nearest(filled(np.array([signature(text) for text in texts], np.uint32).reshape(-1, K)))
+    first = np.arange(len(twins))
+    for at in np.flatnonzero(twins >= 0):  # a twin stands before its copy, and has its own first by now
+        first[at] = first[twins[at]]
+    sizes = Counter(first.tolist())
+    most = max(_FEW_COPIES, fraction * len(different) / 2)
+    return {
+        different[at][0]: different[first[at]][0]
+        for at in np.flatnonzero(twins >= 0).tolist()
+        if sizes[int(first[at])] <= most
+    }
 
 
 def _without_prompts_of(train: list[Pair], held_out: list[Pair]) -> Split:

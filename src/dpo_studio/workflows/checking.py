@@ -8,7 +8,7 @@ from itertools import islice
 from dpo_studio.config import ModelSection, Recipe, SourceSection, TooLong
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.checks import TextChecks
-from dpo_studio.preferences.duplicates import REMEMBERED
+from dpo_studio.preferences.duplicates import FEW_HELD_OUT, REMEMBERED
 from dpo_studio.preferences.findings import DataReport, Finding, level_of
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.rows import sample
@@ -115,7 +115,12 @@ def look_at_pairs(recipe: Recipe, split: Split, progress: Progress, *, anyway: b
     for pair in _some(split.held_out, seed):
         texts.see_held_out(pair)
     of = f"{texts.pairs:,} of {len(split.train):,}" if texts.pairs < len(split.train) else f"{texts.pairs:,}"
-    _tell([_shared_prompts(split), *texts.findings()], f"{of} training pairs", progress, anyway=anyway)
+    _tell(
+        [_shared_prompts(split), _few_held_out(split), *texts.findings()],
+        f"{of} training pairs",
+        progress,
+        anyway=anyway,
+    )
 
 
 def _some(pairs: list[Pair], seed: int) -> list[Pair]:
@@ -135,6 +140,21 @@ def _shared_prompts(split: Split) -> Finding:
         level_of(dropped, of, warning=0.1, stop=0.5),
         does="They are not trained on: the two sources are nearly the same.",
         todo="Hold out other prompts, or a share of them: data.held_out.fraction.",
+    )
+
+
+def _few_held_out(split: Split) -> Finding:
+    """Held-out pairs that are too few to measure anything by."""
+    count, of = len(split.held_out), len(split.train) + len(split.held_out)
+    few = 0 < count < FEW_HELD_OUT
+    return Finding(
+        "few-held-out",
+        "held-out pairs, too few for a number to trust",
+        count if few else 0,
+        of,
+        "warning" if few else "fine",
+        does="The interval around their accuracy is wider than what training gains.",
+        todo="A larger data.held_out.fraction, more pairs, or a held-out source of their own.",
     )
 
 

@@ -65,7 +65,8 @@ def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Spli
         progress.warn(f"{count} rows refused: {reason}")
     split = split_pairs(source.pairs, recipe.data.held_out, seed=recipe.data.split_seed)
     dropped = f", {split.shared_prompts_dropped} dropped for sharing a prompt" if split.shared_prompts_dropped else ""
-    progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}")
+    near = f", {split.near_copies} of them with the prompt they nearly repeat" if split.near_copies else ""
+    progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}{near}")
     return source, split
 
 
