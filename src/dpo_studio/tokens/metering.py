@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from datetime import datetime
 from functools import update_wrapper
 from types import NoneType
 from typing import Any
@@ -17,12 +17,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.utils import Joiner, Namespace
 
 __all__ = [
-    "FUNCTIONS",
     "ITEM",
     "LARGEST_BITS",
     "METER",
     "Meter",
     "TemplateLimit",
+    "functions",
     "length_replaced",
     "metered",
     "turns",
@@ -214,18 +214,25 @@ def _raise_exception(message: Any) -> None:
     raise TemplateError(str(message)[:400])
 
 
-def _strftime_now(form: str) -> str:
-    if len(form) > 100 or re.search(r"\d{3}", form):
-        raise TemplateLimit("it writes the date in more than 100 characters")
-    return datetime.now().strftime(form)
+def _dated(today: datetime.date) -> Callable[[str], str]:
+    """`strftime_now` of that day, at its first minute: a prompt must not change from one rendering to the next."""
+    now = datetime.datetime.combine(today, datetime.time())
+
+    def strftime_now(format: str) -> str:
+        if len(format) > 100 or re.search(r"\d{3}", format):
+            raise TemplateLimit("it writes the date in more than 100 characters")
+        return now.strftime(format)
+
+    return strftime_now
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "range": _range,
-    "dict": _new_dict,
-    "namespace": _namespace,
-    "joiner": Joiner,
-    "raise_exception": _raise_exception,
-    "strftime_now": _strftime_now,
-}
-"""What a template may call by name."""
+def functions(today: datetime.date) -> dict[str, Callable[..., Any]]:
+    """What a template may call by name, on that day."""
+    return {
+        "range": _range,
+        "dict": _new_dict,
+        "namespace": _namespace,
+        "joiner": Joiner,
+        "raise_exception": _raise_exception,
+        "strftime_now": _dated(today),
+    }
