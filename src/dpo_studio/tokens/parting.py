@@ -117,7 +117,7 @@ class Parter:
             if at < 0:
                 continue
             try:
-                split = split_chat(prompt.served, prompt.closed, whole, at, lambda: None)
+                split = split_chat(prompt.served, prompt.closed, whole, at, at + len(text), lambda: None)
             except PairError:
                 continue
             answer = self._answer(split, whole, _Found(at, at + len(text), ""))
@@ -133,7 +133,7 @@ class Parter:
         found = [_find(writer, turns, at, whole, places, prompt) for at in own]
         prompts = [prompt if at == before else _Prompt(writer, turns[:at], True) for at in own]
         splits = [
-            split_chat(asked.served, asked.closed, whole, turn.start, asked.last_turn)
+            split_chat(asked.served, asked.closed, whole, turn.start, turn.end, asked.last_turn)
             for asked, turn in zip(prompts, found, strict=True)
         ]
         opening = splits[0] if own[0] == before else _opening(prompt, whole)

@@ -69,15 +69,22 @@ class Split:
 
 
 def split_chat(
-    served: str, closed: Callable[[], str | None], whole: str, at: int, last_turn: Callable[[], int | None]
+    served: str,
+    closed: Callable[[], str | None],
+    whole: str,
+    at: int,
+    end: int,
+    last_turn: Callable[[], int | None],
 ) -> Split:
     """The rule. `served` is P, `closed` gives P0, `whole` is F, `last_turn` where P has its last turn's own text.
+
+    The answer's own text is `whole[at:end]`.
 
     Raises:
         PairError: the answer's text is no part of what follows the prompt, or the two cannot be told apart.
     """
     if whole.startswith(served):
-        if at < len(served):
+        if end < len(served) or (end == len(served) and at < end):
             raise not_written()
         return Split("1", len(served), len(served))
     base = (closed() or "").rstrip()
