@@ -47,8 +47,12 @@ _FILTERS = (
     *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "forceescape", "int"),
     *("items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe"),
     *("select", "selectattr", "sort", "string", "title", "trim", "unique", "upper"),
+    *("attr", "groupby", "truncate", "wordcount"),
 )
 """Filters whose result is no larger than a few times their input."""
+_SIZED_FILTERS = ("batch", "center", "round", "slice")
+"""Filters that make as much as a number says."""
+_LARGEST_SIZE = 1000
 
 
 class TemplateLimit(SecurityError):
@@ -126,7 +130,9 @@ def _written(values: Sequence[Any]) -> str:
 
 def metered(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """Of jinja's filters those that chat templates need, each on the meter; and three that no template can spell."""
-    return {name: _paying(filters[name]) for name in _FILTERS} | {
+    free = {name: _paying(filters[name]) for name in _FILTERS}
+    sized = {name: _paying(_sized(filters[name])) for name in _SIZED_FILTERS}
+    return free | sized | {
         "tojson": _tojson,
         "join": _joining(filters["join"]),
         "replace": _replacing(filters["replace"]),
@@ -157,6 +163,18 @@ def _paying(filter_: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return update_wrapper(paying, filter_)
+
+
+def _sized(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that makes no more than a thousand of anything."""
+
+    def sized(*arguments: Any, **named: Any) -> Any:
+        if any(isinstance(size, int) and abs(size) > _LARGEST_SIZE for size in (*arguments[1:], *named.values())):
+            raise TemplateLimit(f"it makes more than {_LARGEST_SIZE:,} of something")
+        result = filter_(*arguments, **named)
+        return list(turns(result, 0)) if isinstance(result, Iterator) else result
+
+    return update_wrapper(sized, filter_)
 
 
 def _joining(filter_: Callable[..., Any]) -> Callable[..., Any]:

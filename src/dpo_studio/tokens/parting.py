@@ -129,14 +129,16 @@ class Parter:
         """The answer, found by marks."""
         writer, before = prompt.writer, len(prompt.turns)
         own = [at for at in range(before, len(turns)) if turns[at].role == ASSISTANT and turns[at].learned]
-        places = writer.places(turns, whole, own=own)
+        places = writer.places(turns, whole, own=[before, *own] if prompt.opened else own)
         found = [_find(writer, turns, at, whole, places, prompt) for at in own]
-        prompts = [prompt if at == before else _Prompt(writer, turns[:at], True) for at in own]
-        splits = [
-            split_chat(asked.served, asked.closed, whole, turn.start, turn.end, asked.last_turn)
-            for asked, turn in zip(prompts, found, strict=True)
-        ]
-        opening = splits[0] if own[0] == before else _opening(prompt, whole)
+        prompts = [prompt if at == before and prompt.opened else _Prompt(writer, turns[:at], True) for at in own]
+        splits = [_split(asked, whole, turn) for asked, turn in zip(prompts, found, strict=True)]
+        if not prompt.opened:
+            opening = _opening(prompt, whole)
+        elif own[0] == before:
+            opening = splits[0]
+        else:  # a first turn of weight 0: context, but where the served prompt ends
+            opening = _split(prompt, whole, _find(writer, turns, before, whole, places, prompt))
         spans = []
         for at, split, turn, after in zip(own, splits, found, [*found[1:], None], strict=True):
             limit = len(whole) if after is None else after.start
@@ -224,6 +226,10 @@ def _around(split: Split, whole: str, start: int, end: int, answer: PartedAnswer
     """What the template writes around an answer's text, of what is learned."""
     stop = split.start + len(answer.text)
     return split.case, whole[split.start : start].strip(), whole[end:stop].strip()
+
+
+def _split(prompt: _Prompt, whole: str, found: _Found) -> Split:
+    return split_chat(prompt.served, prompt.closed, whole, found.start, found.end, prompt.last_turn)
 
 
 def _opening(prompt: _Prompt, whole: str) -> Split:

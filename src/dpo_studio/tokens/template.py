@@ -49,7 +49,7 @@ _TEXT_METHODS = (
     *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal"),
     *("isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition"),
     *("removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split"),
-    *("splitlines", "startswith", "strip", "swapcase", "title", "upper"),
+    *("isidentifier", "isprintable", "splitlines", "startswith", "strip", "swapcase", "title", "upper"),
 )
 _OTHER_METHODS = ("copy", "count", "get", "index", "items", "keys", "values")
 _JINJAS_OWN = ("_loop_vars", "_block_vars")
@@ -151,9 +151,10 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own way
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        """A scope of its own, as transformers has it: what is set inside ends with it."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
