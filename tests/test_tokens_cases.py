@@ -1,3 +1,4 @@
+# ruff: noqa: E501 - a template stands on one line, however long
 """Faults that strangers met in how chats become tokens, each with its right value."""
 
 from __future__ import annotations
@@ -153,7 +154,9 @@ def test_config_json_s_end_tokens_count(tmp_path: Path, generation: dict[str, An
 def test_the_largest_id_is_that_of_an_added_token() -> None:
     tokenizer = tiny_tokenizer("chatml")
     tokenizer.add_tokens(["<more>"])
-    assert ChatEncoder(tokenizer, eos_ids=[]).largest_id == tokenizer.convert_tokens_to_ids("<more>") == len(tokenizer) - 1
+    assert (
+        ChatEncoder(tokenizer, eos_ids=[]).largest_id == tokenizer.convert_tokens_to_ids("<more>") == len(tokenizer) - 1
+    )
 
 
 def test_a_turn_of_weight_0_is_context() -> None:

@@ -84,8 +84,8 @@ def test_ids_are_a_prefix_of_apply_chat_template(family: str, in_pieces: bool) -
     """Prompt ids are its ids of the prompt; prompt and answer are its ids of the chat but for white space at the end.
 
     `in pieces` sends these chats, which spell nothing, down the way of those that do: it must come to the same. Where
-    the template refuses, so do we, in its words. One writes an empty thought into the generation prompt alone: there the
-    prompt is the served one all the same.
+    the template refuses, so do we, in its words. One writes an empty thought into the generation prompt alone: there
+    the prompt is the served one all the same.
     """
     encoder, tokenizer = encoder_of(family), tiny_tokenizer(family)
     encoder._texts._always_in_pieces = in_pieces
@@ -167,7 +167,9 @@ def test_an_answer_ends_with_its_end_of_turn(family: str, written: str) -> None:
 def test_two_ends_in_a_row_end_the_answer_at_the_first() -> None:
     """Generation stops at the first, so the second is never said."""
     tokenizer = tiny_tokenizer("chatml")
-    tokenizer.chat_template = str(tokenizer.chat_template) + "{% if not add_generation_prompt %}<|endoftext|>\n{% endif %}"
+    tokenizer.chat_template = (
+        str(tokenizer.chat_template) + "{% if not add_generation_prompt %}<|endoftext|>\n{% endif %}"
+    )
     ours = ChatEncoder(tokenizer, eos_ids=tokenizer.convert_tokens_to_ids(["<|endoftext|>"])).pair(pair("?", "Far."))
     assert tokenizer.decode(ours.chosen.ids) == "Far.<|im_end|>"
 

@@ -119,7 +119,7 @@ def encoder_of(source: str) -> tuple[ChatEncoder, Any]:
 
 
 def rendered(source: str, turns: tuple[Message, ...], *, open_answer: bool) -> str:
-    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)
+    template = Environment(trim_blocks=True, lstrip_blocks=True).from_string(source)  # noqa: S701 - no page
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     return template.render(messages=messages, add_generation_prompt=open_answer)
 
@@ -155,7 +155,9 @@ def test_the_prompt_is_the_served_one_and_the_answer_alone_is_scored(
 
 
 @settings(max_examples=60, deadline=None, database=None)
-@given(its=habits, prompt=prompts(), first=text, between=text, second=text, weights=st.tuples(st.booleans(), st.booleans()))
+@given(
+    its=habits, prompt=prompts(), first=text, between=text, second=text, weights=st.tuples(st.booleans(), st.booleans())
+)
 def test_of_several_turns_what_the_assistant_says_is_scored(
     its: Habits, prompt: tuple[Message, ...], first: str, between: str, second: str, weights: tuple[bool, bool]
 ) -> None:

@@ -18,7 +18,7 @@ SOURCES = [
     "{% macro line(text) %}{{ text | trim }}{% endmacro %}{% for m in messages %}{% set ns = namespace(seen=false) %}{{ line(m.content) }}{% endfor %}",
     "{% macro line(text, ns) %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ text }}{% endmacro %}{% for m in messages %}{% set ns = namespace(n=loop.index) %}{{ line(m.content, ns) }}{{ ns.n }}{% endfor %}",
     "{% macro outer(m) %}{% for k, v in m.items() %}{% set at = namespace(k=k) %}{{ inner(at.k, v) }}{% endfor %}{% endmacro %}{% macro inner(k, v) %}{{ k ~ ':' ~ v }}{% endmacro %}{% for m in messages %}{% set ns = namespace() %}{{ outer(m) }}{% endfor %}",
-    "{% block all %}{% macro say(x) %}{{ x }}{% endmacro %}{% for m in messages %}{% set ns = namespace(a=1) %}{% call say(m.role) %}{% endcall %}{% endfor %}{% endblock %}",
+    "{% block all %}{% macro say(x) %}{{ x }}{{ caller() }}{% endmacro %}{% for m in messages %}{% set ns = namespace(a=1) %}{% call say(m.role) %}{% endcall %}{% endfor %}{% endblock %}",
     "{% macro tree(x, depth=0) %}{% if x is mapping %}{% for k, v in x | dictsort %}{{ '  ' * depth ~ k }}\n{{ tree(v, depth + 1) }}{% endfor %}{% elif x is string %}{{ x }}{% elif x is iterable %}{% for y in x %}{{ tree(y, depth + 1) }}{% endfor %}{% endif %}{% endmacro %}{{ tree(messages) }}",
     "{% for m in messages %}{% set kept = 'out' %}{% generation %}{% set kept = 'in' %}{{ m.content ~ kept }}{% endgeneration %}{{ kept }}{% endfor %}",
     "{{ strftime_now('%Y-%m-%d') }}{{ strftime_now(format='%B') }}{{ strftime_now is defined }}",

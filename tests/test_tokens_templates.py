@@ -14,7 +14,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dpo_studio.preferences.pair import Message, Pair
-from dpo_studio.tokens.chat import ChatEncoder, PairError
+from dpo_studio.tokens.chat import ChatEncoder
 from tests.tiny_tokenizers import tiny_tokenizer
 
 FOLDER = Path(__file__).parent / "data" / "templates"
@@ -41,7 +41,7 @@ CHATS: dict[str, tuple[tuple[Message, ...], str]] = {
 
 def tokenizer_of(name: str) -> PreTrainedTokenizerFast:
     tokenizer = tiny_tokenizer("chatml")
-    tokenizer.bos_token = "<|endoftext|>"
+    tokenizer.bos_token = "<|endoftext|>"  # noqa: S105
     tokenizer.chat_template = (FOLDER / f"{name}.jinja").read_text()
     return tokenizer
 

@@ -54,7 +54,7 @@ class PairIds:
     chosen: AnswerIds
     rejected: AnswerIds
     case: Case
-    """How prompt and answers are parted; 1 is the plain one, and in 3c the prompt is shorter than what a server sends."""
+    """How prompt and answers are parted; 1 is the plain one, in 3c the prompt is shorter than what a server sends."""
     end_appended: bool
     """The template writes no end of turn, so EOS was appended."""
     thought_left_out: bool

@@ -24,8 +24,8 @@ from dpo_studio.tokens.encode import (
     OVER,
     PROMPT_CUT,
     PROMPT_OVER,
-    THOUGHTS_ALONE,
     THOUGHT_LEFT_OUT,
+    THOUGHTS_ALONE,
     fit_pair,
 )
 from dpo_studio.tokens.split import CASES

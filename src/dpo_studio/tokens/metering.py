@@ -132,15 +132,19 @@ def metered(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[...
     """Of jinja's filters those that chat templates need, each on the meter; and three that no template can spell."""
     free = {name: _paying(filters[name]) for name in _FILTERS}
     sized = {name: _paying(_sized(filters[name])) for name in _SIZED_FILTERS}
-    return free | sized | {
-        "tojson": _tojson,
-        "join": _joining(filters["join"]),
-        "replace": _replacing(filters["replace"]),
-        "indent": _indenting(filters["indent"]),
-        "(turns)": turns,
-        "(bounded)": lambda value: METER.get().bounded(value),
-        "(written)": _written,
-    }
+    return (
+        free
+        | sized
+        | {
+            "tojson": _tojson,
+            "join": _joining(filters["join"]),
+            "replace": _replacing(filters["replace"]),
+            "indent": _indenting(filters["indent"]),
+            "(turns)": turns,
+            "(bounded)": lambda value: METER.get().bounded(value),
+            "(written)": _written,
+        }
+    )
 
 
 def length_replaced(text: str, old: Any, new: Any) -> int:

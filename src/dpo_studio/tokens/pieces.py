@@ -110,9 +110,9 @@ class TextEncoder:
         return pieces
 
     def settle(self, chats: Sequence[str]) -> None:
-        """Find what a piece must follow so that pieces add up to the whole: nothing or, in some SentencePiece, a newline.
+        """Find what a piece must follow so that pieces add up to the whole: nothing or, in SentencePiece, a newline.
 
-        Those put a space before the first word of a string, and a piece from the middle has none.
+        Some of those put a space before the first word of a string, and a piece from the middle has none.
 
         Raises:
             ModelError: neither will do on these chats, which spell nothing.

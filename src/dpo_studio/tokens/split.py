@@ -51,10 +51,10 @@ THOUGHT_MARKS: Final = (
 )
 """What opens and closes a thought in the chat formats there are."""
 
-_CLOSING = {opening: closing for opening, closing in THOUGHT_MARKS}
+_CLOSING = dict(THOUGHT_MARKS)
 _MARK = re.compile("|".join(re.escape(mark) for pair in THOUGHT_MARKS for mark in pair))
-_SPECIAL = re.compile(r"<[|｜][^<>|｜\s]{1,40}[|｜]>|\[/?[A-Z_]{2,20}\]")
-"""Control tokens by their looks; which of them the tokenizer has does not matter where a text is only cut before one."""
+_SPECIAL = re.compile(r"<[|\uff5c][^<>|\uff5c\s]{1,40}[|\uff5c]>|\[/?[A-Z_]{2,20}\]")
+"""Control tokens by their looks; which of them the tokenizer has does not matter where text is only cut before one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +132,9 @@ def own_texts(answer: str) -> Iterator[tuple[str, str]]:
     """
     text = answer.strip()
     yield text, ""
-    cuts = {cut for closing in _CLOSING.values() if closing in text for cut in (text.find(closing), text.rfind(closing))}
+    cuts = {
+        cut for closing in _CLOSING.values() if closing in text for cut in (text.find(closing), text.rfind(closing))
+    }
     for cut in sorted(cuts):
         closing = next(mark for mark in _CLOSING.values() if text.startswith(mark, cut))
         thought = text[:cut]
