@@ -172,7 +172,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self._template_length = template_length
         self.filters = metered(self.filters)
-        self.globals = functions(today)
+        self.globals = {**functions(today)}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operator whose result can be larger than what it is made of."""
