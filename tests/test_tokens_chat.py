@@ -84,10 +84,11 @@ def test_ids_are_a_prefix_of_apply_chat_template(family: str, in_pieces: bool) -
     """Prompt ids are its ids of the prompt; prompt and answer are its ids of the chat but for white space at the end.
 
     `in pieces` sends these chats, which spell nothing, down the way of those that do: it must come to the same. Where
-    the template refuses, so do we, in its words.
+    the template refuses, so do we, in its words. One writes an empty thought into the generation prompt alone: there
+    the prompt is the served one all the same.
     """
     encoder, tokenizer = encoder_of(family), tiny_tokenizer(family)
-    encoder._always_in_pieces = in_pieces
+    encoder._texts._always_in_pieces = in_pieces
     ends = end_ids(family)
     seen = 0
     for prompt in map(messages, PROMPTS):
@@ -99,12 +100,19 @@ def test_ids_are_a_prefix_of_apply_chat_template(family: str, in_pieces: bool) -
             continue
         assert encoder.prompt_ids(prompt) == prompt_ids
         for answer in ANSWERS:
+            if family == "qwen3-no-think" and not answer:
+                continue  # nothing says where no text stands in another chat than the served prompt's
             ours = encoder.pair(Pair(prompt, (Message("assistant", answer),), (Message("assistant", "No."),)))
+            assert ours.prompt == prompt_ids
+            if family == "qwen3-no-think":
+                assert ours.case == "3a"
+                text = answer.strip() + answer[len(answer.rstrip()) :] + "<|im_end|>"
+                assert tokenizer.decode(ours.chosen.ids) == text
+                seen += 1
+                continue
             chat = oracle(tokenizer, (*prompt, Message("assistant", answer)))
             ids = ours.prompt + ours.chosen.ids
-            assert ours.re_rendered == (family == "qwen3-no-think")
-            if not ours.re_rendered:
-                assert ours.prompt == prompt_ids
+            assert ours.case == "1"
             if ours.end_appended:
                 assert family == "bare"
                 assert ids == [*chat, tokenizer.eos_token_id]
@@ -114,7 +122,7 @@ def test_ids_are_a_prefix_of_apply_chat_template(family: str, in_pieces: bool) -
                 assert tokenizer.decode(chat[len(ids) :]).strip() == ""
             assert ours.chosen.scored == [True] * len(ours.chosen.ids)
             seen += 1
-    assert seen >= 7 * len(ANSWERS)
+    assert seen >= 7 * (len(ANSWERS) - 1)
 
 
 def test_many_pairs_at_once_are_each_pair_alone() -> None:
@@ -159,7 +167,9 @@ def test_an_answer_ends_with_its_end_of_turn(family: str, written: str) -> None:
 def test_two_ends_in_a_row_end_the_answer_at_the_first() -> None:
     """Generation stops at the first, so the second is never said."""
     tokenizer = tiny_tokenizer("chatml")
-    tokenizer.chat_template = str(tokenizer.chat_template) + "<|endoftext|>\n"
+    tokenizer.chat_template = (
+        str(tokenizer.chat_template) + "{% if not add_generation_prompt %}<|endoftext|>\n{% endif %}"
+    )
     ours = ChatEncoder(tokenizer, eos_ids=tokenizer.convert_tokens_to_ids(["<|endoftext|>"])).pair(pair("?", "Far."))
     assert tokenizer.decode(ours.chosen.ids) == "Far.<|im_end|>"
 
@@ -183,27 +193,30 @@ def test_one_bos(family: str) -> None:
         assert ids.count(tokenizer.bos_token_id) == 1
 
 
-def test_a_prompt_rendered_differently_is_shared_up_to_where_they_part() -> None:
-    """The header of the answer has an empty thought, the chat with the answer has not: they part at `<think>`.
+def test_a_generation_prompt_that_the_chat_has_not_stays_as_it_is_served() -> None:
+    """The generation prompt has an empty thought, a chat with an answer has none: the answer follows that thought.
 
-    Once answers think, too, they share the whole prompt again, and the pair as a whole does so only if both think.
+    An answer that has the empty thought itself makes the chat begin with the whole prompt.
     """
     encoder, tokenizer = encoder_of("qwen3-no-think"), tiny_tokenizer("qwen3-no-think")
     ours = encoder.pair(pair("Far?", "Yes.", "<think>\n\n</think>\n\nNo."))
-    assert ours.re_rendered
-    assert tokenizer.decode(ours.prompt).endswith("<|im_start|>assistant\n")
+    assert ours.case == "3a"
+    assert tokenizer.decode(ours.prompt).endswith("<|im_start|>assistant\n<think>\n\n</think>\n\n")
     assert tokenizer.decode(ours.chosen.ids) == "Yes.<|im_end|>"
-    assert tokenizer.decode(ours.rejected.ids) == "<think>\n\n</think>\n\nNo.<|im_end|>"
+    assert tokenizer.decode(ours.rejected.ids) == "No.<|im_end|>"
     thinking = encoder.pair(pair("Far?", "<think>\n\n</think>\n\nYes.", "<think>\n\n</think>\n\nNo."))
-    assert not thinking.re_rendered
+    assert thinking.case == "1"
     assert tokenizer.decode(thinking.chosen.ids) == "Yes.<|im_end|>"
 
 
-def test_nothing_in_common_is_refused() -> None:
+def test_a_prompt_that_counts_the_turns_is_the_served_one() -> None:
+    """The chat with its answer says 2 where the prompt says 1: the answer is what follows the prompt's last turn."""
     tokenizer = tiny_tokenizer("bare")
     tokenizer.chat_template = "{{ messages | length }}" + str(tokenizer.chat_template)
-    with pytest.raises(PairError, match="common beginning"):
-        ChatEncoder(tokenizer, eos_ids=[]).pair(pair("?", "Far."))
+    ours = ChatEncoder(tokenizer, eos_ids=[]).pair(pair("?", "Far."))
+    assert ours.case == "4"
+    assert tokenizer.decode(ours.prompt) == "1### user:\n?\n### assistant:\n"
+    assert tokenizer.decode(ours.chosen.ids) == "Far.\n<|endoftext|>"
 
 
 FRAGMENTS = [
@@ -243,9 +256,9 @@ def test_no_text_makes_a_special_token(family: str, prompt: str, answer: str) ->
     ids = ours.prompt + ours.chosen.ids
     special = special_ids(tokenizer)
     plain = encoder.pair(pair("x", "x"))
-    assert ours.re_rendered == plain.re_rendered
+    assert ours.case == plain.case
     assert sum(token in special for token in ids) == sum(token in special for token in plain.prompt + plain.chosen.ids)
-    if family != "phi3":  # its special tokens swallow the white space after them
+    if family not in ("phi3", "qwen3-no-think"):  # one's special tokens swallow white space, one's chat has no thought
         chat = rendered(tokenizer, messages((("user", prompt), ("assistant", answer))))
         text = tokenizer.decode(ids).removesuffix("<|endoftext|>" if family == "bare" else "")
         assert chat.startswith(text)

@@ -175,7 +175,7 @@ def test_counts_say_what_templates_did() -> None:
     bare = ChatEncoder(tiny_tokenizer("bare"), eos_ids=[])
     assert encode_pairs([pair(2, 1)] * 2, bare, max_length=None).counts == {"end of turn appended": 2}
     thinking = ChatEncoder(tiny_tokenizer("qwen3-no-think"), eos_ids=[])
-    assert encode_pairs([pair(2, 1)], thinking, max_length=None).counts == {"prompt re-rendered differently": 1}
+    assert encode_pairs([pair(2, 1)], thinking, max_length=None).counts == {"prompt and answers parted by case 3a": 1}
 
 
 def test_refused_rows_are_counted_by_reason_and_the_rest_keep_their_order() -> None:

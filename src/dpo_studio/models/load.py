@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import errno
 import hashlib
 import os
@@ -228,8 +229,8 @@ def check_files(folder: Path, name: str) -> None:
         raise ModelError(f"{name} has no .safetensors weights in {folder}")
 
 
-def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:
-    """The tokenizer of a model folder and its chat template.
+def load_encoder(folder: Path, section: ModelSection, *, today: datetime.date | None = None) -> ChatEncoder:
+    """The tokenizer of a model folder and its chat template, which may write a date: `today`, or today's.
 
     Raises:
         ModelError: no tokenizer, no chat template, or one that cannot be used safely.
@@ -240,9 +241,22 @@ def load_encoder(folder: Path, section: ModelSection) -> ChatEncoder:
         raise ModelError(f"{section.path}: its tokenizer cannot be loaded: {_one_line(error)}") from None
     if section.chat_template is not None:
         tokenizer.chat_template = _read_template(section.chat_template)
-    eos = read_json(folder / "generation_config.json").get("eos_token_id")
-    ids = set(eos if isinstance(eos, list) else [eos]) | {tokenizer.eos_token_id}
-    return ChatEncoder(tokenizer, eos_ids={int(i) for i in ids if i is not None})
+    return ChatEncoder(tokenizer, eos_ids=_end_ids(folder), today=today)
+
+
+def _end_ids(folder: Path) -> set[int]:
+    """What ends a turn, as transformers has it: the generation config's word, without one the config's.
+
+    A wrapper's config may have it in its text model's part.
+    """
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    for part in (read_json(folder / "generation_config.json"), config, text if isinstance(text, dict) else {}):
+        eos = part.get("eos_token_id")
+        ids = [number for number in (eos if isinstance(eos, list) else [eos]) if isinstance(number, int)]
+        if ids:
+            return set(ids)
+    return set()
 
 
 def _read_template(path: str) -> str:

@@ -17,15 +17,18 @@ from dpo_studio.preferences.pair import Pair
 from dpo_studio.tokens.chat import ChatEncoder, PairError, PairIds
 from dpo_studio.tokens.encode import (
     ANSWER_CUT,
+    CASE,
     CHOSEN_CUT,
     DROPPED,
     END_APPENDED,
     OVER,
     PROMPT_CUT,
     PROMPT_OVER,
-    RE_RENDERED,
+    THOUGHT_LEFT_OUT,
+    THOUGHTS_ALONE,
     fit_pair,
 )
+from dpo_studio.tokens.split import CASES
 
 __all__ = ["TokenChecks", "rule_findings"]
 
@@ -37,6 +40,15 @@ _LOSING = {
     "drop": "They are dropped: the run learns from short answers alone.",
     "cut_answer_end": "Their answers are cut, without an end of turn to learn.",
     "cut_prompt_start": "Their oldest turns are cut; where that is not enough they are dropped.",
+}
+
+
+_CASES = {
+    "1": "the whole chat begins with the served prompt",
+    "3a": "the generation prompt differs",
+    "3b": "the answer closes the thought that the served prompt opens",
+    "3c": "the served prompt opens a thought that is never closed",
+    "4": "a turn of the prompt is moved or rewritten",
 }
 
 
@@ -160,7 +172,9 @@ def rule_findings(
         _over(counts, pairs, max_length, too_long, shown),
         _lost_ends(counts, pairs, shown),
         _not_encoded(counts, pairs, shown),
-        _re_rendered(counts, pairs, shown),
+        _by_case(counts, pairs, shown),
+        _shorter(counts, pairs, shown),
+        _thoughts(counts, pairs, shown),
         _without_end(counts, pairs, shown),
     ]
 
@@ -213,17 +227,52 @@ def _not_encoded(counts: Mapping[str, int], pairs: int, examples: Examples) -> F
     )
 
 
-def _re_rendered(counts: Mapping[str, int], pairs: int, examples: Examples) -> Finding:
-    count = counts.get(RE_RENDERED, 0)
+def _by_case(counts: Mapping[str, int], pairs: int, examples: Examples) -> Finding:
+    others = {case: counts.get(CASE + case, 0) for case in CASES[1:]}
+    count = sum(others.values())
+    kept = pairs - sum(number for kind, number in counts.items() if kind.startswith(DROPPED))
+    numbers = {"1": kept - count} | others
     return Finding(
-        "re-rendered-prompts",
-        "prompts that the template writes differently once there is an answer",
+        "prompt-cases",
+        "pairs whose whole chat does not begin with the prompt that a server sends",
         count,
         pairs,
-        level_of(count, pairs, warning=0.5),
-        does="The answer is learned from where the two part, so it begins with tokens of the template.",
-        todo="Common with templates that add an empty thought. Compare with how your server asks the model.",
-        examples=_some(examples, RE_RENDERED),
+        "note" if count else "fine",
+        does="The prompt is the served one (3c: a shorter one), and the answer what the template writes for it.",
+        todo="Nothing, unless your server writes prompts in another way than this template.",
+        detail="; ".join(f"{numbers[case]:,} x {_CASES[case]} ({case})" for case in CASES if numbers[case]),
+        examples=_some(examples, *(CASE + case for case in others)),
+        numbers=numbers,
+    )
+
+
+def _shorter(counts: Mapping[str, int], pairs: int, examples: Examples) -> Finding:
+    count = counts.get(CASE + "3c", 0)
+    return Finding(
+        "shorter-prompts",
+        "pairs whose prompt ends before the thought that a server's prompt opens",
+        count,
+        pairs,
+        level_of(count, pairs, warning=0.0),
+        does="A server's prompt opens a thought that the template never closes for an answer: it is asked with other "
+        "tokens than it is trained with.",
+        todo="Give a template that writes the answers' thoughts, or opens none, with model.chat_template.",
+        examples=_some(examples, CASE + "3c"),
+    )
+
+
+def _thoughts(counts: Mapping[str, int], pairs: int, examples: Examples) -> Finding:
+    kinds = (THOUGHT_LEFT_OUT, DROPPED + THOUGHTS_ALONE)
+    count = sum(counts.get(kind, 0) for kind in kinds)
+    return Finding(
+        "unwritten-thoughts",
+        "pairs with thoughts that the chat template does not write",
+        count,
+        pairs,
+        level_of(count, pairs, warning=0.0),
+        does="Their answers are learned without their thoughts; where nothing else differs the pair is dropped.",
+        todo="Give a template that writes the thoughts of answers with model.chat_template.",
+        examples=_some(examples, *kinds),
     )
 
 

@@ -27,7 +27,10 @@ PROMPT_OVER = "prompt alone over max_length"
 ANSWER_CUT = "answer end cut"
 CHOSEN_CUT = "chosen answer end cut"
 PROMPT_CUT = "prompt start cut"
-RE_RENDERED = "prompt re-rendered differently"
+CASE = "prompt and answers parted by case "
+"""And the case (`tokens.split`); 1 is that of all others."""
+THOUGHT_LEFT_OUT = "thought not written by the template"
+THOUGHTS_ALONE = "answers differ in their thoughts alone"
 END_APPENDED = "end of turn appended"
 
 
@@ -115,8 +118,10 @@ def fit_pair(
             notes.append(PROMPT_CUT)
         else:
             raise _too_long(ids, max_length)
-    if ids.re_rendered:
-        notes.append(RE_RENDERED)
+    if ids.case != "1":
+        notes.append(CASE + ids.case)
+    if ids.thought_left_out:
+        notes.append(THOUGHT_LEFT_OUT)
     if ids.end_appended:
         notes.append(END_APPENDED)
     _check_learnable(ids)
@@ -166,6 +171,12 @@ def _too_long(ids: PairIds, max_length: int) -> PairError:
 def _check_learnable(ids: PairIds) -> None:
     if not (any(ids.chosen.scored) and any(ids.rejected.scored)):
         raise PairError("no answer token", "an answer has no token of the assistant's own")
+    if ids.chosen.ids == ids.rejected.ids and ids.thought_left_out:
+        raise PairError(
+            THOUGHTS_ALONE,
+            "what differs in the answers is their thoughts, which the chat template does not write",
+            hint="model.chat_template: FILE with a template that writes the thoughts of answers",
+        )
     if ids.chosen.ids == ids.rejected.ids:
         raise PairError("identical answers", "both answers have the same token ids")
 

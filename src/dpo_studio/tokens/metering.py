@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from datetime import datetime
 from functools import update_wrapper
 from types import NoneType
 from typing import Any
@@ -17,12 +17,12 @@ from jinja2.exceptions import SecurityError
 from jinja2.utils import Joiner, Namespace
 
 __all__ = [
-    "FUNCTIONS",
     "ITEM",
     "LARGEST_BITS",
     "METER",
     "Meter",
     "TemplateLimit",
+    "functions",
     "length_replaced",
     "metered",
     "turns",
@@ -47,8 +47,12 @@ _FILTERS = (
     *("abs", "capitalize", "count", "d", "default", "dictsort", "e", "escape", "first", "float", "forceescape", "int"),
     *("items", "last", "length", "list", "lower", "map", "max", "min", "reject", "rejectattr", "reverse", "safe"),
     *("select", "selectattr", "sort", "string", "title", "trim", "unique", "upper"),
+    *("attr", "groupby", "truncate", "wordcount"),
 )
 """Filters whose result is no larger than a few times their input."""
+_SIZED_FILTERS = ("batch", "center", "round", "slice")
+"""Filters that make as much as a number says."""
+_LARGEST_SIZE = 1000
 
 
 class TemplateLimit(SecurityError):
@@ -126,15 +130,21 @@ def _written(values: Sequence[Any]) -> str:
 
 def metered(filters: Mapping[str, Callable[..., Any]]) -> dict[str, Callable[..., Any]]:
     """Of jinja's filters those that chat templates need, each on the meter; and three that no template can spell."""
-    return {name: _paying(filters[name]) for name in _FILTERS} | {
-        "tojson": _tojson,
-        "join": _joining(filters["join"]),
-        "replace": _replacing(filters["replace"]),
-        "indent": _indenting(filters["indent"]),
-        "(turns)": turns,
-        "(bounded)": lambda value: METER.get().bounded(value),
-        "(written)": _written,
-    }
+    free = {name: _paying(filters[name]) for name in _FILTERS}
+    sized = {name: _paying(_sized(filters[name])) for name in _SIZED_FILTERS}
+    return (
+        free
+        | sized
+        | {
+            "tojson": _tojson,
+            "join": _joining(filters["join"]),
+            "replace": _replacing(filters["replace"]),
+            "indent": _indenting(filters["indent"]),
+            "(turns)": turns,
+            "(bounded)": lambda value: METER.get().bounded(value),
+            "(written)": _written,
+        }
+    )
 
 
 def length_replaced(text: str, old: Any, new: Any) -> int:
@@ -157,6 +167,18 @@ def _paying(filter_: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return update_wrapper(paying, filter_)
+
+
+def _sized(filter_: Callable[..., Any]) -> Callable[..., Any]:
+    """A filter that makes no more than a thousand of anything."""
+
+    def sized(*arguments: Any, **named: Any) -> Any:
+        if any(isinstance(size, int) and abs(size) > _LARGEST_SIZE for size in (*arguments[1:], *named.values())):
+            raise TemplateLimit(f"it makes more than {_LARGEST_SIZE:,} of something")
+        result = filter_(*arguments, **named)
+        return list(turns(result, 0)) if isinstance(result, Iterator) else result
+
+    return update_wrapper(sized, filter_)
 
 
 def _joining(filter_: Callable[..., Any]) -> Callable[..., Any]:
@@ -214,18 +236,25 @@ def _raise_exception(message: Any) -> None:
     raise TemplateError(str(message)[:400])
 
 
-def _strftime_now(form: str) -> str:
-    if len(form) > 100 or re.search(r"\d{3}", form):
-        raise TemplateLimit("it writes the date in more than 100 characters")
-    return datetime.now().strftime(form)
+def _dated(today: datetime.date) -> Callable[[str], str]:
+    """`strftime_now` of that day, at its first minute: a prompt must not change from one rendering to the next."""
+    now = datetime.datetime.combine(today, datetime.time())
+
+    def strftime_now(format: str) -> str:
+        if len(format) > 100 or re.search(r"\d{3}", format):
+            raise TemplateLimit("it writes the date in more than 100 characters")
+        return now.strftime(format)
+
+    return strftime_now
 
 
-FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "range": _range,
-    "dict": _new_dict,
-    "namespace": _namespace,
-    "joiner": Joiner,
-    "raise_exception": _raise_exception,
-    "strftime_now": _strftime_now,
-}
-"""What a template may call by name."""
+def functions(today: datetime.date) -> dict[str, Callable[..., Any]]:
+    """What a template may call by name, on that day."""
+    return {
+        "range": _range,
+        "dict": _new_dict,
+        "namespace": _namespace,
+        "joiner": Joiner,
+        "raise_exception": _raise_exception,
+        "strftime_now": _dated(today),
+    }

@@ -10,6 +10,7 @@ asked beforehand how large. What an allowed template writes is what `apply_chat_
 
 from __future__ import annotations
 
+import datetime
 import re
 from collections.abc import Mapping, Sequence
 from types import BuiltinMethodType, MethodType
@@ -26,12 +27,12 @@ from jinja2.visitor import NodeTransformer
 
 from dpo_studio.errors import ModelError
 from dpo_studio.tokens.metering import (
-    FUNCTIONS,
     ITEM,
     LARGEST_BITS,
     METER,
     Meter,
     TemplateLimit,
+    functions,
     length_replaced,
     metered,
     turns,
@@ -48,9 +49,11 @@ _TEXT_METHODS = (
     *("capitalize", "casefold", "count", "endswith", "find", "index", "isalnum", "isalpha", "isascii", "isdecimal"),
     *("isdigit", "islower", "isnumeric", "isspace", "istitle", "isupper", "join", "lower", "lstrip", "partition"),
     *("removeprefix", "removesuffix", "replace", "rfind", "rindex", "rpartition", "rsplit", "rstrip", "split"),
-    *("splitlines", "startswith", "strip", "swapcase", "title", "upper"),
+    *("isidentifier", "isprintable", "splitlines", "startswith", "strip", "swapcase", "title", "upper"),
 )
 _OTHER_METHODS = ("copy", "count", "get", "index", "items", "keys", "values")
+_JINJAS_OWN = ("_loop_vars", "_block_vars")
+"""What jinja passes along with every call in a loop or block, and takes away again before the macro sees it."""
 _WIDE = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})")
 """A printf format whose width is given elsewhere, or has four digits."""
 
@@ -58,8 +61,10 @@ _WIDE = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})")
 class ChatTemplate:
     """A template that ends, whatever it was written to do."""
 
-    def __init__(self, source: str, special_tokens: Mapping[str, object]) -> None:
-        """`special_tokens`: what the template may call `bos_token` and the like.
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, object], *, today: datetime.date | None = None
+    ) -> None:
+        """`special_tokens`: what the template may call `bos_token` and the like; `today`: the date it may write.
 
         Raises:
             ModelError: too long, no Jinja, or made of what no chat template needs.
@@ -70,7 +75,7 @@ class ChatTemplate:
             name: [str(token) for token in value] if isinstance(value, list | tuple) else str(value)
             for name, value in special_tokens.items()
         }
-        environment = _Environment(len(source))
+        environment = _Environment(len(source), today or datetime.date.today())
         try:
             tree = _Metered().visit(environment.parse(source))
             code = environment.compile(tree)
@@ -146,9 +151,10 @@ class _Generation(Extension):
 
     tags = {"generation"}  # noqa: RUF012 - jinja's own way
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        """A scope of its own, as transformers has it: what is set inside ends with it."""
+        line = next(parser.stream).lineno
+        return nodes.Scope(parser.parse_statements(("name:endgeneration",), drop_needle=True), lineno=line)
 
 
 class _Environment(ImmutableSandboxedEnvironment):
@@ -156,7 +162,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
-    def __init__(self, template_length: int) -> None:
+    def __init__(self, template_length: int, today: datetime.date) -> None:
         super().__init__(
             trim_blocks=True,
             lstrip_blocks=True,
@@ -166,7 +172,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         )
         self._template_length = template_length
         self.filters = metered(self.filters)
-        self.globals = dict(FUNCTIONS)
+        self.globals = {**functions(today)}
 
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         """An operator whose result can be larger than what it is made of."""
@@ -189,7 +195,8 @@ class _Environment(ImmutableSandboxedEnvironment):
         """A call of a macro, a function or a method; of the latter two, only of those listed."""
         meter = METER.get()
         if isinstance(__obj, Macro | BlockReference | LoopContext):
-            values = (*args, *kwargs.values())  # it may keep them together, as `varargs`
+            given = [value for name, value in kwargs.items() if name not in _JINJAS_OWN]
+            values = (*args, *given)  # it may keep them together, as `varargs`
             meter.bounded([value for value in values if isinstance(value, str | list | tuple | dict)])
             meter.spend(__self._template_length)
             if isinstance(__obj, LoopContext) and args:  # a recursive loop goes over them as they are
