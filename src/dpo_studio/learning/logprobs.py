@@ -16,7 +16,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.gptq import computes_in_fp8
-from dpo_studio.models.head import HeadLaw, head_law, head_of
+from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
 from dpo_studio.models.layers import as_trained, causal_lm, plain_layers
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
@@ -64,7 +64,7 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     head, law = head_of(base), head_law(base.config)
     inputs = row_inputs(base.config, batch)
     with as_trained(model):
-        hidden_TH = base.base_model(**inputs, use_cache=False).last_hidden_state[0]
+        hidden_TH = body_of(base)(**inputs, use_cache=False).last_hidden_state[0]
     if not torch.is_grad_enabled():
         hidden_TH = hidden_TH.detach()
     logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
