@@ -71,7 +71,6 @@ def as_trained(model: nn.Module) -> Iterator[None]:
     was 0.25 nats a pair off its reference (bf16, four small layers), and the loss of a 7B in FP8 began at 0.82 instead
     of ln 2. What it keeps is let go with its result. Eager layers round alike anyway.
     """
-    layers = _layers(model)
     if torch.is_grad_enabled() or not is_compiled(model):
         yield
         return
