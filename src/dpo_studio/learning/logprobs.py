@@ -6,7 +6,7 @@ Shapes: T = tokens of a row, N = scored answer tokens, H = hidden size, V = voca
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.gptq import computes_in_fp8
+from dpo_studio.models.head import HeadLaw, head_law, head_of
 from dpo_studio.models.layers import as_trained, causal_lm, plain_layers
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
@@ -25,6 +26,7 @@ __all__ = ["check_packing", "pair_logps", "plain_token_logps", "token_logps"]
 
 _LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 """Logits in memory at a time, whatever the vocabulary: 340 rows of 49k on a CPU (64 MB in fp32), 1,365 on a GPU."""
+_PLAIN = HeadLaw()
 _APART = {"float32": 1e-3, "fp8": 0.3}
 """Nats a token that packed and plain log-probs may be apart, 0.1 in 16 bits. SmolLM2 on the bundled pairs: 0.036 in
 bf16, 0.115 with activations rounded to e4m3."""
@@ -59,22 +61,22 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     `collision_N`, if given, is filled with the log-prob that two tokens drawn there are the same.
     """
     base = causal_lm(model)
+    head, law = head_of(base), head_law(base.config)
     inputs = row_inputs(base.config, batch)
     with as_trained(model):
         hidden_TH = base.base_model(**inputs, use_cache=False).last_hidden_state[0]
     if not torch.is_grad_enabled():
         hidden_TH = hidden_TH.detach()
-    head = base.get_output_embeddings()
     logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_TH.index_select(0, batch.predictor_N), head.weight, head.bias, batch.target_N, collision_N
+        hidden_TH.index_select(0, batch.predictor_N), head.weight, head.bias, batch.target_N, collision_N, law
     )
     return logps_N
 
 
 class _HeadLogps(torch.autograd.Function):
-    """log softmax(hidden @ head)[target], a slice of rows at a time, logits never kept.
+    """log softmax(law(hidden @ head))[target], a slice of rows at a time, logits never kept.
 
-    d logp / d hidden = (onehot(target) - softmax) @ head does not depend on what comes back from the loss but for a
+    d logp / d hidden = ((onehot(target) - softmax) * slope of the law) @ head does not depend on what comes back from the loss but for a
     factor a row, so it is formed while the logits are at hand: two products instead of the three that recomputing the
     logits in the backward pass takes, and N x H saved values instead of N x V. The head is frozen and gets no gradient.
     """
@@ -87,41 +89,45 @@ class _HeadLogps(torch.autograd.Function):
         bias_V: Tensor | None,
         target_N: Tensor,
         collision_N: Tensor | None = None,
+        law: HeadLaw = _PLAIN,
     ) -> Tensor:
         slope_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         logps_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
         # compiled, the two kinds of pass would be two kernels that sum in other orders: one kernel, whatever is wanted
-        terms, with_slope = _head_terms, slope_NH is not None
+        terms, with_slope = partial(_head_terms, law), slope_NH is not None
         if hidden_NH.is_cuda:
-            terms, with_slope = _compiled_head_terms(), True
+            terms, with_slope = _compiled_head_terms(law), True
         rows = max(1, _LOGITS_AT_ONCE[hidden_NH.device.type] // len(head_VH))
         for start in range(0, len(hidden_NH), rows):
             at = slice(start, start + rows)
             logits_nV = _logits(hidden_NH[at], head_VH, bias_V)
             logps_N[at], off_nV = terms(logits_nV, target_N[at, None], head_VH.dtype if with_slope else None)
             if collision_N is not None:  # at least -log V: no underflow
-                collision_N[at] = 2 * logits_nV.softmax(-1, dtype=torch.float32).norm(dim=-1).log()
+                collision_N[at] = 2 * law(logits_nV).softmax(-1, dtype=torch.float32).norm(dim=-1).log()
             if slope_NH is not None and off_nV is not None:
                 slope_NH[at] = (off_nV @ head_VH).neg_()
         ctx.save_for_backward(slope_NH)
         return logps_N
 
     @staticmethod
-    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None, None]:
+    def backward(ctx: Any, gradient_N: Tensor) -> tuple[Tensor, None, None, None, None, None]:
         (slope_NH,) = ctx.saved_tensors
-        return (slope_NH * gradient_N[:, None]).to(slope_NH.dtype), None, None, None, None
+        return (slope_NH * gradient_N[:, None]).to(slope_NH.dtype), None, None, None, None, None
 
 
 def _logits(hidden_nH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> Tensor:
-    """(n, V), in fp32 where the device's product can leave its fp32 sums unrounded."""
+    """hidden @ head, (n, V), in fp32 where the device's product can leave its fp32 sums unrounded."""
     if not hidden_nH.is_cuda or hidden_nH.dtype == torch.float32:
         return nn.functional.linear(hidden_nH, head_VH, bias_V)
     logits_nV = torch.mm(hidden_nH, head_VH.t(), out_dtype=torch.float32)
     return logits_nV if bias_V is None else logits_nV + bias_V
 
 
-def _head_terms(logits_nV: Tensor, target_n1: Tensor, slope_dtype: torch.dtype | None) -> tuple[Tensor, Tensor | None]:
-    """log softmax at the targets, (n,) fp32; and softmax - onehot(target), (n, V), where it is wanted."""
+def _head_terms(
+    law: HeadLaw, logits_nV: Tensor, target_n1: Tensor, slope_dtype: torch.dtype | None
+) -> tuple[Tensor, Tensor | None]:
+    """log softmax at the targets, (n,) fp32; and -d logp / d (hidden @ head), (n, V), where it is wanted."""
+    logits_nV = law(logits_nV)
     # log_softmax, although only one column is read: torch's logsumexp takes four times as long on a CPU
     logps_nV = logits_nV.log_softmax(-1, dtype=torch.float32)
     logps_n = logps_nV.gather(1, target_n1)[:, 0]
@@ -129,22 +135,25 @@ def _head_terms(logits_nV: Tensor, target_n1: Tensor, slope_dtype: torch.dtype |
         return logps_n, None
     softmax_nV = logps_nV.exp_()
     softmax_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -1, dtype=torch.float32))
+    if law != _PLAIN:
+        softmax_nV *= law.slope(logits_nV)
     return logps_n, softmax_nV.to(slope_dtype)
 
 
 @cache
-def _compiled_head_terms() -> Any:
+def _compiled_head_terms(law: HeadLaw) -> Any:
     """The same for a GPU in two passes over the logits: 7.4 ms for 5,700 rows of 49k on an H200, the above 8.9.
 
     Liger's fused head took 12.2 ms there, cut-cross-entropy 13.7; at a vocabulary of 128k 20 against 33 and 32.
     """
 
     def terms(logits_nV: Tensor, target_n1: Tensor, slope_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        logits_nV = logits_nV.float()
+        logits_nV = law(logits_nV.float())
         logsumexp_n1 = logits_nV.logsumexp(-1, keepdim=True)
         logps_n = (logits_nV.gather(1, target_n1) - logsumexp_n1)[:, 0]
         hot_nV = torch.arange(logits_nV.shape[1], device=logits_nV.device) == target_n1
-        return logps_n, ((logits_nV - logsumexp_n1).exp() - hot_nV.float()).to(slope_dtype)
+        off_nV = (logits_nV - logsumexp_n1).exp() - hot_nV.float()
+        return logps_n, (off_nV if law == _PLAIN else off_nV * law.slope(logits_nV)).to(slope_dtype)
 
     return torch.compile(terms, dynamic=True)
 

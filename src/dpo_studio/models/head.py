@@ -1,0 +1,111 @@
+"""From hidden states to logits: which model types scale them or cap them, and how, by their config.
+
+The product with the head's weight is not all of it: Granite divides the logits, Cohere multiplies them, Gemma 2 bends
+them by a tanh. Written down per model type, because the same key means other things elsewhere: `logits_scaling` divides
+in Granite and multiplies in HyperCLOVA X.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_studio.errors import ModelError
+
+__all__ = ["HeadLaw", "head_law", "head_of"]
+
+
+@dataclass(frozen=True)
+class HeadLaw:
+    """logits = cap * tanh(scale * z / cap), z = hidden @ head; without a cap scale * z."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __call__(self, product_nV: Tensor) -> Tensor:
+        """The logits, in fp32 unless there is nothing to do: in bf16 a cap's tanh has steps of 0.1 nats near its end."""
+        if self.scale != 1:
+            product_nV = product_nV.float() * self.scale
+        return product_nV if self.cap is None else self.cap * torch.tanh(product_nV.float() / self.cap)
+
+    def slope(self, logits_nV: Tensor) -> Tensor | float:
+        """d logits / d z, from the logits: scale * (1 - (y / cap)^2)."""
+        return self.scale if self.cap is None else self.scale * (1 - (logits_nV / self.cap) ** 2)
+
+
+_GRANITE = ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
+_DIVIDED = dict.fromkeys((*_GRANITE, "minicpm3"), "logits_scaling")
+"""Model type -> the key its forward divides by. MiniCPM3 divides the hidden states, which is the same."""
+_MULTIPLIED = {"hyperclovax": "logits_scaling"} | dict.fromkeys(
+    ("cohere", "cohere2", "cohere2_moe", "cohere_compass_text"), "logit_scale"
+)
+_CAPPED = dict.fromkeys(
+    (
+        *("beam", "gemma2", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
+        *("gemma4_unified", "gemma4_unified_text", "nanochat", "vaultgemma"),
+    ),
+    "final_logit_softcapping",
+)
+"""Gemma 3's wrapper is not among them: its forward leaves its text model's cap out."""
+
+_SMELLS = re.compile(r"(?=.*(logit|lm_head|output))(?=.*(scal|mult|cap|temper|divis))")
+"""Of keys that may change logits; which are none: scores and routers have logits, too."""
+_INNER = re.compile(r"attn|attention|query|key|value|router|expert|moe|mlp|ssm|gate|contrastive|init|vision|audio")
+
+
+def head_law(config: Any) -> HeadLaw:
+    """What a model of this config does to `hidden @ head`.
+
+    Raises:
+        ModelError: the config has a key that may change logits, and nobody has looked at what this model does with it.
+    """
+    kind = getattr(config, "model_type", "")
+    text = config.get_text_config()
+    divided, multiplied, capped = (table.get(kind) for table in (_DIVIDED, _MULTIPLIED, _CAPPED))
+    law = HeadLaw(
+        _number(text, multiplied, 1.0) / _number(text, divided, 1.0),
+        _number(text, capped, None),
+    )
+    if law.scale == 0 or law.cap == 0:
+        raise ModelError(f"{kind} makes all its logits alike: {divided or multiplied or capped} in config.json")
+    for key, value in vars(text).items():
+        if key in (divided, multiplied, capped) or not _SMELLS.search(key) or _INNER.search(key):
+            continue
+        if isinstance(value, int | float) and value is not False and (value is True or value != 1 or "cap" in key):
+            raise ModelError(
+                f"{kind} has {key}: {value} in its config: whether it changes the logits, and how, is not known here",
+                hint="please report the model",
+            )
+    if (real := getattr(text, "unpadded_vocab_size", None)) is not None and real < text.vocab_size:
+        raise ModelError(f"{kind} cuts its logits off at {real} of {text.vocab_size} tokens (unpadded_vocab_size)")
+    return law
+
+
+def _number(config: Any, key: str | None, otherwise: Any) -> Any:
+    value = getattr(config, key, None) if key is not None else None
+    return otherwise if value is None else float(value)
+
+
+def head_of(base: Any) -> Any:
+    """The linear layer that makes a model's logits of its body's hidden states.
+
+    Raises:
+        ModelError: there is more between the two than one product.
+    """
+    head = base.get_output_embeddings()
+    if not isinstance(head, nn.Linear) or "bias" not in head._parameters or set(_own(head)) - {"weight", "bias"}:
+        raise ModelError(f"{base.config.model_type} makes its logits by a {type(head).__name__}, not by one product")
+    for name, child in base.named_children():
+        if child is not base.base_model and child is not head and any(True for _ in child.parameters()):
+            raise ModelError(
+                f"{base.config.model_type} has a {type(child).__name__} ({name}) between its hidden states and its head"
+            )
+    return head
+
+
+def _own(module: nn.Module) -> list[str]:
+    return [name for name, _ in module.named_parameters(recurse=False)]
