@@ -45,7 +45,7 @@ CUDA = torch.device("cuda")
 SHAPE: dict[str, Any] = {"head_dim": 16}
 PAIRS = [*random_pairs(6), *random_pairs(3, seed=5, prompt=(30, 90), answer=(20, 200))]
 WEIGHTS_P2 = torch.randn(len(PAIRS), 2, generator=torch.Generator().manual_seed(3))
-ARCHITECTURES = ["llama", "mistral-window", "qwen3", "gemma3"]
+ARCHITECTURES = ["llama", "mistral-window", "qwen3", "gemma3", "gemma2", "granite-swa", "cohere", "stablelm"]
 
 
 def assert_textbook(policy: Any, architecture: str) -> None:

@@ -19,7 +19,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.learning import logprobs
 from dpo_studio.learning.logprobs import check_packing, pair_logps, plain_token_logps, token_logps
 from dpo_studio.models import attention
-from dpo_studio.models.attention import FLEX, PAIRS, row_inputs
+from dpo_studio.models.attention import DENSE, FLEX, PAIRS, row_inputs
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Span, pack
 from tests.conftest import columns, encoded, gradients, plain_logps, plain_peft_on, policy_on, random_pairs
@@ -54,7 +54,7 @@ def textbook(request: pytest.FixtureRequest) -> tuple[str, Tensor, dict[str, Ten
     return request.param, logps_P2.detach(), gradients(oracle, (WEIGHTS_P2 * logps_P2).sum())
 
 
-@pytest.mark.parametrize("attention", [PAIRS, "sdpa"])
+@pytest.mark.parametrize("attention", [PAIRS, DENSE])
 def test_packed_log_probs_and_every_lora_gradient_are_the_textbook_s(
     textbook: tuple[str, Tensor, dict[str, Tensor]], attention: str
 ) -> None:
@@ -136,7 +136,7 @@ def test_equal_answers_have_equal_log_probs_wherever_they_stand() -> None:
 
 
 @flex_on_a_cpu
-@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, DENSE])
 def test_a_pair_does_not_notice_its_neighbours(attention: str) -> None:
     """Alone, first, last or in the middle of a row: the same to 1e-5 relative."""
     model = tiny_model("qwen2-mixed", attn_implementation=attention)
@@ -184,7 +184,7 @@ def test_plain_token_logps_are_the_textbook_s() -> None:
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3"])
 @flex_on_a_cpu
-@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, DENSE])
 def test_in_bfloat16_packing_adds_no_more_noise_than_bfloat16_itself(architecture: str, attention: str) -> None:
     """A token's log-prob in bf16 is off by some rounding whether packed or plain. Mean error against fp32 over all
     tokens: packed at most 1.5 times plain's. initializer_range 0.08: at 0.3 bf16 itself is whole nats off."""
@@ -202,7 +202,7 @@ def test_in_bfloat16_packing_adds_no_more_noise_than_bfloat16_itself(architectur
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @flex_on_a_cpu
-@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, DENSE])
 def test_check_packing_passes_what_is_right(architecture: str, attention: str) -> None:
     assert check_packing(policy_on(architecture, attn_implementation=attention), random_pairs(20)) < 1e-4
 
@@ -255,7 +255,7 @@ def one_answer(batch: MicroBatch) -> MicroBatch:
 
 
 @flex_on_a_cpu
-@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, DENSE])
 @pytest.mark.parametrize("mistake", [one_pair, one_answer])
 def test_check_packing_catches_tokens_that_see_too_much(
     monkeypatch: pytest.MonkeyPatch, mistake: Callable[[MicroBatch], MicroBatch], attention: str
@@ -289,7 +289,7 @@ class Forgetful:
 
 
 @flex_on_a_cpu
-@pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
+@pytest.mark.parametrize("attention", [PAIRS, FLEX, DENSE])
 @pytest.mark.parametrize(
     ("architecture", "lies"),
     [

@@ -8,14 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 from transformers import (
-    CohereConfig,
-    Gemma2Config,
+    BloomConfig,
+    FalconConfig,
+    Gemma3TextConfig,
+    Gemma4TextConfig,
     GPT2Config,
-    GptOssConfig,
-    GraniteConfig,
+    GPTNeoConfig,
     JambaConfig,
     Llama4TextConfig,
     MambaConfig,
+    MptConfig,
     Qwen3NextConfig,
     T5Config,
 )
@@ -25,6 +27,7 @@ from dpo_studio.learning.logprobs import token_logps
 from dpo_studio.models import attention
 from dpo_studio.models.attention import (
     BLOCK,
+    DENSE,
     FLEX,
     PAIRS,
     _whole_blocks,
@@ -96,10 +99,12 @@ def test_every_kind_of_layer_gets_its_own_window(architecture: str, windows: Any
     config = tiny_model(architecture, attn_implementation=PAIRS).config
     batch = pack(random_pairs(3))
     arguments = row_inputs(config, batch)
-    assert arguments["pack_spans"] == batch.spans
     noted = arguments["attention_mask"]
-    assert (int(noted) if isinstance(noted, Tensor) else {kind: int(note) for kind, note in noted.items()}) == windows
-    config._attn_implementation = "sdpa"
+    notes = {"": noted} if isinstance(noted, Tensor) else noted
+    assert all(note[0, 0, 1:].tolist() == [list(span) for span in batch.spans] for note in notes.values())
+    found = {kind: int(note[0, 0, 0, 0]) for kind, note in notes.items()}
+    assert found == ({"": windows} if isinstance(noted, Tensor) else windows)
+    config._attn_implementation = DENSE
     dense = row_inputs(config, batch)["attention_mask"]
     masks = {"": dense} if isinstance(dense, Tensor) else dense
     for kind, mask in masks.items():
@@ -108,7 +113,7 @@ def test_every_kind_of_layer_gets_its_own_window(architecture: str, windows: Any
 
 
 WINDOWED: list[tuple[str, int | None]] = [
-    (name, window) for name in ("mistral-window", "qwen2-mixed", "gemma3") for window in (1, 2, 5, 31)
+    (name, window) for name in ("mistral-window", "qwen2-mixed", "gemma3", "gemma2", "granite-swa") for window in (1, 2, 5, 31)
 ]
 FULL: list[tuple[str, int | None]] = [(name, None) for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3")]
 
@@ -122,7 +127,7 @@ def test_pair_by_pair_and_flex_are_the_dense_mask(architecture: str, window: int
     with torch.no_grad():
         by_pair, flex, dense = (
             token_logps(tiny_model(architecture, attn_implementation=kind, **changes), batch)
-            for kind in (PAIRS, FLEX, "sdpa")
+            for kind in (PAIRS, FLEX, DENSE)
         )
     torch.testing.assert_close(by_pair, dense, rtol=1e-5, atol=1e-4)
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-4)
@@ -193,7 +198,7 @@ def test_the_kernel_is_chosen_where_it_can_be_made(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("dpo_studio.models.attention.find_spec", lambda name: name)
     monkeypatch.setenv("CC", "cc")
     assert [choose_attention("auto", usual, gpu), choose_attention("auto", small, gpu)] == [FLEX, PAIRS]
-    assert [choose_attention("auto", usual, cpu), choose_attention("sdpa", usual, gpu)] == [PAIRS, "sdpa"]
+    assert [choose_attention("auto", usual, cpu), choose_attention("sdpa", usual, gpu)] == [PAIRS, DENSE]
     monkeypatch.delenv("CC")
     monkeypatch.setattr("shutil.which", lambda name: None)
     assert choose_attention("auto", usual, gpu) == PAIRS
@@ -202,15 +207,17 @@ def test_the_kernel_is_chosen_where_it_can_be_made(monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Gemma2Config(), "caps its logits (final_logit_softcapping)"),
-        (GraniteConfig(logits_scaling=8.0), "scales its logits (logits_scaling)"),
-        (CohereConfig(), "scales its logits (logit_scale)"),
         (Qwen3NextConfig(), "layers a pack's mask does not reach (linear_attention)"),
         (JambaConfig(), "a pack's mask does not reach"),
         (MambaConfig(), "a pack's mask does not reach"),
         (Llama4TextConfig(), "a pack's mask does not reach"),
-        (GptOssConfig(), "a pack's mask does not reach"),
-        (GPT2Config(), "a pack's mask does not reach"),
+        (Llama4TextConfig(attention_chunk_size=None, layer_types=["full_attention"] * 48), "attn_temperature_tuning"),
+        (Gemma3TextConfig(use_bidirectional_attention=True), "looks at later tokens (use_bidirectional_attention)"),
+        (BloomConfig(), "places of the row (ALiBi)"),
+        (MptConfig(), "places of the row (ALiBi)"),
+        (FalconConfig(alibi=True), "places of the row (ALiBi)"),
+        (GPTNeoConfig(), "places of the row (local attention)"),
+        (GPT2Config(), "(Conv1D) whose adapters cannot be switched off"),
         (T5Config(), "is an encoder-decoder"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
@@ -226,7 +233,3 @@ def test_what_packs_cannot_hold_is_refused_by_its_config(config: Any, reason: st
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_packs_can_hold_is_let_through(architecture: str) -> None:
     check_architecture(tiny_model(architecture).config, "some/model")
-
-
-def test_a_logit_scale_of_one_is_no_scale() -> None:
-    check_architecture(GraniteConfig(logits_scaling=1.0), "some/model")

@@ -67,7 +67,7 @@ def test_a_good_folder_loads_frozen_whole_and_quiet(folder: Path, capfd: pytest.
 def test_the_precision_and_the_attention_are_as_asked_for(folder: Path) -> None:
     base = loaded(folder, dtype="bfloat16", attention="sdpa")
     assert base.model.dtype == torch.bfloat16
-    assert base.model.config._attn_implementation == "sdpa"
+    assert base.model.config._attn_implementation == "dpo_studio_dense"
 
 
 def test_a_missing_tensor_is_an_error_and_never_filled_in(folder: Path) -> None:
@@ -170,11 +170,9 @@ def test_settings_for_gptq_are_refused_on_other_bases(folder: Path, key: dict[st
 
 
 def test_an_unsupported_architecture_is_refused_before_its_weights_are_read(folder: Path) -> None:
-    rewrite(
-        folder / "config.json", model_type="gemma2", final_logit_softcapping=30.0, architectures=["Gemma2ForCausalLM"]
-    )
+    rewrite(folder / "config.json", model_type="gemma3_text", use_bidirectional_attention=True)
     (folder / "model.safetensors").write_bytes(b"not read")
-    assert "caps its logits" in refusal(folder).message
+    assert "looks at later tokens" in refusal(folder).message
 
 
 def test_a_model_type_nobody_knows_is_an_error(folder: Path) -> None:

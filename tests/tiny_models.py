@@ -7,8 +7,18 @@ from typing import Any
 
 import torch
 from transformers import (
+    CohereConfig,
+    CohereForCausalLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GraniteConfig,
+    GraniteForCausalLM,
+    GraniteSWAConfig,
+    GraniteSWAForCausalLM,
+    HyperCLOVAXConfig,
+    HyperCLOVAXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -18,6 +28,8 @@ from transformers import (
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    StableLmConfig,
+    StableLmForCausalLM,
 )
 
 from tests.tiny_tokenizers import VOCABULARY, end_ids, tiny_tokenizer
@@ -54,15 +66,41 @@ ARCHITECTURES: dict[str, tuple[type[PreTrainedModel], type[Any], dict[str, Any]]
     ),
     "qwen3": (Qwen3ForCausalLM, Qwen3Config, {}),
     "gemma3": (Gemma3ForCausalLM, Gemma3TextConfig, {"sliding_window": 9, "layer_types": _MIXED}),
+    "gemma2": (
+        Gemma2ForCausalLM,
+        Gemma2Config,
+        {
+            "sliding_window": 9,
+            "layer_types": _MIXED,
+            "query_pre_attn_scalar": 8,
+            "final_logit_softcapping": 3.0,
+            "attn_logit_softcapping": 2.0,
+        },
+    ),
+    "granite": (GraniteForCausalLM, GraniteConfig, {"logits_scaling": 4.0, "embedding_multiplier": 3.0}),
+    "granite-swa": (
+        GraniteSWAForCausalLM,
+        GraniteSWAConfig,
+        {"sliding_window": 9, "layer_types": _MIXED, "logits_scaling": 2.0},
+    ),
+    "cohere": (CohereForCausalLM, CohereConfig, {"logit_scale": 0.25}),
+    "hyperclovax": (HyperCLOVAXForCausalLM, HyperCLOVAXConfig, {"logits_scaling": 0.5}),
+    "stablelm": (StableLmForCausalLM, StableLmConfig, {}),
 }
-"""Name -> model class, config class, what differs from the common shape. Windows of 9 cut into the pairs."""
+"""Name -> model class, config class, what differs from the common shape. Windows of 9 cut into the pairs, caps of 2 and
+3 into the scores and logits; Granite divides its logits by what HyperCLOVA X multiplies them by; StableLM hands its
+attention the mask and nothing else."""
 
 
 def tiny_model(architecture: str = "llama", *, seed: int = 0, **changes: Any) -> PreTrainedModel:
     """A random fp32 model of some 50,000 parameters."""
     model_class, config_class, own = ARCHITECTURES[architecture]
     torch.manual_seed(seed)
-    return model_class(config_class(**(_SHAPE | own | changes))).eval()
+    model = model_class(config_class(**(_SHAPE | own | changes))).eval()
+    for name, p in model.named_parameters():
+        if name.endswith("sinks"):  # they begin at zero
+            p.data = torch.randn(p.shape)
+    return model
 
 
 def tiny_folder(

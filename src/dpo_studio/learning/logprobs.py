@@ -16,7 +16,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.gptq import computes_in_fp8
-from dpo_studio.models.head import HeadLaw, head_law, head_of
+from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
 from dpo_studio.models.layers import as_trained, causal_lm, plain_layers
 from dpo_studio.models.refusals import long_rope_limit
 from dpo_studio.objectives import PairLogps
@@ -68,7 +68,7 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     hidden, places = [], []
     with as_trained(model):
         for row, place_n in [(batch, None)] if limit is None else on_each_side(batch, limit):
-            hidden_TH = base.base_model(**row_inputs(config, row), use_cache=False).last_hidden_state[0]
+            hidden_TH = body_of(base)(**row_inputs(config, row), use_cache=False).last_hidden_state[0]
             hidden.append(hidden_TH.index_select(0, row.predictor_N))
             places.append(place_n)
     hidden_NH = hidden[0]

@@ -27,7 +27,7 @@ from dpo_studio.tokens.pack import Span
 
 __all__ = ["BLOCK", "DENSE", "FLEX", "PAIRS", "pack_note"]
 
-PAIRS, FLEX, DENSE = "dpo_studio_pairs", "dpo_studio_flex", "dpo_studio_sdpa"
+PAIRS, FLEX, DENSE = "dpo_studio_pairs", "dpo_studio_flex", "dpo_studio_dense"
 """Names of our attentions in transformers' registry; without a pack they are plain SDPA."""
 BLOCK = 128
 """Rows and columns of a block that FlexAttention computes or skips; a row's length is made a multiple of it."""
@@ -47,9 +47,9 @@ def pack_note(spans: Sequence[Span], window: int | None) -> Tensor:
     return torch.tensor([[[[window or 0, 0, 0, 0], *spans]]])
 
 
-def _read_note(note: Tensor, length: int) -> tuple[int | None, list[Span]]:
+def _read_note(note: Tensor, length: int) -> tuple[int | None, tuple[Span, ...]]:
     (window, *_), *rows = note[0, 0].tolist()
-    spans = [Span(*row) for row in rows]
+    spans = tuple(Span(*row) for row in rows)
     if not spans or spans[-1].rejected_end != length:
         raise ModelError("this model changes its attention mask on the way to the attention: packs cannot be computed")
     return window or None, spans
@@ -185,19 +185,17 @@ def _attend_pairs(
     queries = torch.split(query_1HTD, seen, 2)
     keys, values = torch.split(key_1HTD, parts, 2), torch.split(value_1HTD, parts, 2)
     by_kernel = softcap is None and sink_H is None  # whose is_causal says it all
+    masks = _answer_masks(spans, window, by_kernel, query_1HTD.dtype, query_1HTD.device)
     outputs = []
     for pair in range(len(spans)):
         q_chosen, q_rejected = queries[2 * pair : 2 * pair + 2]
         k_prompt, k_chosen, k_rejected = keys[3 * pair : 3 * pair + 3]
         v_prompt, v_chosen, v_rejected = values[3 * pair : 3 * pair + 3]
         k, v = torch.cat([k_prompt, k_chosen], 2), torch.cat([v_prompt, v_chosen], 2)
-        plain = by_kernel and (window is None or k.shape[2] <= window)
-        mask = None if plain else _answer_mask(0, k.shape[2], window, k.dtype, k.device)
-        outputs.append(_attend(q_chosen, k, v, mask, scaling, softcap, sink_H))
+        outputs.append(_attend(q_chosen, k, v, masks[pair][0], scaling, softcap, sink_H))
         if q_rejected.shape[2]:
             k, v = torch.cat([k_prompt, k_rejected], 2), torch.cat([v_prompt, v_rejected], 2)
-            mask = _answer_mask(k_prompt.shape[2], k_rejected.shape[2], window, k.dtype, k.device)
-            outputs.append(_attend(q_rejected, k, v, mask, scaling, softcap, sink_H))
+            outputs.append(_attend(q_rejected, k, v, masks[pair][1], scaling, softcap, sink_H))
     return torch.cat(outputs, 2).transpose(1, 2).to(dtype).contiguous(), None
 
 
@@ -251,9 +249,28 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, 
     return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ repeat_kv(v, groups)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=4)
+def _answer_masks(
+    spans: tuple[Span, ...], window: int | None, by_kernel: bool, dtype: torch.dtype, device: torch.device
+) -> list[tuple[Tensor | None, Tensor]]:
+    """For each pair, what the chosen answer and its prompt see, None if causality says it, and what the rejected sees.
+
+    The same for all layers of a kind, so kept; of a few rows only, for a pair of 4,000 tokens has 40 MB of them.
+    """
+
+    def mask(prompt: int, answer: int) -> Tensor:
+        return _answer_mask(prompt, answer, window, dtype, device)
+
+    made = []
+    for s in spans:
+        prompt, whole = s.prompt_end - s.start, s.chosen_end - s.start
+        plain = by_kernel and (window is None or whole <= window)
+        made.append((None if plain else mask(0, whole), mask(prompt, s.rejected_end - s.chosen_end)))
+    return made
+
+
 def _answer_mask(prompt: int, answer: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """What an answer's tokens see of [prompt, answer], added to the scores; the same for all layers, so kept."""
+    """What an answer's tokens see of [prompt, answer], added to the scores: (answer, prompt + answer)."""
     column = torch.arange(prompt + answer, device=device)
     row = column[prompt:, None]
     visible = row >= column

@@ -1,8 +1,9 @@
 """Attention over a pack: pairs apart, both answers behind one prompt, windows counted in each answer's own places.
 
-Three ways to the same numbers. `flex`, for GPUs: one FlexAttention kernel over the row (arXiv 2412.05496) that skips
+Three ways to the same numbers (`models.attending`). `flex`, for GPUs: one FlexAttention kernel over the row (arXiv 2412.05496) that skips
 the blocks nobody may see. `pairs`, for CPUs: each pair's attention on its own through SDPA, nothing masked away and
 nothing computed in vain. `sdpa`: one dense bool mask over the row, the fallback that runs everywhere.
+Models with an attention of their own written in (Falcon, XGLM) run it, with a dense mask that is added to the scores.
 
 A wrong mask raises nothing and costs nats: policy and reference err alike, so ln 2 at step 0 cannot see it. Hence the
 list of what is refused, and `learning.logprobs.check_packing`, run at the start of every training and evaluation.
@@ -16,6 +17,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -46,14 +48,10 @@ __all__ = [
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 _SMALLEST_FLEX_HEAD = 16
-_OWN_MASKS = {"doge"}
-"""Models that add to the mask what they learned: they need one with a place for every two tokens."""
-_BY_PLACE = dict.fromkeys(("bloom", "mpt"), "counts distances (ALiBi) in places of the row") | {
-    "gpt_neo": "counts its windows in places of the row",
-}
-"""Model types whose own forward goes by a token's place in the row, where a pack needs its position."""
 _LEAST_ROOM = 2048
 """Shorter rows share one kernel; what they leave empty is skipped."""
+_OWN_MASKS = {"doge"}
+"""Models that add to the mask what they learned: they need one with a place for every two tokens."""
 
 
 def row_inputs(config: Any, batch: MicroBatch) -> dict[str, Any]:
@@ -68,7 +66,11 @@ def row_inputs(config: Any, batch: MicroBatch) -> dict[str, Any]:
     window = getattr(config, "sliding_window", None)
     if window is not None and all(longest_read(span) <= window for span in batch.spans):
         window = None
-    makers: dict[str, Callable[[MicroBatch, int | None], Any]] = {PAIRS: _note, FLEX: block_mask, "eager": _added_mask}
+    makers: dict[str, Callable[[MicroBatch, int | None], Any]] = {
+        PAIRS: _note,
+        FLEX: block_mask,
+        "eager": partial(_added_mask, getattr(config, "dtype", None) or torch.float32),
+    }
     make = makers.get(kind, dense_mask)
     full, sliding = make(batch, None), make(batch, window)
     kinds = getattr(config, "layer_types", None)
@@ -147,10 +149,10 @@ def _note(batch: MicroBatch, window: int | None) -> Tensor:
     return pack_note(batch.spans, window)
 
 
-def _added_mask(batch: MicroBatch, window: int | None) -> Tensor:
+def _added_mask(dtype: torch.dtype, batch: MicroBatch, window: int | None) -> Tensor:
     """The dense mask in the form that the models' own eager attention adds to its scores."""
     mask = dense_mask(batch, window)
-    return torch.zeros(mask.shape, device=mask.device).masked_fill_(~mask, torch.finfo(torch.float32).min)
+    return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
 def choose_attention(wanted: str, config: Any, device: torch.device) -> str:
@@ -182,17 +184,17 @@ def can_compile() -> bool:
 
 
 def check_architecture(config: Any, name: str) -> None:
-    """Refuse models for which `hidden @ head` is not the logits, or a pack's mask means nothing.
+    """Refuse models whose logits nobody has looked at, or for which a pack's mask means nothing.
 
     Raises:
         ModelError: with the property that stands in the way.
     """
-    head_law(config)
     for reason in _obstacles(config):
         raise ModelError(
             f"{name} ({getattr(config, 'model_type', 'unknown')}) {reason}: DPO Studio cannot train or score it yet",
             hint="Llama, Mistral, Qwen2, Qwen3, Gemma-3 and models built like them work",
         )
+    head_law(config)
 
 
 def _obstacles(config: Any) -> list[str]:
@@ -206,8 +208,22 @@ def _obstacles(config: Any) -> list[str]:
             reasons.append(f"is not a plain attention model ({key})")
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         reasons.append("looks at later tokens (use_bidirectional_attention)")
-    if reason := _BY_PLACE.get(getattr(config, "model_type", "")):
-        reasons.append(reason)
+    if getattr(config, "model_type", "") == "gpt2":
+        reasons.append("has layers of a kind (Conv1D) whose adapters cannot be switched off")
+    reasons += _by_place(config)
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("is an encoder-decoder")
+    return reasons
+
+
+def _by_place(config: Any) -> list[str]:
+    """What a model reckons by a token's place in the row, where a pack needs its position."""
+    kind = getattr(config, "model_type", "")
+    reasons = []
+    if kind in ("bloom", "mpt") or getattr(config, "alibi", False):
+        reasons.append("counts distances in places of the row (ALiBi)")
+    if kind == "gpt_neo" and "local" in config.attention_layers:
+        reasons.append("counts its windows in places of the row (local attention)")
+    if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", None) or [1]):
+        reasons.append("scales its queries by their places in the row (attn_temperature_tuning)")
     return reasons

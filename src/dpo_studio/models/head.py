@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from dpo_studio.errors import ModelError
 
-__all__ = ["HeadLaw", "head_law", "head_of"]
+__all__ = ["HeadLaw", "body_of", "head_law", "head_of"]
 
 
 @dataclass(frozen=True)
@@ -90,6 +90,11 @@ def _number(config: Any, key: str | None, otherwise: Any) -> Any:
     return otherwise if value is None else float(value)
 
 
+def body_of(base: Any) -> Any:
+    """The part of a causal model that ends in hidden states; Llama 4's misnames it, and would be its own body."""
+    return base.base_model if base.base_model is not base else base.model
+
+
 def head_of(base: Any) -> Any:
     """The linear layer that makes a model's logits of its body's hidden states.
 
@@ -100,7 +105,7 @@ def head_of(base: Any) -> Any:
     if not isinstance(head, nn.Linear) or "bias" not in head._parameters or set(_own(head)) - {"weight", "bias"}:
         raise ModelError(f"{base.config.model_type} makes its logits by a {type(head).__name__}, not by one product")
     for name, child in base.named_children():
-        if child is not base.base_model and child is not head and any(True for _ in child.parameters()):
+        if child is not body_of(base) and child is not head and any(True for _ in child.parameters()):
             raise ModelError(
                 f"{base.config.model_type} has a {type(child).__name__} ({name}) between its hidden states and its head"
             )
