@@ -348,8 +348,8 @@ def _build(family: Family, bench: _Bench) -> None:
     model.generation_config.eos_token_id = sorted(end_ids())
     model.generation_config.pad_token_id = 0
     model.save_pretrained(bench.base)
-    tokenizer = tiny_tokenizer()
-    tokenizer.save_pretrained(bench.base)
+    tiny_tokenizer().save_pretrained(bench.base)
+    tokenizer = AutoTokenizer.from_pretrained(bench.base)  # for some model types of another class than was saved
     bench.rows = tiny_rows(6)
     bench.rows[1]["chosen"] += " " + " ".join(bench.rows[2]["rejected"].split() * 4)
     bench.rows[3]["rejected"] += " " + " ".join(bench.rows[2]["chosen"].split() * 4)
