@@ -521,8 +521,8 @@ def _main() -> int:
             os.environ["DPO_STUDIO_CACHE"] = str(Path(folder) / "cache")
             findings.append(examine(name, Path(folder), given.attention))
         print(f"{name:28} {findings[-1].state:8} {findings[-1].words[:200]}", flush=True)
-    if given.write is not None:
-        given.write.write_text(table(findings), encoding="utf-8")
+        if given.write is not None:
+            given.write.write_text(table(findings), encoding="utf-8")
     return int(any(finding.state in ("CRASH", "WRONG") for finding in findings))
 
 
