@@ -8,14 +8,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from dpo_studio.config import AdapterSection
 from dpo_studio.learning.logprobs import check_packing, pair_logps
-from dpo_studio.models.adapters import as_reference, train_mode
+from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
 from dpo_studio.tokens.pack import pack
-from tests.conftest import gradients, policy_on, random_pairs
+from tests.conftest import gradients, moved, policy_on, random_pairs
 from tests.tiny_models import ARCHITECTURES
+from tests.tiny_tokenizers import VOCABULARY
 
 SIX, FOUR = pack(random_pairs(6)), pack(random_pairs(4, seed=1))
 
@@ -40,6 +43,28 @@ def test_forming_anew_changes_no_bit(architecture: str) -> None:
         again, anew = numbers(policy, SIX)
         assert torch.equal(again, logps)
         assert all(torch.equal(anew[name], slopes[name]) for name in slopes)
+
+
+@pytest.mark.parametrize("kind", ["biogpt", "jetmoe"])
+def test_a_layer_formed_anew_drops_nothing_of_the_frozen_base(kind: str) -> None:
+    """BioGPT's layers drop a tenth of their activations wherever they are in training mode, and JetMoe has no switch of
+    transformers' own: on every rung the gradients are those of a plain pass in eval mode."""
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+    own = {"num_key_value_heads": 2, "kv_channels": 8, "num_local_experts": 4, "num_experts_per_tok": 2}
+    config = AutoConfig.for_model(kind, **sizes, intermediate_size=48, **(own if kind == "jetmoe" else {}))
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=PAIRS).requires_grad_(False)
+    section = AdapterSection(rank=2, alpha=4, targets=["q_proj"] if kind == "biogpt" else ["kv_proj"])
+    policy = moved(attach(model, section, seed=0))
+    train_mode(policy)
+    found = []
+    for what in RUNGS:
+        set_recompute(policy, what)
+        found.append(numbers(policy, SIX)[1])
+    for name, slope in found[0].items():
+        assert slope.any()
+        for anew in found[1:]:
+            torch.testing.assert_close(anew[name], slope, rtol=1e-5, atol=1e-7)
 
 
 class Kept:

@@ -36,6 +36,7 @@ from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.gptq import held_dense
 from dpo_studio.models.layers import causal_lm
+from dpo_studio.models.refusals import long_rope_limit
 
 __all__ = ["generate", "stream"]
 
@@ -87,6 +88,8 @@ def generate(
     choose = partial(_choose, temperature=float(temperature))
     answers: list[list[int]] = [[] for _ in prompts]
     with in_eval(model), held_dense(model):
+        if long_rope_limit(_text_config(model)) is not None:
+            batch_size = 1  # the longest row would choose the rope of all
         for places in _batches(prompts, batch_size):
             for rows, ids in _write(model, [prompts[i] for i in places], luck[places], choose, eos_ids, pad_id):
                 for row, token in zip(rows, ids, strict=True):
@@ -166,7 +169,7 @@ def _check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: i
 
 
 def _text_config(model: nn.Module) -> Any:
-    config: Any = getattr(model, "config", None)
+    config: Any = getattr(causal_lm(model), "config", None)
     return config.get_text_config() if hasattr(config, "get_text_config") else config
 
 
@@ -213,7 +216,11 @@ def _write(
     # transformers 5.24 calls `cache` what 5.17 to 5.23 called `past_key_values`
     name = "cache" if "cache" in signature(causal_lm(model).forward).parameters else "past_key_values"
     rows = list(range(len(prompts)))
+    limit = long_rope_limit(_text_config(model))
+    whole_BW = ids_BW
     for step in range(luck.shape[1]):
+        if step and limit is not None and int(mask_BW.sum()) == limit + 1:  # from here on other angles, for all tokens
+            cache, ids_BW = Cache(layer_class_to_replicate=_CacheLayer), whole_BW
         with torch.inference_mode():
             position_BW = (mask_BW.cumsum(1) - 1).clamp(min=0)[:, -ids_BW.shape[1] :]
             output = model(
@@ -235,6 +242,7 @@ def _write(
             for layer in cache.layers:
                 layer.keep(order)
         ids_BW, mask_BW = chosen_B[:, None], pad(mask_BW, (0, 1), value=1)
+        whole_BW = torch.cat([whole_BW, ids_BW], 1) if limit is not None else ids_BW
 
 
 def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:

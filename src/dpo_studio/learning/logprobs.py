@@ -18,9 +18,10 @@ from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.gptq import computes_in_fp8
 from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
 from dpo_studio.models.layers import as_trained, causal_lm, plain_layers
+from dpo_studio.models.refusals import long_rope_limit
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
-from dpo_studio.tokens.pack import MicroBatch, pack, packed_tokens
+from dpo_studio.tokens.pack import MicroBatch, on_each_side, pack, packed_tokens
 
 __all__ = ["check_packing", "pair_logps", "plain_token_logps", "token_logps"]
 
@@ -61,14 +62,22 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     `collision_N`, if given, is filled with the log-prob that two tokens drawn there are the same.
     """
     base = causal_lm(model)
+    config = base.config.get_text_config()
     head, law = head_of(base), head_law(base.config)
-    inputs = row_inputs(base.config, batch)
+    limit = long_rope_limit(config)
+    hidden, places = [], []
     with as_trained(model):
-        hidden_TH = body_of(base)(**inputs, use_cache=False).last_hidden_state[0]
+        for row, place_n in [(batch, None)] if limit is None else on_each_side(batch, limit):
+            hidden_TH = body_of(base)(**row_inputs(config, row), use_cache=False).last_hidden_state[0]
+            hidden.append(hidden_TH.index_select(0, row.predictor_N))
+            places.append(place_n)
+    hidden_NH = hidden[0]
+    if places[0] is not None:
+        hidden_NH = torch.cat(hidden).index_select(0, torch.cat(places).argsort())
     if not torch.is_grad_enabled():
-        hidden_TH = hidden_TH.detach()
+        hidden_NH = hidden_NH.detach()
     logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
-        hidden_TH.index_select(0, batch.predictor_N), head.weight, head.bias, batch.target_N, collision_N, law
+        hidden_NH, head.weight, head.bias, batch.target_N, collision_N, law
     )
     return logps_N
 

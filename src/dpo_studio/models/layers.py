@@ -71,19 +71,11 @@ def as_trained(model: nn.Module) -> Iterator[None]:
     was 0.25 nats a pair off its reference (bf16, four small layers), and the loss of a 7B in FP8 began at 0.82 instead
     of ln 2. What it keeps is let go with its result. Eager layers round alike anyway.
     """
-    layers = _layers(model)
     if torch.is_grad_enabled() or not is_compiled(model):
         yield
         return
-    before = [layer.training for layer in layers]
-    for layer in layers:  # what `set_recompute` chose, whatever eval() said since
-        layer.training = getattr(layer, "gradient_checkpointing", False)
-    try:
-        with torch.enable_grad():
-            yield
-    finally:
-        for layer, training in zip(layers, before, strict=True):
-            layer.training = training
+    with torch.enable_grad():
+        yield
 
 
 @contextmanager
@@ -105,20 +97,28 @@ def set_recompute(model: nn.Module, what: Recompute) -> None:
 
     Even with "nothing", compiled layers form act(gate) * up again: that takes 3 % of a layer's time in one memory-bound
     pass, and keeping it a fifth of its memory.
+
+    Not transformers' own switch: it works in training mode alone, in which BioGPT's layers drop activations of the
+    frozen base, and JetMoe has none.
     """
-    base = causal_lm(model)
-    # transformers 5.17 says gradient_checkpointing, 5.23 activation_checkpointing
-    new_name = hasattr(base, "activation_checkpointing_enable")
-    prefix = "activation_checkpointing" if new_name else "gradient_checkpointing"
-    if what == "layer":
-        getattr(base, f"{prefix}_enable")({"use_reentrant": False})
-    else:
-        getattr(base, f"{prefix}_disable")()
     for layer in _layers(model):
-        layer.training = what == "layer"  # transformers' layers ask this before they checkpoint; nothing else does
+        layer.__class__ = _checkpointed(_plain(type(layer))) if what == "layer" else _plain(type(layer))
         mlp: Any = getattr(layer, "mlp", None)
         if mlp is not None:
             mlp.__class__ = _recomputing(_plain(type(mlp)), whole=what == "mlp")
+
+
+@cache
+def _checkpointed(plain: Any) -> Any:
+    """The class of a layer that keeps its inputs alone, and is computed again, in eval mode, in the backward pass."""
+
+    class Recomputing(plain):  # type: ignore[misc]
+        def __call__(self, *inputs: Any, **named: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return super().__call__(*inputs, **named)
+            return checkpoint(super().__call__, *inputs, use_reentrant=False, **named)
+
+    return Recomputing
 
 
 @cache
@@ -143,9 +143,9 @@ def _recomputing(plain: Any, *, whole: bool) -> Any:
     return Recomputing if whole or plain.__name__ in _GATED else plain
 
 
-def _plain(mlp: type) -> type:
+def _plain(kind: type) -> type:
     """The class as transformers has it."""
-    return mlp if mlp.__name__ != "Recomputing" else mlp.__bases__[0]
+    return kind if kind.__name__ != "Recomputing" else kind.__bases__[0]
 
 
 def _needing_gradient(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tensor:
@@ -153,7 +153,9 @@ def _needing_gradient(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tenso
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
-    layers: nn.ModuleList = getattr(causal_lm(model).base_model, "layers", nn.ModuleList())
+    base = causal_lm(model).base_model
+    decoder = getattr(base, "language_model", base)  # a wrapper's text model
+    layers: nn.ModuleList = getattr(decoder, "layers", nn.ModuleList())
     return layers
 
 

@@ -22,6 +22,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
+from dpo_studio.models.refusals import refuse_unfit
 from dpo_studio.models.scan import PICKLES, read_json, scan_folder, weight_files
 from dpo_studio.paths import user_path
 from dpo_studio.tokens.chat import ChatEncoder
@@ -200,11 +201,13 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
     elif section.residency != "packed" or section.compute != "auto":
         raise ModelError("model.residency and model.compute are for GPTQ bases", hint=f"{name} is not one: remove them")
     try:
-        config = AutoConfig.from_pretrained(folder).get_text_config()
+        config = AutoConfig.from_pretrained(folder)
     except (ValueError, KeyError, TypeError, OSError) as error:
         raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
-    check_architecture(config, name)
-    return config
+    refuse_unfit(config, name)
+    text = config.get_text_config()
+    check_architecture(text, name)
+    return text
 
 
 def check_files(folder: Path, name: str) -> None:

@@ -25,7 +25,7 @@ from torch import Tensor
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 
-__all__ = ["MicroBatch", "Span", "Steps", "fit", "micro_batches", "pack", "packed_tokens", "pair_order"]
+__all__ = ["MicroBatch", "Span", "Steps", "fit", "micro_batches", "on_each_side", "pack", "packed_tokens", "pair_order"]
 
 
 class Span(NamedTuple):
@@ -126,6 +126,73 @@ def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -
         target_N=tensor(targets),
         tokens_A=torch.tensor(counts),
         shared_N=torch.from_numpy(np.concatenate(shared)),
+    )
+
+
+def on_each_side(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor]]:
+    """The row as rows whose sequences (a prompt with one whole answer) are all within `limit` tokens, or all longer.
+
+    For long rope: a model that chooses its factors by the longest position of a forward pass computes a sequence in
+    either row as it does by itself. A pair that straddles the limit lies in both, each answer with its prompt. With
+    each row comes the place (n,) of its scored tokens among those of `batch`.
+    """
+    answers = [(span, side) for span in batch.spans for side in (0, 1)]
+    over_A = [_whole_length(span, side) > limit for span, side in answers]
+    answer_N = torch.repeat_interleave(batch.tokens_A)
+    rows = []
+    for over in sorted(set(over_A)):
+        here_A = torch.tensor([o == over for o in over_A], device=answer_N.device)
+        places = here_A[answer_N].nonzero()[:, 0]
+        kept = list(zip(over_A[0::2], over_A[1::2], batch.spans, strict=True))
+        row = _only(batch, [(span, c == over, r == over) for c, r, span in kept if over in (c, r)], places)
+        longest = max(_whole_length(*answer) for answer, o in zip(answers, over_A, strict=True) if o == over)
+        # the last token of an answer predicts nothing and is not in the row, and yet it counts
+        rows.append((_with_last_position(row, limit) if over and longest == limit + 1 else row, places))
+    return rows
+
+
+def _whole_length(span: Span, side: int) -> int:
+    """Tokens of a pair's prompt and one answer, its last token included; `side` 0 is the chosen answer."""
+    answer = span.rejected_end - span.chosen_end if side else span.chosen_end - span.prompt_end
+    return span.prompt_end - span.start + answer + 1
+
+
+def _only(batch: MicroBatch, kept: Sequence[tuple[Span, bool, bool]], places_n: Tensor) -> MicroBatch:
+    """The row with no answers but the `kept` (span, chosen?, rejected?), and the scored tokens at `places_n` alone."""
+    keep_T = torch.zeros(batch.tokens, dtype=torch.bool)
+    spans = []
+    start = 0
+    for span, chosen, rejected in kept:
+        keep_T[span.start : span.prompt_end] = True
+        keep_T[span.prompt_end : span.chosen_end] = chosen
+        keep_T[span.chosen_end : span.rejected_end] = rejected
+        prompt_end = start + span.prompt_end - span.start
+        chosen_end = prompt_end + chosen * (span.chosen_end - span.prompt_end)
+        spans.append(Span(start, prompt_end, chosen_end, chosen_end + rejected * (span.rejected_end - span.chosen_end)))
+        start = spans[-1].rejected_end
+    before_T = torch.cat([torch.zeros(1, dtype=torch.int64), keep_T.cumsum(0)]).to(batch.ids_1T.device)
+    keep_T = keep_T.to(batch.ids_1T.device)
+    return replace(
+        batch,
+        spans=tuple(spans),
+        ids_1T=batch.ids_1T[:, keep_T],
+        position_ids_1T=batch.position_ids_1T[:, keep_T],
+        seen_until_T=before_T[batch.seen_until_T[keep_T].long()].int(),
+        predictor_N=before_T[batch.predictor_N[places_n]],
+        target_N=batch.target_N[places_n],
+        shared_N=batch.shared_N[places_n],
+    )
+
+
+def _with_last_position(row: MicroBatch, position: int) -> MicroBatch:
+    """The row with one token more, at `position`, that sees itself alone and that nobody reads."""
+    end = row.tokens
+    return replace(
+        row,
+        spans=(*row.spans, Span(end, end + 1, end + 1, end + 1)),
+        ids_1T=torch.cat([row.ids_1T, row.ids_1T[:, :1]], 1),
+        position_ids_1T=torch.cat([row.position_ids_1T, torch.full_like(row.position_ids_1T[:, :1], position)], 1),
+        seen_until_T=torch.cat([row.seen_until_T, torch.full_like(row.seen_until_T[:1], end + 1)]),
     )
 
 

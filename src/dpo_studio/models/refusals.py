@@ -1,0 +1,81 @@
+"""Models that would be computed wrongly and not noticed, each with its cause, known from config.json alone.
+
+What stands in the way of attention and the head is in `models.attention` and `models.head`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+from dpo_studio.errors import ModelError
+
+__all__ = ["long_rope_limit", "refuse_unfit"]
+
+_LONG = "longrope"
+_BY_POSITION = {"default", "linear", "llama3", "yarn", "proportional", _LONG}
+"""Rope types whose angles follow from a token's own position (long rope: and from which side of one length)."""
+
+
+def refuse_unfit(config: Any, name: str) -> None:
+    """Look at a whole config, the wrapper's where there is one.
+
+    Raises:
+        ModelError: with the cause, by name.
+    """
+    for cause in (_wrapper(config), _rope(config.get_text_config())):
+        if cause is not None:
+            raise ModelError(
+                f"{name} ({config.model_type}) {cause[0]}: DPO Studio cannot train or score it yet", hint=cause[1]
+            )
+
+
+def long_rope_limit(config: Any) -> int | None:
+    """The length up to which a model with long rope uses its short factors, or None where rope has no such limit.
+
+    transformers chooses the factors of a whole forward pass by the longest position in it.
+    """
+    limits = {rope["original_max_position_embeddings"] for rope in _ropes(config) if rope.get("rope_type") == _LONG}
+    return int(max(limits)) if limits else None
+
+
+def _wrapper(config: Any) -> tuple[str, str] | None:
+    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    if config.get_text_config() is not config:
+        return (
+            "is a multimodal wrapper whose text model is not told apart yet",
+            "use a text-only model of the same family; of the wrappers, Gemma 3 and Gemma 4 work",
+        )
+    return "is not a causal language model", "use a model that writes text, one token after the other"
+
+
+def _rope(config: Any) -> tuple[str, str] | None:
+    ropes = _ropes(config)
+    kinds = {str(rope.get("rope_type") or rope.get("type") or "default") for rope in ropes}
+    if any("dynamic" in kind for kind in kinds):
+        return (
+            "stretches its rope by the longest position seen so far (rope_type: dynamic), so an answer's log-prob "
+            "would depend on what else was computed before it",
+            "set rope_type to yarn, linear or default in its config.json if you know that the model was trained so",
+        )
+    if strange := sorted(kinds - _BY_POSITION):
+        return f"has a rope whose angles may depend on lengths (rope_type: {', '.join(strange)})", (
+            f"these are known: {', '.join(sorted(_BY_POSITION))}"
+        )
+    long = [rope for rope in ropes if rope.get("rope_type") == _LONG]
+    if len({rope.get("original_max_position_embeddings") for rope in long}) > 1 or any(
+        not isinstance(rope.get("original_max_position_embeddings"), int) for rope in long
+    ):
+        return "has long rope without one length at which all its layers change factors", (
+            "config.json names it as original_max_position_embeddings"
+        )
+    return None
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """A model's rope settings: one for all layers, or one for each kind of layer."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in settings.values() if isinstance(value, dict)]
+    return nested or [settings]
