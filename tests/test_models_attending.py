@@ -15,8 +15,8 @@ from transformers import (
     DogeConfig,
     FalconConfig,
     Gemma4TextConfig,
-    GptOssConfig,
     GPTNeoXJapaneseConfig,
+    GptOssConfig,
     NemotronConfig,
     XGLMConfig,
 )

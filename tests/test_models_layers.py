@@ -11,7 +11,8 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_studio.config import AdapterSection
-from dpo_studio.learning.logprobs import check_packing, pair_logps
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute

@@ -138,7 +138,9 @@ def _attend_flex(
     gqa = query_1HTD.shape[1] != key_1HTD.shape[1]
     alone = query_1HTD.is_cuda and not torch.compiler.is_compiling()
     attend = _compiled_flex() if alone else flex_attention
-    out_1HTD = attend(query_1HTD, key_1HTD, value_1HTD, block_mask=attention_mask, scale=scaling, enable_gqa=gqa, **more)
+    out_1HTD = attend(
+        query_1HTD, key_1HTD, value_1HTD, block_mask=attention_mask, scale=scaling, enable_gqa=gqa, **more
+    )
     if sink_H is not None:  # e^lse / (e^lse + e^sink) of what there would be without it
         out_1HTD, aux = out_1HTD
         out_1HTD = (out_1HTD * (aux.lse - sink_H.float()[:, None]).sigmoid()[..., None]).to(value_1HTD.dtype)

@@ -6,7 +6,7 @@ nothing computed in vain. `sdpa`: one dense bool mask over the row, the fallback
 Models with an attention of their own written in (Falcon, XGLM) run it, with a dense mask that is added to the scores.
 
 A wrong mask raises nothing and costs nats: policy and reference err alike, so ln 2 at step 0 cannot see it. Hence the
-list of what is refused, and `learning.logprobs.check_packing`, run at the start of every training and evaluation.
+list of what is refused, and `learning.packing_check`, run at the start of every training and evaluation.
 
 Shapes: T = tokens of the row, B = blocks of 128 of them, H = heads, D = head size.
 """
