@@ -124,7 +124,7 @@ def rendered(source: str, turns: tuple[Message, ...], *, open_answer: bool) -> s
     return template.render(messages=messages, add_generation_prompt=open_answer)
 
 
-@settings(max_examples=150, deadline=None, database=None)
+@settings(max_examples=120, deadline=None, database=None)
 @given(its=habits, prompt=prompts(), chosen=text, rejected=text)
 def test_the_prompt_is_the_served_one_and_the_answer_alone_is_scored(
     its: Habits, prompt: tuple[Message, ...], chosen: str, rejected: str
@@ -149,6 +149,8 @@ def test_the_prompt_is_the_served_one_and_the_answer_alone_is_scored(
     assert tokenizer.decode(ours.prompt) == served
     end = tokenizer.eos_token_id
     for answer, said in ((ours.chosen, chosen), (ours.rejected, rejected)):
+        if its.generation == CLOSED:
+            said = said.lstrip()  # there the answer begins with its own text, not with the space before it
         assert tokenizer.decode(answer.ids) == its.before_answer + its.said(said)
         assert answer.ids.count(end) == 1 and answer.ids[-1] == end
         assert all(answer.scored)

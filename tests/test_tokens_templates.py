@@ -57,16 +57,17 @@ def test_a_template_written_out_by_hand(name: str) -> None:
     template, chat = name.split(".")
     prompt, answer = CHATS[chat]
     tokenizer = tokenizer_of(template)
-    encoder_of = lambda: ChatEncoder(tokenizer, eos_ids=[], today=DAY)  # noqa: E731
     expected = (FOLDER / f"{name}.txt").read_text().rstrip("\n")
     if expected.startswith("⟦refused⟧"):
         with pytest.raises(Exception, match=re.escape(expected.removeprefix("⟦refused⟧"))):
-            encoder_of().pair(Pair(prompt, (Message("assistant", answer),), (Message("assistant", "Elsewhere."),)))
+            ChatEncoder(tokenizer, eos_ids=[], today=DAY).pair(
+                Pair(prompt, (Message("assistant", answer),), (Message("assistant", "Elsewhere."),))
+            )
         return
     parts = re.fullmatch(r"(?s)(.*)⟦answer⟧(.*)⟦case (..?)⟧", expected)
     assert parts is not None
     asked, said, case = parts.groups()
-    encoder = encoder_of()
+    encoder = ChatEncoder(tokenizer, eos_ids=[], today=DAY)
     thought = "<think>\nHm.\n</think>\n\n" if chat == "thought" else ""
     for other in (f"{thought}Elsewhere.", f"{thought}Nobody knows."):  # now the words around an answer are known
         ids = encoder.pair(Pair(prompt, (Message("assistant", answer),), (Message("assistant", other),)))
