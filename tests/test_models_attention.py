@@ -11,7 +11,6 @@ from transformers import (
     BloomConfig,
     FalconConfig,
     Gemma3TextConfig,
-    Gemma4TextConfig,
     GPT2Config,
     GPTNeoConfig,
     JambaConfig,
@@ -113,7 +112,9 @@ def test_every_kind_of_layer_gets_its_own_window(architecture: str, windows: Any
 
 
 WINDOWED: list[tuple[str, int | None]] = [
-    (name, window) for name in ("mistral-window", "qwen2-mixed", "gemma3", "gemma2", "granite-swa") for window in (1, 2, 5, 31)
+    (name, window)
+    for name in ("mistral-window", "qwen2-mixed", "gemma3", "gemma2", "granite-swa")
+    for window in (1, 2, 5, 31)
 ]
 FULL: list[tuple[str, int | None]] = [(name, None) for name in ("llama", "llama-tied", "mistral", "qwen2", "qwen3")]
 

@@ -138,7 +138,9 @@ def _attend_flex(
     gqa = query_1HTD.shape[1] != key_1HTD.shape[1]
     alone = query_1HTD.is_cuda and not torch.compiler.is_compiling()
     attend = _compiled_flex() if alone else flex_attention
-    out_1HTD = attend(query_1HTD, key_1HTD, value_1HTD, block_mask=attention_mask, scale=scaling, enable_gqa=gqa, **more)
+    out_1HTD = attend(
+        query_1HTD, key_1HTD, value_1HTD, block_mask=attention_mask, scale=scaling, enable_gqa=gqa, **more
+    )
     if sink_H is not None:  # e^lse / (e^lse + e^sink) of what there would be without it
         out_1HTD, aux = out_1HTD
         out_1HTD = (out_1HTD * (aux.lse - sink_H.float()[:, None]).sigmoid()[..., None]).to(value_1HTD.dtype)
@@ -246,7 +248,8 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, 
     scores = softcap * torch.tanh(scores / softcap)
     # not -inf: a padded row of `generate` sees nothing at all, and its softmax would be nan
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ repeat_kv(v, groups)
+    shares = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return torch.matmul(shares, repeat_kv(v, groups))
 
 
 @lru_cache(maxsize=4)
