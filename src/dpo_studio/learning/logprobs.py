@@ -77,9 +77,10 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
 class _HeadLogps(torch.autograd.Function):
     """log softmax(law(hidden @ head))[target], a slice of rows at a time, logits never kept.
 
-    d logp / d hidden = ((onehot(target) - softmax) * slope of the law) @ head does not depend on what comes back from the loss but for a
-    factor a row, so it is formed while the logits are at hand: two products instead of the three that recomputing the
-    logits in the backward pass takes, and N x H saved values instead of N x V. The head is frozen and gets no gradient.
+    d logp / d hidden = ((onehot(target) - softmax) * the law's slope) @ head does not depend on what comes back from
+    the loss but for a factor a row, so it is formed while the logits are at hand: two products instead of the three
+    that recomputing the logits in the backward pass takes, and N x H saved values instead of N x V. The head is frozen
+    and gets no gradient.
     """
 
     @staticmethod

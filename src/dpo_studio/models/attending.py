@@ -248,7 +248,8 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, 
     scores = softcap * torch.tanh(scores / softcap)
     # not -inf: a padded row of `generate` sees nothing at all, and its softmax would be nan
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min) if mask.dtype == torch.bool else scores + mask
-    return scores.softmax(-1, dtype=torch.float32).to(v.dtype) @ repeat_kv(v, groups)
+    shares = scores.softmax(-1, dtype=torch.float32).to(v.dtype)
+    return torch.matmul(shares, repeat_kv(v, groups))
 
 
 @lru_cache(maxsize=4)

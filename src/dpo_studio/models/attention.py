@@ -1,9 +1,10 @@
 """Attention over a pack: pairs apart, both answers behind one prompt, windows counted in each answer's own places.
 
-Three ways to the same numbers (`models.attending`). `flex`, for GPUs: one FlexAttention kernel over the row (arXiv 2412.05496) that skips
-the blocks nobody may see. `pairs`, for CPUs: each pair's attention on its own through SDPA, nothing masked away and
-nothing computed in vain. `sdpa`: one dense bool mask over the row, the fallback that runs everywhere.
-Models with an attention of their own written in (Falcon, XGLM) run it, with a dense mask that is added to the scores.
+Three ways to the same numbers (`models.attending`). `flex`, for GPUs: one FlexAttention kernel over the row (arXiv
+2412.05496) that skips the blocks nobody may see. `pairs`, for CPUs: each pair's attention on its own through SDPA,
+nothing masked away and nothing computed in vain. `sdpa`: one dense bool mask over the row, the fallback that runs
+everywhere. Models with an attention of their own written in (Falcon, XGLM) run that, under a dense mask that they add
+to the scores.
 
 A wrong mask raises nothing and costs nats: policy and reference err alike, so ln 2 at step 0 cannot see it. Hence the
 list of what is refused, and `learning.packing_check`, run at the start of every training and evaluation.

@@ -27,7 +27,7 @@ class HeadLaw:
     cap: float | None = None
 
     def __call__(self, product_nV: Tensor) -> Tensor:
-        """The logits, in fp32 unless there is nothing to do: in bf16 a cap's tanh has steps of 0.1 nats near its end."""
+        """The logits, in fp32 unless nothing is to do: in bf16 those near a cap of 30 would be 0.125 apart."""
         if self.scale != 1:
             product_nV = product_nV.float() * self.scale
         return product_nV if self.cap is None else self.cap * torch.tanh(product_nV.float() / self.cap)
