@@ -369,7 +369,8 @@ def _build(family: Family, bench: _Bench) -> None:
 def _logp(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
     ids = torch.tensor([[*prompt, *answer]])
     logps_TV = model(input_ids=ids, use_cache=False).logits[0, len(prompt) - 1 : -1].float().log_softmax(-1)
-    return logps_TV.gather(1, ids[0, len(prompt) :, None]).sum()
+    summed: torch.Tensor = logps_TV.gather(1, ids[0, len(prompt) :, None]).sum()
+    return summed
 
 
 def _apart(found: torch.Tensor, right: torch.Tensor, limit: float, what: str) -> None:

@@ -57,15 +57,17 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     config = base.config.get_text_config()
     head, law = head_of(base), head_law(base.config)
     limit = long_rope_limit(config)
-    hidden, places = [], []
+    rows = [] if limit is None else on_each_side(batch, limit)
     with as_trained(model):
-        for row, place_n in [(batch, None)] if limit is None else on_each_side(batch, limit):
-            hidden_TH = body_of(base)(**row_inputs(config, row), use_cache=False).last_hidden_state[0]
-            hidden.append(hidden_TH.index_select(0, row.predictor_N))
-            places.append(place_n)
+        hidden = [
+            body_of(base)(**row_inputs(config, row), use_cache=False)
+            .last_hidden_state[0]
+            .index_select(0, row.predictor_N)
+            for row in [row for row, _ in rows] or [batch]
+        ]
     hidden_NH = hidden[0]
-    if places[0] is not None:
-        hidden_NH = torch.cat(hidden).index_select(0, torch.cat(places).argsort())
+    if rows:
+        hidden_NH = torch.cat(hidden).index_select(0, torch.cat([place_n for _, place_n in rows]).argsort())
     if not torch.is_grad_enabled():
         hidden_NH = hidden_NH.detach()
     logps_N: Tensor = _HeadLogps.apply(  # type: ignore[no-untyped-call]
