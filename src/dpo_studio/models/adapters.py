@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import other as peft_utils
 from peft.utils import quantization_utils
 from safetensors import SafetensorError, safe_open
@@ -22,6 +23,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.lora import LoraLinear, link_mates
 from dpo_studio.models.products import base_alone
 from dpo_studio.models.scan import read_json, refuse_strange_lora, scan_folder
+from dpo_studio.models.targets import all_linear, not_adaptable, refuse_targets, short_names
 
 __all__ = [
     "adapter_state",
@@ -36,13 +38,22 @@ __all__ = [
 POLICY, REFERENCE = "default", "reference"
 
 
-def attach(base: nn.Module, section: AdapterSection, *, seed: int) -> PeftModel:
+def attach(
+    base: nn.Module, section: AdapterSection, *, seed: int, say: Callable[[str], None] = lambda _: None
+) -> PeftModel:
     """A fresh adapter on `base`: A random from `seed`, B zero, so the policy starts as the base.
 
     Raises:
-        ModelError: a target names no linear layer.
+        ModelError: a target names no linear layer, or one that is never adapted: experts, routers, the head.
     """
-    targets = section.targets if isinstance(section.targets, str) else sorted(section.targets)
+    if section.targets == "all-linear":
+        meant = all_linear(base)
+        targets = meant.names
+        if words := meant.words():
+            say(words)
+    else:
+        targets = sorted(section.targets)
+        refuse_targets(base, targets)
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
@@ -61,7 +72,7 @@ def attach(base: nn.Module, section: AdapterSection, *, seed: int) -> PeftModel:
             raise ModelError(
                 f"adapter.targets {section.targets}: {error}", hint=f"this model's linear layers: {', '.join(linear)}"
             ) from None
-    _refuse_adapted_head(policy, f"adapter.targets {section.targets}")
+    _check_layers(policy, f"adapter.targets {section.targets}")
     return _ready_to_train(policy)
 
 
@@ -72,6 +83,9 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
         ModelError: the folder holds no LoRA adapter in safetensors, or one made for other layers.
     """
     config = read_adapter_config(folder)
+    under = base.get_base_model() if isinstance(base, PeftModel) else base
+    if strange := not_adaptable(under, sorted(_layers_with_tensors(folder))):
+        raise _adapts(folder, *strange)
     config.inference_mode = not trainable
     config._register_custom_module({nn.Linear: LoraLinear})
     try:
@@ -91,7 +105,7 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
             hint="was it trained on another base? adapter_config.json names it",
         ) from None
     _check_every_tensor_was_used(policy, folder, name)
-    _refuse_adapted_head(policy, str(folder))
+    _check_layers(policy, str(folder))
     return _ready_to_train(policy)
 
 
@@ -116,19 +130,30 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         config: LoraConfig = LoraConfig.from_pretrained(folder)
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}/adapter_config.json cannot be read: {error}") from None
-    if config.target_modules != "all-linear" and (
-        isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None
-    ):
+    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
         config.target_modules = _layers_with_tensors(folder)
         config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
     return config
 
 
 def _layers_with_tensors(folder: Path) -> set[str]:
-    """The layers that an adapter has tensors for. Its expressions say the same, and can take for ever to match."""
-    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        names = {key.partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    """The layers that an adapter has tensors for. Its expressions say the same, and can take for ever to match.
+
+    `all-linear` means something else in each version of PEFT.
+    """
+    try:
+        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+            names = {key.partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
+    except SafetensorError as error:
+        raise ModelError(f"{folder}/adapter_model.safetensors cannot be read: {error}") from None
     return {name.removeprefix("base_model.model.") for name in names}
+
+
+def _adapts(folder: Path, name: str, what: str) -> ModelError:
+    return ModelError(
+        f"{folder}: this adapter adapts {what} ({name}); not supported",
+        hint="an adapter of attention and dense MLPs can be used; or merge this one into its base first",
+    )
 
 
 def adapter_state(policy: PeftModel) -> dict[str, Tensor]:
@@ -218,13 +243,30 @@ def _quiet_peft() -> Iterator[None]:
                 asker.is_gptqmodel_available = ask
 
 
-def _refuse_adapted_head(policy: PeftModel, what: str) -> None:
-    """Log-probs are read off the head's own weight (`learning.logprobs`): an adapter on it would never be trained."""
-    if isinstance(policy.get_base_model().get_output_embeddings(), lora.LoraLayer):
+def _check_layers(policy: PeftModel, what: str) -> None:
+    """What is trained is computed, switched off for the reference, and saved: our own layers, A and B, nothing else.
+
+    Log-probs are read off the head's own weight (`learning.logprobs`), so an adapter on it would never be trained.
+
+    Raises:
+        ModelError: something else is adapted.
+    """
+    under = policy.get_base_model()
+    adapted = {name: module for name, module in under.named_modules() if isinstance(module, BaseTunerLayer)}
+    if strange := not_adaptable(under, sorted(adapted)):
         raise ModelError(
-            f"{what} adapts the language-model head, which DPO Studio cannot train",
-            hint="take the head out of the targets; `all-linear` leaves it out by itself",
+            f"{what} adapts {strange[1]} ({strange[0]}), which DPO Studio cannot train",
+            hint="take it out of the targets; `all-linear` leaves it out by itself",
         )
+    for name, module in adapted.items():
+        if type(module) is not LoraLinear or module.lora_variant:
+            raise ModelError(
+                f"{what} adapts {name} ({type(module).__name__}), a kind of layer that DPO Studio does not compute",
+                hint="name linear layers only, or use `all-linear`",
+            )
+    ours = {id(p) for module in adapted.values() for p in (*module.lora_A.parameters(), *module.lora_B.parameters())}
+    if others := sorted(name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in ours):
+        raise ModelError(f"{what} would train {others[0]}, which no adapter's file would hold")
 
 
 def _ready_to_train(policy: PeftModel) -> PeftModel:
@@ -238,15 +280,9 @@ def _ready_to_train(policy: PeftModel) -> PeftModel:
 
 def _short_targets(policy: PeftModel) -> list[str]:
     """Names of the adapted layers, as the short endings where those say the same as the full names."""
-    adapted = {name for name, m in policy.base_model.model.named_modules() if isinstance(m, lora.LoraLayer)}
-    short = {name.rpartition(".")[2] for name in adapted}
-    linear = {
-        name
-        for name, m in policy.base_model.model.named_modules()
-        if isinstance(m, nn.Linear | lora.LoraLayer) and name.rpartition(".")[2] in short and ".lora_" not in name
-    }
-    linear = {name for name in linear if not name.endswith(".base_layer")}
-    return sorted(short if linear == adapted else adapted)
+    model = policy.get_base_model()
+    layers = [name for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)]
+    return short_names(model, layers)
 
 
 def _check_every_tensor_was_used(policy: PeftModel, folder: Path, name: str) -> None:

@@ -38,6 +38,10 @@ _LORA_KEYS = frozenset(
     )
 )
 """Settings of plain LoRA: scale, rank and where. All others of PEFT's must be as they are by default."""
+_NAMES_OF_HEAD_OR_EMBEDDING = (
+    ("modules_to_save", "whole modules, as a rule the head or the embedding"),
+    ("trainable_token_indices", "rows of the embedding"),
+)
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
 """Values of init_lora_weights that the saved tensors replace; pissa changes the base, corda reads a pickle."""
 _PLAIN_PATTERN = re.compile(r"\^?(\w|\\?\.)+\$?")
@@ -130,6 +134,12 @@ def refuse_strange_lora(raw: Any, defaults: dict[str, Any], name: str) -> None:
     """
     if not isinstance(raw, dict):
         raise ModelError(f"{name}: adapter_config.json is not a JSON object")
+    for key, names in _NAMES_OF_HEAD_OR_EMBEDDING:
+        if value := raw.get(key):
+            raise ModelError(
+                f"{name}: this adapter adapts {names} ({key}: {_shown(value)}); not supported",
+                hint="an adapter of attention and dense MLPs can be used; or merge this one into its base first",
+            )
     strange = [key for key in defaults if key not in _LORA_KEYS and raw.get(key) and raw[key] != defaults[key]]
     if raw.get("bias", "none") != "none":
         strange.append("bias")
@@ -147,6 +157,12 @@ def refuse_strange_lora(raw: Any, defaults: dict[str, Any], name: str) -> None:
         for pattern in raw.get(key) or ():
             if not _PLAIN_PATTERN.fullmatch(str(pattern)):
                 raise ModelError(f"{name}: {key} names layers by an expression ({pattern}): write their names out")
+
+
+def _shown(value: Any) -> str:
+    """A stranger's setting in a message: short, whatever it is."""
+    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+    return text if len(text) < 80 else f"{text[:77]}..."
 
 
 def base_named_by(raw: Any, revision: Any, name: str) -> str:

@@ -154,10 +154,10 @@ def settle_tokens(
     return recipe.model_copy(update={"training": settled}), limit
 
 
-def attach_policy(base: ChatModel, recipe: Recipe) -> PeftModel:
+def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> PeftModel:
     """A fresh adapter on the base, or the recipe's own to continue, which then stays beside it as the reference."""
     if recipe.model.adapter is None:
-        return attach(base.model, recipe.adapter, seed=recipe.training.seed)
+        return attach(base.model, recipe.adapter, seed=recipe.training.seed, say=say)
     folder = Path(recipe.model.adapter)
     policy = attach_existing(base.model, folder, trainable=True)
     if recipe.reference.model is None and recipe.reference.adapter is None:

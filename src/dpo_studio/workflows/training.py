@@ -147,7 +147,7 @@ def _train_in(
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
     recipe = settle_dtype(recipe, base)
     check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
-    policy = attach_policy(base, recipe)
+    policy = attach_policy(base, recipe, progress.say)
     train_mode(policy)
     with accelerated(recipe, base, policy, data, progress):
         recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)

@@ -1,0 +1,184 @@
+"""Which layers an adapter may be on: attention and dense MLPs, never experts, routers, the head or the embedding.
+
+PEFT 0.21's own `all-linear` takes the routers of some mixtures along, and in others it makes of `gate_proj` the fused
+experts, which then cannot be adapted. So `all-linear` is resolved here, by name, to layers that plain PEFT finds again.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+from peft import LoraConfig
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
+from torch import nn
+
+from dpo_studio.errors import ModelError
+
+__all__ = ["Targets", "all_linear", "not_adaptable", "refuse_targets", "short_names"]
+
+_EXPERTS = re.compile(r"(?!shared_)(\w+_)?experts")
+"""A module that holds experts a router chooses among. Shared ones see every token, and are dense."""
+_ROUTER = re.compile(r"gate|\w*router\w*|\w*expert_gate")
+"""Of a mixture: what chooses the experts, or weighs the shared one."""
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What `all-linear` means in one model."""
+
+    names: list[str]
+    """Full names, sorted."""
+    experts: int = 0
+    """Layers of experts, left out."""
+    routers: int = 0
+    renamed: Sequence[str] = ()
+    """Names of dense layers, left out too: PEFT would take them for the experts'."""
+
+    def words(self) -> str | None:
+        """What to tell of a mixture, None for a dense model."""
+        if not (self.experts or self.routers or self.renamed):
+            return None
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in self.renamed}))
+        more = f", and {len(self.renamed)} dense layers ({ends}) whose names PEFT gives to the experts" if ends else ""
+        return (
+            f"a mixture of experts: all-linear is {len(self.names)} layers of attention and dense MLPs here. Left out: "
+            f"{self.experts} layers of experts, {self.routers} routers{more}; the load-balancing loss is not added"
+        )
+
+
+def all_linear(model: nn.Module) -> Targets:
+    """The linear layers of the text model that are applied to every token and that plain PEFT can name.
+
+    Raises:
+        ModelError: there is none.
+    """
+    strange = _of_mixtures(model)
+    head = _name_of(model, _called(model, "get_output_embeddings"))
+    within = _name_of(model, _called(model, "get_decoder"))  # of a model that sees: its text model
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]
+    linear = [name for name in linear if name.startswith(f"{within}.")] or linear
+    renamed = _read_as_experts(model, linear)
+    dense = [name for name in linear if name not in strange]
+    names = sorted(name for name in dense if name.rpartition(".")[2] not in renamed)
+    if not names:
+        raise ModelError("adapter.targets all-linear: this model has no linear layer that can be adapted")
+    kinds = [
+        what for name, what in strange.items() if not any(strange.get(parent) == what for parent in _parents(name))
+    ]
+    return Targets(names, kinds.count("expert"), kinds.count("router"), sorted({*dense} - {*names}))
+
+
+def refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
+    """Look at targets that a recipe names.
+
+    Raises:
+        ModelError: one names the head, the embedding, experts or a router, or nothing that PEFT would find.
+    """
+    modules = [name for name, _ in model.named_modules()]
+    parameters = [name for name, _ in model.named_parameters()]
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    renamed = _read_as_experts(model, [*linear, *targets])
+    for target in sorted(targets):
+        found = [name for name in (*modules, *parameters) if name == target or name.endswith(f".{target}")]
+        if strange := not_adaptable(model, found):
+            raise ModelError(
+                f"adapter.targets: {target} is {strange[1]} ({strange[0]}), which DPO Studio does not adapt",
+                hint="name the layers of attention and dense MLPs in full, or use `all-linear`, which leaves it out",
+            )
+        if target.rpartition(".")[2] in renamed:
+            raise ModelError(
+                f"adapter.targets: {target} is a name that PEFT gives to this family's experts, "
+                "which DPO Studio does not adapt",
+                hint="use `all-linear`, which leaves it out",
+            )
+
+
+def not_adaptable(model: nn.Module, names: Iterable[str]) -> tuple[str, str] | None:
+    """The first module no adapter can be on, and what it is: "the head", "the embedding", "an expert" or "a router".
+
+    Names that the model lacks are judged by what they say: earlier versions of transformers called things otherwise.
+    """
+    special = {
+        _name_of(model, _called(model, "get_output_embeddings")): "the head",
+        _name_of(model, _called(model, "get_input_embeddings")): "the embedding",
+    }
+    strange = _of_mixtures(model)
+    for name in names:
+        if what := special.get(name):
+            return name, what
+        for place in (name, *_parents(name)) if strange else ():
+            end = place.rpartition(".")[2]
+            if strange.get(place) == "router" or _ROUTER.fullmatch(end):
+                return name, "a router"
+            if strange.get(place) == "expert" or _EXPERTS.fullmatch(end):
+                return name, "an expert"
+    return None
+
+
+def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names' last parts if they mean the same layers among all of the model's modules, else the names; sorted."""
+    names = set(names)
+    short = {name.rpartition(".")[2] for name in names}
+    meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
+    return sorted(short if meant == names else names)
+
+
+def _of_mixtures(model: nn.Module) -> dict[str, str]:
+    """Modules of a mixture's experts and routers -> which of the two; empty for a dense model."""
+    found: dict[str, str] = {}
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        kind = type(module).__name__
+        if any(map(_EXPERTS.fullmatch, parts)) or kind.endswith("Experts"):
+            found[name] = "router" if any(map(_ROUTER.fullmatch, parts)) else "expert"
+    if not found:
+        return {}
+    for name, module in model.named_modules():
+        if any(map(_ROUTER.fullmatch, name.split("."))) or "Router" in type(module).__name__:
+            found[name] = "router"
+    return found
+
+
+def _read_as_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Last parts of names that PEFT, loading onto this model, would take for parameters of its experts.
+
+    Full names do not help: it looks at their last part too.
+    """
+    ends = {name.rpartition(".")[2] for name in names}
+    conversions = get_model_conversion_mapping(model) if hasattr(model, "config") else None
+    taken = set()
+    for end in ends:
+        config = LoraConfig(target_modules=[end])
+        try:
+            convert_peft_config_for_transformers(config, model=model, conversions=deepcopy(conversions))
+        except ValueError:  # one half of what is fused
+            taken.add(end)
+            continue
+        if end not in (config.target_modules or ()):
+            taken.add(end)
+    return taken
+
+
+def _called(model: nn.Module, method: str) -> Any:
+    """What one of transformers' own getters says, None where a model has none."""
+    try:
+        return getattr(model, method)()
+    except (AttributeError, NotImplementedError, TypeError):
+        return None
+
+
+def _name_of(model: nn.Module, wanted: Any) -> str | None:
+    if wanted is None or wanted is model:
+        return None
+    return next((name for name, module in model.named_modules() if module is wanted), None)
+
+
+def _parents(name: str) -> Iterable[str]:
+    """a.b.c -> a.b, a."""
+    while "." in name:
+        name = name.rpartition(".")[0]
+        yield name
