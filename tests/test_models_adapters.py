@@ -15,7 +15,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.errors import ModelError
@@ -308,7 +308,6 @@ def test_training_mode_is_dropout_in_the_adapter_alone() -> None:
     [
         ({"use_dora": True}, "use_dora"),
         ({"bias": "lora_only"}, "bias"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ({"peft_type": "IA3"}, "IA3"),
         ({"lora_bias": True}, "lora_bias"),
     ],
@@ -318,6 +317,58 @@ def test_adapters_that_are_not_plain_lora_are_refused(tmp_path: Path, change: di
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ModelError, match=f"only plain LoRA adapters can be used; this is .*{reason}"):
         attach_existing(tiny_model(), tmp_path, trainable=True)
+
+
+@pytest.mark.parametrize("change", [{"modules_to_save": ["lm_head"]}, {"trainable_token_indices": [1, 2]}])
+def test_adapters_of_the_head_or_the_embedding_are_refused_by_name(tmp_path: Path, change: dict[str, Any]) -> None:
+    config = json.loads((saved(tmp_path) / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ModelError, match=r"this adapter adapts .*embedding .*not supported"):
+        attach_existing(tiny_model(), tmp_path, trainable=True)
+
+
+@pytest.mark.parametrize(("target", "what"), [("lm_head", "the head"), ("embed_tokens", "the embedding")])
+def test_plain_peft_s_adapter_on_the_head_or_the_embedding_is_refused_by_name(
+    tmp_path: Path, target: str, what: str
+) -> None:
+    get_peft_model(tiny_model(), LoraConfig(r=2, target_modules=["q_proj", target])).save_pretrained(
+        tmp_path, save_embedding_layers=False
+    )
+    with pytest.raises(ModelError, match=f"this adapter adapts {what}"):
+        attach_existing(tiny_model(), tmp_path, trainable=True)
+
+
+def tiny_mixture() -> Any:
+    torch.manual_seed(0)
+    shape: dict[str, Any] = {"vocab_size": 64, "hidden_size": 32, "moe_intermediate_size": 16, "num_hidden_layers": 2}
+    heads: dict[str, Any] = {
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+    }
+    return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **heads)).eval()
+
+
+def test_of_a_mixture_the_attention_is_adapted_and_plain_peft_loads_it(tmp_path: Path) -> None:
+    """Two layers of q, k, v and o; what was left out is told; the same logits in plain PEFT."""
+    said: list[str] = []
+    base = tiny_mixture().requires_grad_(False)
+    policy = moved(attach(base, AdapterSection(rank=2, alpha=4), seed=0, say=said.append)).eval()
+    assert len(adapter_state(policy)) == 2 * 4 * 2
+    assert len(said) == 1
+    assert "2 layers of experts, 2 routers; the load-balancing loss is not added" in said[0]
+    save_adapter(policy, tmp_path, base="my/base")
+    plain = PeftModel.from_pretrained(tiny_mixture(), tmp_path).eval()
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(policy(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(("target", "what"), [("gate", "a router"), ("experts", "an expert"), ("gate_proj", "experts")])
+def test_targets_that_name_experts_or_routers_are_refused_by_name(target: str, what: str) -> None:
+    with pytest.raises(ModelError, match=rf"{target} is .*{what}"):
+        attach(tiny_mixture(), AdapterSection(targets=["q_proj", target]), seed=0)
 
 
 def test_pickled_adapters_are_refused_unread(tmp_path: Path) -> None:

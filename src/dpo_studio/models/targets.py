@@ -7,8 +7,7 @@ experts, which then cannot be adapted. So `all-linear` is resolved here, by name
 from __future__ import annotations
 
 import re
-from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -33,17 +32,21 @@ class Targets:
 
     names: list[str]
     """Full names, sorted."""
-    left_out: Counter[str]
-    """What else is there -> how many: "experts", "routers", or a name that PEFT reads as the experts'."""
+    experts: int = 0
+    """Layers of experts, left out."""
+    routers: int = 0
+    renamed: Sequence[str] = ()
+    """Names of dense layers, left out too: PEFT would take them for the experts'."""
 
     def words(self) -> str | None:
         """What to tell of a mixture, None for a dense model."""
-        if not self.left_out:
+        if not (self.experts or self.routers or self.renamed):
             return None
-        parts = ", ".join(f"{count} {what}" for what, count in sorted(self.left_out.items()))
+        ends = ", ".join(sorted({name.rpartition(".")[2] for name in self.renamed}))
+        more = f", and {len(self.renamed)} dense layers ({ends}) whose names PEFT gives to the experts" if ends else ""
         return (
-            f"a mixture of experts: all-linear is attention and dense MLPs here, {len(self.names)} layers; left out "
-            f"are {parts}. The load-balancing loss is not added, and the routers stay as they are"
+            f"a mixture of experts: all-linear is {len(self.names)} layers of attention and dense MLPs here. Left out: "
+            f"{self.experts} layers of experts, {self.routers} routers{more}; the load-balancing loss is not added"
         )
 
 
@@ -55,25 +58,18 @@ def all_linear(model: nn.Module) -> Targets:
     """
     strange = _of_mixtures(model)
     head = _name_of(model, _called(model, "get_output_embeddings"))
-    within = _name_of(model, _called(model, "get_decoder")) or ""
-    linear = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, nn.Linear) and name != head and (not within or name.startswith(f"{within}."))
-    ]
+    within = _name_of(model, _called(model, "get_decoder"))  # of a model that sees: its text model
+    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]
+    linear = [name for name in linear if name.startswith(f"{within}.")] or linear
     renamed = _read_as_experts(model, linear)
-    names = [name for name in linear if name not in strange and name.rpartition(".")[2] not in renamed]
+    dense = [name for name in linear if name not in strange]
+    names = sorted(name for name in dense if name.rpartition(".")[2] not in renamed)
     if not names:
         raise ModelError("adapter.targets all-linear: this model has no linear layer that can be adapted")
-    left_out = Counter(
-        f"{name.rpartition('.')[2]} (a name that PEFT gives to this family's experts)"
-        for name in linear
-        if name not in strange and name.rpartition(".")[2] in renamed
-    )
-    for name, what in strange.items():
-        if not any(strange.get(parent) == what for parent in _parents(name)):
-            left_out[f"{what}s" if what == "router" else "layers of experts"] += 1
-    return Targets(sorted(names), left_out)
+    kinds = [
+        what for name, what in strange.items() if not any(strange.get(parent) == what for parent in _parents(name))
+    ]
+    return Targets(names, kinds.count("expert"), kinds.count("router"), sorted({*dense} - {*names}))
 
 
 def refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
