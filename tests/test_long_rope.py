@@ -38,7 +38,7 @@ LONG = {
 }
 
 
-def long_model(attention: str) -> PreTrainedModel:
+def long_model(attention: str, limit: int = LIMIT) -> PreTrainedModel:
     config = AutoConfig.for_model(
         "phi3",
         vocab_size=VOCABULARY,
@@ -48,8 +48,8 @@ def long_model(attention: str) -> PreTrainedModel:
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,
-        original_max_position_embeddings=LIMIT,
-        rope_parameters=LONG,
+        original_max_position_embeddings=limit,
+        rope_parameters=LONG | {"original_max_position_embeddings": limit},
         initializer_range=0.3,
         pad_token_id=0,
         bos_token_id=1,
