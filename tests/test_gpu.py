@@ -21,8 +21,9 @@ from accelerate import Accelerator
 
 from dpo_studio.cli import set_environment
 from dpo_studio.config import AdapterSection, TrainingSection
-from dpo_studio.learning.logprobs import check_packing, pair_logps
+from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import Limit, Room, plan_limit
+from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.train import TrainingState, train
 from dpo_studio.models.adapters import adapter_state, as_reference, attach, train_mode
 from dpo_studio.models.attention import FLEX

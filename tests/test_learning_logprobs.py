@@ -17,9 +17,12 @@ from torch import Tensor
 
 from dpo_studio.errors import ModelError
 from dpo_studio.learning import logprobs
-from dpo_studio.learning.logprobs import check_packing, pair_logps, plain_token_logps, token_logps
+from dpo_studio.learning.logprobs import pair_logps, token_logps
+from dpo_studio.learning.packing_check import check_packing
+from dpo_studio.learning.plain import plain_token_logps
 from dpo_studio.models import attention
 from dpo_studio.models.attention import FLEX, PAIRS, row_inputs
+from dpo_studio.tokens import pack as tokens_pack
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Span, pack
 from tests.conftest import columns, encoded, gradients, plain_logps, plain_peft_on, policy_on, random_pairs
@@ -269,11 +272,11 @@ def test_check_packing_catches_tokens_that_see_too_much(
 def test_check_packing_catches_positions_that_run_on(monkeypatch: pytest.MonkeyPatch) -> None:
     """The row's places as positions, as if it were one text."""
 
-    def running_on(pairs: list[EncodedPair]) -> MicroBatch:
-        batch = pack(pairs)
+    def running_on(pairs: list[EncodedPair], positions: list[int]) -> MicroBatch:
+        batch = pack(pairs, positions)
         return replace(batch, position_ids_1T=torch.arange(batch.tokens)[None])
 
-    monkeypatch.setattr(logprobs, "pack", running_on)
+    monkeypatch.setattr(tokens_pack, "pack", running_on)
     with pytest.raises(ModelError, match="packed and plain"):
         check_packing(tiny_model(attn_implementation=PAIRS), random_pairs(20))
 

@@ -19,7 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.errors import ModelError
-from dpo_studio.learning.logprobs import check_packing, pair_logps
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.models.adapters import (
     adapter_state,
     as_reference,

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dpo_studio.learning.logprobs import check_packing, pair_logps
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.models.adapters import as_reference, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute

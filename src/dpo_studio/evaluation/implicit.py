@@ -13,8 +13,8 @@ import numpy as np
 from torch import nn
 
 from dpo_studio.evaluation.judges import Comparison, Completion, Progress, Verdict, higher_wins, not_judged
-from dpo_studio.learning.logprobs import check_packing
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
+from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.models.adapters import as_reference, in_eval
 from dpo_studio.objectives import PairLogps
@@ -53,7 +53,7 @@ class ImplicitReward:
         """A verdict on each comparison, in order; a tie where the answers cannot be told apart or written as a chat.
 
         Raises:
-            ModelError: packed and plain log-probs differ: the model's attention is not what it seems.
+            ModelError: log-probs are not the plain model's.
         """
         pairs = [Pair(c.prompt, _turn(c.a), _turn(c.b), row) for row, c in enumerate(comparisons)]
         encoded = encode_pairs(pairs, self.encoder, max_length=None)
@@ -63,7 +63,7 @@ class ImplicitReward:
         kept = [self._as_generated(pair, comparisons[pair.row]) for pair in encoded.pairs]
         if kept:
             with in_eval(self.policy):
-                check_packing(self.policy, kept)
+                check_packing(self.policy, kept, texts=pairs, encoder=self.encoder)
                 policy = self._logps(kept, None)
             with as_reference(self.policy):
                 reference = self._logps(kept, progress)

@@ -5,29 +5,21 @@ Shapes: T = tokens of a row, N = scored answer tokens, H = hidden size, V = voca
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dpo_studio.errors import ModelError
-from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.attention import row_inputs
-from dpo_studio.models.gptq import computes_in_fp8
-from dpo_studio.models.layers import as_trained, causal_lm, plain_layers
+from dpo_studio.models.layers import as_trained, causal_lm
 from dpo_studio.objectives import PairLogps
-from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
-from dpo_studio.tokens.pack import MicroBatch, pack, packed_tokens
+from dpo_studio.tokens.pack import MicroBatch
 
-__all__ = ["check_packing", "pair_logps", "plain_token_logps", "token_logps"]
+__all__ = ["pair_logps", "token_logps"]
 
 _LOGITS_AT_ONCE = {"cpu": 2**24, "cuda": 2**26}
 """Logits in memory at a time, whatever the vocabulary: 340 rows of 49k on a CPU (64 MB in fp32), 1,365 on a GPU."""
-_APART = {"float32": 1e-3, "fp8": 0.3}
-"""Nats a token that packed and plain log-probs may be apart, 0.1 in 16 bits. SmolLM2 on the bundled pairs: 0.036 in
-bf16, 0.115 with activations rounded to e4m3."""
 
 
 def pair_logps(model: nn.Module, batch: MicroBatch, *, agreement: bool = False) -> PairLogps:
@@ -147,60 +139,3 @@ def _compiled_head_terms() -> Any:
         return logps_n, ((logits_nV - logsumexp_n1).exp() - hot_nV.float()).to(slope_dtype)
 
     return torch.compile(terms, dynamic=True)
-
-
-@torch.no_grad()
-def plain_token_logps(model: nn.Module, prompt: Sequence[int], answer: EncodedAnswer) -> Tensor:
-    """Log-prob of every scored token of an answer as textbooks have it: one sequence, its own logits; fp32, (N,)."""
-    ids_1T = torch.tensor([[*prompt, *answer.ids.tolist()]], device=causal_lm(model).device)
-    with plain_layers(model):
-        logits_TV = model(input_ids=ids_1T, use_cache=False).logits[0, len(prompt) - 1 : -1]
-    logps_AV = logits_TV.float().log_softmax(-1)
-    scored_A = torch.from_numpy(answer.scored).to(logps_AV.device)
-    logps_A: Tensor = logps_AV.gather(1, ids_1T[0, len(prompt) :, None])[:, 0]
-    return logps_A[scored_A]
-
-
-def check_packing(model: nn.Module, pairs: Sequence[EncodedPair]) -> float:
-    """Compare answers' log-probs packed and plain; return the mean difference a token, in nats.
-
-    ln 2 at step 0 cannot catch a wrong mask: policy and reference err alike.
-
-    Raises:
-        ModelError: they differ by more than this precision explains.
-    """
-    base = causal_lm(model)
-    sample = _telling_pairs(pairs, getattr(base.config, "sliding_window", None))
-    device = base.device
-    with torch.no_grad(), in_eval(model):
-        packed_N = token_logps(model, pack(sample).to(device))
-        plain_N = torch.cat(
-            [
-                plain_token_logps(model, pair.prompt.tolist(), answer)
-                for pair in sample
-                for answer in (pair.chosen, pair.rejected)
-            ]
-        )
-    difference = (packed_N - plain_N).abs().mean().item()
-    precision = "fp8" if computes_in_fp8(model) else str(base.dtype).removeprefix("torch.")
-    limit = _APART.get(precision, 0.1)
-    if not difference <= limit:
-        raise ModelError(
-            f"packed and plain log-probs differ by {difference:.3g} nats a token, more than the {limit} that "
-            f"{precision} explains: this model's attention is not what it seems",
-            hint="try model.attention: sdpa; if it stays, please report the model",
-        )
-    return difference
-
-
-def _telling_pairs(pairs: Sequence[EncodedPair], window: int | None) -> list[EncodedPair]:
-    """Two pairs for one row: the shortest, and a middling one, of those that are longer than the window if any is."""
-    by_length = sorted(pairs, key=packed_tokens)
-    cut = [pair for pair in by_length if window is not None and _longest_read(pair) > window]
-    others = cut or by_length
-    return [by_length[0], others[len(others) // 2]]
-
-
-def _longest_read(pair: EncodedPair) -> int:
-    """Tokens before the last one of the pair's longer answer: how far back that one would like to look."""
-    return len(pair.prompt) + max(len(pair.chosen.ids), len(pair.rejected.ids)) - 1

@@ -5,7 +5,7 @@ the blocks nobody may see. `pairs`, for CPUs: each pair's attention on its own t
 nothing computed in vain. `sdpa`: one dense bool mask over the row, the fallback that runs everywhere.
 
 A wrong mask raises nothing and costs nats: policy and reference err alike, so ln 2 at step 0 cannot see it. Hence the
-list of what is refused, and `learning.logprobs.check_packing`, run at the start of every training and evaluation.
+list of what is refused, and `learning.packing_check`, run at the start of every training and evaluation.
 
 Shapes: T = tokens of the row, B = blocks of 128 of them, H = heads, D = head size.
 """

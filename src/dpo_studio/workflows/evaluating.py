@@ -243,7 +243,7 @@ def _held_out(loaded: Loaded, objective: Objective, pairs: Sequence[Pair], progr
     if not encoded:
         return {}
     policy, reference = (
-        side_logps(loaded, encoded, "held-out pairs", progress, tuned=tuned) for tuned in (True, False)
+        side_logps(loaded, encoded, "held-out pairs", progress, tuned=tuned, texts=pairs) for tuned in (True, False)
     )
     keys = {pair.row: prompt_key(pair.prompt) for pair in pairs}
     prompts, (policy, reference) = finite_pairs([keys[pair.row] for pair in encoded], policy, reference)

@@ -35,6 +35,14 @@ class Loaded:
     adapter: Path | None
     other_reference: str | None = None
     """The model that the run was held close to where that is not the policy's own base; it is not loaded here."""
+    reference_adapter: Path | None = None
+    """The adapter that the run was held close to."""
+
+    @property
+    def adapters(self) -> dict[str, Path]:
+        """The folders of the adapters in memory, by their names there."""
+        folders = {POLICY: self.adapter, REFERENCE: self.reference_adapter}
+        return {name: folder for name, folder in folders.items() if folder is not None}
 
     def check_reference(self) -> None:
         """See that the reference can be computed.
@@ -108,9 +116,10 @@ def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say
     policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
     other = recipe.reference.model
     reference = recipe.reference.adapter or recipe.model.adapter
-    if other is None and reference is not None:
-        policy = attach_existing(policy, Path(reference), trainable=False, name=REFERENCE)
-    return Loaded(base, policy, recipe.objective.beta, adapter, other)
+    beside = Path(reference) if other is None and reference is not None else None
+    if beside is not None:
+        policy = attach_existing(policy, beside, trainable=False, name=REFERENCE)
+    return Loaded(base, policy, recipe.objective.beta, adapter, other, beside)
 
 
 def _look_at(run: RunFolder, with_reference: bool, say: Callable[[str], None]) -> tuple[Recipe, Path]:

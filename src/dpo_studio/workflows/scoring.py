@@ -12,12 +12,12 @@ import torch
 from dpo_studio.config import SourceSection, TooLong
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.evaluation.accuracy import finite_summary
-from dpo_studio.learning.logprobs import check_packing
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
+from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.paths import check_out
-from dpo_studio.preferences.pair import prompt_key
+from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
@@ -51,7 +51,7 @@ def score_pairs(
         encoded = encode_pairs(pairs.pairs, loaded.base.encoder, max_length=max_length, too_long=too_long)
         if not encoded.pairs:
             raise DataError(f"{pairs.name}: no pair can be scored", hint=f"the first: {encoded.refused[0][1]}")
-        policy = side_logps(loaded, encoded.pairs, "policy", shown, tuned=True)
+        policy = side_logps(loaded, encoded.pairs, "policy", shown, tuned=True, texts=pairs.pairs)
         reference = policy
         if loaded.adapter is not None:
             reference = side_logps(loaded, encoded.pairs, "reference", shown, tuned=False)
@@ -71,17 +71,26 @@ def score_pairs(
 
 
 def side_logps(
-    loaded: Loaded, pairs: Sequence[EncodedPair], title: str, progress: Progress, *, tuned: bool
+    loaded: Loaded,
+    pairs: Sequence[EncodedPair],
+    title: str,
+    progress: Progress,
+    *,
+    tuned: bool,
+    texts: Sequence[Pair] = (),
 ) -> PairLogps:
-    """Log-probs of the pairs under the policy (tuned) or its reference, in order; packed, if that changes nothing.
+    """Log-probs of the pairs under the policy (tuned) or its reference, in order; both are checked before the policy's.
+
+    `texts`: what the pairs were encoded from, where they were.
 
     Raises:
-        ModelError: packed and plain differ.
+        ModelError: they are not the plain model's.
     """
+    budget = tokens_without_gradient(CPU_TOKENS, loaded.policy)
     if tuned:
-        check_packing(loaded.policy, pairs)
+        encoder, adapters = loaded.base.encoder, loaded.adapters
+        check_packing(loaded.policy, pairs, texts=texts, encoder=encoder, adapters=adapters, budget=budget)
     with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
-        budget = tokens_without_gradient(CPU_TOKENS, loaded.policy)
         return batched_logps(
             loaded.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
         )

@@ -22,12 +22,13 @@ from dpo_studio.config import LoadedRecipe, Recipe, cache_folder, load_recipe
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.evaluation.accuracy import finite_summary
 from dpo_studio.learning.checkpoints import restore
-from dpo_studio.learning.logprobs import check_packing, pair_logps
+from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_gradient, unless_out_of_memory
+from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.lock import Held, held
-from dpo_studio.models.adapters import in_eval, train_mode
+from dpo_studio.models.adapters import POLICY, REFERENCE, in_eval, train_mode
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
@@ -188,10 +189,8 @@ class _Session:
         if self.accelerator.num_processes > 1:
             raise RunError("training on several devices is not built yet", hint="start it with one process")
         budget = int(self.recipe.training.tokens_per_micro_batch)
-        difference = check_packing(self.policy, self.data.train.pairs)
-        self.progress.say(f"packed and plain log-probs agree: {difference:.2g} nats a token apart")
         at_once = tokens_without_gradient(budget, self.policy)
-        live, cached = self._references(at_once)
+        live, cached = self._references(budget, at_once)
         steps = steps_of(self.recipe, self.data.train.pairs, budget, cached)
         self.state = state = TrainingState.fresh(
             self.policy, self.recipe.training, steps.total, self.accelerator, self.recipe.reference
@@ -249,17 +248,30 @@ class _Session:
             result["held_out_loss"] = loss if math.isfinite(loss) else None
         return result
 
-    def _references(self, budget: int) -> tuple[Reference | None, Callable[..., PairLogps] | None]:
+    def _check(self, model: Any, budget: int, reference_adapter: str | None) -> None:
+        """See that the policy, and its reference where that is another model, compute as the plain model does."""
+        names = {POLICY: self.recipe.model.adapter, REFERENCE: reference_adapter}
+        adapters = {name: Path(folder) for name, folder in names.items() if folder is not None}
+        pairs, texts = self.data.train.pairs, self.data.source.pairs
+        check = partial(check_packing, pairs=pairs, budget=budget)
+        difference = check(self.policy, texts=texts, encoder=self.base.encoder, adapters=adapters)
+        if model is not self.policy:
+            difference = max(difference, check(model))
+        self.progress.say(f"log-probs are the plain model's: {difference:.2g} nats a token apart, adapter off and on")
+
+    def _references(self, budget: int, at_once: int) -> tuple[Reference | None, Callable[..., PairLogps] | None]:
         """(how to compute the reference in the step, how to look it up): one of the two is None.
 
         Both are where the objective needs no reference: then only held-out pairs have one, for their accuracy.
         """
         model, context, computes = reference_model(self.recipe, self.base, self.policy)
+        of_run = self.recipe.reference
+        self._check(model, budget, None if of_run.model else of_run.adapter or self.recipe.model.adapter)
         cache = (
             ReferenceCache(cache_folder() / "reference", context) if self.recipe.reference.mode == "cached" else None
         )
         with computes():
-            self.held_out_reference = self._reference_of(model, self.data.held_out.pairs, budget, cache, "held-out")
+            self.held_out_reference = self._reference_of(model, self.data.held_out.pairs, at_once, cache, "held-out")
         if not self.recipe.objective.needs_reference:
             return None, None
         if cache is None:
@@ -270,7 +282,7 @@ class _Session:
 
             return live, None
         with computes():
-            whole = self._reference_of(model, self.data.train.pairs, budget, cache, "training")
+            whole = self._reference_of(model, self.data.train.pairs, at_once, cache, "training")
         return None, lambda positions: whole.map(lambda x_P: x_P[list(positions)])
 
     def _reference_of(

@@ -1,0 +1,69 @@
+"""An adapter that does something: one that was just made has B = 0, and whatever would be wrong with it is hidden."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from dpo_studio.models.gptq import FP8Linear, GPTQLinear
+
+__all__ = ["noisy_adapters"]
+
+_SIZE = 0.1
+"""Of the change B A makes to a weight, relative to the weight (Frobenius norms)."""
+_ROWS = 64
+"""Of a weight, to know its size: packed ones have to be formed."""
+
+
+@contextmanager
+def noisy_adapters(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
+    """Inside, seeded noise is added to every B of every adapter; afterwards B is what it was, to the bit.
+
+    The tensors stay where they are in memory, and no other random state is touched.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    kept: list[tuple[Tensor, Tensor]] = []
+    try:
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                for name, up in module.lora_B.items():
+                    weight = up.weight.data
+                    noise = torch.randn(weight.shape, generator=draw) * _size_of(module, name)
+                    kept.append((weight, weight.clone()))
+                    weight.add_(noise.to(weight))
+        yield
+    finally:
+        for weight, before in kept:
+            weight.copy_(before)
+
+
+def _size_of(module: Any, name: str) -> float:
+    """What B's entries must measure for scale x B A to be `_SIZE` of the weight: its entries measure
+    scale x sqrt(rank) x rms(A) times B's."""
+    down = _rms(module.lora_A[name].weight.data)
+    if down == 0:
+        return 0.0
+    return float(_SIZE * _rms(_some_rows(module)) / (module.scaling[name] * module.r[name] ** 0.5 * down))
+
+
+def _some_rows(module: Any) -> Tensor:
+    base = module.get_base_layer()
+    if isinstance(base, GPTQLinear):
+        packed = base.packed
+        first = (packed.words_NW[:_ROWS], packed.scales_NG[:_ROWS], packed.zeros_NG[:_ROWS])
+        return replace(packed, words_NW=first[0], scales_NG=first[1], zeros_NG=first[2]).exact(torch.float32)
+    if isinstance(base, FP8Linear):
+        blocks = base.integers_NK[:_ROWS].float().view(*base.scales_NG[:_ROWS].shape, -1)
+        return blocks * base.scales_NG[:_ROWS, :, None]
+    weight: Tensor = module.get_param() if hasattr(module, "get_param") else base.weight
+    return weight.detach()[:_ROWS]
+
+
+def _rms(x: Tensor) -> float:
+    return x.float().square().mean().sqrt().item()

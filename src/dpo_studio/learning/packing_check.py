@@ -1,0 +1,193 @@
+"""What is seen before a run's first number counts: its log-probs are those of the plain model, adapter off and on.
+
+ln 2 at step 0 cannot catch a wrong mask: policy and reference err alike. So the pairs in which an error would show
+(`telling_pairs`) are computed the way the run computes and the textbook's way (`plain`), twice: as the reference and as
+the policy, with noise in every B so that an adapter which is not switched off, or not on everywhere, shows too.
+
+Shapes: N = scored tokens of a pair, both answers', the chosen one's first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from dpo_studio.errors import ModelError
+from dpo_studio.learning.adapter_noise import noisy_adapters
+from dpo_studio.learning.logprobs import token_logps
+from dpo_studio.learning.memory import CPU_TOKENS, too_long_for_memory, unless_out_of_memory
+from dpo_studio.learning.plain import computes_in_fp32, in_fp32, plain_model, plain_token_logps
+from dpo_studio.learning.telling_pairs import TellingPair, limits_of, telling_pairs
+from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, in_eval
+from dpo_studio.models.gptq import computes_in_fp8
+from dpo_studio.models.layers import causal_lm
+from dpo_studio.preferences.pair import Pair
+from dpo_studio.tokens.chat import ChatEncoder
+from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.tokens.pack import micro_batches, packed_tokens
+from dpo_studio.tokens.scored_text import check_scored
+
+__all__ = ["check_packing"]
+
+_TIMES = 3
+"""How many times the plain model's own rounding a pair's may be, ..."""
+_APART = 1e-4
+"""... and what is always allowed, in nats a token: fp32 run and plain are 1e-6 to 1e-5 apart."""
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """One of the ways the run computes, and what it must equal."""
+
+    name: str
+    adapter: str | None
+    state: Callable[[nn.Module], AbstractContextManager[None]]
+
+
+def check_packing(
+    model: nn.Module,
+    pairs: Sequence[EncodedPair],
+    *,
+    texts: Sequence[Pair] = (),
+    encoder: ChatEncoder | None = None,
+    adapters: Mapping[str, Path] | None = None,
+    budget: int = CPU_TOKENS,
+) -> float:
+    """Compare log-probs as the run computes them with the plain model's; return the mean difference a token, in nats.
+
+    `texts` are what the pairs were encoded from by `encoder`, found by `row`: no text of a prompt may be scored.
+    `adapters` are the folders that the model's adapters, by name, were loaded from. `budget`: tokens of a row.
+
+    Raises:
+        ModelError: weights are not finite; an adapter is not what its folder holds; text of a prompt is scored; or a
+            pair's log-probs differ by more than three times what this precision explains.
+    """
+    _check_finite(model)
+    for name, folder in (adapters or {}).items():
+        _check_loaded(model, name, folder)
+    if encoder is not None:
+        check_scored(pairs, texts, encoder)
+    sample = telling_pairs(pairs, limits_of(model))
+    while True:
+        difference = unless_out_of_memory(model, partial(_compare, model, pairs, sample, budget))
+        if difference is not None:
+            return difference
+        longest = max(sample, key=lambda one: packed_tokens(pairs[one.place]))
+        if len(sample) == 1:
+            raise too_long_for_memory(packed_tokens(pairs[longest.place]))
+        sample.remove(longest)
+
+
+def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[TellingPair], budget: int) -> float:
+    chosen = [pairs[one.place] for one in sample]
+    off = []
+    with torch.no_grad(), in_eval(model), noisy_adapters(model):
+        for one in _passes(model):
+            with one.state(model):
+                ours = _packed(model, chosen, budget)
+            own = None if computes_in_fp32(model) else _plain(model, one.adapter, chosen)
+            exact = _plain(model, one.adapter, chosen, exact=True)
+            off.append(_judge(one.name, sample, chosen, ours, exact, own or exact, model))
+    return max(off)
+
+
+def _passes(model: nn.Module) -> list[_Pass]:
+    if not isinstance(model, PeftModel):
+        return [_Pass("", None, lambda _: nullcontext())]
+    reference = REFERENCE if REFERENCE in model.peft_config else None
+    named = "the reference's adapter on" if reference else "the adapter off"
+    return [
+        _Pass(f", {named}", reference, as_reference),
+        _Pass(", the adapter on", POLICY, lambda _: nullcontext()),
+    ]
+
+
+def _packed(model: nn.Module, pairs: Sequence[EncodedPair], budget: int) -> list[Tensor]:
+    """Each pair's log-probs (N,), from rows as a run lays them."""
+    found: dict[int, Tensor] = {}
+    device = causal_lm(model).device
+    for batch in micro_batches(pairs, range(len(pairs)), budget):
+        by_answer = token_logps(model, batch.to(device)).cpu().split(batch.tokens_A.tolist())
+        for place, chosen, rejected in zip(batch.pairs, by_answer[0::2], by_answer[1::2], strict=True):
+            found[place] = torch.cat([chosen, rejected])
+    return [found[place] for place in range(len(pairs))]
+
+
+def _plain(model: nn.Module, adapter: str | None, pairs: Sequence[EncodedPair], *, exact: bool = False) -> list[Tensor]:
+    """Each pair's log-probs (N,) the textbook's way, `exact` in fp32."""
+    with ExitStack() as states:
+        states.enter_context(plain_model(model, adapter))
+        if exact:
+            states.enter_context(in_fp32(model))
+        return [
+            torch.cat(
+                [plain_token_logps(model, pair.prompt.tolist(), answer) for answer in (pair.chosen, pair.rejected)]
+            ).cpu()
+            for pair in pairs
+        ]
+
+
+def _judge(
+    name: str,
+    sample: Sequence[TellingPair],
+    pairs: Sequence[EncodedPair],
+    ours: Sequence[Tensor],
+    exact: Sequence[Tensor],
+    own: Sequence[Tensor],
+    model: nn.Module,
+) -> float:
+    """The mean difference of all tokens; raises ModelError for the first pair whose own is too large.
+
+    What the precision explains is the plain model's distance from fp32 on that pair or on all of them, whichever is
+    larger: that of a pair with two answer tokens is now and then next to nothing by chance.
+    """
+    rounding = (torch.cat(list(own)) - torch.cat(list(exact))).abs().mean().item()
+    for one, pair, ours_N, exact_N, own_N in zip(sample, pairs, ours, exact, own, strict=True):
+        where = f"on {one.why} (row {pair.row}{name})"
+        if len(ours_N) != len(exact_N):
+            raise ModelError(f"{len(ours_N)} tokens are scored {where}, whose answers have {len(exact_N)}")
+        difference = (ours_N - exact_N).abs().mean().item()
+        explained = max((own_N - exact_N).abs().mean().item(), rounding)
+        if not difference <= _TIMES * explained + _APART:
+            precision = "fp8" if computes_in_fp8(model) else str(causal_lm(model).dtype).removeprefix("torch.")
+            raise ModelError(
+                f"packed and plain log-probs differ by {difference:.3g} nats a token {where}, where {precision} "
+                f"explains {explained:.2g}: this model is not computed as it should be",
+                hint="try model.attention: sdpa; if it stays, please report the model",
+            )
+    return (torch.cat(list(ours)) - torch.cat(list(exact))).abs().mean().item()
+
+
+def _check_finite(model: nn.Module) -> None:
+    """Raises ModelError with the name of a tensor that holds NaN or infinity."""
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            total = tensor.detach().sum(dtype=torch.float32).item()  # no copy, and what is not finite stays so
+            if total != total or abs(total) == float("inf"):
+                what = "NaN" if tensor.isnan().any() else "infinity"
+                raise ModelError(
+                    f"the model's own numbers are not finite: tensor {name} has {what}",
+                    hint="its files are damaged, or it was saved by a training that had failed: download it again",
+                )
+
+
+def _check_loaded(model: nn.Module, name: str, folder: Path) -> None:
+    """Raises ModelError if a tensor of the adapter in memory is another than its file's."""
+    tensors = dict(model.named_parameters())
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - safe_open is no dict
+            saved = file.get_tensor(key)
+            mine = tensors.get(f"{key.removesuffix('.weight')}.{name}.weight")
+            if mine is None or not torch.equal(saved.float(), mine.detach().cpu().float()):
+                raise ModelError(
+                    f"{folder} was loaded, and {key} is not what its file says",
+                    hint="please report this: the adapter in memory is not the one that was saved",
+                )
