@@ -7,7 +7,6 @@ LoRA layers, autograd through all of it.
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dpo_studio.errors import ModelError
-from dpo_studio.learning import logprobs
+from dpo_studio.learning import logprobs, packing_check
 from dpo_studio.learning.logprobs import pair_logps, token_logps
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.plain import plain_token_logps
@@ -207,7 +206,7 @@ def test_in_bfloat16_packing_adds_no_more_noise_than_bfloat16_itself(architectur
 @flex_on_a_cpu
 @pytest.mark.parametrize("attention", [PAIRS, FLEX, "sdpa"])
 def test_check_packing_passes_what_is_right(architecture: str, attention: str) -> None:
-    assert check_packing(policy_on(architecture, attn_implementation=attention), random_pairs(20)) < 1e-4
+    assert check_packing(policy_on(architecture, attn_implementation=attention), random_pairs(20), budget=256) < 1e-4
 
 
 def test_check_packing_passes_a_single_pair_and_bfloat16() -> None:
@@ -216,15 +215,11 @@ def test_check_packing_passes_a_single_pair_and_bfloat16() -> None:
     assert check_packing(half, random_pairs(5)) < 0.05
 
 
-@pytest.mark.parametrize(("off", "in_fp8", "passes"), [(0.2, False, False), (0.2, True, True), (0.4, True, False)])
-def test_check_packing_allows_each_precision_its_own_noise(
-    monkeypatch: pytest.MonkeyPatch, off: float, in_fp8: bool, passes: bool
-) -> None:
-    """In bf16, and with activations in FP8, whose rounding is twenty times as coarse."""
-    monkeypatch.setattr(logprobs, "computes_in_fp8", lambda model: in_fp8)
-    monkeypatch.setattr(logprobs, "token_logps", lambda *given: token_logps(*given) + off)
-    half = tiny_model(attn_implementation=PAIRS).bfloat16()
-    with nullcontext() if passes else pytest.raises(ModelError, match="fp8" if in_fp8 else "bfloat16"):
+def test_check_packing_allows_no_more_than_the_precision_explains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bf16 these models' plain log-probs are 0.02 nats a token from fp32: 0.2 more is none of its doing."""
+    monkeypatch.setattr(packing_check, "token_logps", lambda *given: token_logps(*given) + 0.2)
+    half = tiny_model(attn_implementation=PAIRS, initializer_range=0.08).bfloat16()
+    with pytest.raises(ModelError, match="bfloat16 explains"):
         check_packing(half, random_pairs(5))
 
 
@@ -339,7 +334,7 @@ def test_check_packing_catches_a_scaled_head(monkeypatch: pytest.MonkeyPatch, ar
 def test_check_packing_catches_numbers_that_are_none() -> None:
     model = tiny_model(attn_implementation=PAIRS)
     model.lm_head.weight.data.fill_(float("nan"))
-    with pytest.raises(ModelError, match="differ by nan"):
+    with pytest.raises(ModelError, match=r"tensor lm_head\.weight has NaN"):
         check_packing(model, random_pairs(3))
 
 
