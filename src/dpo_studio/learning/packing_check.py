@@ -115,7 +115,7 @@ def _packed(model: nn.Module, pairs: Sequence[EncodedPair], budget: int) -> list
     found: dict[int, Tensor] = {}
     device = causal_lm(model).device
     for batch in micro_batches(pairs, range(len(pairs)), budget):
-        by_answer = token_logps(model, batch.to(device)).cpu().split(batch.tokens_A.tolist())
+        by_answer = torch.split(token_logps(model, batch.to(device)).cpu(), batch.tokens_A.tolist())
         for place, chosen, rejected in zip(batch.pairs, by_answer[0::2], by_answer[1::2], strict=True):
             found[place] = torch.cat([chosen, rejected])
     return [found[place] for place in range(len(pairs))]
