@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from collections.abc import Iterator
@@ -151,6 +152,38 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
     targets = ["".join(groups).partition("#")[0] for groups in _LINK.findall(text)]
     local = [target for target in targets if target and "://" not in target and not target.startswith("mailto:")]
     assert [target for target in local if not (document.parent / target).exists()] == []
+
+
+RESULTS = [json.loads(file.read_text()) for file in (ROOT / "benchmarks" / "results").glob("h*.json")]
+
+
+@pytest.mark.parametrize(
+    ("row", "mix", "precomputed", "gptq"),
+    [
+        ("UltraFeedback lengths", "ultrafeedback", False, False),
+        ("reference log-probs cached", "ultrafeedback", True, False),
+        ("long chats", "long-chats", False, False),
+        ("long prompts and short answers", "summarisation", False, False),
+        ("GPTQ 4-bit base, `packed`", "ultrafeedback", False, True),
+    ],
+)
+def test_a_ratio_over_trl_says_over_how_many_of_its_settings(row: str, mix: str, precomputed: bool, gptq: bool) -> None:
+    """The number in README's table is that of the settings whose raw results are here."""
+    tried = {
+        system["system"]
+        for result in RESULTS
+        for system in result.get("results") or result.get("systems") or []
+        if result.get("mix") == mix and system["system"].startswith("trl")
+    }
+    alike = [name for name in tried if ("-pre" in name) is precomputed and ("-gptq" in name) is gptq]
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Speed")[1].splitlines()
+    (line,) = (line for line in table if line.startswith("|") and row in line)
+    assert int(line.split("|")[3]) == len(alike)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_document_says_best_setting_without_saying_of_those_tried(document: Path) -> None:
+    assert not re.search(r"TRL's best setting|best setting (?!tried)", document.read_text(encoding="utf-8"))
 
 
 @pytest.mark.parametrize(
