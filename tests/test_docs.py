@@ -5,6 +5,9 @@ from __future__ import annotations
 import json
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import pairwise
@@ -17,6 +20,7 @@ import yaml
 
 from dpo_studio.cli import app
 from dpo_studio.config import load_recipe, parse_override, validate_recipe
+from dpo_studio.errors import install_hint
 from dpo_studio.objectives import OBJECTIVES, Mixture
 
 ROOT = Path(__file__).parent.parent
@@ -211,3 +215,27 @@ def test_hints_and_docstrings_name_only_verbs_that_exist() -> None:
     sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.yaml")]
     named = {verb for file in sources for verb in re.findall(r"`dpo ([a-z]+)", file.read_text(encoding="utf-8"))}
     assert {verb for verb in named if list(problems(f"dpo {verb}"))} == set()
+
+
+def test_what_hints_and_documents_say_to_install_can_be_installed_from_a_clone() -> None:
+    """No index has a project of this name; the extras are those that pyproject.toml has."""
+    written = [*DOCUMENTS, *(ROOT / "src").rglob("*.py"), ROOT / "Makefile"]
+    assert [file.name for file in written if "pip install 'dpo-studio" in file.read_text(encoding="utf-8")] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {extra for file in written for extra in re.findall(r"install_hint\(\"(\w+)\"\)", file.read_text())}
+    named |= {extra for file in DOCUMENTS for extra in re.findall(r"'\.\[(\w+)\]'", file.read_text())}
+    assert named == extras.keys() - {"dev"}
+
+
+def test_the_hint_to_install_an_extra_is_a_command_that_pip_understands() -> None:
+    python, *words = shlex.split(install_hint("judge"))
+    assert Path(python).samefile(sys.executable)
+    assert words[:4] == ["-m", "pip", "install", "-e"]
+    folder, _, extra = words[4].rpartition("[")
+    assert extra == "judge]" and (Path(folder) / "pyproject.toml").samefile(ROOT / "pyproject.toml")
+
+
+def test_make_install_says_how_to_find_the_command() -> None:
+    said = subprocess.run(["make", "--dry-run", "install"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "pip install --quiet --editable ." in said or (ROOT / ".venv" / "runtime").exists()
+    assert ". .venv/bin/activate" in said
