@@ -17,6 +17,7 @@ from typing import Annotated, Any, Optional, TextIO
 import typer
 
 from dpo_studio import cli_data, cli_eval, cli_judge
+from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section, source_section_of
 
 app = typer.Typer(
     name="dpo",
@@ -44,7 +45,7 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that h
 Seed = Annotated[int, typer.Option(help="The same seed gives the same answers.")]
 Bits = Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")]
 GroupSize = Annotated[str, typer.Option(help="Inputs that share a scale; auto: the largest of 128, 64, 32 that fits.")]
-Rows = Annotated[int, typer.Option(min=1, help="Prompts with their chosen answers to calibrate on.")]
+CalibrationRows = Annotated[int, typer.Option("--rows", min=1, help="Prompts with chosen answers to calibrate on.")]
 DescAct = Annotated[bool, typer.Option("--desc-act", help="Quantise the inputs that matter most first (act-order).")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")]  # noqa: UP045
 
@@ -115,21 +116,24 @@ def sweep(
 @app.command()
 def score(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
-    source: Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")],
+    source: Source,
     out: Annotated[Optional[Path], typer.Option(help="Write the lines here instead of stdout.")] = None,  # noqa: UP045
     beta: Annotated[Optional[float], typer.Option(help="Reward per nat; default: the run's, else 0.1.")] = None,  # noqa: UP045
     dtype: Dtype = None,
     max_length: Annotated[Optional[int], typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = None,  # noqa: UP045
     too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    split: Split = None,
+    rows: Rows = None,
+    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="The summary on stderr as JSON.")] = False,
 ) -> None:
     """Log-probs of both answers under policy and reference, margins and accuracy, one JSON line a pair."""
-    from dpo_studio.config import SourceSection
+    section = source_section(source, format_, map_, label, split, rows, revision)
     from dpo_studio.workflows.scoring import score_pairs, score_to_file
 
-    if not source:
-        raise typer.BadParameter("the source is empty", param_hint="SOURCE")
-    section = SourceSection(source=source)
     settings: dict[str, Any] = {
         "beta": beta,
         "dtype": _one_of("--dtype", dtype, "float32", "bfloat16", "float16"),
@@ -210,16 +214,22 @@ def quantize(
     ] = None,
     bits: Bits = 4,
     group_size: GroupSize = "auto",
-    rows: Rows = 128,
+    rows: CalibrationRows = 128,
     desc_act: DescAct = False,
     max_length: Annotated[int, typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = 1024,
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    split: Split = None,
+    revision: Revision = None,
 ) -> None:
     """Make a GPTQ model, calibrated on your own prompts and chosen answers."""
     bits, size = _bits_and_group(bits, group_size)
+    section = source_section_of("--calibration", calibration, format_, map_, label, split, None, revision)
     from dpo_studio.workflows.cards import perplexity_line
     from dpo_studio.workflows.quantizing import Calibration, Quantising, quantize_model
 
-    chosen = Calibration(calibration, rows, max_length)
+    chosen = Calibration(section, rows, max_length)
     result = quantize_model(model, out, calibration=chosen, settings=Quantising(bits, size, desc_act))
     if result["perplexity"] is not None:
         print(perplexity_line(result))
@@ -233,7 +243,7 @@ def export(
     to: Annotated[str, typer.Option(help="adapter, merged or gptq.")],
     bits: Bits = 4,
     group_size: GroupSize = "auto",
-    rows: Rows = 128,
+    rows: CalibrationRows = 128,
     desc_act: DescAct = False,
     force: Annotated[bool, typer.Option("--force", help="Make it though it is too far from the run's model.")] = False,
     dtype: Dtype = None,
