@@ -16,7 +16,7 @@ from typing import Annotated, Any, Optional, TextIO
 
 import typer
 
-from dpo_studio import cli_data, cli_eval, cli_judge
+from dpo_studio import cli_data, cli_eval, cli_judge, cli_talk
 from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section, source_section_of
 
 app = typer.Typer(
@@ -150,7 +150,14 @@ def score(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
-    prompt: Annotated[str, typer.Option(help="What to answer; - reads it from stdin.")],
+    prompt: Annotated[Optional[str], typer.Option(help="What to answer; - reads it from stdin.")] = None,  # noqa: UP045
+    prompts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE", help="Many: one a line, or .jsonl with `prompt`. Answered in batches, as JSON Lines."
+        ),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="With --prompts: write the lines here, not to stdout.")] = None,  # noqa: UP045
     temperature: Temperature = 0.7,
     max_new_tokens: MaxNewTokens = 256,
     top_p: TopP = 1.0,
@@ -159,15 +166,34 @@ def generate(
     base: Annotated[bool, typer.Option("--base", help="Answer with the reference instead of the tuned model.")] = False,
     dtype: Dtype = None,
 ) -> None:
-    """Answer one prompt, streamed, with the model's chat template."""
-    from dpo_studio.workflows.talking import Chat, Sampling
+    """Answer one prompt, streamed, or a file of them, with the model's chat template."""
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("one of the two is wanted", param_hint="--prompt or --prompts")
+    if out is not None and prompts is None:
+        raise typer.BadParameter("goes with --prompts", param_hint="--out")
+    from dpo_studio.paths import check_out
+    from dpo_studio.workflows.talking import Chat, Sampling, check_batched, read_prompts
 
     sampling = Sampling(temperature, max_new_tokens, top_p, seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if prompts is not None:
+        if out is not None:
+            check_out(out, str(prompts))
+        check_batched(sampling)
+        asked = read_prompts(prompts)
+        lines, cut = cli_talk.answer_all(
+            _load(model, dtype, with_reference=base), asked, sampling, system, tuned=not base
+        )
+        cli_talk.write_lines(lines, out)
+        if cut:
+            print(f"{cut} of {len(lines)} answers {cli_talk.cut_note(max_new_tokens)}", file=sys.stderr)
+        return
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
     if not text.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
     chat = Chat(_load(model, dtype, with_reference=base), sampling, system, tuned=not base)
     _print_stream(chat.say(text))
+    if chat.cut:
+        print(cli_talk.cut_note(max_new_tokens), file=sys.stderr)
 
 
 @app.command()
@@ -180,28 +206,11 @@ def chat(
     system: Annotated[Optional[str], typer.Option(help="A system turn before the conversation.")] = None,  # noqa: UP045
     dtype: Dtype = None,
 ) -> None:
-    """Talk with a model. /base and /tuned switch between them, /new starts over, /quit ends."""
+    """Talk with a model. /base and /tuned switch between them, /new starts over, /help lists more, /quit ends."""
     from dpo_studio.workflows.talking import Chat, Sampling
 
     talk = Chat(_load(model, dtype), Sampling(temperature, max_new_tokens, top_p, seed), system)
-    print("/base  /tuned  /new  /quit", file=sys.stderr)
-    while True:
-        try:
-            text = input(f"{'tuned' if talk.tuned else 'base'}> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if text == "/quit":
-            return
-        if text == "/base" and talk.loaded.other_reference is not None:
-            print(f"this run's reference is not its base: it is {talk.loaded.other_reference}", file=sys.stderr)
-        elif text in ("/base", "/tuned"):
-            talk.tuned = text == "/tuned"
-        elif text == "/new":
-            talk.turns.clear()
-        elif text.startswith("/"):
-            print(f"no such command: {text}", file=sys.stderr)
-        elif text:
-            _print_stream(talk.say(text))
+    cli_talk.converse(talk, model, _print_stream)
 
 
 @app.command()

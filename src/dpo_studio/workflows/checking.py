@@ -89,7 +89,7 @@ def _token_checks(model: ModelSection, max_length: int, too_long: TooLong, progr
 
 
 def _see_held_out(texts: TextChecks, held_out: SourceLike) -> None:
-    stream = open_pairs(held_out)
+    stream = open_pairs(as_source(held_out))
     refused: Counter[str] = Counter()
     pairs = 0
     for row in stream.results:
