@@ -136,7 +136,7 @@ def test_an_answer_broken_off_is_not_remembered(loaded: Loaded) -> None:
     talk = Chat(loaded, Sampling(0, 8))
     pieces = talk.say("Hello")
     next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert talk.turns == []
 
 

@@ -257,7 +257,7 @@ def export(
     force: Annotated[bool, typer.Option("--force", help="Make it though it is too far from the run's model.")] = False,
     dtype: Dtype = None,
 ) -> None:
-    """Leave with the adapter, one merged model, or one GPTQ folder; compared with the run before it is done."""
+    """Write the adapter, one merged model or one GPTQ folder; it is compared with the run's model first."""
     form: Any = _one_of("--to", to, "adapter", "merged", "gptq")
     bits, size = _bits_and_group(bits, group_size)
     checked = _one_of("--dtype", dtype, "float32", "bfloat16", "float16")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -32,9 +33,11 @@ from dpo_studio.models.adapters import POLICY, REFERENCE, in_eval, train_mode
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
+from dpo_studio.reports.facts import read_run
 from dpo_studio.reports.health import HealthWatch
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
+from dpo_studio.reports.verdict import pass_verdict
 from dpo_studio.runs import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
@@ -81,7 +84,23 @@ def train_recipe(
     """
     loaded = load_recipe(recipe, list(overrides))
     with progress or Progress() as shown:
-        return run_training(loaded, shown, anyway=anyway).result
+        trained = run_training(loaded, shown, anyway=anyway)
+        for line in _closing(trained):
+            shown.say(line)
+    return trained.result
+
+
+def _closing(trained: TrainedRun) -> list[str]:
+    """What a finished training ends with: how many pairs, the report's own verdict, and what to type next."""
+    verdict, name = pass_verdict(read_run(trained.folder.path)), shlex.quote(str(trained.folder.path))
+    pairs, held_out = (trained.result.get(key, 0) for key in ("pairs", "held_out_pairs"))
+    return [
+        f"{pairs:,} pairs learned from, {held_out:,} held out",
+        f"{verdict.label}: {verdict.sentence} {verdict.meaning}",
+        f"talk with it:   dpo chat {name}",
+        f"measure it:     dpo eval {name} --judge JUDGE",
+        f"take it along:  dpo export {name} OUT --to adapter",
+    ]
 
 
 def check_recipe(
