@@ -1,11 +1,15 @@
-# `make demo`, `make test`, `make check`: each makes .venv and installs what it needs, given Python 3.11+ and make.
+# `make install`, `make demo`, `make test`, `make check`: each makes .venv and installs what it needs, given Python 3.11+ and make.
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
 # Threads that wait give way to other processes (the reason stands in cli.py).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: demo test slow faults mutants check format benchmark clean
+.PHONY: install demo test slow faults mutants check format benchmark clean
+
+install: .venv/runtime
+	@echo 'Installed. In this shell: . .venv/bin/activate'
+	@echo 'Then: dpo --help'
 
 demo: .venv/runtime
 	$(BIN)/dpo demo --out runs/demo

@@ -1,4 +1,4 @@
-"""Ours against TRL's DPOTrainer. The last line is `ratio=`: our pairs/s over those of TRL's best setting.
+"""Ours against TRL's DPOTrainer. The last line is `ratio=`: our pairs/s over those of TRL's best setting tried.
 
     python benchmarks/vs_trl.py --device cpu
     python benchmarks/vs_trl.py --device cuda --shape mistral-7b --mix ultrafeedback --json gpu.json

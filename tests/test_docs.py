@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+import subprocess
+import sys
+import tomllib
 from collections.abc import Iterator
 from dataclasses import fields
 from itertools import pairwise
@@ -16,6 +20,7 @@ import yaml
 
 from dpo_studio.cli import app
 from dpo_studio.config import load_recipe, parse_override, validate_recipe
+from dpo_studio.errors import install_hint
 from dpo_studio.objectives import OBJECTIVES, Mixture
 
 ROOT = Path(__file__).parent.parent
@@ -153,6 +158,38 @@ def test_every_relative_link_leads_somewhere(document: Path) -> None:
     assert [target for target in local if not (document.parent / target).exists()] == []
 
 
+RESULTS = [json.loads(file.read_text()) for file in (ROOT / "benchmarks" / "results").glob("h*.json")]
+
+
+@pytest.mark.parametrize(
+    ("row", "mix", "precomputed", "gptq"),
+    [
+        ("UltraFeedback lengths", "ultrafeedback", False, False),
+        ("reference log-probs cached", "ultrafeedback", True, False),
+        ("long chats", "long-chats", False, False),
+        ("long prompts and short answers", "summarisation", False, False),
+        ("GPTQ 4-bit base, `packed`", "ultrafeedback", False, True),
+    ],
+)
+def test_a_ratio_over_trl_says_over_how_many_of_its_settings(row: str, mix: str, precomputed: bool, gptq: bool) -> None:
+    """The number in README's table is that of the settings whose raw results are here."""
+    tried = {
+        system["system"]
+        for result in RESULTS
+        for system in result.get("results") or result.get("systems") or []
+        if result.get("mix") == mix and system["system"].startswith("trl")
+    }
+    alike = [name for name in tried if ("-pre" in name) is precomputed and ("-gptq" in name) is gptq]
+    table = (ROOT / "README.md").read_text(encoding="utf-8").split("## Speed")[1].splitlines()
+    (line,) = (line for line in table if line.startswith("|") and row in line)
+    assert int(line.split("|")[3]) == len(alike)
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_no_document_says_best_setting_without_saying_of_those_tried(document: Path) -> None:
+    assert not re.search(r"TRL's best setting|best setting (?!tried)", document.read_text(encoding="utf-8"))
+
+
 @pytest.mark.parametrize(
     ("command", "wrong"),
     [
@@ -178,3 +215,27 @@ def test_hints_and_docstrings_name_only_verbs_that_exist() -> None:
     sources = [*(ROOT / "src").rglob("*.py"), *(ROOT / "src").rglob("*.yaml")]
     named = {verb for file in sources for verb in re.findall(r"`dpo ([a-z]+)", file.read_text(encoding="utf-8"))}
     assert {verb for verb in named if list(problems(f"dpo {verb}"))} == set()
+
+
+def test_what_hints_and_documents_say_to_install_can_be_installed_from_a_clone() -> None:
+    """No index has a project of this name; the extras are those that pyproject.toml has."""
+    written = [*DOCUMENTS, *(ROOT / "src").rglob("*.py"), ROOT / "Makefile"]
+    assert [file.name for file in written if "pip install 'dpo-studio" in file.read_text(encoding="utf-8")] == []
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    named = {extra for file in written for extra in re.findall(r"install_hint\(\"(\w+)\"\)", file.read_text())}
+    named |= {extra for file in DOCUMENTS for extra in re.findall(r"'\.\[(\w+)\]'", file.read_text())}
+    assert named == extras.keys() - {"dev"}
+
+
+def test_the_hint_to_install_an_extra_is_a_command_that_pip_understands() -> None:
+    python, *words = shlex.split(install_hint("judge"))
+    assert Path(python).samefile(sys.executable)
+    assert words[:4] == ["-m", "pip", "install", "-e"]
+    folder, _, extra = words[4].rpartition("[")
+    assert extra == "judge]" and (Path(folder) / "pyproject.toml").samefile(ROOT / "pyproject.toml")
+
+
+def test_make_install_says_how_to_find_the_command() -> None:
+    said = subprocess.run(["make", "--dry-run", "install"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "pip install --quiet --editable ." in said or (ROOT / ".venv" / "runtime").exists()
+    assert ". .venv/bin/activate" in said

@@ -255,7 +255,7 @@ def test_a_tracker_that_is_not_installed_is_refused_before_anything_is_done(fini
         pytest.skip("every tracker is installed")
     said = dpo("train", finished, "--tracker", missing[0], "--set", "run.folder=elsewhere")
     assert said.code == 1
-    assert "is not installed" in said.err and "dpo-studio[trackers]" in said.err
+    assert "is not installed" in said.err and "pip install -e " in said.err and "[trackers]" in said.err
 
 
 def test_tensorboard_gets_the_metrics(tiny_base: Path, tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.talking import Chat, Sampling, answers, generate_answers
 from tests.tiny_runs import Said, dpo
 
-HEADING = "/base  /tuned  /new  /quit"
+HEADING = "/base  /tuned  /new  /help  /quit"
 SHORT = ("--max-new-tokens", "12", "--dtype", "float32")
 
 
@@ -28,7 +30,7 @@ def chat(model: Path, *lines: str, more: tuple[object, ...] = ()) -> list[str]:
     """What is answered to each line. An answer of a tiny model may hold line breaks, so it is asked for one by one."""
     said = dpo("chat", model, *SHORT, *more, stdin="".join(f"{line}\n" for line in lines))
     assert said.code == 0, said.err
-    assert said.err.startswith(HEADING)
+    assert HEADING in said.err.splitlines()
     return said.out.splitlines()
 
 
@@ -134,7 +136,7 @@ def test_an_answer_broken_off_is_not_remembered(loaded: Loaded) -> None:
     talk = Chat(loaded, Sampling(0, 8))
     pieces = talk.say("Hello")
     next(pieces)
-    pieces.close()  # type: ignore[attr-defined]
+    pieces.close()
     assert talk.turns == []
 
 
@@ -147,3 +149,79 @@ def test_an_unknown_command_is_not_taken_for_a_prompt(tiny_base: Path) -> None:
     said = dpo("chat", tiny_base, stdin="/foo\n")
     assert (said.code, said.out) == (0, "")
     assert "no such command: /foo" in said.err
+
+
+def test_what_is_loaded_is_said_first_and_help_lists_the_commands(tiny_run: Path, tiny_base: Path) -> None:
+    said = dpo("chat", tiny_run, *SHORT, stdin="/help\n")
+    assert (said.code, said.out) == (0, "")
+    lines = said.err.splitlines()
+    first = lines[lines.index(HEADING) - 1]
+    assert str(tiny_base) in first and "adapter" in first and "float32 on cpu" in first
+    assert all(command in said.err for command in ("/base", "/tuned", "/new", "/quit", "Ctrl-C"))
+    assert "no adapter" in dpo("chat", tiny_base, *SHORT).err
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_session(tiny_run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Interrupted after a piece, the next question is answered as if the first had not been asked."""
+    whole = Chat.say
+
+    def interrupted(talk: Chat, text: str) -> Iterator[str]:
+        if text != "Hello":
+            yield from whole(talk, text)
+            return
+        pieces = whole(talk, text)
+        yield next(pieces)
+        pieces.close()
+        raise KeyboardInterrupt
+
+    cold = ("--temperature", 0)
+    alone = chat(tiny_run, "What is water?", more=cold)
+    monkeypatch.setattr(Chat, "say", interrupted)
+    said = dpo("chat", tiny_run, *SHORT, *cold, stdin="Hello\nWhat is water?\n")
+    assert said.code == 0
+    assert "(stopped" in said.err
+    assert said.out.splitlines()[-len(alone) :] == alone
+
+
+def test_a_cut_answer_is_marked(tiny_run: Path) -> None:
+    """On stderr, so that stdout is the answer alone; two tokens end no answer of this model at temperature 0."""
+    loaded = load_any(str(tiny_run))
+    chats = [[Message("user", "What is water?")]]
+    (answer,) = answers(loaded, chats, Sampling(0, 2), tuned=True, progress=Progress(quiet=True))
+    said = dpo("generate", tiny_run, "--prompt", "What is water?", "--temperature", 0, "--max-new-tokens", 2)
+    assert ("cut at 2 tokens" in said.err) is (not answer.ended)
+    assert not answer.ended
+    assert said.out == f"{answer.text}\n"
+
+
+# dpo generate --prompts
+
+
+@pytest.mark.parametrize("kind", ["prompts.txt", "prompts.jsonl"])
+def test_a_file_of_prompts_is_answered_line_by_line(kind: str, loaded: Loaded, tiny_run: Path, tmp_path: Path) -> None:
+    asked = ["What is water?", "Why is it wet?", "What is water?"]
+    lines = asked if kind.endswith("txt") else [json.dumps({"prompt": prompt}) for prompt in asked]
+    (tmp_path / kind).write_text("\n".join([*lines, "", ""]))
+    more = ("--prompts", tmp_path / kind, "--max-new-tokens", 12, "--seed", 3)
+    said = dpo("generate", tiny_run, *more, "--out", tmp_path / "out.jsonl")
+    assert (said.code, said.out) == (0, ""), said.err
+    written = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert written == dpo("generate", tiny_run, *more).lines
+    assert [line["prompt"] for line in written] == asked
+    chats = [[Message("user", prompt)] for prompt in asked]
+    expected = answers(loaded, chats, Sampling(0.7, 12, seed=3), tuned=True, progress=Progress(quiet=True))
+    assert [(line["answer"], line["cut"]) for line in written] == [(a.text, not a.ended) for a in expected]
+
+
+def test_what_is_no_file_of_prompts_is_refused(tiny_base: Path, tmp_path: Path) -> None:
+    (tmp_path / "wrong.jsonl").write_text('{"prompt": "a"}\n{"ask": "b"}\n')
+    (tmp_path / "empty.txt").write_text("\n \n")
+    for name, words in (("wrong.jsonl", "line 2"), ("empty.txt", "no prompt"), ("none.txt", "cannot be read")):
+        said = dpo("generate", tiny_base, "--prompts", tmp_path / name)
+        assert said.code == 1 and words in said.err
+    both = dpo("generate", tiny_base, "--prompt", "x", "--prompts", tmp_path / "empty.txt")
+    neither = dpo("generate", tiny_base)
+    assert (both.code, neither.code) == (2, 2)
+    file = tmp_path / "wrong.jsonl"
+    assert dpo("generate", tiny_base, "--prompts", file, "--out", file).code == 2
+    assert dpo("generate", tiny_base, "--prompts", file, "--top-p", "0.5").code == 2

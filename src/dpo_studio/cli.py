@@ -16,7 +16,8 @@ from typing import Annotated, Any, Optional, TextIO
 
 import typer
 
-from dpo_studio import cli_data, cli_eval, cli_judge
+from dpo_studio import cli_data, cli_eval, cli_judge, cli_talk
+from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section, source_section_of
 
 app = typer.Typer(
     name="dpo",
@@ -44,7 +45,7 @@ TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that h
 Seed = Annotated[int, typer.Option(help="The same seed gives the same answers.")]
 Bits = Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")]
 GroupSize = Annotated[str, typer.Option(help="Inputs that share a scale; auto: the largest of 128, 64, 32 that fits.")]
-Rows = Annotated[int, typer.Option(min=1, help="Prompts with their chosen answers to calibrate on.")]
+CalibrationRows = Annotated[int, typer.Option("--rows", min=1, help="Prompts with chosen answers to calibrate on.")]
 DescAct = Annotated[bool, typer.Option("--desc-act", help="Quantise the inputs that matter most first (act-order).")]
 Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")]  # noqa: UP045
 
@@ -115,21 +116,24 @@ def sweep(
 @app.command()
 def score(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
-    source: Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")],
+    source: Source,
     out: Annotated[Optional[Path], typer.Option(help="Write the lines here instead of stdout.")] = None,  # noqa: UP045
     beta: Annotated[Optional[float], typer.Option(help="Reward per nat; default: the run's, else 0.1.")] = None,  # noqa: UP045
     dtype: Dtype = None,
     max_length: Annotated[Optional[int], typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = None,  # noqa: UP045
     too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    split: Split = None,
+    rows: Rows = None,
+    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="The summary on stderr as JSON.")] = False,
 ) -> None:
     """Log-probs of both answers under policy and reference, margins and accuracy, one JSON line a pair."""
-    from dpo_studio.config import SourceSection
+    section = source_section(source, format_, map_, label, split, rows, revision)
     from dpo_studio.workflows.scoring import score_pairs, score_to_file
 
-    if not source:
-        raise typer.BadParameter("the source is empty", param_hint="SOURCE")
-    section = SourceSection(source=source)
     settings: dict[str, Any] = {
         "beta": beta,
         "dtype": _one_of("--dtype", dtype, "float32", "bfloat16", "float16"),
@@ -146,7 +150,14 @@ def score(
 @app.command()
 def generate(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
-    prompt: Annotated[str, typer.Option(help="What to answer; - reads it from stdin.")],
+    prompt: Annotated[Optional[str], typer.Option(help="What to answer; - reads it from stdin.")] = None,  # noqa: UP045
+    prompts: Annotated[
+        Optional[Path],  # noqa: UP045
+        typer.Option(
+            metavar="FILE", help="Many: one a line, or .jsonl with `prompt`. Answered in batches, as JSON Lines."
+        ),
+    ] = None,
+    out: Annotated[Optional[Path], typer.Option(help="With --prompts: write the lines here, not to stdout.")] = None,  # noqa: UP045
     temperature: Temperature = 0.7,
     max_new_tokens: MaxNewTokens = 256,
     top_p: TopP = 1.0,
@@ -155,15 +166,34 @@ def generate(
     base: Annotated[bool, typer.Option("--base", help="Answer with the reference instead of the tuned model.")] = False,
     dtype: Dtype = None,
 ) -> None:
-    """Answer one prompt, streamed, with the model's chat template."""
-    from dpo_studio.workflows.talking import Chat, Sampling
+    """Answer one prompt, streamed, or a file of them, with the model's chat template."""
+    if (prompt is None) == (prompts is None):
+        raise typer.BadParameter("one of the two is wanted", param_hint="--prompt or --prompts")
+    if out is not None and prompts is None:
+        raise typer.BadParameter("goes with --prompts", param_hint="--out")
+    from dpo_studio.paths import check_out
+    from dpo_studio.workflows.talking import Chat, Sampling, check_batched, read_prompts
 
     sampling = Sampling(temperature, max_new_tokens, top_p, seed)
-    text = sys.stdin.read() if prompt == "-" else prompt
+    if prompts is not None:
+        if out is not None:
+            check_out(out, str(prompts))
+        check_batched(sampling)
+        asked = read_prompts(prompts)
+        lines, cut = cli_talk.answer_all(
+            _load(model, dtype, with_reference=base), asked, sampling, system, tuned=not base
+        )
+        cli_talk.write_lines(lines, out)
+        if cut:
+            print(f"{cut} of {len(lines)} answers {cli_talk.cut_note(max_new_tokens)}", file=sys.stderr)
+        return
+    text = sys.stdin.read() if prompt == "-" else prompt or ""
     if not text.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
     chat = Chat(_load(model, dtype, with_reference=base), sampling, system, tuned=not base)
     _print_stream(chat.say(text))
+    if chat.cut:
+        print(cli_talk.cut_note(max_new_tokens), file=sys.stderr)
 
 
 @app.command()
@@ -176,28 +206,11 @@ def chat(
     system: Annotated[Optional[str], typer.Option(help="A system turn before the conversation.")] = None,  # noqa: UP045
     dtype: Dtype = None,
 ) -> None:
-    """Talk with a model. /base and /tuned switch between them, /new starts over, /quit ends."""
+    """Talk with a model. /base and /tuned switch between them, /new starts over, /help lists more, /quit ends."""
     from dpo_studio.workflows.talking import Chat, Sampling
 
     talk = Chat(_load(model, dtype), Sampling(temperature, max_new_tokens, top_p, seed), system)
-    print("/base  /tuned  /new  /quit", file=sys.stderr)
-    while True:
-        try:
-            text = input(f"{'tuned' if talk.tuned else 'base'}> " if sys.stdin.isatty() else "").strip()
-        except EOFError:
-            return
-        if text == "/quit":
-            return
-        if text == "/base" and talk.loaded.other_reference is not None:
-            print(f"this run's reference is not its base: it is {talk.loaded.other_reference}", file=sys.stderr)
-        elif text in ("/base", "/tuned"):
-            talk.tuned = text == "/tuned"
-        elif text == "/new":
-            talk.turns.clear()
-        elif text.startswith("/"):
-            print(f"no such command: {text}", file=sys.stderr)
-        elif text:
-            _print_stream(talk.say(text))
+    cli_talk.converse(talk, model, _print_stream)
 
 
 @app.command()
@@ -210,16 +223,22 @@ def quantize(
     ] = None,
     bits: Bits = 4,
     group_size: GroupSize = "auto",
-    rows: Rows = 128,
+    rows: CalibrationRows = 128,
     desc_act: DescAct = False,
     max_length: Annotated[int, typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = 1024,
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    split: Split = None,
+    revision: Revision = None,
 ) -> None:
     """Make a GPTQ model, calibrated on your own prompts and chosen answers."""
     bits, size = _bits_and_group(bits, group_size)
+    section = source_section_of("--calibration", calibration, format_, map_, label, split, None, revision)
     from dpo_studio.workflows.cards import perplexity_line
     from dpo_studio.workflows.quantizing import Calibration, Quantising, quantize_model
 
-    chosen = Calibration(calibration, rows, max_length)
+    chosen = Calibration(section, rows, max_length)
     result = quantize_model(model, out, calibration=chosen, settings=Quantising(bits, size, desc_act))
     if result["perplexity"] is not None:
         print(perplexity_line(result))
@@ -233,12 +252,12 @@ def export(
     to: Annotated[str, typer.Option(help="adapter, merged or gptq.")],
     bits: Bits = 4,
     group_size: GroupSize = "auto",
-    rows: Rows = 128,
+    rows: CalibrationRows = 128,
     desc_act: DescAct = False,
     force: Annotated[bool, typer.Option("--force", help="Make it though it is too far from the run's model.")] = False,
     dtype: Dtype = None,
 ) -> None:
-    """Leave with the adapter, one merged model, or one GPTQ folder; compared with the run before it is done."""
+    """Write the adapter, one merged model or one GPTQ folder; it is compared with the run's model first."""
     form: Any = _one_of("--to", to, "adapter", "merged", "gptq")
     bits, size = _bits_and_group(bits, group_size)
     checked = _one_of("--dtype", dtype, "float32", "bfloat16", "float16")

@@ -9,7 +9,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-__all__ = ["Format", "Labels", "Map", "Source", "app", "source_section"]
+from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section
+
+__all__ = ["app"]
 
 app = typer.Typer(
     name="data",
@@ -18,16 +20,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Source = Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")]
-Format = Annotated[str, typer.Option("--format", help="Name of the shape of a row; auto looks at the first rows.")]
-Map = Annotated[
-    Optional[list[str]],  # noqa: UP045 - typer reads it at run time
-    typer.Option("--map", metavar="NAME=COLUMN", help="Which column holds prompt, first, second, label, ..."),
-]
-Labels = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--label", metavar="MEANING=VALUE", help="What the label's values mean: first=1, second=2, tie=0."),
-]
 Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="The counts as JSON on stdout.")]
 
@@ -39,11 +31,14 @@ def convert(
     format_: Format = "auto",
     map_: Map = None,
     label: Labels = None,
+    split_name: Split = None,
+    rows: Rows = None,
+    revision: Revision = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Any known shape, or any that --map describes, into TRL's conversational JSON Lines."""
-    section = source_section(source, format_, map_, label)
+    section = source_section(source, format_, map_, label, split_name, rows, revision)
     from dpo_studio.workflows.data import convert_pairs
 
     _report(convert_pairs(section, out, force=force), as_json)
@@ -59,11 +54,14 @@ def split(
     format_: Format = "auto",
     map_: Map = None,
     label: Labels = None,
+    split_name: Split = None,
+    rows: Rows = None,
+    revision: Revision = None,
     force: Force = False,
     as_json: Json = False,
 ) -> None:
     """Two files that share no prompt."""
-    section = source_section(source, format_, map_, label)
+    section = source_section(source, format_, map_, label, split_name, rows, revision)
     from dpo_studio.workflows.data import split_source
 
     _report(split_source(section, train, held_out, fraction=fraction, seed=seed, force=force), as_json)
@@ -91,29 +89,6 @@ def _report(summary: dict[str, Any], as_json: bool) -> None:
     print("\n".join([outs] if isinstance(outs, str) else outs))
 
 
-def source_section(
-    source: str, format_: str = "auto", map_: list[str] | None = None, label: list[str] | None = None
-) -> Any:
-    """The source that these arguments describe, a `SourceSection`, as `data.train` of a recipe would."""
-    from dpo_studio.config import SourceSection
-
-    if not source:
-        raise typer.BadParameter("the source is empty", param_hint="SOURCE")
-    columns = {name: values[-1] for name, values in _assignments("--map", map_).items()}
-    return SourceSection(source=source, format=format_, map=columns, label=_assignments("--label", label))
-
-
-def _assignments(option: str, given: list[str] | None) -> dict[str, list[str]]:
-    """`a=b a=c` -> {a: [b, c]}."""
-    found: dict[str, list[str]] = {}
-    for text in given or []:
-        name, equals, value = text.partition("=")
-        if not (name and equals and value):
-            raise typer.BadParameter(f"{text!r} is not of the form name=value", param_hint=option)
-        found.setdefault(name.strip(), []).append(value)
-    return found
-
-
 @app.command()
 def check(
     source: Source,
@@ -127,11 +102,12 @@ def check(
     max_length: Annotated[int, typer.Option(min=8, help="With --model: longest prompt and answer, in tokens.")] = 1024,
     too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
     chat_template: Annotated[str | None, typer.Option(help="With --model: a Jinja file in place of its own.")] = None,
-    split: Annotated[Optional[str], typer.Option(help="Which split of a folder or Hub dataset.")] = None,  # noqa: UP045
-    rows: Annotated[Optional[int], typer.Option(min=1, help="Look at a seeded sample of so many rows.")] = None,  # noqa: UP045
     format_: Format = "auto",
     map_: Map = None,
     label: Labels = None,
+    split_name: Split = None,
+    rows: Rows = None,
+    revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")] = False,
     html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page with figures here too.")] = None,  # noqa: UP045
 ) -> None:
@@ -146,9 +122,9 @@ def check(
         raise typer.BadParameter("goes with --model", param_hint="--chat-template")
     if html is not None:
         _check_page(html)
-    section = source_section(source, format_, map_, label)
+    section = source_section(source, format_, map_, label, split_name, rows, revision)
     report = check_source(
-        section.model_copy(update={"split": split, "rows": rows}),
+        section,
         held_out=SourceSection(source=held_out) if held_out else None,
         model=ModelSection(path=model, chat_template=chat_template) if model else None,
         max_length=max_length,

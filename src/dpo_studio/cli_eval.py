@@ -19,6 +19,7 @@ from dpo_studio.cli_judge import (
     Timeout,
     llm_options,
 )
+from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Split, source_section_of
 
 __all__ = ["evaluate"]
 
@@ -39,6 +40,12 @@ def evaluate(
         Optional[str],  # noqa: UP045
         typer.Option(help="Pairs to measure on instead of those the run held out."),
     ] = None,
+    format_: Format = "auto",
+    map_: Map = None,
+    label: Labels = None,
+    split: Split = None,
+    rows: Rows = None,
+    revision: Revision = None,
     figure: Annotated[Path, typer.Option(help="Where the figure of several runs goes, as .png and .svg.")] = Path(
         "winrates"
     ),
@@ -52,10 +59,10 @@ def evaluate(
 ) -> None:
     """Win rate by temperature against the reference, held-out accuracy, calibration, KL; a figure and a page."""
     llm = llm_options(template, key_env, param, price, replies, concurrency, timeout)
+    section = source_section_of("--source", source, format_, map_, label, split, rows, revision)
     asked = _numbers(temperatures)
     if len(runs) > 1 and not figure.parent.is_dir():
         raise typer.BadParameter(f"{figure.parent} is no folder", param_hint="--figure")
-    from dpo_studio.config import SourceSection
     from dpo_studio.paths import user_path
     from dpo_studio.reports.progress import Progress
     from dpo_studio.reports.text import printable
@@ -63,7 +70,6 @@ def evaluate(
     from dpo_studio.workflows.judging import judge_from
 
     settings = Evaluation(asked, samples, max_new_tokens, prompts, seed)
-    section = SourceSection(source=source) if source else None
     measured: list[tuple[str, dict[str, Any]]] = []
     for run, named in zip(runs, judges_of(runs, judge, against), strict=True):
         with Progress() as progress:

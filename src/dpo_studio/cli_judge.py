@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dpo_studio.cli_data import Labels, source_section
+from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Split, source_section
 
 __all__ = ["app", "llm_options"]
 
@@ -52,13 +52,12 @@ def _judge() -> None:
 def check(
     source: Annotated[str, typer.Argument(help="Labelled comparisons: any SOURCE of pairs, or PandaLM's shape.")],
     judge: JudgeSpec,
-    rows: Annotated[Optional[int], typer.Option(min=1, help="A seeded sample of so many rows.")] = None,  # noqa: UP045
-    split: Annotated[Optional[str], typer.Option(help="Which split of a folder or Hub dataset.")] = None,  # noqa: UP045
-    columns: Annotated[
-        Optional[list[str]],  # noqa: UP045
-        typer.Option("--map", metavar="NAME=COLUMN", help="Which columns hold prompt, first and second."),
-    ] = None,
+    format_: Format = "auto",
+    map_: Map = None,
     label: Labels = None,
+    split: Split = None,
+    rows: Rows = None,
+    revision: Revision = None,
     annotators: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(metavar="COLUMN,COLUMN", help="The columns of the labels, one an annotator."),
@@ -81,7 +80,7 @@ def check(
 
     if dtype not in (None, "float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"{dtype!r} is not one of float32, bfloat16, float16", param_hint="--dtype")
-    section = source_section(source, "auto", columns, label).model_copy(update={"split": split, "rows": rows})
+    section = source_section(source, format_, map_, label, split, rows, revision)
     result = check_judge(
         section,
         judge,

@@ -9,7 +9,8 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -22,7 +23,10 @@ from dpo_studio.foreign_keys import FOREIGN_KEYS, LESS_BITS
 from dpo_studio.objectives import DPO, OBJECTIVES, TRL_NAMES, Objective
 from dpo_studio.paths import inside, user_path
 
-__all__ = ["LoadedRecipe", "Recipe", "cache_folder", "load_recipe", "parse_override", "parse_yaml", "recipe_schema"]
+__all__ = [
+    *("LoadedRecipe", "Recipe", "RecipeLike", "SourceLike", "as_source", "cache_folder", "load_recipe"),
+    *("parse_override", "parse_yaml", "recipe_schema"),
+]
 
 _MAX_RECIPE_BYTES = 200_000
 """A recipe has two thousand; 1 MB of `1:1:1:...`, a number to the base of 60, takes PyYAML half a minute."""
@@ -91,6 +95,23 @@ class SourceSection(ReadingSection):
 
     source: Annotated[str, Field(min_length=1)]
     """File (.jsonl .json .jsonl.gz .parquet .csv), folder, `bundled:everyday`, or Hub id `name[/config][:split]`."""
+
+
+SourceLike = str | Path | SourceSection
+"""A source of pairs by its name, or with how it is read."""
+
+
+def as_source(source: SourceLike) -> SourceSection:
+    """The source with how it is read; of a name alone, as its first rows look.
+
+    Raises:
+        UsageError: the name is empty.
+    """
+    if isinstance(source, SourceSection):
+        return source
+    if not str(source):
+        raise UsageError("the name of a source is empty", hint="give a file, a folder, bundled:everyday or a Hub id")
+    return SourceSection(source=str(source))
 
 
 class HeldOutSection(ReadingSection):
@@ -288,25 +309,39 @@ class LoadedRecipe:
         return inside(Path("runs"), self.name, hint="name the run's folder: --set run.folder=NAME")
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None) -> LoadedRecipe:
-    """Read, override, validate and resolve a recipe file.
+RecipeLike = str | Path | Mapping[str, Any] | Recipe
+"""A recipe's file, its content as a dict, or a `Recipe`."""
 
-    Paths in the file are relative to the file, paths in `overrides` (`a.b=c`) to the working directory.
+
+def load_recipe(recipe: RecipeLike, overrides: Sequence[str] | None = None) -> LoadedRecipe:
+    """Read, override, validate and resolve a recipe.
+
+    Paths in a file are relative to the file, others and those in `overrides` (`a.b=c`) to the working directory. A
+    recipe that is no file is named `recipe`, and so is its run unless `run.folder` says otherwise.
 
     Raises:
         RecipeError: the file cannot be read, or holds something that is not a recipe.
         UsageError: an override is not of the form `a.b=c`.
     """
-    file = user_path(path)
-    typed = _read_yaml(file)
-    absolute = _with_absolute_paths(typed, file.resolve().parent)
+    typed, where, folder = _typed(recipe)
+    absolute = _with_absolute_paths(typed, folder)
     for text in overrides or []:
         keys, value = parse_override(text)
         _set(typed, keys, value, text)
         patch: dict[str, Any] = {}
         _set(patch, keys, value, text)
         _set(absolute, keys, _dig(_with_absolute_paths(patch, Path.cwd()), keys), text)
-    return LoadedRecipe(recipe=validate_recipe(absolute, where=str(file)), typed=typed, name=file.stem)
+    return LoadedRecipe(recipe=validate_recipe(absolute, where=str(where)), typed=typed, name=where.stem)
+
+
+def _typed(recipe: RecipeLike) -> tuple[dict[str, Any], Path, Path]:
+    """(its plain content, free to be changed, its name, what its paths are relative to)."""
+    if isinstance(recipe, str | Path):
+        file = user_path(recipe)
+        return _read_yaml(file), file, file.resolve().parent
+    if isinstance(recipe, Recipe):
+        return recipe.to_plain(), Path("recipe"), Path.cwd()
+    return deepcopy(dict(recipe)), Path("recipe"), Path.cwd()
 
 
 def validate_recipe(raw: dict[str, Any], *, where: str) -> Recipe:

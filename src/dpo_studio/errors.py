@@ -13,6 +13,10 @@ DPOStudioError            refused with a reason            exit 1
 
 from __future__ import annotations
 
+import shlex
+import sys
+from pathlib import Path
+
 __all__ = [
     "DPOStudioError",
     "DataError",
@@ -23,6 +27,7 @@ __all__ = [
     "RecipeError",
     "RunError",
     "UsageError",
+    "install_hint",
 ]
 
 
@@ -78,3 +83,14 @@ class Interrupted(DPOStudioError):
     def __init__(self, message: str, *, exit_code: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = exit_code
+
+
+def install_hint(extra: str) -> str:
+    """The command that adds the packages of an extra: into this Python, from the clone that this code lies in.
+
+    No package index has this project, so its name alone installs nothing.
+    """
+    clone = Path(__file__).parents[2]
+    if (clone / "pyproject.toml").is_file():
+        return f"{shlex.quote(sys.executable)} -m pip install -e {shlex.quote(f'{clone}[{extra}]')}"
+    return f"in a clone of DPO Studio: {shlex.quote(sys.executable)} -m pip install '.[{extra}]'"

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from dpo_studio.errors import JudgeError, UsageError
+from dpo_studio.errors import JudgeError, UsageError, install_hint
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -130,7 +130,7 @@ class Endpoint:
         try:
             from openai import AsyncOpenAI
         except ImportError:
-            raise JudgeError("an LLM judge needs the openai package", hint="pip install 'dpo-studio[judge]'") from None
+            raise JudgeError("an LLM judge needs the openai package", hint=install_hint("judge")) from None
         key = self._key or _NO_KEY
         async with AsyncOpenAI(
             base_url=self.base_url, api_key=key, timeout=self.asking.timeout_s, max_retries=0

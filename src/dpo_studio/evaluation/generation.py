@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -109,8 +109,10 @@ def stream(
     temperature: float,
     seed: int,
     top_p: float = 1.0,
-) -> Iterator[str]:
+) -> Generator[str, None, bool]:
     """One answer, piece by piece as it is written; together the pieces are what `generate` would return.
+
+    At its end it returns whether the model ended its turn itself, within the limit.
 
     A character whose bytes are spread over tokens decodes to U+FFFD until it is whole, so such an end is held back.
     """
@@ -133,12 +135,16 @@ def _step_by_step_in_eval(model: nn.Module, steps: Iterator[Step]) -> Iterator[S
         yield step
 
 
-def _pieces(steps: Iterator[Step], decode: Callable[[list[int]], str], eos_ids: Collection[int]) -> Iterator[str]:
-    """What each token adds to the text, as far as it cannot change any more."""
+def _pieces(
+    steps: Iterator[Step], decode: Callable[[list[int]], str], eos_ids: Collection[int]
+) -> Generator[str, None, bool]:
+    """What each token adds to the text, as far as it cannot change any more; whether the last one is an end."""
+    ended = False
     answer: list[int] = []
     text, shown = "", 0
     for _, (token,) in steps:
-        if token not in eos_ids:
+        ended = token in eos_ids
+        if not ended:
             answer.append(token)
             text = decode(answer)
             whole = len(text.rstrip("�"))
@@ -147,6 +153,7 @@ def _pieces(steps: Iterator[Step], decode: Callable[[list[int]], str], eos_ids: 
                 shown = whole
     if len(text) > shown:
         yield text[shown:]
+    return ended
 
 
 def _check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: int, temperature: float) -> None:

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_studio.errors import ModelError, UsageError
+from dpo_studio.errors import ModelError, UsageError, install_hint
 from dpo_studio.export.merge import copy_tokenizer, forget_where_from
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.tokens.encode import EncodedPair
@@ -33,7 +33,6 @@ __all__ = ["Quantising", "calibration_rows", "check_gptqmodel", "file_dtype", "l
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (128, 64, 32)
 """What `auto` tries: the largest that fits costs the fewest scales."""
-_INSTALL = "pip install 'dpo-studio[gptq]'"
 _BATCH = 8
 """Calibration rows at once, of like lengths: padding is masked out, and a GPU wants more than one."""
 _MSE = 2.4
@@ -62,7 +61,7 @@ def check_gptqmodel() -> None:
         ModelError: gptqmodel is not installed.
     """
     if importlib.util.find_spec("gptqmodel") is None:
-        raise ModelError("quantising needs gptqmodel, which is not installed", hint=_INSTALL)
+        raise ModelError("quantising needs gptqmodel, which is not installed", hint=install_hint("gptq"))
 
 
 def calibration_rows(pairs: Sequence[EncodedPair]) -> list[list[int]]:

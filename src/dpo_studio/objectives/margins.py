@@ -38,7 +38,7 @@ class DPO(Formula):
 
     kind: Literal["dpo"] = "dpo"
     beta: Positive = 0.1
-    """How dearly the policy pays for leaving its reference."""
+    """How strongly the policy is held to its reference: the larger, the closer it stays."""
     label_smoothing: Share = 0.0
     """Share of pairs assumed mislabelled (conservative DPO, Mitchell 2023, Eq. 3 of the note)."""
 

@@ -26,7 +26,7 @@ class AOT(Formula):
 
     kind: Literal["aot"] = "aot"
     beta: Positive = 0.1
-    """How dearly the policy pays for leaving its reference."""
+    """How strongly the policy is held to its reference: the larger, the closer it stays."""
     label_smoothing: Share = 0.0
     """Share of pairs assumed mislabelled."""
     whole_step: ClassVar[bool] = True
@@ -52,7 +52,7 @@ class AOTUnpaired(Formula):
 
     kind: Literal["aot_unpaired"] = "aot_unpaired"
     beta: Positive = 0.1
-    """How dearly the policy pays for leaving its reference."""
+    """How strongly the policy is held to its reference: the larger, the closer it stays."""
     label_smoothing: Share = 0.0
     """Share of pairs assumed mislabelled."""
     whole_step: ClassVar[bool] = True

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from itertools import islice
 
-from dpo_studio.config import ModelSection, Recipe, SourceSection, TooLong
+from dpo_studio.config import ModelSection, Recipe, SourceLike, TooLong, as_source
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.checks import TextChecks
 from dpo_studio.preferences.duplicates import FEW_HELD_OUT, REMEMBERED
@@ -28,9 +28,9 @@ _BEFORE_TRAINING = 10_000
 
 
 def check_source(
-    section: SourceSection,
+    source: SourceLike,
     *,
-    held_out: SourceSection | None = None,
+    held_out: SourceLike | None = None,
     model: ModelSection | None = None,
     max_length: int = 1024,
     too_long: TooLong = "drop",
@@ -47,7 +47,7 @@ def check_source(
     """
     with progress or Progress() as shown:
         tokens = None if model is None else _token_checks(model, max_length, too_long, shown)
-        stream = open_pairs(section)
+        stream = open_pairs(as_source(source))
         texts = TextChecks()
         with shown.task(f"check {stream.name}", None, "rows") as advance:
             while rows := list(islice(stream.results, _AT_ONCE)):
@@ -88,8 +88,8 @@ def _token_checks(model: ModelSection, max_length: int, too_long: TooLong, progr
     return TokenChecks(load_encoder(folder, model), max_length=max_length, too_long=too_long)
 
 
-def _see_held_out(texts: TextChecks, held_out: SourceSection) -> None:
-    stream = open_pairs(held_out)
+def _see_held_out(texts: TextChecks, held_out: SourceLike) -> None:
+    stream = open_pairs(as_source(held_out))
     refused: Counter[str] = Counter()
     pairs = 0
     for row in stream.results:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
 
-from dpo_studio.config import SourceSection
+from dpo_studio.config import SourceLike, as_source
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.preferences.pair import Pair, prompt_key, trl_row
 from dpo_studio.preferences.sources import PairStream, Refusal, nothing_usable, open_pairs
@@ -29,7 +29,7 @@ _MOST_ORIGINS = 50  # a column `source` may be different in every row; counting 
 
 
 def convert_pairs(
-    source: SourceSection, out: Path, *, force: bool = False, progress: Progress | None = None
+    source: SourceLike, out: Path, *, force: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Write every pair to `out`, and row number and reason of every refused row to `OUT.refused.jsonl`.
 
@@ -41,7 +41,7 @@ def convert_pairs(
     """
     apart = refused_beside(out)
     with progress or Progress() as shown, _appearing([out, apart], force=force) as (kept, refused):
-        stream = open_pairs(source)
+        stream = open_pairs(as_source(source))
         tally = _Tally()
         for result in _counted(stream, tally, shown, "converting"):
             if isinstance(result, Refusal):
@@ -54,7 +54,7 @@ def convert_pairs(
 
 
 def split_source(
-    source: SourceSection,
+    source: SourceLike,
     train: Path,
     held_out: Path,
     *,
@@ -79,12 +79,12 @@ def split_source(
     files = [train, held_out, refused_beside(train)]
     with progress or Progress() as shown, _appearing(files, force=force) as (learned, measured, refused):
         origins = _Origins()
-        results = _counted(open_pairs(source), _Tally(), shown, "looking through")
+        results = _counted(open_pairs(as_source(source)), _Tally(), shown, "looking through")
         pairs = (result for result in results if isinstance(result, Pair))
         is_apart = stratified(
             ((origins.name(pair.origin), prompt_key(pair.prompt)) for pair in pairs), seed=seed, fraction=fraction
         )
-        stream, tally = open_pairs(source), _Tally()
+        stream, tally = open_pairs(as_source(source)), _Tally()
         counts: dict[str, Counter[str]] = {}
         for result in _counted(stream, tally, shown, "splitting"):
             if isinstance(result, Refusal):

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from dpo_studio.config import Recipe, SourceSection
+from dpo_studio.config import Recipe, SourceLike, as_source
 from dpo_studio.errors import DataError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite_pairs
 from dpo_studio.evaluation.calibration import calibration
@@ -35,7 +35,7 @@ from dpo_studio.runs import RunFolder, is_run, write_atomically
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
-from dpo_studio.workflows.judging import JUDGES
+from dpo_studio.workflows.judging import JUDGES, judge_from
 from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
@@ -87,16 +87,17 @@ class JudgeFor(Protocol):
 
 def evaluate_run(
     run: str,
-    judge_for: JudgeFor,
+    judge: str | JudgeFor,
     *,
     against: str = REFERENCE,
-    source: SourceSection | None = None,
+    source: SourceLike | None = None,
     settings: Evaluation | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Measure a run on prompts it was not trained on; leave everything in `RUN/evaluation` and return winrate.json.
 
-    `source` names pairs to take instead of those the run held out; pairs about its training prompts are left out.
+    `judge`: its name, as `--judge` takes it, or what makes it. `source` names pairs to take instead of those the run
+    held out; pairs about its training prompts are left out.
 
     Raises:
         RunError: not a run, or it holds nothing out.
@@ -107,7 +108,9 @@ def evaluate_run(
     with progress or Progress() as shown:
         pairs = _pairs(recipe, source, run, shown)
         loaded = load_any(run, with_reference=against == REFERENCE, say=shown.say)
-        judge = judge_for(loaded=loaded)  # what is wrong with it is told before anything long begins
+        asked_judge = (
+            judge(loaded=loaded) if callable(judge) else judge_from(judge, loaded=loaded, say=shown.say)
+        )  # what is wrong with it is told before anything long begins
         if against != REFERENCE:
             find_any(against, say=shown.say)
         _make(folder.evaluation / "completions")
@@ -120,11 +123,11 @@ def evaluate_run(
         places = [(t, s, i) for t, s in asked.rounds() for i in range(len(chats))]
         comparisons = [Comparison(chats[i], before[t, s][i], after[t, s][i]) for t, s, i in places]
         longer_by = _longer_by(comparisons, loaded.base.encoder)
-        with shown.task(f"judging: {judge.name}", len(comparisons), "comparisons") as advance:
-            verdicts = judge.judge_all(comparisons, advance)
+        with shown.task(f"judging: {asked_judge.name}", len(comparisons), "comparisons") as advance:
+            verdicts = asked_judge.judge_all(comparisons, advance)
         rates = {
-            "judge": judge.name,
-            "judge_description": judge.description,
+            "judge": asked_judge.name,
+            "judge_description": asked_judge.description,
             "judge_summary": summary(verdicts),
             "run": run,
             "against": against,
@@ -199,7 +202,7 @@ def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -
     return save_winrate_figure([(user_path(run).resolve().name, rates) for run, rates in measured], figure)[0]
 
 
-def _pairs(recipe: Recipe, source: SourceSection | None, run: str, progress: Progress) -> list[Pair]:
+def _pairs(recipe: Recipe, source: SourceLike | None, run: str, progress: Progress) -> list[Pair]:
     """Pairs of prompts that were not trained on."""
     _, split = read_and_split(recipe, progress)
     if source is None:
@@ -207,7 +210,7 @@ def _pairs(recipe: Recipe, source: SourceSection | None, run: str, progress: Pro
             raise RunError(f"{run} holds no pairs out", hint="name pairs it was not trained on: --source SOURCE")
         return split.held_out
     trained_on = {prompt_key(pair.prompt) for pair in split.train}
-    found = read_pairs(source)
+    found = read_pairs(as_source(source))
     apart = [pair for pair in found.pairs if prompt_key(pair.prompt) not in trained_on]
     if len(apart) < len(found.pairs):
         progress.warn(

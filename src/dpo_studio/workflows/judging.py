@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_studio.config import SourceSection, cache_folder
+from dpo_studio.config import SourceLike, as_source, cache_folder
 from dpo_studio.errors import DataError, JudgeError, UsageError
 from dpo_studio.evaluation.agreement import agreement, leave_one_out, majority
 from dpo_studio.evaluation.endpoint import Asking, Endpoint
@@ -112,7 +112,7 @@ def _llm(model: str, url: str, options: LLMOptions, say: Callable[[str], None]) 
 
 
 def check_judge(
-    source: SourceSection,
+    source: SourceLike,
     spec: str,
     *,
     annotators: Sequence[str] = (),
@@ -130,6 +130,7 @@ def check_judge(
     Raises:
         DPOStudioError: the source or the judge cannot be used.
     """
+    source = as_source(source)
     if out is not None:
         check_out(out, source.source)
     with progress or Progress() as shown:

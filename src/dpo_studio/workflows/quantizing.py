@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from dpo_studio.config import BUNDLED, ModelSection, SourceSection
+from dpo_studio.config import BUNDLED, ModelSection, SourceLike, as_source
 from dpo_studio.disk import check_space
 from dpo_studio.errors import DataError, ModelError, RunError, UsageError
 from dpo_studio.export.card import public_name, versions
@@ -55,7 +55,7 @@ _ON_THE_WAY = 2.5
 class Calibration:
     """What the integers are fitted to."""
 
-    source: str | None = None
+    source: SourceLike | None = None
     """Pairs; None: the bundled ones, for the bundled model."""
     rows: int = 128
     """Prompts with their chosen answers."""
@@ -108,7 +108,7 @@ def quantize_model(
                 "group_size": settings.group_size,
                 "desc_act": settings.desc_act,
                 "sym": settings.sym,
-                "calibration": public_name(wanted.source or _BUNDLED_PAIRS),
+                "calibration": public_name(as_source(wanted.source or _BUNDLED_PAIRS).source),
                 "calibration_rows": len(pairs),
                 "held_out_answers": len(measured),
                 "perplexity_before": before,
@@ -153,13 +153,14 @@ def _pairs(
     Raises:
         UsageError, DataError: no source, or no pair in it can be used.
     """
-    name = wanted.source or (_BUNDLED_PAIRS if model.startswith(BUNDLED) else None)
-    if name is None:
+    given = wanted.source or (_BUNDLED_PAIRS if model.startswith(BUNDLED) else None)
+    if given is None:
         raise UsageError(
             "no calibration pairs are given",
             hint="--calibration SOURCE: the pairs you will train on are right, their chosen answers are used",
         )
-    source = read_pairs(SourceSection(source=name))
+    section = as_source(given)
+    name, source = section.source, read_pairs(section)
     encoder = load_encoder(folder, ModelSection(path=model))
     encoded = encode_pairs(source.pairs, encoder, max_length=wanted.max_length, too_long="cut_answer_end")
     if not encoded.pairs:

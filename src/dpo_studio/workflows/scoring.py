@@ -9,7 +9,7 @@ from typing import Any, TextIO
 
 import torch
 
-from dpo_studio.config import SourceSection, TooLong
+from dpo_studio.config import SourceLike, TooLong, as_source
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.evaluation.accuracy import finite_summary
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
@@ -28,7 +28,7 @@ __all__ = ["score_pairs", "score_to_file", "side_logps"]
 
 def score_pairs(
     name: str,
-    source: SourceSection,
+    source: SourceLike,
     out: TextIO,
     *,
     beta: float | None = None,
@@ -45,7 +45,7 @@ def score_pairs(
     if beta is not None and not 0 < beta < float("inf"):
         raise UsageError(f"--beta {beta} is not a positive number")
     with progress or Progress() as shown:
-        pairs = read_pairs(source)
+        pairs = read_pairs(as_source(source))
         loaded = load_any(name, dtype=dtype, with_reference=True, say=shown.say)
         used_beta = beta if beta is not None else loaded.beta if loaded.beta is not None else 0.1
         encoded = encode_pairs(pairs.pairs, loaded.base.encoder, max_length=max_length, too_long=too_long)
@@ -117,12 +117,13 @@ def _finite_or_null(value: torch.Tensor) -> float | None:
     return number if abs(number) < float("inf") else None
 
 
-def score_to_file(name: str, source: SourceSection, file: Path, **settings: Any) -> dict[str, Any]:
+def score_to_file(name: str, source: SourceLike, file: Path, **settings: Any) -> dict[str, Any]:
     """`score_pairs` into a file that appears whole or not at all.
 
     Raises:
         DPOStudioError: as `score_pairs`.
     """
+    source = as_source(source)
     check_out(file, source.source)
     scratch = file.with_name(f".{file.name}.part")
     try:

@@ -7,7 +7,7 @@ from typing import Any
 from accelerate.tracking import get_available_trackers
 
 from dpo_studio.config import LoadedRecipe, Recipe
-from dpo_studio.errors import RunError
+from dpo_studio.errors import RunError, install_hint
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.runs import RunFolder
 
@@ -28,7 +28,7 @@ def check_tracker(recipe: Recipe) -> None:
     """
     tracker = recipe.run.tracker
     if tracker is not None and tracker not in map(str, get_available_trackers()):
-        raise RunError(f"run.tracker: {tracker} is not installed", hint="pip install 'dpo-studio[trackers]'")
+        raise RunError(f"run.tracker: {tracker} is not installed", hint=install_hint("trackers"))
 
 
 def check_not_shorter(run: RunFolder, total: int) -> None:

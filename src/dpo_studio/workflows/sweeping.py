@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dpo_studio.config import LoadedRecipe, load_recipe, parse_override
+from dpo_studio.config import LoadedRecipe, RecipeLike, load_recipe, parse_override
 from dpo_studio.errors import NonFiniteError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.reports.frontier import Measured, draw_frontier, frontier_table, measure
@@ -36,7 +36,7 @@ class Member:
 
 
 def run_sweep(
-    path: str | Path,
+    recipe: RecipeLike,
     overrides: Sequence[str],
     *,
     out: Path | None = None,
@@ -52,7 +52,7 @@ def run_sweep(
     Raises:
         DPOStudioError: before anything is trained if a setting is impossible; else what `dpo train` would stop at.
     """
-    folder, members = plan_sweep(path, overrides, out)
+    folder, members = plan_sweep(recipe, overrides, out)
     from dpo_studio.workflows.training import run_training
 
     measured: list[Measured] = []
@@ -71,7 +71,7 @@ def run_sweep(
     return folder
 
 
-def plan_sweep(path: str | Path, overrides: Sequence[str], out: Path | None) -> tuple[Path, list[Member]]:
+def plan_sweep(recipe: RecipeLike, overrides: Sequence[str], out: Path | None) -> tuple[Path, list[Member]]:
     """The sweep's folder and its runs: the product of every key that has several values, in the order given.
 
     Raises:
@@ -79,7 +79,7 @@ def plan_sweep(path: str | Path, overrides: Sequence[str], out: Path | None) -> 
         RecipeError: a combination is no recipe.
     """
     swept, fixed = _swept(overrides)
-    base = load_recipe(path, fixed)
+    base = load_recipe(recipe, fixed)
     folder = user_path(out) if out is not None else base.run_folder.with_name(f"{base.run_folder.name}-sweep")
     if is_run(folder):
         raise UsageError(f"{folder} is a run, not a sweep", hint="name another folder with --out")
@@ -89,7 +89,7 @@ def plan_sweep(path: str | Path, overrides: Sequence[str], out: Path | None) -> 
         name = ",".join(f"{key}={_text(value)}" for key, value in values.items())
         changes = [f"{key}={json.dumps(value)}" for key, value in values.items()]
         run_folder = folder / quote(name, safe="=,")
-        loaded = load_recipe(path, [*fixed, *changes, f"run.folder={json.dumps(str(run_folder))}"])
+        loaded = load_recipe(recipe, [*fixed, *changes, f"run.folder={json.dumps(str(run_folder))}"])
         members.append(Member(name, values, loaded))
     return folder, members
 

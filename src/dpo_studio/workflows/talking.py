@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+from pathlib import Path
+from typing import Any
 
-from dpo_studio.errors import UsageError
+from dpo_studio.errors import DataError, UsageError
 from dpo_studio.evaluation.generation import generate, stream
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.gptq import held_dense
@@ -14,7 +17,7 @@ from dpo_studio.preferences.pair import Message
 from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.loading import Loaded, load_any
 
-__all__ = ["Chat", "Sampling", "answers", "generate_answers", "stream_answer"]
+__all__ = ["Chat", "Sampling", "answers", "check_batched", "generate_answers", "read_prompts", "stream_answer"]
 
 
 @dataclass(frozen=True)
@@ -59,8 +62,7 @@ def answers(
     Raises:
         UsageError: `sampling.top_p` is not 1, which only a stream draws by.
     """
-    if sampling.top_p != 1:
-        raise UsageError(f"top_p {sampling.top_p}: many answers at once are drawn from all tokens", hint="top_p=1")
+    check_batched(sampling)
     encoder = loaded.base.encoder
     prompts = [encoder.prompt_ids(chat) for chat in chats]
     title = "tuned answers" if tuned else "base answers"
@@ -78,19 +80,62 @@ def answers(
         )
 
 
-def stream_answer(loaded: Loaded, chat: Sequence[Message], sampling: Sampling, *, tuned: bool = True) -> Iterator[str]:
-    """The answer to a chat, piece by piece as it is drawn."""
+def check_batched(sampling: Sampling) -> None:
+    """Told before a model is loaded.
+
+    Raises:
+        UsageError: `sampling.top_p` is not 1, which only a stream draws by.
+    """
+    if sampling.top_p != 1:
+        raise UsageError(f"top_p {sampling.top_p}: many answers at once are drawn from all tokens", hint="top_p=1")
+
+
+def read_prompts(file: Path) -> list[str]:
+    """Prompts of a file: of a .jsonl the text `prompt` of each line, of any other each line that is not empty.
+
+    Raises:
+        DataError: it cannot be read, has no prompt, or a line is no JSON object with one.
+    """
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{file} cannot be read: {error}") from None
+    numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
+    if not numbered:
+        raise DataError(f"{file} has no prompt", hint="one a line, or .jsonl with a text `prompt` in each line")
+    if file.suffix != ".jsonl":
+        return [line.strip() for _, line in numbered]
+    return [_prompt_in(line, f"{file}, line {number}") for number, line in numbered]
+
+
+def _prompt_in(line: str, where: str) -> str:
+    try:
+        row: Any = json.loads(line)
+    except (ValueError, RecursionError):
+        row = None
+    prompt = row.get("prompt") if isinstance(row, dict) else None
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise DataError(f"{where}: no JSON object with a text `prompt`", hint="a dialogue is asked in `dpo chat`")
+    return prompt
+
+
+def stream_answer(
+    loaded: Loaded, chat: Sequence[Message], sampling: Sampling, *, tuned: bool = True
+) -> Generator[str, None, bool]:
+    """The answer to a chat, piece by piece as it is drawn; returns whether the model ended its turn itself."""
     encoder = loaded.base.encoder
     with loaded.tuned(tuned), held_dense(loaded.policy):
-        yield from stream(
-            loaded.policy,
-            encoder.prompt_ids(chat),
-            encoder.decode,
-            eos_ids=encoder.eos_ids,
-            max_new_tokens=sampling.max_new_tokens,
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            seed=sampling.seed,
+        return (
+            yield from stream(
+                loaded.policy,
+                encoder.prompt_ids(chat),
+                encoder.decode,
+                eos_ids=encoder.eos_ids,
+                max_new_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                seed=sampling.seed,
+            )
         )
 
 
@@ -102,17 +147,31 @@ class Chat:
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
     tuned: bool = True
+    cut: bool = False
+    """The last whole answer stopped at `max_new_tokens`, not where the model would have."""
     turns: list[Message] = field(default_factory=list)
     _turn: count[int] = field(default_factory=count)
 
-    def say(self, text: str) -> Iterator[str]:
+    def say(self, text: str) -> Generator[str, None, None]:
         """Answer one more user turn; the turn counts as said once its answer is whole."""
         system = [Message("system", self.system)] if self.system else []
         asked = Message("user", text)
         seed = self.sampling.seed + next(self._turn)
         sampling = Sampling(self.sampling.temperature, self.sampling.max_new_tokens, self.sampling.top_p, seed)
-        pieces = []
-        for piece in stream_answer(self.loaded, [*system, *self.turns, asked], sampling, tuned=self.tuned):
-            pieces.append(piece)
-            yield piece
+        pieces: list[str] = []
+        self.cut = not (
+            yield from _noting(
+                stream_answer(self.loaded, [*system, *self.turns, asked], sampling, tuned=self.tuned), pieces
+            )
+        )
         self.turns += [asked, Message("assistant", "".join(pieces))]
+
+
+def _noting(pieces: Generator[str, None, bool], noted: list[str]) -> Generator[str, None, bool]:
+    while True:
+        try:
+            piece = next(pieces)
+        except StopIteration as end:
+            return bool(end.value)
+        noted.append(piece)
+        yield piece

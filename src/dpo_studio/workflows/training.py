@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import resource
+import shlex
 import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +19,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from dpo_studio.config import LoadedRecipe, Recipe, cache_folder, load_recipe
+from dpo_studio.config import LoadedRecipe, Recipe, RecipeLike, cache_folder, load_recipe
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.evaluation.accuracy import finite_summary
 from dpo_studio.learning.checkpoints import restore
@@ -32,9 +33,11 @@ from dpo_studio.models.adapters import POLICY, REFERENCE, in_eval, train_mode
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
+from dpo_studio.reports.facts import read_run
 from dpo_studio.reports.health import HealthWatch
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
+from dpo_studio.reports.verdict import pass_verdict
 from dpo_studio.runs import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
@@ -72,37 +75,53 @@ class TrainedRun:
 
 
 def train_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
+    recipe: RecipeLike, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Train what the recipe says; return `result.json`'s content. `anyway`: on pairs that make it worthless, too.
 
     Raises:
         DPOStudioError: with a hint; what was computed before is kept in the run folder and the caches.
     """
-    loaded = load_recipe(path, list(overrides))
+    loaded = load_recipe(recipe, list(overrides))
     with progress or Progress() as shown:
-        return run_training(loaded, shown, anyway=anyway).result
+        trained = run_training(loaded, shown, anyway=anyway)
+        for line in _closing(trained):
+            shown.say(line)
+    return trained.result
+
+
+def _closing(trained: TrainedRun) -> list[str]:
+    """What a finished training ends with: how many pairs, the report's own verdict, and what to type next."""
+    verdict, name = pass_verdict(read_run(trained.folder.path)), shlex.quote(str(trained.folder.path))
+    pairs, held_out = (trained.result.get(key, 0) for key in ("pairs", "held_out_pairs"))
+    return [
+        f"{pairs:,} pairs learned from, {held_out:,} held out",
+        f"{verdict.label}: {verdict.sentence} {verdict.meaning}",
+        f"talk with it:   dpo chat {name}",
+        f"measure it:     dpo eval {name} --judge JUDGE",
+        f"take it along:  dpo export {name} OUT --to adapter",
+    ]
 
 
 def check_recipe(
-    path: str | Path, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
+    recipe: RecipeLike, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
 ) -> None:
     """`--dry-run`: look at recipe, data, model and adapter files and token counts; load no weights, write nothing.
 
     Raises:
         DPOStudioError: what `dpo train` would stop at before it loads any weights.
     """
-    loaded = load_recipe(path, list(overrides))
+    loaded = load_recipe(recipe, list(overrides))
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
-        recipe = run.settle(loaded.recipe)
-        check_tracker(recipe)
-        source, split = read_and_split(recipe, shown)
-        look_at_pairs(recipe, split, shown, anyway=anyway)
-        data = encode_both(recipe, source, split, look_at_models(recipe, shown.say), shown)
-        look_at_lengths(recipe, data.train, shown, anyway=anyway)
-        steps = steps_of(recipe, data.train.pairs, budget=CPU_TOKENS)
-        shown.say(f"{steps.total} steps of {recipe.training.pairs_per_step} pairs would be trained into {run.path}")
+        settled = run.settle(loaded.recipe)
+        check_tracker(settled)
+        source, split = read_and_split(settled, shown)
+        look_at_pairs(settled, split, shown, anyway=anyway)
+        data = encode_both(settled, source, split, look_at_models(settled, shown.say), shown)
+        look_at_lengths(settled, data.train, shown, anyway=anyway)
+        steps = steps_of(settled, data.train.pairs, budget=CPU_TOKENS)
+        shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
 def run_training(

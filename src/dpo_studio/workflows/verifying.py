@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from dpo_studio.config import load_recipe
+from dpo_studio.config import RecipeLike, load_recipe
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder
@@ -36,7 +36,7 @@ class Verdict:
 
 
 def verify_recipe(
-    path: str | Path,
+    recipe: RecipeLike,
     overrides: Sequence[str] = (),
     *,
     steps: int = 3,
@@ -55,7 +55,7 @@ def verify_recipe(
         for run in runs:
             shown.say(f"training the first {steps} steps, the {run.path.name} time")
             changes = [*overrides, *_CHANGES, f"run.folder={json.dumps(str(run.path))}"]
-            run_training(load_recipe(path, changes), shown, anyway=anyway, stop_after=steps)
+            run_training(load_recipe(recipe, changes), shown, anyway=anyway, stop_after=steps)
         return _verdict(*runs)
 
 
