@@ -7,6 +7,7 @@ LoRA layers, autograd through all of it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -223,7 +224,7 @@ def test_check_packing_allows_what_the_precision_explains(
 ) -> None:
     monkeypatch.setattr(packing_check, "token_logps", lambda *given: token_logps(*given) + off)
     model = tiny_model(attn_implementation=PAIRS, initializer_range=0.08).to(getattr(torch, dtype))
-    with nullcontext() if passes else pytest.raises(ModelError, match=f"where {dtype} explains"):
+    with nullcontext() if passes else pytest.raises(ModelError, match=rf"where {dtype} explains"):
         check_packing(model, random_pairs(5))
 
 

@@ -72,15 +72,18 @@ def load_chat_model(
     typed: str | None = None,
     say: Callable[[str], None] = lambda _: None,
     encoder: ChatEncoder | None = None,
+    today: datetime.date | None = None,
 ) -> ChatModel:
     """Load a base and its tokenizer, unless its `encoder` is at hand, onto the best device there is.
+
+    `today` is the date its chat template may write, None today's.
 
     Raises:
         ModelError: not found, unsafe, unsupported, or with tensors missing or left over.
     """
     folder = locate(section.path, section.revision, say)
     config = check_folder(folder, section)
-    encoder = encoder or load_encoder(folder, section)
+    encoder = encoder or load_encoder(folder, section, today=today)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)

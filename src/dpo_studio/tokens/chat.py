@@ -127,6 +127,11 @@ class ChatEncoder:
         """The same for two tokenizers if and only if every id is the same token to both."""
         return hashlib.sha256(json.dumps(sorted(self.vocabulary().items())).encode()).hexdigest()
 
+    @cached_property
+    def template_digest(self) -> str:
+        """The same for two chat templates only if their texts are the same."""
+        return hashlib.sha256(self._writer.template.source.encode()).hexdigest()
+
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text is by itself, without a template; a special token it spells counts as text."""
         return [len(ids) for ids in self._texts.plain(texts, split_special_tokens=True)]

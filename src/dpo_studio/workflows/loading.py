@@ -19,6 +19,7 @@ from dpo_studio.models.load import ChatModel, load_chat_model, locate
 from dpo_studio.models.scan import base_named_by
 from dpo_studio.paths import user_path
 from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.workflows.kept import date_of
 
 __all__ = ["Loaded", "adapter_of", "find_any", "load_any"]
 
@@ -112,7 +113,7 @@ def _folder(name: str) -> Path:
 
 def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]) -> Loaded:
     recipe, adapter = _look_at(run, with_reference, say)
-    base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
+    base = load_chat_model(recipe.model.model_copy(update=changes), say=say, today=date_of(run))
     policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
     other = recipe.reference.model
     reference = recipe.reference.adapter or recipe.model.adapter

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -70,8 +71,10 @@ def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Spli
     return source, split
 
 
-def look_at_models(recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> ChatEncoder:
+def look_at_models(recipe: Recipe, today: datetime.date, say: Callable[[str], None] = lambda _: None) -> ChatEncoder:
     """Every model and adapter that the recipe names, looked over before weights are loaded; the base's encoder.
+
+    `today` is the run's date, which a chat template may write.
 
     Raises:
         ModelError: one is missing, unsafe or unsupported, or the reference has another vocabulary.
@@ -79,17 +82,17 @@ def look_at_models(recipe: Recipe, say: Callable[[str], None] = lambda _: None) 
     for adapter in (recipe.model.adapter, recipe.reference.adapter):
         if adapter is not None:
             read_adapter_config(Path(adapter))
-    encoder = _look_at(recipe.model, say)
+    encoder = _look_at(recipe.model, today, say)
     if recipe.reference.model is not None:
-        other = _look_at(_reference_section(recipe, recipe.reference.model), say)
+        other = _look_at(_reference_section(recipe, recipe.reference.model), today, say)
         _check_vocabulary(recipe, encoder, other)
     return encoder
 
 
-def _look_at(section: ModelSection, say: Callable[[str], None]) -> ChatEncoder:
+def _look_at(section: ModelSection, today: datetime.date, say: Callable[[str], None]) -> ChatEncoder:
     folder = locate(section.path, section.revision, say)
     check_folder(folder, section)
-    return load_encoder(folder, section)
+    return load_encoder(folder, section, today=today)
 
 
 def _reference_section(recipe: Recipe, path: str) -> ModelSection:

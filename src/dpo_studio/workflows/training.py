@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import resource
 import shlex
@@ -43,6 +44,7 @@ from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.compiling import accelerated
+from dpo_studio.workflows.kept import check_same_data, digest_data, run_date, write_data
 from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
@@ -118,7 +120,11 @@ def check_recipe(
         check_tracker(settled)
         source, split = read_and_split(settled, shown)
         look_at_pairs(settled, split, shown, anyway=anyway)
-        data = encode_both(settled, source, split, look_at_models(settled, shown.say), shown)
+        date = run_date(run)
+        encoder = look_at_models(settled, date, shown.say)
+        data = encode_both(settled, source, split, encoder, shown)
+        if (done := run.result()) is None or not is_finished(run, settled, done):
+            check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
         look_at_lengths(settled, data.train, shown, anyway=anyway)
         steps = steps_of(settled, data.train.pairs, budget=CPU_TOKENS)
         shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
@@ -131,8 +137,12 @@ def run_training(
     *,
     anyway: bool = False,
     stop_after: int | None = None,
+    today: datetime.date | None = None,
 ) -> TrainedRun:
-    """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps."""
+    """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps.
+
+    `today`: the date of a run that begins, None today's; one that has learned something keeps its own.
+    """
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
@@ -143,7 +153,7 @@ def run_training(
         return TrainedRun(run, done)
     check_tracker(recipe)
     with held(run.path, progress.warn) as hold:
-        return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after)
+        return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after, today)
 
 
 def _train_in(
@@ -154,16 +164,20 @@ def _train_in(
     result_extra: dict[str, Any],
     anyway: bool,
     stop_after: int | None,
+    today: datetime.date | None,
 ) -> TrainedRun:
     started = time.perf_counter()
     recipe = run.settle(loaded.recipe)  # again: another process may just have left
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
-    encoder = look_at_models(recipe, progress.say)
+    date = run_date(run, today)
+    encoder = look_at_models(recipe, date, progress.say)
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
         base = load_chat_model(recipe.model, typed=typed_model(loaded), say=progress.say, encoder=encoder)
         data = encoding.result()
+    kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
+    check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
     recipe = settle_dtype(recipe, base)
     check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
@@ -172,6 +186,7 @@ def _train_in(
     with accelerated(recipe, base, policy, data, progress):
         recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
         run.start(loaded, recipe)
+        write_data(run, kept)
         run.result_file.unlink(missing_ok=True)
         if limit.recompute != "nothing":
             run.append("memory.jsonl", asdict(limit))
