@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from dpo_studio.learning.telling_pairs import limits_of, telling_pairs
 from dpo_studio.models.adapters import attach, attach_existing
 from dpo_studio.models.attention import PAIRS, row_inputs
 from dpo_studio.models.lora import LoraLinear
-from dpo_studio.tokens.chat import AnswerIds, ChatEncoder, PairIds
+from dpo_studio.tokens.chat import AnswerIds, ChatEncoder, PairError, PairIds
 from dpo_studio.workflows import loading
 from tests.conftest import SECTION, policy_on, random_pairs
 from tests.tiny_models import tiny_model
@@ -147,6 +148,19 @@ def test_no_more_than_so_many_tokens_are_chosen() -> None:
     assert len(telling_pairs(pairs, {}, most=10)) == 1
 
 
+def _parted_earlier(encoder: ChatEncoder, found: PairIds | PairError) -> PairIds | PairError:
+    if isinstance(found, PairError) or "be brief" not in encoder.decode(found.prompt):
+        return found
+    moved = found.prompt[-25:]
+
+    def with_prompt(answer: AnswerIds) -> AnswerIds:
+        return AnswerIds([*moved, *answer.ids], [True] * (len(moved) + len(answer.ids)))
+
+    return replace(
+        found, prompt=found.prompt[:-25], chosen=with_prompt(found.chosen), rejected=with_prompt(found.rejected)
+    )
+
+
 @pytest.mark.parametrize("verb", ["train", "score"])
 def test_a_scored_prompt_turn_of_one_pair_in_fifty_stops(
     verb: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -166,20 +180,12 @@ def test_a_scored_prompt_turn_of_one_pair_in_fifty_stops(
     ]
     rows[30] = {"prompt": question, "chosen": said[0], "rejected": said[1]}
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, rows=rows, data={"held_out": {"fraction": 0.01}})
-    plain = ChatEncoder._assemble
+    plain = ChatEncoder.pairs
 
-    def earlier(self: ChatEncoder, pair: Any, whole: Any) -> PairIds:
-        found = plain(self, pair, whole)
-        if "be brief" not in pair.prompt.text and "be brief" not in self.decode(found.prompt):
-            return found
-        moved = found.prompt[-25:]
+    def earlier(self: ChatEncoder, given: Any) -> list[PairIds | PairError]:
+        return [_parted_earlier(self, found) for found in plain(self, given)]
 
-        def with_prompt(answer: AnswerIds) -> AnswerIds:
-            return AnswerIds([*moved, *answer.ids], [True] * (len(moved) + len(answer.ids)))
-
-        return PairIds(found.prompt[:-25], with_prompt(found.chosen), with_prompt(found.rejected), False, False)
-
-    monkeypatch.setattr(ChatEncoder, "_assemble", earlier)
+    monkeypatch.setattr(ChatEncoder, "pairs", earlier)
     asked = [recipe] if verb == "train" else [tiny_base, write_rows(tmp_path / "s.jsonl", rows)]
     answer = dpo(verb, *asked)
     assert answer.code == 1
