@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import re
 import statistics
@@ -207,6 +208,37 @@ def test_whole_epochs_of_a_model_folder_alternate(tiny_base: Path, tmp_path: Pat
     record = _vs_trl(tmp_path / "a.json", *arguments)
     assert {name: len(seconds) for name, seconds in record["seconds"].items()} == {"trl": 2, "ours": 2}
     assert (record["kind"], record["pairs"]) == ("epochs", 4)
+    assert record["dtype"] in ("float32", "bfloat16")
+
+
+@pytest.mark.parametrize("chosen", [torch.float32, torch.bfloat16])
+def test_whole_epochs_are_in_the_precision_that_auto_chooses_on_both_sides(
+    chosen: torch.dtype,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    import epochs
+
+    asked: list[str] = []
+
+    def side(*arguments: Any) -> float:
+        asked.append(arguments[-1])
+        return 1.0
+
+    monkeypatch.setattr(epochs, "_quieten", lambda: None)
+    monkeypatch.setattr(epochs, "choose_dtype", lambda wanted, device: (chosen, "it is quicker here"))
+    monkeypatch.setattr(epochs, "trl_seconds", side)
+    monkeypatch.setattr(epochs, "our_seconds", side)
+    source = write_pairs(tmp_path / "pairs.jsonl", 12)
+    options = argparse.Namespace(model=str(tiny_base), source=str(source), pairs=4, rounds=1, max_length=512)
+    _, record = epochs.alternate(options)
+    precision = str(chosen).removeprefix("torch.")
+    assert asked == [precision] * 4
+    assert record["dtype"] == precision
+    assert epochs._load(str(tiny_base), precision).model.dtype == chosen
+    assert f"both sides in {precision}: it is quicker here" in capsys.readouterr().out
 
 
 def _run(file: Path, *arguments: str) -> dict[str, Any]:

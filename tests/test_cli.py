@@ -94,7 +94,7 @@ def loaded_by(code: str) -> list[str]:
         (["score", "m", "s", "--too-long", "cut"], "'cut' is not one of"),
         (["score", "m", "s", "--max-length", "3"], "max-length"),
         (["score", "m", "s", "--beta", "x"], "--beta"),
-        (["generate", "m"], "Missing option"),
+        (["generate", "m"], "one of the two is wanted"),
     ],
 )
 def test_wrong_usage_is_2_with_a_way_on(arguments: list[str], part: str) -> None:
