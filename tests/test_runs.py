@@ -42,6 +42,7 @@ def metrics(recipe: Path) -> list[dict[str, Any]]:
 def test_a_finished_run_holds_what_the_contract_lists(tiny_run: Path) -> None:
     names = {path.name for path in tiny_run.iterdir()}
     files = {"recipe.yaml", "recipe.typed.yaml", "metrics.jsonl", "timing.jsonl", "result.json", "environment.json"}
+    files |= {"data.json"}
     assert names == files | {"report.html", "checkpoints", "adapter"}
     assert {path.name for path in (tiny_run / "checkpoints").iterdir()} == {"step-2", "step-4"}
 

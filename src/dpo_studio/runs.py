@@ -2,6 +2,7 @@
 
 recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` settled
 recipe.typed.yaml   as given
+data.json           the date, and a digest of every pair (workflows.kept)
 metrics.jsonl       one line a step; equal after a resume
 .lock               while a process trains here
 timing.jsonl        pairs/s, tokens/s, memory; may differ
@@ -137,6 +138,10 @@ class RunFolder:
             or self.checkpoints.exists()
             or next(self.lines("metrics.jsonl"), None) is not None
         )
+
+    def has_checkpoint(self) -> bool:
+        """Whether it has learned anything that a later start goes on from."""
+        return any(self.checkpoints.glob("step-*"))
 
     def start(self, loaded: LoadedRecipe, recipe: Recipe) -> None:
         """Make the folder and write down what is run, before anything long begins."""

@@ -75,6 +75,7 @@ class ChatTemplate:
             name: [str(token) for token in value] if isinstance(value, list | tuple) else str(value)
             for name, value in special_tokens.items()
         }
+        self.source = source
         environment = _Environment(len(source), today or datetime.date.today())
         try:
             tree = _Metered().visit(environment.parse(source))

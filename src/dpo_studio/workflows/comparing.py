@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,9 +59,9 @@ class RunModel:
     """Of its linear layers but the head, which are what GPTQ makes smaller."""
 
 
-def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress) -> RunModel:
-    """Everything there is to know of the run's own model."""
-    base = load_chat_model(recipe.model, say=progress.say)
+def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress, *, today: datetime.date | None = None) -> RunModel:
+    """Everything there is to know of the run's own model, in chats of the run's date."""
+    base = load_chat_model(recipe.model, say=progress.say, today=today)
     linear = _linear_weights(base.model)
     source, split = read_and_split(recipe, progress)
     data = encode_both(recipe, source, split, base.encoder, progress)
@@ -88,11 +89,13 @@ def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress) -> RunModel:
 
 
 def look_again(
-    known: RunModel, recipe: Recipe, folder: Path, progress: Progress
+    known: RunModel, recipe: Recipe, folder: Path, progress: Progress, *, today: datetime.date | None = None
 ) -> tuple[Comparison, list[Completion]]:
     """The exported folder, loaded as anyone would load it, asked what the run's own model was asked."""
     back = load_chat_model(
-        ModelSection(path=str(folder), dtype=recipe.model.dtype, attention=recipe.model.attention), say=progress.say
+        ModelSection(path=str(folder), dtype=recipe.model.dtype, attention=recipe.model.attention),
+        say=progress.say,
+        today=today,
     )
     after = _logps(back.model, known.pairs, "the exported model", progress)
     comparison = compare(known.policy, after, known.reference, known.prompts, beta=recipe.objective.beta)

@@ -39,6 +39,7 @@ from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.cards import adapter_card, tuned_card
 from dpo_studio.workflows.comparing import RunModel, ask_the_run, look_again, stop_rate
 from dpo_studio.workflows.demo import SHOWCASE
+from dpo_studio.workflows.kept import date_of
 from dpo_studio.workflows.loading import adapter_of
 from dpo_studio.workflows.quantizing import free_memory
 
@@ -137,14 +138,15 @@ class _Export:
 
     def make(self) -> dict[str, Any]:
         """Merge, quantise if that is asked for, load back, compare; then `out` is there."""
-        known = ask_the_run(self.recipe, self.adapter, self.progress)
+        today = date_of(self.run)
+        known = ask_the_run(self.recipe, self.adapter, self.progress, today=today)
         free_memory()
         check_space(self.out, _bytes_needed(known, self.to, self.settings.bits), f"exporting to {self.to}")
         with making(self.out) as place:
             base_folder = self._merge(known.deltas, place)
             if self.to == "gptq":
                 self._requantise(known.training, place)
-            comparison, told = look_again(known, self.recipe, place.result, self.progress)
+            comparison, told = look_again(known, self.recipe, place.result, self.progress, today=today)
             for line in comparison.lines():
                 self.progress.say(line)
             misses = comparison.misses(BARS[self.to])
@@ -168,7 +170,8 @@ class _Export:
         target = place.result if self.to == "merged" else place.work / "merged"
         target.mkdir(exist_ok=True)
         section = self.recipe.model.model_copy(update={"residency": "packed", "compute": "auto", "attention": "sdpa"})
-        base = load_chat_model(section.model_copy(update={"dtype": _exact_dtype(section, self.progress)}))
+        section = section.model_copy(update={"dtype": _exact_dtype(section, self.progress)})
+        base = load_chat_model(section, today=date_of(self.run))
         self.progress.say("merging")
         merge(base.model, deltas)
         save_plain(base.model, target, source=base.folder, template=_template(self.recipe))

@@ -19,6 +19,7 @@ from dpo_studio.models.load import ChatModel, load_chat_model, locate
 from dpo_studio.models.scan import base_named_by
 from dpo_studio.paths import user_path
 from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.workflows.kept import date_of
 
 __all__ = ["Loaded", "adapter_of", "find_any", "load_any"]
 
@@ -84,8 +85,10 @@ def load_any(
         return _load_run(RunFolder(folder), changes, with_reference, say)
     if (folder / "adapter_config.json").is_file():
         config = read_adapter_config(folder)
-        base_name = _base_of(folder, config, name)
-        base = load_chat_model(ModelSection(path=base_name, revision=config.revision, **changes), say=say)
+        run = _run_around(folder)
+        base_name = _base_of(run, folder, config, name)
+        today = None if run is None else date_of(run)
+        base = load_chat_model(ModelSection(path=base_name, revision=config.revision, **changes), say=say, today=today)
         return Loaded(base, attach_existing(base.model, folder, trainable=False), None, folder)
     base = load_chat_model(ModelSection(path=name, **changes), say=say)
     return Loaded(base, base.model, None, None)
@@ -112,7 +115,7 @@ def _folder(name: str) -> Path:
 
 def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]) -> Loaded:
     recipe, adapter = _look_at(run, with_reference, say)
-    base = load_chat_model(recipe.model.model_copy(update=changes), say=say)
+    base = load_chat_model(recipe.model.model_copy(update=changes), say=say, today=date_of(run))
     policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
     other = recipe.reference.model
     reference = recipe.reference.adapter or recipe.model.adapter
@@ -158,15 +161,19 @@ def _not_loaded(reference: str, adapter: Path | None) -> RunError:
     )
 
 
-def _base_of(folder: Path, config: LoraConfig, name: str) -> str:
+def _run_around(folder: Path) -> RunFolder | None:
+    """The run that an adapter folder, a checkpoint's perhaps, is a part of."""
+    return next((RunFolder(parent) for parent in list(folder.resolve().parents)[:3] if is_run(parent)), None)
+
+
+def _base_of(run: RunFolder | None, folder: Path, config: LoraConfig, name: str) -> str:
     """The base an adapter names.
 
     A run or its checkpoint knows where that is. Elsewhere a relative folder is looked for beside the adapter, then in
     the working directory.
     """
-    for parent in list(folder.resolve().parents)[:3]:
-        if is_run(parent) and (recipe := RunFolder(parent).recipe()) is not None:
-            return recipe.model.path
+    if run is not None and (recipe := run.recipe()) is not None:
+        return recipe.model.path
     named = base_named_by(config.base_model_name_or_path, config.revision, name)
     beside = folder / named
     return str(beside) if named.startswith(".") and beside.is_dir() else named

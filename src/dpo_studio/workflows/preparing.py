@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from dpo_studio.models.load import (
     locate,
     weights_fingerprint,
 )
+from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
@@ -70,8 +72,10 @@ def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Spli
     return source, split
 
 
-def look_at_models(recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> ChatEncoder:
+def look_at_models(recipe: Recipe, today: datetime.date, say: Callable[[str], None] = lambda _: None) -> ChatEncoder:
     """Every model and adapter that the recipe names, looked over before weights are loaded; the base's encoder.
+
+    `today` is the run's date, which a chat template may write.
 
     Raises:
         ModelError: one is missing, unsafe or unsupported, or the reference has another vocabulary.
@@ -79,24 +83,26 @@ def look_at_models(recipe: Recipe, say: Callable[[str], None] = lambda _: None) 
     for adapter in (recipe.model.adapter, recipe.reference.adapter):
         if adapter is not None:
             read_adapter_config(Path(adapter))
-    encoder = _look_at(recipe.model, say)
+    encoder = _look_at(recipe.model, today, say)
     if recipe.reference.model is not None:
-        other = _look_at(_reference_section(recipe, recipe.reference.model), say)
-        _check_vocabulary(recipe, encoder, other)
+        other = _look_at(_reference_section(recipe, recipe.reference.model), today, say)
+        _check_same_vocabulary(recipe, encoder, other)
     return encoder
 
 
-def _look_at(section: ModelSection, say: Callable[[str], None]) -> ChatEncoder:
+def _look_at(section: ModelSection, today: datetime.date, say: Callable[[str], None]) -> ChatEncoder:
     folder = locate(section.path, section.revision, say)
-    check_folder(folder, section)
-    return load_encoder(folder, section)
+    config = check_folder(folder, section)
+    encoder = load_encoder(folder, section, today=today)
+    check_vocabulary(folder, config, encoder, section.path)
+    return encoder
 
 
 def _reference_section(recipe: Recipe, path: str) -> ModelSection:
     return ModelSection(path=path, dtype=recipe.model.dtype, attention=recipe.model.attention)
 
 
-def _check_vocabulary(recipe: Recipe, base: ChatEncoder, other: ChatEncoder) -> None:
+def _check_same_vocabulary(recipe: Recipe, base: ChatEncoder, other: ChatEncoder) -> None:
     if other.vocabulary() != base.vocabulary():
         raise ModelError(f"reference.model {recipe.reference.model} has another vocabulary than {recipe.model.path}")
 
@@ -175,7 +181,7 @@ def reference_model(
     folder, model = base.folder, policy
     if section.model is not None:
         other = load_chat_model(_reference_section(recipe, section.model))
-        _check_vocabulary(recipe, base.encoder, other.encoder)
+        _check_same_vocabulary(recipe, base.encoder, other.encoder)
         folder, model = other.folder, other.model
         if section.adapter is not None:
             model = attach_existing(other.model, Path(section.adapter), trainable=False)

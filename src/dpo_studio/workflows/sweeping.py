@@ -1,11 +1,13 @@
 """`dpo sweep`: one recipe under several settings, each a normal run folder, then one table and one figure.
 
 The runs share the cache of reference log-probs: it does not depend on beta, the learning rate or any other setting that
-one sweeps, so only the first run computes them.
+one sweeps, so only the first run computes them. And they share a date, for chat templates that write one: a difference
+between two of them is a setting's.
 """
 
 from __future__ import annotations
 
+import datetime
 import gc
 import itertools
 import json
@@ -20,7 +22,8 @@ from dpo_studio.errors import NonFiniteError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.reports.frontier import Measured, draw_frontier, frontier_table, measure
 from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import is_run, write_atomically
+from dpo_studio.runs import RunFolder, is_run, write_atomically
+from dpo_studio.workflows.kept import date_of
 
 __all__ = ["Member", "plan_sweep", "run_sweep"]
 
@@ -55,13 +58,15 @@ def run_sweep(
     folder, members = plan_sweep(path, overrides, out)
     from dpo_studio.workflows.training import run_training
 
+    dates = (date_of(RunFolder(member.loaded.run_folder)) for member in members)
+    today = next((date for date in dates if date is not None), datetime.date.today())
     measured: list[Measured] = []
     with progress or Progress() as shown:
         for number, member in enumerate(members, 1):
             shown.say(f"run {number} of {len(members)}: {member.name}")
             stopped = None
             try:
-                run_training(member.loaded, shown, anyway=anyway)
+                run_training(member.loaded, shown, anyway=anyway, today=today)
             except NonFiniteError as error:
                 stopped = error.message
                 shown.warn(f"{member.name} stopped itself: {error.message}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import math
 import resource
 import sqlite3
@@ -40,6 +41,7 @@ from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.compiling import accelerated
+from dpo_studio.workflows.kept import check_same_data, digest_data, run_date, write_data
 from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
@@ -53,7 +55,7 @@ from dpo_studio.workflows.preparing import (
 )
 from dpo_studio.workflows.saving import Saver, find_checkpoint
 from dpo_studio.workflows.signals import interrupted, stopping_signals
-from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model
+from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model, warn_of_length
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
 
@@ -99,9 +101,14 @@ def check_recipe(
         check_tracker(recipe)
         source, split = read_and_split(recipe, shown)
         look_at_pairs(recipe, split, shown, anyway=anyway)
-        data = encode_both(recipe, source, split, look_at_models(recipe, shown.say), shown)
+        date = run_date(run)
+        encoder = look_at_models(recipe, date, shown.say)
+        data = encode_both(recipe, source, split, encoder, shown)
+        if (done := run.result()) is None or not is_finished(run, recipe, done):
+            check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
         look_at_lengths(recipe, data.train, shown, anyway=anyway)
         steps = steps_of(recipe, data.train.pairs, budget=CPU_TOKENS)
+        warn_of_length(recipe, len(data.train.pairs), steps.total, shown.warn)
         shown.say(f"{steps.total} steps of {recipe.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
@@ -112,8 +119,12 @@ def run_training(
     *,
     anyway: bool = False,
     stop_after: int | None = None,
+    today: datetime.date | None = None,
 ) -> TrainedRun:
-    """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps."""
+    """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps.
+
+    `today`: the date of a run that begins, None today's; one that has learned something keeps its own.
+    """
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
@@ -124,7 +135,7 @@ def run_training(
         return TrainedRun(run, done)
     check_tracker(recipe)
     with held(run.path, progress.warn) as hold:
-        return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after)
+        return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after, today)
 
 
 def _train_in(
@@ -135,24 +146,31 @@ def _train_in(
     result_extra: dict[str, Any],
     anyway: bool,
     stop_after: int | None,
+    today: datetime.date | None,
 ) -> TrainedRun:
     started = time.perf_counter()
     recipe = run.settle(loaded.recipe)  # again: another process may just have left
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
-    encoder = look_at_models(recipe, progress.say)
+    date = run_date(run, today)
+    encoder = look_at_models(recipe, date, progress.say)
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
         base = load_chat_model(recipe.model, typed=typed_model(loaded), say=progress.say, encoder=encoder)
         data = encoding.result()
+    kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
+    check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
     recipe = settle_dtype(recipe, base)
-    check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
+    total = steps_of(recipe, data.train.pairs, CPU_TOKENS).total
+    check_not_shorter(run, total)
+    warn_of_length(recipe, len(data.train.pairs), total, progress.warn)
     policy = attach_policy(base, recipe, progress.say)
     train_mode(policy)
     with accelerated(recipe, base, policy, data, progress):
         recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
         run.start(loaded, recipe)
+        write_data(run, kept)
         run.result_file.unlink(missing_ok=True)
         if limit.recompute != "nothing":
             run.append("memory.jsonl", asdict(limit))

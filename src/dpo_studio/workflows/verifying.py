@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import tempfile
 from collections.abc import Sequence
@@ -51,11 +52,12 @@ def verify_recipe(
         DPOStudioError: what `dpo train` would stop at.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-verify-") as scratch, progress or Progress() as shown:
+        today = datetime.date.today()  # of both, if midnight is between them
         runs = [RunFolder(Path(scratch) / name) for name in ("first", "second")]
         for run in runs:
             shown.say(f"training the first {steps} steps, the {run.path.name} time")
             changes = [*overrides, *_CHANGES, f"run.folder={json.dumps(str(run.path))}"]
-            run_training(load_recipe(path, changes), shown, anyway=anyway, stop_after=steps)
+            run_training(load_recipe(path, changes), shown, anyway=anyway, stop_after=steps, today=today)
         return _verdict(*runs)
 
 

@@ -1,0 +1,181 @@
+"""What a run keeps of its data, so that it never continues with other pairs or on another date: RUN/data.json.
+
+One line of JSON:
+date        the day the run was begun, which chat templates may write into every prompt
+template    sha256 of the chat template, tokenizer that of the vocabulary: where a change came from
+train       {"rows": [...], "digests": "..."}: of each pair as it is trained on, in order, its source row and 16 hex
+            digits; held_out likewise
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dpo_studio.errors import RunError
+from dpo_studio.runs import RunFolder, write_atomically
+
+if TYPE_CHECKING:
+    from dpo_studio.tokens.chat import ChatEncoder
+    from dpo_studio.tokens.encode import EncodedPair
+
+__all__ = ["KeptData", "check_same_data", "date_of", "digest_data", "run_date", "write_data"]
+
+_DIGITS = 16
+"""Hex digits of a pair's digest: 8 bytes, for which a million pairs have a chance of 3e-8 to hold two alike."""
+_SHOWN = 5
+"""Rows that a message names."""
+_SIDES = ("train", "held_out")
+
+
+@dataclass(frozen=True)
+class Side:
+    """The pairs of one side of the split, in order."""
+
+    rows: list[int]
+    digests: str
+
+    def each(self) -> list[tuple[str, int]]:
+        """(digest, row) of every pair."""
+        starts = range(0, len(self.digests), _DIGITS)
+        return [(self.digests[at : at + _DIGITS], row) for at, row in zip(starts, self.rows, strict=True)]
+
+
+@dataclass(frozen=True)
+class KeptData:
+    """The content of RUN/data.json."""
+
+    date: datetime.date
+    template: str
+    tokenizer: str
+    train: Side
+    held_out: Side
+
+
+def digest_data(
+    train: Sequence[EncodedPair], held_out: Sequence[EncodedPair], encoder: ChatEncoder, date: datetime.date
+) -> KeptData:
+    """What is kept of these pairs, which `encoder` made on `date`."""
+    return KeptData(date, encoder.template_digest, encoder.vocabulary_digest, _side(train), _side(held_out))
+
+
+def _side(pairs: Sequence[EncodedPair]) -> Side:
+    return Side([pair.row for pair in pairs], "".join(map(_digest, pairs)))
+
+
+def _digest(pair: EncodedPair) -> str:
+    """Of every id and of which ids are scored; the row is no part of it."""
+    digest = blake2b(digest_size=_DIGITS // 2)
+    for array in (pair.prompt, *(part for one in (pair.chosen, pair.rejected) for part in (one.ids, one.scored))):
+        digest.update(f"{array.dtype.str}{len(array)}:".encode() + array.tobytes())
+    return digest.hexdigest()
+
+
+def date_of(run: RunFolder) -> datetime.date | None:
+    """The date on which a run renders its chats; None in one that keeps none: new, or of an older version.
+
+    Raises:
+        RunError: its data.json is damaged.
+    """
+    kept = _read(run)
+    return None if kept is None else kept.date
+
+
+def run_date(run: RunFolder, today: datetime.date | None = None) -> datetime.date:
+    """The date of a run's next start: its own once it has learned something, before that `today`, None today's."""
+    own = date_of(run) if run.has_checkpoint() else None
+    return own or today or datetime.date.today()
+
+
+def write_data(run: RunFolder, kept: KeptData) -> None:
+    """Keep it, from before the first step on."""
+    plain = asdict(kept) | {"date": kept.date.isoformat()}
+    write_atomically(_file(run), json.dumps(plain, separators=(",", ":")) + "\n")
+
+
+def check_same_data(run: RunFolder, now: KeptData, warn: Callable[[str], None]) -> None:
+    """See that a run which has learned from pairs continues with the same ones, id for id and in the same order.
+
+    Where they stand in their source may change, and so may a template or a tokenizer that still makes the same ids.
+    One that has learned nothing yet may begin with any pairs.
+
+    Raises:
+        RunError: they are others; it says what changed.
+    """
+    if not run.has_checkpoint():
+        return
+    before = _read(run)
+    if before is None:
+        warn(
+            f"{run.path} was begun by a version that kept no digest of its pairs, so nobody can say whether these are "
+            "still the same; it continues, and keeps one from here on"
+        )
+        return
+    sides = {"training pairs": (before.train, now.train), "held-out pairs": (before.held_out, now.held_out)}
+    changes = {name: _changes(*both) for name, both in sides.items() if both[0].digests != both[1].digests}
+    causes = [
+        name
+        for name, old, new in (
+            ("chat template", before.template, now.template),
+            ("tokenizer's vocabulary", before.tokenizer, now.tokenizer),
+            ("date", before.date.isoformat(), now.date.isoformat()),
+        )
+        if old != new
+    ]
+    if changes:
+        lines = [f"the {name} is another" for name in causes] + [f"{name}: {what}" for name, what in changes.items()]
+        raise RunError(
+            f"{run.path} is a run on other data:" + "".join(f"\n    {line}" for line in lines),
+            hint="choose another folder (--set run.folder=NAME), or the data and model files the run was begun with",
+        )
+    for name in causes:
+        warn(f"the {name} is another than when {run.path} was begun; every pair still has the same ids")
+
+
+def _changes(before: Side, now: Side) -> str:
+    """In words; a row is changed if what stood there is gone and something new stands there."""
+    old, new = before.each(), now.each()
+    gone, came = (Counter(digest for digest, _ in side) for side in (old, new))
+    gone, came = gone - came, came - gone
+    if not gone and not came:
+        return f"the same {len(new)} in another order"
+    lost = [row for digest, row in old if digest in gone]
+    found = [row for digest, row in new if digest in came]
+    changed = sorted(set(lost) & set(found))
+    added = sorted(set(found) - set(lost))
+    removed = sorted(set(lost) - set(found))
+    named = {"changed": changed, "added": added, "removed": removed}
+    parts = [f"{len(rows)} {what} ({_listed(rows)})" for what, rows in named.items() if rows]
+    return f"{', '.join(parts)}; there were {len(old)} pairs, now {len(new)}"
+
+
+def _listed(rows: Sequence[int]) -> str:
+    shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+    return f"row{'s' if len(rows) > 1 else ''} {shown}"
+
+
+def _file(run: RunFolder) -> Path:
+    return run.path / "data.json"
+
+
+def _read(run: RunFolder) -> KeptData | None:
+    try:
+        raw: dict[str, Any] = json.loads(_file(run).read_text(encoding="utf-8"))
+        train, held_out = (Side(list(map(int, raw[name]["rows"])), str(raw[name]["digests"])) for name in _SIDES)
+        if any(len(side.digests) != _DIGITS * len(side.rows) for side in (train, held_out)):
+            raise ValueError("rows and digests differ in number")
+        date = datetime.date.fromisoformat(raw["date"])
+        return KeptData(date, str(raw["template"]), str(raw["tokenizer"]), train, held_out)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+        raise RunError(
+            f"{_file(run)} cannot be read: {type(error).__name__}: {error}",
+            hint="remove it if the data are still the same: the run then continues without comparing them",
+        ) from None
