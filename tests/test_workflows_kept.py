@@ -80,7 +80,7 @@ def test_a_changed_pair_is_refused_with_its_row(
     before = {file: file.read_bytes() for file in sorted((tmp_path / "run").rglob("*")) if file.is_file()}
     said = longer(copied, tmp_path / "run", *more)
     assert (said.code, said.out) == (1, "")
-    assert f"is a run on other data:\n    {words}: 1 rows changed ({row})" in said.err
+    assert f"is a run on other data:\n    {words}: 1 changed (row {row})" in said.err
     assert "Traceback" not in said.err
     assert {file: file.read_bytes() for file in sorted((tmp_path / "run").rglob("*")) if file.is_file()} == before
 
@@ -88,10 +88,10 @@ def test_a_changed_pair_is_refused_with_its_row(
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([*ROWS, *tiny_rows(40, seed=3)[20:]], "rows added ("),
-        (ROWS[:-6], "rows removed ("),
+        ([*ROWS, *tiny_rows(40, seed=3)[20:]], " added (row"),
+        (ROWS[:-6], " removed (row"),
         (ROWS[::-1], "in another order"),
-        (tiny_rows(20, seed=5), "rows changed ("),
+        (tiny_rows(20, seed=5), " changed (row"),
     ],
 )
 def test_other_rows_are_refused(rows: Rows, words: str, copied: Path, tmp_path: Path) -> None:
@@ -145,7 +145,9 @@ def test_rows_that_are_not_trained_on_may_come_and_go(copied: Path, tmp_path: Pa
 def test_the_same_data_continue_without_a_word(copied: Path, tmp_path: Path) -> None:
     said = longer(copied, tmp_path / "run")
     assert said.code == 0, said.err
-    assert "warning" not in said.err
+    assert "data.json" not in said.err
+    assert "digest" not in said.err
+    assert "another" not in said.err
     assert steps(tmp_path / "run") == [0, 1, 2, 3, 4]
 
 
@@ -255,10 +257,11 @@ def test_a_run_is_scored_on_its_date_and_a_model_on_todays(
 
 
 VERBS = {
-    "generate": ["generate", "RUN", "--max-new-tokens", "2"],
+    "generate": ["generate", "RUN", "--prompt", "How far is the moon?", "--max-new-tokens", "2"],
+    "generate, its adapter": ["generate", "RUN/adapter", "--prompt", "How far is the moon?", "--max-new-tokens", "2"],
     "chat": ["chat", "RUN", "--max-new-tokens", "2"],
-    "eval": ["eval", "RUN", "--prompts", "2", "--max-new-tokens", "2"],
-    "export": ["export", "RUN", "--out", "OUT", "--to", "merged"],
+    "eval": ["eval", "RUN", "--judge", "length", "--prompts", "2", "--max-new-tokens", "2"],
+    "export": ["export", "RUN", "OUT", "--to", "merged", "--force"],
 }
 
 
@@ -276,21 +279,22 @@ def test_every_verb_writes_the_run_s_date(
 
     monkeypatch.setattr(load, "load_encoder", watched)
     on(LATER, monkeypatch)
-    names = {"RUN": tmp_path / "run", "OUT": tmp_path / "out"}
+    names = {"RUN": tmp_path / "run", "RUN/adapter": tmp_path / "run" / "adapter", "OUT": tmp_path / "out"}
     said = dpo(*(names.get(part, part) for part in VERBS[verb]), stdin="How far is the moon?\n")
     assert said.code == 0, said.err
     assert given
     assert {str(date) for date in given} == {str(FIRST)}
 
 
-def test_all_runs_of_a_sweep_have_one_date(dated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_runs_of_a_sweep_have_one_date(
+    dated: Path, dated_run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The second run begins on a later day than the first: a sweep that was stopped between them."""
     out = tmp_path / "sweep"
-    sweep = ["sweep", dated, "--set", "objective.beta=0.1,0.5", "--set", "training.max_steps=1", "--out", out]
-    on(FIRST, monkeypatch)
-    assert dpo(*sweep).code == 0
-    shutil.rmtree(out / "objective.beta=0.5")
+    shutil.copytree(dated_run, out / "objective.beta=0.1")
     on(LATER, monkeypatch)
-    assert dpo(*sweep).code == 0
+    said = dpo("sweep", dated, "--set", "objective.beta=0.1,0.5", "--out", out)
+    assert said.code == 0, said.err
+    assert "objective.beta=0.1 is finished" in said.err
     dates = {json.loads((run / "data.json").read_text())["date"] for run in out.glob("objective*")}
     assert dates == {str(FIRST)}

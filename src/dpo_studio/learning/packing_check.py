@@ -174,7 +174,7 @@ def _check_finite(model: nn.Module) -> None:
             if total != total or abs(total) == float("inf"):
                 what = "NaN" if tensor.isnan().any() else "infinity"
                 raise ModelError(
-                    f"the model's own numbers are not finite: tensor {name} has {what}",
+                    f"the model's own numbers are not finite: tensor {name.replace('.base_layer', '')} has {what}",
                     hint="its files are damaged, or it was saved by a training that had failed: download it again",
                 )
 

@@ -254,13 +254,18 @@ def held_out_metrics(policy: PairLogps, reference: PairLogps, objective: Objecti
     return {f"eval_{name}": value for name, value in seen.together()[0].items()}
 
 
+def warmup_steps(section: TrainingSection, total_steps: int) -> int:
+    """How many updates `training.warmup`, a share or a number of steps, is of the whole run's."""
+    share = math.ceil(round(section.warmup * total_steps, 6))  # 0.07 x 100 is 7.000000000000001 to a float
+    return share if section.warmup < 1 else int(section.warmup)
+
+
 def learning_rate(section: TrainingSection, step: int, total_steps: int) -> float:
     """The rate of the update after `step` updates: linear warm-up from 0, then as `schedule` says, down to 0.
 
     The same numbers as transformers' `get_scheduler`, as a function of the step alone.
     """
-    share = math.ceil(round(section.warmup * total_steps, 6))  # 0.07 x 100 is 7.000000000000001 to a float
-    warmup = share if section.warmup < 1 else int(section.warmup)
+    warmup = warmup_steps(section, total_steps)
     if step < warmup:
         return section.learning_rate * step / warmup
     done = (step - warmup) / max(1, total_steps - warmup)

@@ -24,6 +24,7 @@ from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.models.refusals import refuse_unfit
 from dpo_studio.models.scan import PICKLES, read_json, scan_folder, weight_files
+from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.paths import user_path
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.template import LONGEST_TEMPLATE
@@ -84,6 +85,7 @@ def load_chat_model(
     folder = locate(section.path, section.revision, say)
     config = check_folder(folder, section)
     encoder = encoder or load_encoder(folder, section, today=today)
+    check_vocabulary(folder, config, encoder, section.path)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)

@@ -93,7 +93,8 @@ class ChatEncoder:
             answered = writer.write([_QUESTION, _ANSWER], open_answer=False)
         except PairError as error:
             raise ModelError(f"on a question and an answer: {error.message}", hint=NO_TEMPLATE_HINT) from None
-        self._texts.settle([asked, answered])
+        self._trial = [asked, answered]
+        self._texts.settle(self._trial)
 
     @property
     def pad_id(self) -> int:
@@ -119,8 +120,15 @@ class ChatEncoder:
 
     @cached_property
     def largest_id(self) -> int:
-        """The largest id that tokenizer and template can produce: the model's embedding needs a row more."""
-        return max(self.vocabulary().values())
+        """The largest id that tokenizer and template can produce: the model's embedding needs a row more.
+
+        Special tokens that nothing writes are left out, for no text becomes one: Gemma 3's text models have one, for
+        images, that their embedding lacks.
+        """
+        written = {self._eos, self.pad_id}.union(*self._texts.plain(self._trial, split_special_tokens=False))
+        source = self._writer.template.source
+        never = {number for text, number in self._texts.special.items() if text not in source} - written
+        return max(number for number in self.vocabulary().values() if number not in never)
 
     @cached_property
     def vocabulary_digest(self) -> str:

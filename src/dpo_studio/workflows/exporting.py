@@ -170,7 +170,8 @@ class _Export:
         target = place.result if self.to == "merged" else place.work / "merged"
         target.mkdir(exist_ok=True)
         section = self.recipe.model.model_copy(update={"residency": "packed", "compute": "auto", "attention": "sdpa"})
-        base = load_chat_model(section.model_copy(update={"dtype": _exact_dtype(section, self.progress)}))
+        section = section.model_copy(update={"dtype": _exact_dtype(section, self.progress)})
+        base = load_chat_model(section, today=date_of(self.run))
         self.progress.say("merging")
         merge(base.model, deltas)
         save_plain(base.model, target, source=base.folder, template=_template(self.recipe))

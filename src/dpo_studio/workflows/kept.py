@@ -151,12 +151,13 @@ def _changes(before: Side, now: Side) -> str:
     added = sorted(set(found) - set(lost))
     removed = sorted(set(lost) - set(found))
     named = {"changed": changed, "added": added, "removed": removed}
-    parts = [f"{len(rows)} rows {what} ({_listed(rows)})" for what, rows in named.items() if rows]
+    parts = [f"{len(rows)} {what} ({_listed(rows)})" for what, rows in named.items() if rows]
     return f"{', '.join(parts)}; there were {len(old)} pairs, now {len(new)}"
 
 
 def _listed(rows: Sequence[int]) -> str:
-    return ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+    shown = ", ".join(map(str, rows[:_SHOWN])) + (", ..." if len(rows) > _SHOWN else "")
+    return f"row{'s' if len(rows) > 1 else ''} {shown}"
 
 
 def _file(run: RunFolder) -> Path:

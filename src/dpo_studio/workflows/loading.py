@@ -85,8 +85,10 @@ def load_any(
         return _load_run(RunFolder(folder), changes, with_reference, say)
     if (folder / "adapter_config.json").is_file():
         config = read_adapter_config(folder)
-        base_name = _base_of(folder, config, name)
-        base = load_chat_model(ModelSection(path=base_name, revision=config.revision, **changes), say=say)
+        run = _run_around(folder)
+        base_name = _base_of(run, folder, config, name)
+        today = None if run is None else date_of(run)
+        base = load_chat_model(ModelSection(path=base_name, revision=config.revision, **changes), say=say, today=today)
         return Loaded(base, attach_existing(base.model, folder, trainable=False), None, folder)
     base = load_chat_model(ModelSection(path=name, **changes), say=say)
     return Loaded(base, base.model, None, None)
@@ -159,15 +161,19 @@ def _not_loaded(reference: str, adapter: Path | None) -> RunError:
     )
 
 
-def _base_of(folder: Path, config: LoraConfig, name: str) -> str:
+def _run_around(folder: Path) -> RunFolder | None:
+    """The run that an adapter folder, a checkpoint's perhaps, is a part of."""
+    return next((RunFolder(parent) for parent in list(folder.resolve().parents)[:3] if is_run(parent)), None)
+
+
+def _base_of(run: RunFolder | None, folder: Path, config: LoraConfig, name: str) -> str:
     """The base an adapter names.
 
     A run or its checkpoint knows where that is. Elsewhere a relative folder is looked for beside the adapter, then in
     the working directory.
     """
-    for parent in list(folder.resolve().parents)[:3]:
-        if is_run(parent) and (recipe := RunFolder(parent).recipe()) is not None:
-            return recipe.model.path
+    if run is not None and (recipe := run.recipe()) is not None:
+        return recipe.model.path
     named = base_named_by(config.base_model_name_or_path, config.revision, name)
     beside = folder / named
     return str(beside) if named.startswith(".") and beside.is_dir() else named

@@ -25,6 +25,7 @@ from dpo_studio.models.load import (
     locate,
     weights_fingerprint,
 )
+from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
@@ -85,21 +86,23 @@ def look_at_models(recipe: Recipe, today: datetime.date, say: Callable[[str], No
     encoder = _look_at(recipe.model, today, say)
     if recipe.reference.model is not None:
         other = _look_at(_reference_section(recipe, recipe.reference.model), today, say)
-        _check_vocabulary(recipe, encoder, other)
+        _check_same_vocabulary(recipe, encoder, other)
     return encoder
 
 
 def _look_at(section: ModelSection, today: datetime.date, say: Callable[[str], None]) -> ChatEncoder:
     folder = locate(section.path, section.revision, say)
-    check_folder(folder, section)
-    return load_encoder(folder, section, today=today)
+    config = check_folder(folder, section)
+    encoder = load_encoder(folder, section, today=today)
+    check_vocabulary(folder, config, encoder, section.path)
+    return encoder
 
 
 def _reference_section(recipe: Recipe, path: str) -> ModelSection:
     return ModelSection(path=path, dtype=recipe.model.dtype, attention=recipe.model.attention)
 
 
-def _check_vocabulary(recipe: Recipe, base: ChatEncoder, other: ChatEncoder) -> None:
+def _check_same_vocabulary(recipe: Recipe, base: ChatEncoder, other: ChatEncoder) -> None:
     if other.vocabulary() != base.vocabulary():
         raise ModelError(f"reference.model {recipe.reference.model} has another vocabulary than {recipe.model.path}")
 
@@ -178,7 +181,7 @@ def reference_model(
     folder, model = base.folder, policy
     if section.model is not None:
         other = load_chat_model(_reference_section(recipe, section.model))
-        _check_vocabulary(recipe, base.encoder, other.encoder)
+        _check_same_vocabulary(recipe, base.encoder, other.encoder)
         folder, model = other.folder, other.model
         if section.adapter is not None:
             model = attach_existing(other.model, Path(section.adapter), trainable=False)

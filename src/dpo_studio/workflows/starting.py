@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from accelerate.tracking import get_available_trackers
@@ -9,9 +10,10 @@ from accelerate.tracking import get_available_trackers
 from dpo_studio.config import LoadedRecipe, Recipe
 from dpo_studio.errors import RunError, install_hint
 from dpo_studio.learning.checkpoints import newest_checkpoint
+from dpo_studio.learning.train import learning_rate, warmup_steps
 from dpo_studio.runs import RunFolder
 
-__all__ = ["check_not_shorter", "check_tracker", "is_finished", "typed_model"]
+__all__ = ["check_not_shorter", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
 
 
 def typed_model(loaded: LoadedRecipe) -> str:
@@ -42,6 +44,24 @@ def check_not_shorter(run: RunFolder, total: int) -> None:
         raise RunError(
             f"{run.path} has {done} steps behind it, and training.max_steps or epochs now ask for {total}",
             hint="a run can be made longer, not shorter: choose another folder (--set run.folder=NAME)",
+        )
+
+
+def warn_of_length(recipe: Recipe, pairs: int, total: int, warn: Callable[[str], None]) -> None:
+    """Say where `pairs` training pairs in `total` steps are too few for what the recipe has them do."""
+    section = recipe.training
+    if pairs < section.pairs_per_step:
+        warn(
+            f"{pairs} training pairs are fewer than training.pairs_per_step, {section.pairs_per_step}: "
+            f"every step learns from {pairs}, and is an epoch"
+        )
+    warmup = warmup_steps(section, total)
+    if warmup >= total:
+        highest = learning_rate(section, total - 1, total)
+        never = "so nothing is learned" if not highest else f"of training.learning_rate {section.learning_rate:g}"
+        warn(
+            f"training.warmup is {warmup} steps, and the run has {total}: the learning rate gets to {highest:g}, "
+            f"{never}; a shorter warm-up (training.warmup: 0) or more training.epochs let it get there"
         )
 
 

@@ -58,7 +58,7 @@ from dpo_studio.workflows.preparing import (
 )
 from dpo_studio.workflows.saving import Saver, find_checkpoint
 from dpo_studio.workflows.signals import interrupted, stopping_signals
-from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model
+from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model, warn_of_length
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
 
@@ -127,6 +127,7 @@ def check_recipe(
             check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
         look_at_lengths(settled, data.train, shown, anyway=anyway)
         steps = steps_of(settled, data.train.pairs, budget=CPU_TOKENS)
+        warn_of_length(settled, len(data.train.pairs), steps.total, shown.warn)
         shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
@@ -180,7 +181,9 @@ def _train_in(
     check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
     recipe = settle_dtype(recipe, base)
-    check_not_shorter(run, steps_of(recipe, data.train.pairs, CPU_TOKENS).total)
+    total = steps_of(recipe, data.train.pairs, CPU_TOKENS).total
+    check_not_shorter(run, total)
+    warn_of_length(recipe, len(data.train.pairs), total, progress.warn)
     policy = attach_policy(base, recipe, progress.say)
     train_mode(policy)
     with accelerated(recipe, base, policy, data, progress):
