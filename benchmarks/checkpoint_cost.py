@@ -57,12 +57,12 @@ def main() -> None:
             save_checkpoint(folder, policy, state, base="mistral", held_out_loss=0.5)
             seconds.append(time.perf_counter() - started)
             rest(given.pause)
-            raw.append(disk_alone(Path(scratch) / "raw", checkpoint_bytes(policy, state)))
+            raw.append(disk_alone(Path(scratch) / "raw", checkpoint_bytes(policy, state.reference)))
     assert isinstance(section.save_every, int)
     between = section.save_every * section.pairs_per_step / given.pairs_per_second
     share = statistics.median(seconds) / between
     result = {
-        "gigabytes": checkpoint_bytes(policy, state) / 1e9,
+        "gigabytes": checkpoint_bytes(policy, state.reference) / 1e9,
         "seconds": [round(x, 3) for x in seconds],
         "disk_alone_seconds": [round(x, 3) for x in raw],
         "seconds_between": round(between, 1),

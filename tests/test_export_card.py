@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import yaml
 
-from dpo_studio.export.card import BUNDLED_ID, Card, hub_id, license_of, public_name, quoted
+from dpo_studio.export.card import Card, hub_id, license_of, public_name, quoted
+from dpo_studio.models.bundled import BUNDLED_ID
 
 
 def card(**changes: Any) -> Card:
@@ -72,6 +73,7 @@ def test_of_a_path_only_the_last_part_is_given_away(tmp_path: Path) -> None:
     assert public_name(str(tmp_path / "pairs.jsonl")) == "pairs.jsonl"
     for name in ("org/model", "bundled:everyday:train"):
         assert public_name(name) == name
+    assert public_name("bundled:smollm2-135m-instruct") == BUNDLED_ID
 
 
 @pytest.mark.parametrize(

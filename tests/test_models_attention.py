@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import (
     BloomConfig,
+    DoryConfig,
     FalconConfig,
     Gemma3TextConfig,
     GPT2Config,
@@ -16,6 +17,7 @@ from transformers import (
     JambaConfig,
     Llama4TextConfig,
     MambaConfig,
+    ModernBertDecoderConfig,
     MptConfig,
     Qwen3NextConfig,
     T5Config,
@@ -219,6 +221,8 @@ def test_the_kernel_is_chosen_where_it_can_be_made(monkeypatch: pytest.MonkeyPat
         (FalconConfig(alibi=True), "places of the row (ALiBi)"),
         (GPTNeoConfig(), "places of the row (local attention)"),
         (GPT2Config(), "(Conv1D) whose adapters cannot be switched off"),
+        (DoryConfig(), "more than one product between its hidden states and its logits"),
+        (ModernBertDecoderConfig(), "more than one product between its hidden states and its logits"),
         (T5Config(), "is an encoder-decoder"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),

@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.models.adapter_proof import prove_adapter, prove_trial
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
 from dpo_studio.models.gptq import GPTQLinear, held_dense, weight_count
 from dpo_studio.models.gptq_checkpoint import Quantization, _Reader, _Shards, read_quantization
@@ -181,6 +182,8 @@ def peft_twin(policy: Any, model: Any) -> Any:
 def test_a_saved_adapter_is_plain_pefts(gptq_base: Path, tmp_path: Path) -> None:
     policy = moved(attach(load_gptq_fp32(gptq_base), SECTION, seed=0), size=0.1)
     save_adapter(policy, tmp_path / "adapter", base="someone/a-model-GPTQ")
+    prove_adapter(policy, tmp_path / "adapter")
+    prove_trial(policy, tmp_path / "trial", base="someone/a-model-GPTQ")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_studio.export import verify
 from dpo_studio.export.verify import Bar
+from dpo_studio.models import load
 from dpo_studio.workflows import comparing, exporting
 from dpo_studio.workflows.talking import Sampling
 from tests.tiny_runs import Said, dpo, write_recipe
@@ -180,6 +181,29 @@ def test_the_adapter_names_its_base_as_the_user_did(tiny_run: Path, tiny_base: P
     head = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---\n")[1])
     assert head["library_name"] == "peft" and head["tags"] == ["dpo", "lora"]
     assert "held-out accuracy" in (tmp_path / "out" / "README.md").read_text()
+
+
+def test_an_adapter_on_the_bundled_model_names_it_as_the_hub_does(
+    tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEFT and the Hub know nothing of `bundled:`. Run, checkpoint, adapter and export still work without a network."""
+    monkeypatch.setattr(load, "bundled_folder", lambda _name, _say: tiny_base)
+    assert dpo("train", write_recipe(tmp_path / "r.yaml", Path("bundled:smollm2-135m-instruct"))).code == 0
+    run, out = tmp_path / "run", tmp_path / "out"
+    assert export(run, out, "adapter").code == 0
+    for folder in (run / "adapter", run / "checkpoints" / "step-4" / "adapter", out):
+        named = read(folder / "adapter_config.json")["base_model_name_or_path"]
+        assert named == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    scored = []
+    for folder in (run, out):
+        said = dpo("score", folder, tmp_path / "pairs.jsonl")
+        assert said.code == 0, said.err
+        scored.append(said.lines)
+    assert scored[0] == scored[1]
+    assert "path: bundled:smollm2-135m-instruct" in (run / "recipe.yaml").read_text()
+    card = (out / "README.md").read_text()
+    assert "base_model: HuggingFaceTB/SmolLM2-135M-Instruct" in card and "bundled:smollm2" not in card
+    assert "rounded to 4 bits" in card
 
 
 def test_an_unfinished_run_leaves_with_its_newest_checkpoint(tiny_run: Path, tmp_path: Path) -> None:

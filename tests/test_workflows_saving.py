@@ -17,12 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from dpo_studio.learning import checkpoints, train
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.train import TrainingState
+from dpo_studio.models import adapters
 from dpo_studio.runs import RunFolder
+from dpo_studio.workflows import saving
 from tests.test_lock import another_holds
 from tests.tiny_runs import Said, dpo, write_recipe
 
@@ -142,12 +144,12 @@ def test_a_write_that_the_system_refuses_is_told_of(recipe: Path, tmp_path: Path
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, before[1]))
     try:
-        said = dpo("train", recipe, "--set", "adapter.rank=8")
+        said = dpo("train", recipe, "--set", "adapter.rank=4")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     refused(said, "the checkpoint of step 2 cannot be written", "File too large", "the last whole checkpoint")
     assert not list((tmp_path / "run/checkpoints").iterdir())
-    assert dpo("train", recipe, "--set", "adapter.rank=8").code == 0
+    assert dpo("train", recipe, "--set", "adapter.rank=4").code == 0
 
 
 def test_a_read_only_folder_is_told_of_before_the_model_is_loaded(
@@ -161,6 +163,40 @@ def test_a_read_only_folder_is_told_of_before_the_model_is_loaded(
     monkeypatch.setattr("dpo_studio.workflows.training.load_chat_model", lambda *_, **__: pytest.fail("loaded"))
     for folder in (run, small_disk / "new"):
         refused(dpo("train", recipe, "--set", f"run.folder={folder}"), f"{folder} cannot be written: Read-only")
+
+
+# The adapter
+
+
+def test_an_adapter_that_plain_peft_would_not_load_is_told_of_before_the_first_step(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(adapters, "_short_targets", lambda _policy: ["q_proj"])
+    refused(
+        dpo("train", recipe), "plain PEFT would not load", "no place for the tensor base_model.model.model.layers.0"
+    )
+    assert not (tmp_path / "run/metrics.jsonl").exists() and not (tmp_path / "run/checkpoints").exists()
+    assert not list((tmp_path / "run").glob(".trial*"))
+
+
+def test_a_result_that_is_not_what_was_trained_finishes_no_run(
+    recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One number of one tensor is another; run again, it is written anew from the last checkpoint."""
+    save = saving.save_adapter
+
+    def spoil(policy: Any, folder: Path, **named: Any) -> None:
+        save(policy, folder, **named)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        tensors[sorted(tensors)[3]][-1, -1] += 1
+        save_file(tensors, folder / "adapter_model.safetensors")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(saving, "save_adapter", spoil)
+        refused(dpo("train", recipe), "is another than the one that was trained")
+    assert not (tmp_path / "run/result.json").exists()
+    assert dpo("train", recipe).code == 0
+    assert (tmp_path / "run/result.json").exists()
 
 
 # The folder

@@ -20,6 +20,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -156,7 +157,20 @@ class RunFolder:
     def sweep(self) -> None:
         """Remove what a process that was killed had not finished writing."""
         for unfinished in self.path.glob(f".*{_WRITING}*"):
-            unfinished.unlink()
+            if unfinished.is_dir() and not unfinished.is_symlink():
+                shutil.rmtree(unfinished, ignore_errors=True)
+            else:
+                unfinished.unlink()
+
+    @contextmanager
+    def scratch(self, name: str) -> Iterator[Path]:
+        """A folder of the run that is there inside the block only."""
+        folder = self.path / f".{name}{_WRITING}{os.getpid()}"
+        folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _refuse_links(self) -> None:
         """A run writes, and removes old checkpoints, in its own folder only.

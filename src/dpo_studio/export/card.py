@@ -14,9 +14,9 @@ import yaml
 
 from dpo_studio import __version__
 from dpo_studio.config import BUNDLED, parse_yaml
+from dpo_studio.models.bundled import published_name
 
 __all__ = [
-    "BUNDLED_ID",
     "Card",
     "adapter_code",
     "gptq_code",
@@ -27,9 +27,6 @@ __all__ = [
     "quoted",
     "versions",
 ]
-
-BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
-"""What the bundled model is called on the Hub."""
 
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*\n", re.DOTALL)
 _LONGEST_HEAD = 200_000
@@ -95,14 +92,16 @@ def quoted(name: str) -> str:
 
 def hub_id(name: str) -> str | None:
     """The model or data set on the Hub that the name stands for, if it is no file or folder here."""
+    name = published_name(name)
     if name.startswith(BUNDLED):
-        return BUNDLED_ID if "smollm2" in name else None
+        return None
     found = _HUB_ID.match(name)
     return found[0] if found and not Path(name.partition(":")[0]).exists() and not name.startswith((".", "~")) else None
 
 
 def public_name(name: str) -> str:
     """The name as it may be given away: of a path, its last part."""
+    name = published_name(name)
     return name if name.startswith(BUNDLED) or hub_id(name) == name else Path(name).name or name
 
 

@@ -25,6 +25,7 @@ from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from dpo_studio.config import ReferenceSection
 from dpo_studio.disk import check_space, sync, sync_folder
 from dpo_studio.errors import RunError
 from dpo_studio.learning.train import TrainingState
@@ -61,7 +62,7 @@ def save_checkpoint(
     if final.is_dir() and not final.is_symlink() and _damage(final) is None:
         return final
     sweep(folder)
-    check_space(folder, checkpoint_bytes(policy, state), f"the checkpoint of step {state.step}")
+    check_space(folder, checkpoint_bytes(policy, state.reference), f"the checkpoint of step {state.step}")
     scratch = folder / f"{_WRITING}{final.name}"
     try:
         _write(scratch, policy, state, base, held_out_loss)
@@ -82,10 +83,10 @@ def save_checkpoint(
     return final
 
 
-def checkpoint_bytes(policy: PeftModel, state: TrainingState) -> int:
+def checkpoint_bytes(policy: PeftModel, reference: ReferenceSection) -> int:
     """What a checkpoint will take on the disk: the adapter thrice (AdamW keeps two averages), and a moved reference."""
     trained = sum(p.numel() * p.element_size() for p in adapter_state(policy).values())
-    moved = reference_state(policy) if state.reference.update_every is not None else {}
+    moved = reference_state(policy) if reference.update_every is not None else {}
     small_files = 4096 * (len(_FILES) + 2)
     return 3 * trained + sum(x.numel() * x.element_size() for x in moved.values()) + small_files
 

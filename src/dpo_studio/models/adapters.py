@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
+from peft.tuners.lora import awq, gptq
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import other as peft_utils
 from peft.utils import quantization_utils
@@ -31,7 +33,9 @@ __all__ = [
     "attach",
     "attach_existing",
     "in_eval",
+    "quiet_peft",
     "save_adapter",
+    "saved_tensors",
     "train_mode",
 ]
 
@@ -65,7 +69,7 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            with _quiet_peft():
+            with quiet_peft():
                 policy = get_peft_model(base, config)
         except ValueError as error:
             linear = sorted({name.rpartition(".")[2] for name, m in base.named_modules() if isinstance(m, nn.Linear)})
@@ -89,9 +93,12 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
     config.inference_mode = not trainable
     config._register_custom_module({nn.Linear: LoraLinear})
     try:
-        with _quiet_peft():
+        with quiet_peft():
             if isinstance(base, PeftModel):
-                base.load_adapter(folder, adapter_name=name, is_trainable=trainable, peft_config=config)
+                base.add_adapter(
+                    name, config
+                )  # `load_adapter` alone reads the folder's own, and adapts by PEFT's layers
+                base.load_adapter(folder, adapter_name=name, is_trainable=trainable)
                 policy = base
             else:
                 policy = PeftModel.from_pretrained(
@@ -161,19 +168,25 @@ def adapter_state(policy: PeftModel) -> dict[str, Tensor]:
     return {name: p for name, p in sorted(policy.named_parameters()) if p.requires_grad}
 
 
-def save_adapter(policy: PeftModel, folder: Path, *, base: str) -> None:
-    """Write the policy's adapter in PEFT's format; the same adapter gives the same bytes.
+def saved_tensors(policy: PeftModel) -> dict[str, Tensor]:
+    """The policy's adapter by the names that PEFT's files have, in a fixed order."""
+    suffix = f".{POLICY}.weight"
+    return {
+        name.removesuffix(suffix) + ".weight": p.detach()
+        for name, p in sorted(policy.named_parameters())
+        if name.endswith(suffix) and ".lora_" in name
+    }
+
+
+def save_adapter(policy: PeftModel, folder: Path, *, base: str, tensors: Mapping[str, Tensor] | None = None) -> None:
+    """Write the policy's adapter in PEFT's format, or other `tensors` in its place; the same give the same bytes.
 
     `base` is the model as its user named it: a Hub id or path, never a cache folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    suffix = f".{POLICY}.weight"
-    tensors = {
-        name.removesuffix(suffix) + ".weight": p.detach().cpu().contiguous()
-        for name, p in sorted(policy.named_parameters())
-        if name.endswith(suffix) and ".lora_" in name
-    }
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = saved_tensors(policy) if tensors is None else tensors
+    written = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+    save_file(written, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = policy.peft_config[POLICY].to_dict()
     config["target_modules"] = _short_targets(policy)
     config["base_model_name_or_path"] = base
@@ -222,14 +235,14 @@ def train_mode(policy: PeftModel) -> None:
 
 
 @contextmanager
-def _quiet_peft() -> Iterator[None]:
+def quiet_peft() -> Iterator[None]:
     """No warnings that the person at the keyboard cannot act on, and no gptqmodel.
 
     PEFT 0.21 reads a property that transformers 5.23 has renamed, and of missing tensors it only warns: that we refuse.
     Where gptqmodel is installed PEFT imports it to ask whether a layer is one of its own (never, here): 5 s, 500 MB
     and a banner on stdout.
     """
-    askers = [peft_utils, quantization_utils]
+    askers: list[Any] = [peft_utils, quantization_utils, awq, gptq]
     before = [asker.is_gptqmodel_available for asker in askers]
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)

@@ -51,6 +51,8 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _SMALLEST_FLEX_HEAD = 16
 _LEAST_ROOM = 2048
 """Shorter rows share one kernel; what they leave empty is skipped."""
+_OWN_HEADS = {"dory", "modernbert-decoder"}
+"""Models whose logits are not `hidden @ head`: known by name, before their weights are loaded."""
 _OWN_MASKS = {"doge"}
 """Models that add to the mask what they learned: they need one with a place for every two tokens."""
 
@@ -211,6 +213,8 @@ def _obstacles(config: Any) -> list[str]:
         reasons.append("looks at later tokens (use_bidirectional_attention)")
     if getattr(config, "model_type", "") == "gpt2":
         reasons.append("has layers of a kind (Conv1D) whose adapters cannot be switched off")
+    if getattr(config, "model_type", "") in _OWN_HEADS:
+        reasons.append("has more than one product between its hidden states and its logits")
     reasons += _by_place(config)
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("is an encoder-decoder")

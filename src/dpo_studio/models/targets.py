@@ -12,8 +12,13 @@ from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from peft import LoraConfig
-from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers, get_model_conversion_mapping
+from peft.utils.transformers_weight_conversion import (
+    convert_peft_adapter_state_dict_for_transformers,
+    convert_peft_config_for_transformers,
+    get_model_conversion_mapping,
+)
 from torch import nn
 
 from dpo_studio.errors import ModelError
@@ -37,13 +42,22 @@ class Targets:
     routers: int = 0
     renamed: Sequence[str] = ()
     """Names of dense layers, left out too: PEFT would take them for the experts'."""
+    lost: Sequence[str] = ()
+    """Names of layers, left out too: PEFT would not find them again when it loads the adapter."""
 
     def words(self) -> str | None:
-        """What to tell of a mixture, None for a dense model."""
-        if not (self.experts or self.routers or self.renamed):
-            return None
-        ends = ", ".join(sorted({name.rpartition(".")[2] for name in self.renamed}))
-        more = f", and {len(self.renamed)} dense layers ({ends}) whose names PEFT gives to the experts" if ends else ""
+        """What to tell of a mixture, and of layers that are left out; None where all-linear is all of them."""
+        left_out = [
+            f"{len(names)} dense layers ({', '.join(sorted({name.rpartition('.')[2] for name in names}))}) {why}"
+            for names, why in (
+                (self.renamed, "whose names PEFT gives to the experts"),
+                (self.lost, "that PEFT would not find again when it loads the adapter"),
+            )
+            if names
+        ]
+        if not (self.experts or self.routers):
+            return f"all-linear leaves out {', and '.join(left_out)}" if left_out else None
+        more = "".join(f", and {what}" for what in left_out)
         return (
             f"a mixture of experts: all-linear is {len(self.names)} layers of attention and dense MLPs here. Left out: "
             f"{self.experts} layers of experts, {self.routers} routers{more}; the load-balancing loss is not added"
@@ -63,13 +77,15 @@ def all_linear(model: nn.Module) -> Targets:
     linear = [name for name in linear if name.startswith(f"{within}.")] or linear
     renamed = _read_as_experts(model, linear)
     dense = [name for name in linear if name not in strange]
-    names = sorted(name for name in dense if name.rpartition(".")[2] not in renamed)
+    ours = [name for name in dense if name.rpartition(".")[2] not in renamed]
+    lost = _lost(model, ours)
+    names = sorted({*ours} - lost)
     if not names:
         raise ModelError("adapter.targets all-linear: this model has no linear layer that can be adapted")
     kinds = [
         what for name, what in strange.items() if not any(strange.get(parent) == what for parent in _parents(name))
     ]
-    return Targets(names, kinds.count("expert"), kinds.count("router"), sorted({*dense} - {*names}))
+    return Targets(names, kinds.count("expert"), kinds.count("router"), sorted({*dense} - {*ours}), sorted(lost))
 
 
 def refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
@@ -82,6 +98,7 @@ def refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
     parameters = [name for name, _ in model.named_parameters()]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     renamed = _read_as_experts(model, [*linear, *targets])
+    lost = _lost(model, linear)
     for target in sorted(targets):
         found = [name for name in (*modules, *parameters) if name == target or name.endswith(f".{target}")]
         if strange := not_adaptable(model, found):
@@ -94,6 +111,12 @@ def refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
                 f"adapter.targets: {target} is a name that PEFT gives to this family's experts, "
                 "which DPO Studio does not adapt",
                 hint="use `all-linear`, which leaves it out",
+            )
+        if missed := sorted(lost.intersection(found)):
+            raise ModelError(
+                f"adapter.targets: {target} is {missed[0]} too, which PEFT would not find again when it loads the "
+                "adapter: it renames that layer's tensors",
+                hint="name the other layers in full, or use `all-linear`, which leaves it out",
             )
 
 
@@ -161,6 +184,18 @@ def _read_as_experts(model: nn.Module, names: Iterable[str]) -> set[str]:
         if end not in (config.target_modules or ()):
             taken.add(end)
     return taken
+
+
+def _lost(model: nn.Module, names: Iterable[str]) -> set[str]:
+    """Layers whose tensors PEFT, loading them onto this model, would give other names.
+
+    Laguna's `shared_expert` was renamed to `shared_experts`; the expression that says so finds the new name as well.
+    """
+    keys = {f"base_model.model.{name}.lora_A.weight": name for name in names}
+    config = LoraConfig(target_modules=sorted(keys.values()))
+    tensors = {key: torch.empty(1, 1) for key in keys}
+    loaded = convert_peft_adapter_state_dict_for_transformers(model, config, tensors)
+    return {name for key, name in keys.items() if key not in loaded}
 
 
 def _called(model: nn.Module, method: str) -> Any:

@@ -19,6 +19,7 @@ from dpo_studio.export.card import (
 )
 from dpo_studio.export.requantise import Quantising
 from dpo_studio.export.verify import Comparison
+from dpo_studio.models.bundled import BUNDLED_MODEL
 from dpo_studio.reports.text import printable
 
 __all__ = ["adapter_card", "perplexity_line", "quantised_card", "tuned_card"]
@@ -37,7 +38,7 @@ def adapter_card(out: Path, base: str, recipe: Recipe, rank: int, finished: Mapp
         library="peft",
         tags=["dpo", "lora"],
         license=_license(base, None),
-        facts=[f"a LoRA adapter of rank {rank} for {_name(base)}", _tuned(recipe)],
+        facts=[f"a LoRA adapter of rank {rank} for {_name(base)}", *_rounded(base), _tuned(recipe)],
         figures=figures,
         code=adapter_code(out.name, hub_id(base) or public_name(base)),
     )
@@ -65,7 +66,7 @@ def tuned_card(
         library="transformers",
         tags=tags,
         license=_license(base, base_folder),
-        facts=[f"{_name(base)} with a LoRA adapter, {what}", _tuned(recipe)],
+        facts=[f"{_name(base)} with a LoRA adapter, {what}", *_rounded(base), _tuned(recipe)],
         measured=f"Against the base with the adapter on top, on {result['compared_on']}:",
         figures=[
             *comparison.lines(),
@@ -90,6 +91,7 @@ def quantised_card(out: Path, model: str, folder: Path, result: Mapping[str, Any
         license=_license(model, folder),
         facts=[
             f"{_name(model)}, quantised by GPTQ to {_grid(settings)}",
+            *_rounded(model),
             f"calibrated on {result['calibration_rows']} prompts with their chosen answers from {calibration}",
             f"made by DPO Studio with gptqmodel {result['versions']['gptqmodel']}",
         ],
@@ -108,6 +110,13 @@ def perplexity_line(result: Mapping[str, Any]) -> str:
 
 def _name(model: str) -> str:
     return quoted(printable(public_name(model)))
+
+
+def _rounded(model: str) -> Sequence[str]:
+    """What the bundled model's name on the Hub does not say."""
+    return (
+        ["the base's weights had been rounded to 4 bits (its Q4_1 GGUF, dequantised)"] if model == BUNDLED_MODEL else []
+    )
 
 
 def _grid(settings: Quantising) -> str:

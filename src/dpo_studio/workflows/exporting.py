@@ -29,6 +29,7 @@ from dpo_studio.export.requantise import (
 from dpo_studio.export.verify import BARS, Comparison
 from dpo_studio.export.whole import Making, check_new, making
 from dpo_studio.models.adapters import read_adapter_config
+from dpo_studio.models.bundled import BUNDLED_MODEL, published_name
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import load_chat_model, locate
 from dpo_studio.paths import user_path
@@ -105,10 +106,12 @@ def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path) ->
         "rank": config.r,
         "versions": versions("peft", "transformers"),
     }
+    if base == BUNDLED_MODEL:  # whose name on the Hub is that of other weights
+        result["trained_on"] = base
     with making(out) as place:
         shutil.copyfile(adapter / "adapter_model.safetensors", place.result / "adapter_model.safetensors")
         raw = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        raw |= {"base_model_name_or_path": base, "revision": recipe.model.revision}
+        raw |= {"base_model_name_or_path": published_name(base), "revision": recipe.model.revision}
         _write_json(place.result / "adapter_config.json", raw)
         if (template := _template(recipe)) is not None:
             (place.result / "chat_template.jinja").write_text(template, encoding="utf-8")

@@ -15,8 +15,9 @@ from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.errors import RunError, UsageError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
+from dpo_studio.models.bundled import BUNDLED_ID, BUNDLED_MODEL
 from dpo_studio.models.load import ChatModel, load_chat_model, locate
-from dpo_studio.models.scan import base_named_by
+from dpo_studio.models.scan import base_named_by, read_json
 from dpo_studio.paths import user_path
 from dpo_studio.runs import RunFolder, is_run
 from dpo_studio.workflows.kept import date_of
@@ -169,11 +170,13 @@ def _run_around(folder: Path) -> RunFolder | None:
 def _base_of(run: RunFolder | None, folder: Path, config: LoraConfig, name: str) -> str:
     """The base an adapter names.
 
-    A run or its checkpoint knows where that is. Elsewhere a relative folder is looked for beside the adapter, then in
-    the working directory.
+    A run or its checkpoint knows where that is, and an export whether it was the bundled model. Elsewhere a relative
+    folder is looked for beside the adapter, then in the working directory.
     """
     if run is not None and (recipe := run.recipe()) is not None:
         return recipe.model.path
     named = base_named_by(config.base_model_name_or_path, config.revision, name)
+    if named == BUNDLED_ID and read_json(folder / "export.json").get("trained_on") == BUNDLED_MODEL:
+        return BUNDLED_MODEL
     beside = folder / named
     return str(beside) if named.startswith(".") and beside.is_dir() else named

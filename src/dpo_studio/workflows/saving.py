@@ -11,12 +11,13 @@ from pathlib import Path
 from peft import PeftModel
 from safetensors import SafetensorError
 
-from dpo_studio.config import MINUTES
+from dpo_studio.config import MINUTES, ReferenceSection
 from dpo_studio.disk import check_space, sync_folder
 from dpo_studio.errors import RunError
 from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint, sweep
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.lock import Held
+from dpo_studio.models.adapter_proof import prove_adapter, prove_trial
 from dpo_studio.models.adapters import save_adapter
 from dpo_studio.runs import RunFolder
 
@@ -30,7 +31,7 @@ class Saver:
     run: RunFolder
     held: Held
     base: str
-    """The base as its user named it."""
+    """The base as its user named it, or as others know it."""
     every: int | str
     """`training.save_every`: steps, or minutes as text."""
     saved_at: float = field(default_factory=lambda: time.monotonic())
@@ -44,14 +45,14 @@ class Saver:
         assert minutes is not None  # the recipe has seen to it
         return time.monotonic() - self.saved_at >= 60 * float(minutes[1])
 
-    def check_room(self, policy: PeftModel, state: TrainingState) -> None:
+    def check_room(self, policy: PeftModel, reference: ReferenceSection) -> None:
         """Before the first step: room for the checkpoints that will stay, one being written, and the adapter.
 
         Raises:
             RunError: the disk has less.
         """
         there = len(list(self.run.checkpoints.glob("step-*")))
-        wanted = max(1, KEPT + 2 - there) * checkpoint_bytes(policy, state)
+        wanted = max(1, KEPT + 2 - there) * checkpoint_bytes(policy, reference)
         check_space(self.run.checkpoints, wanted, "keeping checkpoints")
 
     def save(self, policy: PeftModel, state: TrainingState, held_out_loss: float | None = None) -> None:
@@ -68,16 +69,31 @@ class Saver:
             raise _unwritable(f"the checkpoint of step {state.step}", self.run.checkpoints, error) from None
         self.saved_at = time.monotonic()
 
-    def save_result(self, policy: PeftModel) -> None:
-        """The adapter, on the disk before anything says that the run is finished.
+    def save_trial(self, policy: PeftModel) -> None:
+        """Before the first step: what will be saved after the last one is what plain PEFT loads.
 
         Raises:
+            ModelError: it is not.
+            RunError: it cannot be written.
+        """
+        try:
+            with self.run.scratch("trial") as scratch:
+                prove_trial(policy, scratch, base=self.base)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable("the adapter", self.run.path, error) from None
+
+    def save_result(self, policy: PeftModel) -> None:
+        """The adapter, proven, and on the disk before anything says that the run is finished.
+
+        Raises:
+            ModelError: plain PEFT would load something else.
             RunError: it cannot be written.
         """
         self.held.check()
         try:
             save_adapter(policy, self.run.adapter, base=self.base)
             sync_folder(self.run.adapter)
+            prove_adapter(policy, self.run.adapter)
         except (OSError, SafetensorError) as error:
             raise _unwritable("the adapter", self.run.adapter, error) from None
 

@@ -31,6 +31,7 @@ from dpo_studio.learning.reference import ReferenceCache, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
 from dpo_studio.lock import Held, held
 from dpo_studio.models.adapters import POLICY, REFERENCE, in_eval, train_mode
+from dpo_studio.models.bundled import published_name
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
@@ -185,6 +186,9 @@ def _train_in(
     check_not_shorter(run, total)
     warn_of_length(recipe, len(data.train.pairs), total, progress.warn)
     policy = attach_policy(base, recipe, progress.say)
+    saver = Saver(run, hold, published_name(base.typed), recipe.training.save_every)
+    saver.check_room(policy, recipe.reference)
+    saver.save_trial(policy)
     train_mode(policy)
     with accelerated(recipe, base, policy, data, progress):
         recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
@@ -193,7 +197,6 @@ def _train_in(
         run.result_file.unlink(missing_ok=True)
         if limit.recompute != "nothing":
             run.append("memory.jsonl", asdict(limit))
-        saver = Saver(run, hold, base.typed, recipe.training.save_every)
         session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"), saver)
         session.fit(stop_after)
     result = session.finish(time.perf_counter() - started) | result_extra
@@ -232,7 +235,6 @@ class _Session:
         self.state = state = TrainingState.fresh(
             self.policy, self.recipe.training, steps.total, self.accelerator, self.recipe.reference
         )
-        self.saver.check_room(self.policy, state)
         self._warn_if_the_reference_never_moves(steps.total)
         self._resume_or_begin(state, steps, live, at_once)
         self._track()

@@ -1,0 +1,139 @@
+"""The proof that plain PEFT reads an adapter back as it was saved, before a night is spent on training it.
+
+PEFT renames tensors while it loads (its own rules, and those of transformers for the family), and of what then finds no
+layer it only warns: such layers keep the values they were made with. So the adapter is loaded the way its user will,
+onto an empty base of the same class and config, and every tensor is looked for at the module it was saved from.
+"""
+
+from __future__ import annotations
+
+from copy import deepcopy
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers.utils import logging as transformers_logging
+
+from dpo_studio.errors import ModelError
+from dpo_studio.models.adapters import POLICY, quiet_peft, save_adapter, saved_tensors
+
+__all__ = ["prove_adapter", "prove_trial"]
+
+_SUFFIX = f".{POLICY}.weight"
+
+
+def prove_trial(policy: PeftModel, scratch: Path, *, base: str, seed: int = 0) -> None:
+    """Save the policy's adapter to `scratch` with noise in every tensor, and prove that; the policy stays as it is.
+
+    A fresh adapter's own B is zero, and so is that of a layer whose tensors were lost.
+
+    Raises:
+        ModelError: plain PEFT would not compute with what this training saves.
+    """
+    draw = torch.Generator().manual_seed(seed)
+    noise = {name: torch.randn(tensor.shape, generator=draw) for name, tensor in saved_tensors(policy).items()}
+    save_adapter(policy, scratch, base=base, tensors=noise)
+    prove_adapter(policy, scratch, noise)
+
+
+def prove_adapter(policy: PeftModel, folder: Path, meant: dict[str, Tensor] | None = None) -> None:
+    """See that plain PEFT loads `folder` as what was `meant`, by default the policy's own adapter.
+
+    Raises:
+        ModelError: a tensor is missing, is another, or is on another layer; or something else would be adapted, or
+            with another scale.
+    """
+    meant = saved_tensors(policy) if meant is None else meant
+    _check_file(folder, meant)
+    _check_loaded(_loaded(policy, folder), policy, meant)
+
+
+def _check_file(folder: Path, meant: dict[str, Tensor]) -> None:
+    with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
+        names = set(file.keys())
+        for name in sorted(names ^ meant.keys()):
+            raise _broken(f"its file {'lacks' if name in meant else 'also holds'} the tensor {name}")
+        for name in sorted(names):
+            if not _same(file.get_tensor(name), meant[name]):
+                raise _broken(f"in its file the tensor {name} is another than the one that was trained")
+
+
+def _loaded(policy: PeftModel, folder: Path) -> PeftModel:
+    """What `PeftModel.from_pretrained` makes of the folder."""
+    with torch.random.fork_rng(devices=[]), quiet_peft():  # its layers are made with random numbers
+        base = _empty_like(policy.get_base_model())
+        try:
+            return PeftModel.from_pretrained(base, folder, torch_device="cpu")
+        except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise _broken(f"it refuses the adapter: {' '.join(str(error).split())[:300]}") from None
+
+
+def _check_loaded(loaded: PeftModel, policy: PeftModel, meant: dict[str, Tensor]) -> None:
+    found = {
+        name.removesuffix(_SUFFIX) + ".weight": p for name, p in loaded.named_parameters() if name.endswith(_SUFFIX)
+    }
+    for name in sorted(meant):
+        if name not in found:
+            raise _broken(f"it has no place for the tensor {name}")
+        if not _same(found[name], meant[name]):
+            raise _broken(f"it loads another tensor than was saved as {name}, or none")
+    theirs, ours = _adapted(loaded), _adapted(policy)
+    for name in sorted(theirs.keys() ^ ours.keys()):
+        raise _broken(f"it adapts {'too few' if name in ours else 'too many'} layers, the first is {name}")
+    for name, scale in ours.items():
+        if theirs[name] != scale:
+            raise _broken(f"it scales {name} by {theirs[name]}, where this training has {scale}")
+
+
+def _adapted(model: PeftModel) -> dict[str, Any]:
+    """The adapted layers and their scales."""
+    layers = model.get_base_model().named_modules()
+    adapted = {name: layer.scaling for name, layer in layers if isinstance(layer, BaseTunerLayer)}
+    return {name: scaling[POLICY] for name, scaling in adapted.items() if POLICY in scaling}
+
+
+def _same(one: Tensor, other: Tensor) -> bool:
+    return one.shape == other.shape and torch.equal(one.detach().cpu().float(), other.detach().cpu().float())
+
+
+def _empty_like(model: Any) -> nn.Module:
+    """A model of the same class and config, on the CPU, whose weights take no memory and hold nothing.
+
+    On `meta`, where weights take no memory either, PEFT 0.21 loads nothing. A quantised base's layers are plain ones
+    here: PEFT names tensors by where a layer is.
+    """
+    config = deepcopy(model.config)
+    for part in (config, config.get_text_config()):
+        if hasattr(part, "quantization_config"):
+            del part.quantization_config
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        with torch.device("meta"):
+            empty: nn.Module = type(model)._from_config(config, attn_implementation="eager")
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    for module in empty.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                module._parameters[name] = nn.Parameter(_empty(p), requires_grad=False)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None:
+                module._buffers[name] = _empty(buffer)
+    return empty.eval()
+
+
+def _empty(tensor: Tensor) -> Tensor:
+    """A tensor of this shape with one element behind it."""
+    return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+
+
+def _broken(what: str) -> ModelError:
+    return ModelError(
+        f"plain PEFT would not load what this training saves: {what}",
+        hint="leave that layer out (adapter.targets), and please report the model",
+    )
