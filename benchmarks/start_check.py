@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     device = torch.device(options.device)
     shape = shaped(options.shape)
-    policy = our_policy(shape, device, _BASES[options.base]).to(getattr(torch, options.dtype))
+    policy = our_policy(shape, device, _BASES[options.base])
+    if options.dtype == "float32":
+        policy = policy.float()
     pairs = random_pairs(MIXES[options.mix], 1000, shape.vocabulary)
     for which in ("first", "second"):
         synchronise(device)

@@ -90,6 +90,9 @@ def write_recipe(file: Path, base: Path, *, rows: Sequence[object] | None = None
         "run": {"folder": str(file.parent / "run")},
     }
     for name, section in sections.items():
-        recipe[name] = recipe.get(name, {}) | section if section is not None else None
+        if section is None:  # its defaults: a section that is null is refused
+            recipe.pop(name, None)
+        else:
+            recipe[name] = recipe.get(name, {}) | section
     file.write_text(yaml.safe_dump(recipe, sort_keys=False))
     return file
