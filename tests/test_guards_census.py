@@ -126,7 +126,7 @@ LOADERS = {
     "AutoModelForCausalLM.from_config": 2,
     "kind.from_pretrained": 1,
     "LoraConfig.from_pretrained": 1,
-    "PeftModel.from_pretrained": 1,
+    "PeftModel.from_pretrained": 2,  # a scanned adapter; and, to prove it, one that was written a moment before
     "GPTQModel.from_pretrained": 1,
 }
 """Where a library opens a folder. A new place must be thought of: is the folder scanned (`locate`, `read_adapter_config`)?"""
