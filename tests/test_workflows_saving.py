@@ -23,6 +23,7 @@ from dpo_studio.learning import checkpoints, train
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models import adapters
+from dpo_studio.models.adapters import save_adapter
 from dpo_studio.runs import RunFolder
 from dpo_studio.workflows import saving
 from tests.test_lock import another_holds
@@ -183,10 +184,9 @@ def test_a_result_that_is_not_what_was_trained_finishes_no_run(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One number of one tensor is another; run again, it is written anew from the last checkpoint."""
-    save = saving.save_adapter
 
     def spoil(policy: Any, folder: Path, **named: Any) -> None:
-        save(policy, folder, **named)
+        save_adapter(policy, folder, **named)
         tensors = load_file(folder / "adapter_model.safetensors")
         tensors[sorted(tensors)[3]][-1, -1] += 1
         save_file(tensors, folder / "adapter_model.safetensors")
