@@ -147,9 +147,6 @@ def test_a_continued_adapter_and_another_reference_are_exported_too(
         model={"path": str(tiny_base), "adapter": str(tiny_run / "adapter")},
         adapter=None,
     )
-    raw = yaml.safe_load(continued.read_text())
-    del raw["adapter"]
-    continued.write_text(yaml.safe_dump(raw))
     assert dpo("train", continued).code == 0
     assert export(tmp_path / "run", tmp_path / "out", "merged").code == 0
     finished = read(tmp_path / "run" / "result.json")
