@@ -49,11 +49,26 @@ WEIGHTS_P2 = torch.randn(len(PAIRS), 2, generator=torch.Generator().manual_seed(
 ARCHITECTURES = ["llama", "mistral-window", "qwen3", "gemma3", "gemma2", "granite-swa", "cohere", "stablelm"]
 
 
+def shape(architecture: str) -> dict[str, Any]:
+    """Heads of 16, the smallest FlexAttention's kernel takes; StableLM has hidden_size / heads of them."""
+    return {"hidden_size": 64, "head_dim": 16} if architecture == "stablelm" else SHAPE
+
+
 def assert_textbook(policy: Any, architecture: str) -> None:
-    """1e-4 relative: of each log-prob, and of each gradient relative to its largest entry."""
-    oracle = plain_peft_on(architecture, **SHAPE).to(CUDA)
+    """1e-4 relative: of each log-prob, and of each gradient relative to its largest entry.
+
+    Where plain fp32 is itself further than that from fp64 (Granite with a window: 2e-4 of a gradient), thrice as far.
+    """
+    oracle = plain_peft_on(architecture, **shape(architecture)).to(CUDA)
     expected_P2 = plain_logps(oracle, PAIRS)
-    expected = gradients(oracle, (WEIGHTS_P2.to(CUDA) * expected_P2).sum())
+    plain = gradients(oracle, (WEIGHTS_P2.to(CUDA) * expected_P2).sum())
+    exact = plain_peft_on(architecture, **shape(architecture)).to(CUDA).double()
+    expected = gradients(exact, (WEIGHTS_P2.to(CUDA).double() * plain_logps(exact, PAIRS)).sum())
+    expected = {name: gradient.float() for name, gradient in expected.items()}
+    allowed = {
+        name: max(1e-4 * expected[name].abs().max().item(), 3 * (plain[name] - expected[name]).abs().max().item())
+        for name in expected
+    }
     for pairs in (PAIRS, PAIRS[::-1]):
         logps_P2 = columns(pair_logps(policy, pack(pairs).to(CUDA)))
         if pairs is not PAIRS:
@@ -61,8 +76,7 @@ def assert_textbook(policy: Any, architecture: str) -> None:
         torch.testing.assert_close(logps_P2, expected_P2, rtol=1e-4, atol=1e-4)
         found = gradients(policy, (WEIGHTS_P2.to(CUDA) * logps_P2).sum())
         for name, gradient in found.items():
-            largest = expected[name].abs().max().item()
-            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-4 * largest, msg=name)
+            torch.testing.assert_close(gradient, expected[name], rtol=0, atol=allowed[name], msg=name)
     with torch.no_grad(), as_reference(policy):
         reference = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
     with torch.no_grad(), oracle.disable_adapter():
@@ -71,7 +85,7 @@ def assert_textbook(policy: Any, architecture: str) -> None:
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_flex_is_the_textbook_eager_and_compiled(architecture: str) -> None:
-    policy = policy_on(architecture, attn_implementation=FLEX, **SHAPE).to(CUDA)
+    policy = policy_on(architecture, attn_implementation=FLEX, **shape(architecture)).to(CUDA)
     train_mode(policy)
     assert check_packing(policy, PAIRS) < 1e-4
     assert_textbook(policy, architecture)

@@ -45,8 +45,9 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     for layer in layers:
         layer.compile(dynamic=True)
     hook = causal_lm(model).get_input_embeddings().register_forward_hook(_needing_gradient)
-    # policy, reference and evaluation, two kinds of layer, some lengths of the attention's kernel
-    settings: dict[str, Any] = {"recompile_limit": 64}
+    # policy, reference and evaluation, two kinds of layer, some lengths of the attention's kernel; a config's floats
+    # are constants: as symbols they reach FlexAttention's score_mod, which takes none (Gemma 2's soft-cap, torch 2.13)
+    settings: dict[str, Any] = {"recompile_limit": 64, "specialize_float": True}
     if hasattr(torch._dynamo.config, _ALLOW_MATES):
         settings[_ALLOW_MATES] = True
     try:
