@@ -119,6 +119,6 @@ def says(text: str | None, *, wait_s: float = 0.0, **message: Any) -> Reply:
 
 def better_says_good(number: int, request: dict[str, Any], *, wait_s: float = 0.0) -> Reply:
     """A fair judge: the answer that holds the word good is better, whichever place it is in."""
-    places = re.findall(r"<answer_\d>\n(.*?)\n</answer_\d>", request["messages"][0]["content"], re.DOTALL)
+    places = re.findall(r"<answer_\d(?:-\w+)?>\n(.*?)\n</answer_\d(?:-\w+)?>", request["messages"][0]["content"], re.DOTALL)
     first, second = ("good" in place for place in places)
     return says(f"Because.\nVerdict: {'tie' if first == second else 1 if first else 2}", wait_s=wait_s)

@@ -158,8 +158,8 @@ def not_judged(why: str, by_order: tuple[Opinion, Opinion] | None = None) -> Ver
 
 
 def higher_wins(a: float, b: float, reason: str) -> Verdict:
-    """The verdict by a number of each answer; numbers that cannot be compared are a tie that says so."""
-    if math.isnan(a) or math.isnan(b):
+    """The verdict by a number of each answer; what is not finite is no result, but a tie that says so."""
+    if not (math.isfinite(a) and math.isfinite(b)):
         return not_judged("there is no number to compare")
     return Verdict("tie" if a == b else "a" if a > b else "b", reason)
 
