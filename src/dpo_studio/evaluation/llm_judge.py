@@ -28,7 +28,7 @@ __all__ = ["Estimate", "LLMJudge"]
 
 _CHARACTERS_A_TOKEN = 4
 """English text in today's vocabularies; half as many in other languages."""
-_LONGEST_LINE = 32 * 2**20
+_LONGEST_LINE = 16 * 2**20
 """Bytes of a line of kept replies: a reply of the largest size, its characters escaped."""
 _PER = 1_000_000
 """Prices are for so many tokens."""

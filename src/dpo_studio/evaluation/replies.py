@@ -14,8 +14,9 @@ import httpx2
 
 __all__ = ["LARGEST_REPLY", "BoundedClient", "ReplyRefusedError", "StatusError"]
 
-LARGEST_REPLY = 8 * 2**20
-"""Bytes, as sent and as unfolded. A reply of 100,000 tokens is half a megabyte; log-probs of 20 others each, 5 MB."""
+LARGEST_REPLY = 4 * 2**20
+"""Bytes, as sent and as unfolded. A reply of 100,000 tokens is half a megabyte; one of 512, each with the log-probs of
+20 others, is one."""
 
 
 class ReplyRefusedError(Exception):

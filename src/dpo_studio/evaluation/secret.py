@@ -21,6 +21,10 @@ _HALVES = 16
 _BETWEEN = "[\\s\\u00ad\\u200b-\\u200f\\u2060\\ufeff]{0,64}"
 """What may stand between two characters of a key: ends of lines, and what is not seen. Bounded, as all that repeats
 here is: what matches must never take longer for being longer."""
+_LEFT_OUT = re.compile("[\\\\\\s\\u00ad\\u200b-\\u200f\\u2060\\ufeff]+")
+_ESCAPED = re.compile(r"\\[uxUX0-7]|%[0-9a-fA-F]{2}|&#|&amp;")
+_BASE64 = str.maketrans("+/", "-_")
+_BASE64_SIGNS = {"-": "[+-]", "_": "[/_]"}
 _CUT = "[key]"
 
 
@@ -28,12 +32,13 @@ class Secret:
     """A key that nobody is to see."""
 
     def __init__(self, key: str) -> None:
-        self._key = key
-        self._pattern = _pattern(key) if len(key) >= _SHORTEST else None
+        self._pieces = _pieces(key)
+        self._pattern = _pattern(self._pieces) if self._pieces else None
+        self._plain = [plain for piece in self._pieces for plain in (piece.lower(), *_encoded(piece))]
 
     def cut(self, text: str) -> str:
         """The text with the key cut out."""
-        return text if self._pattern is None else self._pattern.sub(_CUT, text)
+        return self._pattern.sub(_CUT, text) if self._pattern is not None and self._may_hold(text) else text
 
     def cut_everywhere(self, value: Any) -> Any:
         """A JSON value with the key cut out of every text and every name in it, also where it is spread over several."""
@@ -48,7 +53,8 @@ class Secret:
     def _cut_across(self, parts: Sequence[str]) -> list[str]:
         """The parts, with the key cut out of what they are together: the part in which it begins says so."""
         assert self._pattern is not None
-        found = [match.span() for match in self._pattern.finditer("".join(parts))]
+        whole = "".join(parts)
+        found = [match.span() for match in self._pattern.finditer(whole)] if self._may_hold(whole) else []
         if not found:
             return list(parts)
         clean, start = [], 0
@@ -56,6 +62,13 @@ class Secret:
             clean.append(_without(part, start, found))
             start += len(part)
         return clean
+
+    def _may_hold(self, text: str) -> bool:
+        """False where the expression finds nothing: it takes a second a megabyte, this a twentieth of that."""
+        if _ESCAPED.search(text):
+            return True
+        squeezed = _LEFT_OUT.sub("", text).lower().translate(_BASE64)
+        return any(plain in squeezed for plain in self._plain)
 
 
 def _without(part: str, start: int, spans: Sequence[tuple[int, int]]) -> str:
@@ -93,27 +106,37 @@ def _rebuilt(value: Any, clean: Callable[[tuple[str, ...]], str], path: tuple[st
     return value
 
 
-def _pattern(key: str) -> re.Pattern[str]:
-    """The key, or either half of a long one: plain, escaped, percent-encoded, in hex, in base64. Made of our own key."""
+def _pieces(key: str) -> list[str]:
+    """What is looked for: the key, or either half of a long one."""
+    if len(key) < _SHORTEST:
+        return []
     half = len(key) // 2
-    pieces = [key[:half], key[half:]] if len(key) >= _HALVES else [key]
-    ways = [way for piece in pieces for way in (_BETWEEN.join(map(_written, piece)), *_encoded(piece))]
+    return [key[:half], key[half:]] if len(key) >= _HALVES else [key]
+
+
+def _pattern(pieces: Sequence[str]) -> re.Pattern[str]:
+    """Any of the pieces: plain, escaped, percent-encoded, in hex, in base64. Made of nothing but our own key."""
+    encoded = (_BETWEEN.join(_BASE64_SIGNS.get(c, c) for c in text) for piece in pieces for text in _encoded(piece))
+    ways = [*(_BETWEEN.join(map(_written, piece)) for piece in pieces), *encoded]
     return re.compile(f"(?:(?:{'|'.join(ways)}){_BETWEEN})*(?:{'|'.join(ways)})", re.IGNORECASE)
 
 
 def _written(character: str) -> str:
     """A character as it is and as JSON, Python, URLs and HTML write it, of which some are written twice over."""
     code = ord(character)
-    escapes = rf"\\{{1,8}}(?:u00{code:02x}|u\{{0{{0,6}}{code:x}\}}|x{code:02x}|0?{code:o})"
+    escapes = rf"\\{{1,4}}(?:u00{code:02x}|u\{{0{{0,6}}{code:x}\}}|x{code:02x}|0?{code:o})"
     entities = rf"&(?:amp;){{0,3}}#(?:0{{0,6}}{code}|x0{{0,6}}{code:x});?"
-    return rf"(?:\\{{0,8}}{re.escape(character)}|%(?:25){{0,3}}{code:02x}|{escapes}|{entities})"
+    return rf"(?:\\{{0,4}}{re.escape(character)}|%(?:25){{0,3}}{code:02x}|{escapes}|{entities})"
 
 
 def _encoded(piece: str) -> list[str]:
-    """Its hex, and what its base64 is wherever in a text it stands: what comes before it shifts it by 0, 1 or 2 bytes."""
+    """Its hex, and what its base64 is wherever in a text it stands, for what comes before shifts it by 0, 1 or 2 bytes.
+
+    All in small letters, `-` and `_` for `+` and `/`.
+    """
     found = [piece.encode().hex()]
     for shift in range(3):
         whole = base64.b64encode(b"\0" * shift + piece.encode()).decode().rstrip("=")
         known = whole[(0, 2, 3)[shift] : len(whole) - ((shift + len(piece)) % 3 > 0)]  # bits of what is beside it
         found.append(known)
-    return [_BETWEEN.join("[+-]" if c == "+" else "[/_]" if c == "/" else re.escape(c) for c in text) for text in found]
+    return [text.lower().translate(_BASE64) for text in found]
