@@ -1,7 +1,7 @@
 """What may be sent with every request to an LLM judge, and what would change what a reply is.
 
-Servers have parameters of their own (`top_k`, `guided_choice`, `reasoning_effort`), so what is not known is sent as it is. What is
-refused would be no request any more, or would be answered with something that is not one text with a verdict in it.
+Servers have parameters of their own (`top_k`, `guided_choice`, `reasoning_effort`), so what is not known is sent as it
+is. What is refused would be no request any more, or would be answered with something that is not one text.
 """
 
 from __future__ import annotations

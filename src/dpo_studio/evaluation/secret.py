@@ -41,7 +41,7 @@ class Secret:
         return self._pattern.sub(_CUT, text) if self._pattern is not None and self._may_hold(text) else text
 
     def cut_everywhere(self, value: Any) -> Any:
-        """A JSON value with the key cut out of every text and every name in it, also where it is spread over several."""
+        """A JSON value with the key cut out of every text and name in it, also where it is spread over several."""
         if self._pattern is None:
             return value
         texts: dict[tuple[str, ...], list[str]] = {}

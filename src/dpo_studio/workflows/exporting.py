@@ -30,6 +30,7 @@ from dpo_studio.export.verify import BARS, Comparison
 from dpo_studio.export.whole import Making, check_new, making
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.bundled import BUNDLED_MODEL, published_name
+from dpo_studio.models.finite import check_finite_adapter
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import load_chat_model, locate
 from dpo_studio.paths import user_path
@@ -78,6 +79,7 @@ def export_run(
         check_gptqmodel()
     with progress or Progress() as shown:
         adapter = adapter_of(folder, shown.say)
+        check_finite_adapter(adapter)
         if to == "adapter":
             return _export_adapter(folder, recipe, adapter, out)
         if dtype is not None:
