@@ -37,6 +37,7 @@ from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
 from dpo_studio.workflows.judging import JUDGES, judge_from
+from dpo_studio.workflows.kept import recipe_of
 from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
@@ -173,9 +174,7 @@ def default_judge(run: str) -> str:
 def _recipe(run: str) -> Recipe:
     if not is_run(user_path(run)):
         raise RunError(f"{run} is not a run folder", hint="give the folder that `dpo train` or `dpo demo` made")
-    recipe = RunFolder(user_path(run)).recipe()
-    assert recipe is not None
-    return recipe
+    return recipe_of(RunFolder(user_path(run)))
 
 
 def judges_of(runs: Sequence[str], judge: str | None, against: str = REFERENCE) -> list[str]:
