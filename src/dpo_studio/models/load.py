@@ -31,12 +31,11 @@ from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.models.refusals import refuse_unfit
-from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, weights_of
+from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import Shapes, check_model_size, check_numbers, tensor_shapes
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.paths import user_path
 from dpo_studio.tokens.chat import ChatEncoder
-from dpo_studio.tokens.template import LONGEST_TEMPLATE
 
 __all__ = [
     "ChatModel",
@@ -334,12 +333,10 @@ def _end_ids(folder: Path) -> set[int]:
 
 
 def _read_template(path: str) -> str:
-    """No more than a template can have, so that /dev/zero ends too."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            return file.read(LONGEST_TEMPLATE + 1)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.chat_template {path} cannot be read: {error}") from None
+        return template_text(path, what="a template", error=ModelError)
+    except ModelError as error:
+        raise ModelError(f"model.chat_template {path} cannot be read: {error.message}", hint=error.hint) from None
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
