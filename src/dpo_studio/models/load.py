@@ -299,6 +299,9 @@ def read_tokenizer(folder: Path, name: str) -> Any:
         ModelError: it cannot be loaded.
     """
     raw = read_json(folder / "tokenizer_config.json")
+    _check_added_tokens(raw.get("added_tokens_decoder"), f"{name}: tokenizer_config.json")
+    added = {str(number): token for token, number in read_json(folder / "added_tokens.json").items()}
+    _check_added_tokens(added, f"{name}: added_tokens.json")
     files: dict[str, Any] = {
         key: None
         for key, value in raw.items()
@@ -313,6 +316,21 @@ def read_tokenizer(folder: Path, name: str) -> Any:
         raise ModelError(f"{name}: its tokenizer cannot be loaded: {_one_line(error)}") from None
 
 
+def _check_added_tokens(decoder: Any, where: str) -> None:
+    """Some tokenizers make a token for every id below the largest that is named.
+
+    Raises:
+        ModelError: not ids and tokens, or an id that no vocabulary has.
+    """
+    if decoder is not None and not isinstance(decoder, dict):
+        raise ModelError(f"{where}: its added tokens are no object of ids and tokens")
+    for number in decoder or ():
+        if not (number.isascii() and number.isdecimal() and len(number) < 9 and int(number) <= _LARGEST_ID):
+            raise ModelError(f"{where}: {number[:40]!r} is no token id")
+
+
+_LARGEST_ID = 10_000_000
+"""The largest vocabulary of a known model has 262,144 tokens."""
 _VOCABULARY = ("vocab", "merges")
 """What a tokenizer is made of, or the name of a file that holds it."""
 
