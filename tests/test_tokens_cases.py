@@ -91,6 +91,53 @@ def test_thoughts_that_the_template_does_not_write_are_told_of() -> None:
     }
 
 
+OPENING = "{%- for m in messages -%}{{ '" + TURN.format("m.content") + "' }}{%- endfor -%}"
+OPENING += "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n@@' }}{%- endif -%}"
+
+
+@pytest.mark.parametrize(
+    ("opened", "said", "learned"),
+    [
+        ("<think>\n", "<think>The clock.</think>At six.", "The clock.</think>At six."),
+        ("<think>\nOkay, ", "<think>\nThe clock.\n</think>\n\nAt six.", "The clock.\n</think>\n\nAt six."),
+        ("<thinking> ", "<thinking>\nSix.</thinking>Six.", "\nSix.</thinking>Six."),
+    ],
+)
+def test_a_thought_that_goes_on_otherwise_than_the_prompt_opens_it_is_closed(
+    opened: str, said: str, learned: str
+) -> None:
+    """The prompt stays the served one: the answer has the thought, if not to the white space that the prompt writes."""
+    tokenizer = tokenizer_with(OPENING.replace("@@", opened.replace("\n", "\\n")))
+    ours = ChatEncoder(tokenizer, eos_ids=[]).pair(answers(said, said.replace("ix", "even")))
+    assert ours.case == "3b"
+    assert tokenizer.decode(ours.prompt).endswith(CHATML_HEADER + opened)
+    assert tokenizer.decode(ours.chosen.ids) == f"{learned}<|im_end|>"
+
+
+@pytest.mark.parametrize("mark", ["<Thought>", "<scratchpad>", "<think_fast>", "Here are my reasoning steps:"])
+def test_no_answer_is_learned_inside_a_thought_however_it_is_marked(mark: str) -> None:
+    tokenizer = tokenizer_with(OPENING.replace("@@", f"{mark}\\n"))
+    ours = ChatEncoder(tokenizer, eos_ids=[]).pair(answers("At six.", "Never."))
+    assert ours.case == "3c"
+    assert tokenizer.decode(ours.prompt).endswith(CHATML_HEADER)
+
+
+WITHOUT_SYSTEM = OPENING.replace("{{ '", "{%- if m.role != 'system' -%}{{ '", 1).replace("' }}", "' }}{%- endif -%}", 1)
+
+
+def test_a_turn_that_the_template_does_not_write_is_told_of() -> None:
+    """The prompt is the served one all the same; a thought that is left out of a history is no such turn."""
+    tokenizer = tokenizer_with(WITHOUT_SYSTEM.replace("@@", ""))
+    encoder = ChatEncoder(tokenizer, eos_ids=[])
+    dropped = answers("At six.", "Never.", Message("system", "You sell tickets."), QUESTION)
+    history = (QUESTION, Message("assistant", "<think>\nHm.\n</think>\n\nAt five."), Message("user", "And then?"))
+    found = findings(encoder, [dropped, answers("At six.", "Never.", *history)])["unwritten-turns"]
+    assert (found.count, found.of, found.level) == (1, 2, "warning")
+    assert encoder.pair(dropped).prompt == encoder.prompt_ids([QUESTION])
+    encoder = ChatEncoder(tokenizer_with(DROPPING), eos_ids=[])
+    assert findings(encoder, [answers("At six.", "Never.", *history)])["unwritten-turns"].count == 0
+
+
 DATED = "{{- 'Today: ' + strftime_now('%d %b %Y') + '\\n' -}}" + DROPPING.replace("<think>\\n'", "'")
 
 
