@@ -287,7 +287,7 @@ def _turns(counts: Mapping[str, int], pairs: int, examples: Examples) -> Finding
         pairs,
         level_of(count, pairs, warning=0.0),
         does="The model never sees that turn, or sees it changed: a server leaves it out in the same way.",
-        todo="If it matters (a system prompt, a tool's result), give a template that writes it with model.chat_template.",
+        todo="If it matters (a system prompt, a tool's result), give model.chat_template: FILE that writes it.",
         examples=_some(examples, TURN_LEFT_OUT),
     )
 
