@@ -18,6 +18,7 @@ from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import ChatEncoder, PairError
 from dpo_studio.tokens.checks import TokenChecks
 from dpo_studio.tokens.encode import encode_pairs
+from dpo_studio.tokens.scored_text import check_scored
 from tests.tiny_tokenizers import HEADERS, tiny_tokenizer
 
 QUESTION = Message("user", "When do the trains leave?")
@@ -236,3 +237,12 @@ def test_a_cut_prompt_is_the_served_one_of_the_turns_that_are_left() -> None:
     (one,) = encode_pairs([pair], encoder, max_length=room, too_long="cut_prompt_start").pairs
     assert one.prompt.tolist() == encoder.prompt_ids([system, QUESTION])
     assert tokenizer.decode(one.chosen.ids) == "At six.<|im_end|>"
+
+
+def test_an_answer_that_repeats_its_question_is_no_question_that_is_scored() -> None:
+    """Even where the template refuses the other words that the check would compare with."""
+    picky = "{%- if messages[0].content.startswith('Zebra') -%}{{ raise_exception('a zebra') }}{%- endif -%}"
+    pair = answers("Beans. They grow.", "Beans.", Message("user", "Beans."))
+    for first in ("", picky):
+        encoder = ChatEncoder(tokenizer_with(first + OPENING.replace("@@", "")), eos_ids=[])
+        check_scored(encode_pairs([pair], encoder, max_length=None).pairs, [pair], encoder)
