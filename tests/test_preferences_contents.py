@@ -37,7 +37,7 @@ def only_reason(source: PairSource) -> str:
     return refusal.reason
 
 
-THOUGHTS = ["reasoning_content", "reasoning", "thinking", "thought"]
+THOUGHTS = ["reasoning_content", "reasoning", "thinking", "thought", "reasoningContent", "Thinking", "thinking_content"]
 
 
 @pytest.mark.parametrize("field", THOUGHTS)
@@ -75,6 +75,10 @@ def test_nothing_is_nothing_however_it_is_written(nothing: object, read: Callabl
         ("videos", [{"path": "a.mp4"}]),
         ("audio", {"array": [0.5]}),
         ("documents", [{"title": "t", "text": "x"}]),
+        ("image_url", "a.png"),
+        ("Images", ["a.png"]),
+        ("template_kwargs", {"thinking": True}),
+        ("chat_template", "{{ messages }}"),
     ],
 )
 def test_a_column_that_a_server_would_render_is_refused_by_name(
@@ -225,3 +229,80 @@ def test_what_a_tool_turn_carries_is_not_dropped(read: Callable[..., PairSource]
     assert only_reason(read(GOOD, row)) == "prompt has a message with name, which are not supported"
     turns[2] = said("tool", "42")
     assert len(read(row).pairs) == 1
+
+
+@pytest.mark.parametrize("field", ["tool_plan", "tool_responses", "function_calls", "attachments", "refusal"])
+def test_other_fields_that_templates_render_are_refused_by_name(field: str, read: Callable[..., PairSource]) -> None:
+    row = {"prompt": "q", "chosen": [said("assistant", "a", **{field: "x"})], "rejected": "b"}
+    assert only_reason(read(GOOD, row)) == f"chosen has a message with {field}, which are not supported"
+    assert len(read(row | {"chosen": [said("assistant", "a", **{field: None}, mood="glad", id=3)]}).pairs) == 1
+
+
+@pytest.mark.parametrize(("field", "value"), [("loss", False), ("train", 0), ("training", "0")])
+def test_a_turn_that_another_tool_would_not_train_on_is_refused(
+    field: str, value: object, read: Callable[..., PairSource]
+) -> None:
+    def row(value: object) -> Row:
+        return {"prompt": "q", "chosen": [said("assistant", "a", **{field: value})], "rejected": "b"}
+
+    assert f"{field}: {str(value).lower()}, which is not supported; weight: 0 is" in only_reason(read(GOOD, row(value)))
+    assert len(read(row(True), row(None), row(0.53)).pairs) == 3
+
+
+def test_a_part_of_text_holds_nothing_beside_it(read: Callable[..., PairSource]) -> None:
+    part = {"type": "text", "text": "a"}
+    row = {"prompt": "q", "chosen": [said("assistant", [part | {"image_url": None}, part])], "rejected": "b"}
+    assert read(row).pairs[0].chosen[0].content == "aa"
+    row["chosen"] = [said("assistant", [part, part | {"image_url": "a.png"}])]
+    assert only_reason(read(GOOD, row)) == "chosen has a message with image_url, which are not supported"
+
+
+@pytest.mark.parametrize("column", ["system", "system_prompt", "system_message"])
+def test_system_text_in_a_column_of_its_own_is_used_in_every_format(
+    column: str, read: Callable[..., PairSource]
+) -> None:
+    argilla = {"instruction": "q", "chosen_response": "a", "rejected_response": "b"}
+    shp = {"history": "q", "human_ref_A": "a", "human_ref_B": "b", "labels": 1}
+    for row in ({"prompt": "q", "chosen": "a", "rejected": "b"}, argilla, shp):
+        (pair,) = read(row | {column: "Be brief."}).pairs
+        assert pair.prompt == (Message("system", "Be brief."), Message("user", "q"))
+        assert read(row | {column: None}, row | {column: " "}).pairs[1].prompt == (Message("user", "q"),)
+    there = {"prompt": [said("system", "Be brief."), said("user", "q")], "chosen": "a", "rejected": "b"}
+    assert len(read(there | {column: "Be brief."}).pairs[0].prompt) == 2
+    assert "system" in only_reason(read(GOOD, there | {column: "Be long."}))
+
+
+CHAT = [said("assistant", "It's blue.")]
+WRITTEN = {
+    "twice": json.dumps(json.dumps(CHAT)),
+    "behind a byte order mark": "\ufeff" + json.dumps(CHAT),
+    "one message a line": "".join(json.dumps(message) + "\n" for message in [said("user", "q"), *CHAT]),
+    "as Gemini's": json.dumps([{"role": "model", "parts": [{"text": "Blue."}]}]),
+    "in one conversation": json.dumps({"id": 7, "conversation": CHAT}),
+    "parts of text": json.dumps([{"type": "text", "text": "Blue."}]),
+    "a tuple": str(tuple(CHAT * 2)),
+    "another key first": str([{"id": 1, "model": "m", **CHAT[0]}]),
+    "an array": f"array([{CHAT[0]}], dtype=object)",
+}
+
+
+@pytest.mark.parametrize("text", WRITTEN.values(), ids=WRITTEN.keys())
+def test_a_chat_written_as_text_is_known_however_it_is_written(text: str, read: Callable[..., PairSource]) -> None:
+    assert only_reason(read(GOOD, GOOD | {"chosen": text})) == "chosen is a message list written out as text"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"name": "Ida", "age": 4}',
+        "[1, 2]",
+        '["role"]',
+        '"[sic]"',
+        "(a) first, (b) second",
+        "{'name': 'Ida', 'age': 4}",
+        '{"a": 1}\n{"b": 2}',
+        "array([1, 2])",
+    ],
+)
+def test_an_answer_that_only_looks_like_one_is_an_answer(text: str, read: Callable[..., PairSource]) -> None:
+    assert read(GOOD | {"chosen": text}).pairs[0].chosen[0].content == text

@@ -18,6 +18,7 @@ from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import ChatEncoder, PairError
 from dpo_studio.tokens.checks import TokenChecks
 from dpo_studio.tokens.encode import encode_pairs
+from dpo_studio.tokens.scored_text import check_scored
 from tests.tiny_tokenizers import HEADERS, tiny_tokenizer
 
 QUESTION = Message("user", "When do the trains leave?")
@@ -89,6 +90,53 @@ def test_thoughts_that_the_template_does_not_write_are_told_of() -> None:
         "dropped: answers differ in their thoughts alone": 1,
         "dropped: identical answers": 1,
     }
+
+
+OPENING = "{%- for m in messages -%}{{ '" + TURN.format("m.content") + "' }}{%- endfor -%}"
+OPENING += "{%- if add_generation_prompt -%}{{ '<|im_start|>assistant\\n@@' }}{%- endif -%}"
+
+
+@pytest.mark.parametrize(
+    ("opened", "said", "learned"),
+    [
+        ("<think>\n", "<think>The clock.</think>At six.", "The clock.</think>At six."),
+        ("<think>\nOkay, ", "<think>\nThe clock.\n</think>\n\nAt six.", "The clock.\n</think>\n\nAt six."),
+        ("<thinking> ", "<thinking>\nSix.</thinking>Six.", "\nSix.</thinking>Six."),
+    ],
+)
+def test_a_thought_that_goes_on_otherwise_than_the_prompt_opens_it_is_closed(
+    opened: str, said: str, learned: str
+) -> None:
+    """The prompt stays the served one: the answer has the thought, if not to the white space that the prompt writes."""
+    tokenizer = tokenizer_with(OPENING.replace("@@", opened.replace("\n", "\\n")))
+    ours = ChatEncoder(tokenizer, eos_ids=[]).pair(answers(said, said.replace("ix", "even")))
+    assert ours.case == "3b"
+    assert tokenizer.decode(ours.prompt).endswith(CHATML_HEADER + opened)
+    assert tokenizer.decode(ours.chosen.ids) == f"{learned}<|im_end|>"
+
+
+@pytest.mark.parametrize("mark", ["<Thought>", "<scratchpad>", "<think_fast>", "Here are my reasoning steps:"])
+def test_no_answer_is_learned_inside_a_thought_however_it_is_marked(mark: str) -> None:
+    tokenizer = tokenizer_with(OPENING.replace("@@", f"{mark}\\n"))
+    ours = ChatEncoder(tokenizer, eos_ids=[]).pair(answers("At six.", "Never."))
+    assert ours.case == "3c"
+    assert tokenizer.decode(ours.prompt).endswith(CHATML_HEADER)
+
+
+WITHOUT_SYSTEM = OPENING.replace("{{ '", "{%- if m.role != 'system' -%}{{ '", 1).replace("' }}", "' }}{%- endif -%}", 1)
+
+
+def test_a_turn_that_the_template_does_not_write_is_told_of() -> None:
+    """The prompt is the served one all the same; a thought that is left out of a history is no such turn."""
+    tokenizer = tokenizer_with(WITHOUT_SYSTEM.replace("@@", ""))
+    encoder = ChatEncoder(tokenizer, eos_ids=[])
+    dropped = answers("At six.", "Never.", Message("system", "You sell tickets."), QUESTION)
+    history = (QUESTION, Message("assistant", "<think>\nHm.\n</think>\n\nAt five."), Message("user", "And then?"))
+    found = findings(encoder, [dropped, answers("At six.", "Never.", *history)])["unwritten-turns"]
+    assert (found.count, found.of, found.level) == (1, 2, "warning")
+    assert encoder.pair(dropped).prompt == encoder.prompt_ids([QUESTION])
+    encoder = ChatEncoder(tokenizer_with(DROPPING), eos_ids=[])
+    assert findings(encoder, [answers("At six.", "Never.", *history)])["unwritten-turns"].count == 0
 
 
 DATED = "{{- 'Today: ' + strftime_now('%d %b %Y') + '\\n' -}}" + DROPPING.replace("<think>\\n'", "'")
@@ -189,3 +237,12 @@ def test_a_cut_prompt_is_the_served_one_of_the_turns_that_are_left() -> None:
     (one,) = encode_pairs([pair], encoder, max_length=room, too_long="cut_prompt_start").pairs
     assert one.prompt.tolist() == encoder.prompt_ids([system, QUESTION])
     assert tokenizer.decode(one.chosen.ids) == "At six.<|im_end|>"
+
+
+def test_an_answer_that_repeats_its_question_is_no_question_that_is_scored() -> None:
+    """Even where the template refuses the other words that the check would compare with."""
+    picky = "{%- if messages[0].content.startswith('Zebra') -%}{{ raise_exception('a zebra') }}{%- endif -%}"
+    pair = answers("Beans. They grow.", "Beans.", Message("user", "Beans."))
+    for first in ("", picky):
+        encoder = ChatEncoder(tokenizer_with(first + OPENING.replace("@@", "")), eos_ids=[])
+        check_scored(encode_pairs([pair], encoder, max_length=None).pairs, [pair], encoder)

@@ -50,6 +50,7 @@ from dpo_studio.preferences.turns import (
     text_of,
     transcript,
     turns_of,
+    under_system,
     value_of,
     with_system,
 )
@@ -262,7 +263,11 @@ class Format:
 
 
 def _format(columns: str, parse: Parser) -> Format:
-    return Format(frozenset(columns.split()), parse)
+    def parsed(row: Row) -> Pair | list[Pair]:
+        pairs = parse(row)
+        return [under_system(row, pair) for pair in pairs] if isinstance(pairs, list) else under_system(row, pairs)
+
+    return Format(frozenset(columns.split()), parsed)
 
 
 FORMATS: dict[str, Format] = {

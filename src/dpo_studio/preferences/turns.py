@@ -32,6 +32,7 @@ __all__ = [
     "text_of",
     "transcript",
     "turns_of",
+    "under_system",
     "value_of",
     "with_system",
 ]
@@ -48,6 +49,7 @@ _SPEAKERS = {  # how ShareGPT's files, and those that follow them, call the same
 }
 _ASKS = {"user", "tool"}  # the turns an assistant answers
 _OPENS = {"system", "developer", "user"}  # a list that begins so is a dialogue, not an answer
+_SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 _TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
@@ -115,6 +117,13 @@ def with_system(prompt: Turns, system: object) -> Turns:
             return prompt
         raise RowError("prompt has a system turn besides the system column")
     return (Message("system", text_of(system, "system")), *prompt)
+
+
+def under_system(row: Row, pair: Pair) -> Pair:
+    """The pair under the system text of a row that has it in a column of its own, whatever its format reads."""
+    for name in _SYSTEM_COLUMNS:
+        pair = replace(pair, prompt=with_system(pair.prompt, row.get(name)))
+    return pair
 
 
 def _after(prompt: Turns, turns: Turns) -> Turns:
@@ -273,7 +282,10 @@ def _content(content: object, side: str) -> str:
     if isinstance(content, str):
         return _unicode(content)
     parts = content if isinstance(content, list) else [content]
-    texts = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    of_text = [part for part in parts if isinstance(part, dict) and part.get("type") == "text"]
+    if strange := next(filter(None, (strange_in_message(part, "part") for part in of_text)), None):
+        raise RowError(f"{side} {strange}")
+    texts = [part.get("text") for part in of_text]
     if len(texts) < len(parts) or not all(isinstance(text, str) for text in texts):
         kinds = [part.get("type") for part in parts if isinstance(part, dict)]
         kind = next((kind for kind in kinds if isinstance(kind, str) and kind != "text"), None)

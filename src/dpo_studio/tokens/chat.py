@@ -59,6 +59,8 @@ class PairIds:
     """The template writes no end of turn, so EOS was appended."""
     thought_left_out: bool
     """The template does not write a thought of an answer."""
+    turn_left_out: bool
+    """The template does not write the text of a turn of the prompt, as it is."""
 
 
 class ChatEncoder:
@@ -187,6 +189,7 @@ class ChatEncoder:
             pair.case,
             end_appended=not (pair.chosen.ended and pair.rejected.ended),
             thought_left_out=pair.chosen.thought_left_out or pair.rejected.thought_left_out,
+            turn_left_out=pair.turn_left_out,
         )
 
     def _answer_ids(

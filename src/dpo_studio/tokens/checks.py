@@ -26,6 +26,7 @@ from dpo_studio.tokens.encode import (
     PROMPT_OVER,
     THOUGHT_LEFT_OUT,
     THOUGHTS_ALONE,
+    TURN_LEFT_OUT,
     fit_pair,
 )
 from dpo_studio.tokens.split import CASES
@@ -175,6 +176,7 @@ def rule_findings(
         _by_case(counts, pairs, shown),
         _shorter(counts, pairs, shown),
         _thoughts(counts, pairs, shown),
+        _turns(counts, pairs, shown),
         _without_end(counts, pairs, shown),
     ]
 
@@ -273,6 +275,20 @@ def _thoughts(counts: Mapping[str, int], pairs: int, examples: Examples) -> Find
         does="Their answers are learned without their thoughts; where nothing else differs the pair is dropped.",
         todo="Give a template that writes the thoughts of answers with model.chat_template.",
         examples=_some(examples, *kinds),
+    )
+
+
+def _turns(counts: Mapping[str, int], pairs: int, examples: Examples) -> Finding:
+    count = counts.get(TURN_LEFT_OUT, 0)
+    return Finding(
+        "unwritten-turns",
+        "pairs with a prompt turn that the chat template does not write as it is",
+        count,
+        pairs,
+        level_of(count, pairs, warning=0.0),
+        does="The model never sees that turn, or sees it changed: a server leaves it out in the same way.",
+        todo="If it matters (a system prompt, a tool's result), give model.chat_template: FILE that writes it.",
+        examples=_some(examples, TURN_LEFT_OUT),
     )
 
 

@@ -30,6 +30,7 @@ PROMPT_CUT = "prompt start cut"
 CASE = "prompt and answers parted by case "
 """And the case (`tokens.split`); 1 is that of all others."""
 THOUGHT_LEFT_OUT = "thought not written by the template"
+TURN_LEFT_OUT = "turn of the prompt not written by the template"
 THOUGHTS_ALONE = "answers differ in their thoughts alone"
 END_APPENDED = "end of turn appended"
 
@@ -122,6 +123,8 @@ def fit_pair(
         notes.append(CASE + ids.case)
     if ids.thought_left_out:
         notes.append(THOUGHT_LEFT_OUT)
+    if ids.turn_left_out:
+        notes.append(TURN_LEFT_OUT)
     if ids.end_appended:
         notes.append(END_APPENDED)
     _check_learnable(ids)

@@ -48,6 +48,8 @@ class PartedPair:
     prompt: Shielded
     chosen: PartedAnswer
     rejected: PartedAnswer
+    turn_left_out: bool
+    """Whether text of a prompt turn is not in the prompt: a server's model does not see it either."""
 
     @property
     def case(self) -> Case:
@@ -98,7 +100,8 @@ class Parter:
                 "the chat template closes the thought that its generation prompt opens for one of the answers only",
                 hint="give both answers a thought or none, or another template with model.chat_template",
             )
-        return PartedPair(Shielded(prompt.served[: chosen.prompt], writer.spelled), chosen, rejected)
+        shown = Shielded(prompt.served[: chosen.prompt], writer.spelled)
+        return PartedPair(shown, chosen, rejected, prompt.leaves_a_turn_out())
 
     def _part_answer(self, prompt: _Prompt, answer: Sequence[Message]) -> PartedAnswer:
         turns = (*prompt.turns, *answer)
@@ -188,6 +191,12 @@ class _Prompt:
     def closed(self) -> str | None:
         """Without the generation prompt."""
         return self._closed
+
+    def leaves_a_turn_out(self) -> bool:
+        """Whether a turn's text is nowhere in it, neither all of it nor what follows its thought."""
+        return not all(
+            any(text in self.served for text, _ in own_texts(self.writer.shield(turn.content))) for turn in self.turns
+        )
 
     def last_turn(self) -> int | None:
         """Where the last turn's own text begins."""

@@ -35,11 +35,12 @@ def check_scored(pairs: Sequence[EncodedPair], texts: Sequence[Pair], encoder: C
     sample = [known[place] for place in _of_every_shape([text for _, text in known])]
     others = encoder.pairs([_with_other_words(text) for _, text in sample])
     for (pair, text), other in zip(sample, others, strict=True):
+        if isinstance(other, PairError):  # a template that wants certain words: nothing to compare with
+            continue
         for side in ("chosen", "rejected"):
             answer = getattr(text, side)
             unlearned = [*text.prompt, *(turn for turn in answer if _is_context(turn, in_prompt=False))]
-            elsewhere = None if isinstance(other, PairError) else getattr(other, side)
-            if turn := _scored_turn(getattr(pair, side), unlearned, elsewhere, encoder):
+            if turn := _scored_turn(getattr(pair, side), unlearned, getattr(other, side), encoder):
                 shown = " ".join(turn.split())[:60]
                 raise ModelError(
                     f"row {pair.row}: text of its prompt ({shown!r}) is among the tokens of the {side} answer that "
@@ -49,12 +50,12 @@ def check_scored(pairs: Sequence[EncodedPair], texts: Sequence[Pair], encoder: C
 
 
 def _scored_turn(
-    answer: EncodedAnswer, unlearned: Sequence[Message], other: AnswerIds | None, encoder: ChatEncoder
+    answer: EncodedAnswer, unlearned: Sequence[Message], other: AnswerIds, encoder: ChatEncoder
 ) -> str | None:
     """The text of the turn that is scored and should not be, if one is."""
     scored = answer.ids[answer.scored].tolist()
-    there = [] if other is None else [i for i, own in zip(other.ids, other.scored, strict=True) if own]
-    if other is not None and scored == there[: len(scored)]:
+    there = [i for i, own in zip(other.ids, other.scored, strict=True) if own]
+    if scored == there[: len(scored)]:
         return None
     here, elsewhere = encoder.decode(scored), encoder.decode(there)
     texts = [turn.content.strip() for turn in unlearned]

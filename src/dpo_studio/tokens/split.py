@@ -6,7 +6,8 @@ with one answer; `at` = where the answer's own text begins in F. The prompt is P
 1. F begins with P: the rest of F.
 3. F begins with P0, so only the generation prompt differs:
    a. P leaves no thought open: F from `at`.
-   b. P leaves one open and F closes it before the answer's text: F from where the two part.
+   b. P leaves one open and F closes it before the answer's text, or in it where the text begins with the thought that
+      P opens: F from where the two part.
    c. P leaves one open and F never closes it: F from where the two part, and there the prompt ends, too.
 4. A turn of the prompt is moved, dropped or rewritten: F behind the last T before `at`, T being P from the text of the
    prompt's last turn on.
@@ -34,6 +35,13 @@ THOUGHT_MARKS: Final = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<thought>", "</thought>"),
+    ("<Thought>", "</Thought>"),
+    ("<thoughts>", "</thoughts>"),
+    ("<think_fast>", "</think_fast>"),
+    ("<think_faster>", "</think_faster>"),
+    ("<scratchpad>", "</scratchpad>"),
+    ("<reflection>", "</reflection>"),
+    ("<analysis>", "</analysis>"),
     ("<reasoning>", "</reasoning>"),
     ("<seed:think>", "</seed:think>"),
     ("<longcat_think>", "</longcat_think>"),
@@ -48,6 +56,7 @@ THOUGHT_MARKS: Final = (
     ("<|channel|>analysis<|message|>", "<|end|>"),
     ("<|channel>thought", "<channel|>"),
     ("<unused94>thought", "<unused95>"),
+    ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
 """What opens and closes a thought in the chat formats there are."""
 
@@ -89,7 +98,7 @@ def split_chat(
         return Split("1", len(served), len(served))
     base = (closed() or "").rstrip()
     if base and whole.startswith(base) and at >= len(base):
-        return _other_header(served, base, whole, at)
+        return _other_header(served, base, whole, at, end)
     begins = last_turn()
     if begins is not None and (tail := served[begins:]) and (found := whole.rfind(tail, 0, at)) >= 0:
         return Split("4", len(served), found + len(tail))
@@ -101,11 +110,12 @@ def split_chat(
     )
 
 
-def _other_header(served: str, base: str, whole: str, at: int) -> Split:
+def _other_header(served: str, base: str, whole: str, at: int, end: int) -> Split:
     """Case 3: only what follows the prompt's turns differs."""
     parted = _edge(served, whole, common_prefix(served, whole), len(base))
     if leaves_open(served[len(base) :]):
-        if any(closing in whole[parted:at] for closing in _CLOSING.values()):
+        before_text = at if at >= parted else end  # an answer may begin with the very mark that P ends with
+        if any(closing in whole[parted:before_text] for closing in _CLOSING.values()):
             return Split("3b", len(served), parted)
         return Split("3c", parted, parted)
     if not _has_thought(whole[len(base) : at]):
