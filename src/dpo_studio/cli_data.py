@@ -80,13 +80,20 @@ def _report(summary: dict[str, Any], as_json: bool) -> None:
 
     say(f"{summary['source']}: {summary['rows']:,} rows ({summary['format']}), {summary['pairs']:,} pairs")
     for reason, count in summary["refused"].items():
-        say(f"{count:,} rows refused: {reason}")
+        first = summary["refused_first"][reason]
+        say(f"{count:,} rows refused: {reason}; the first is row {first['row']}{_seen(first['seen'])}")
+    if summary["refused"]:
+        say("(rows count from 0)")
     if "train" in summary:
         say(f"{summary['train']:,} pairs to learn from, {summary['held_out']:,} held out")
     for origin, sides in summary.get("by_source", {}).items():
         say(f"{origin}: {sides['train']:,} and {sides['held_out']:,}")
     outs = summary["out"]
     print("\n".join([outs] if isinstance(outs, str) else outs))
+
+
+def _seen(value: str) -> str:
+    return f", {value}" if value else ""
 
 
 @app.command()
