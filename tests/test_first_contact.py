@@ -187,7 +187,8 @@ def record(*values: str, states: tuple[str, ...] = ()) -> dict[str, Any]:
 def flat(row: dict[str, Any]) -> dict[str, Any]:
     """The same record as `to_datasets` writes it."""
     said = row["responses"].get("preference", [])
-    return row["fields"] | {
+    fields: dict[str, Any] = row["fields"]
+    return fields | {
         "preference.responses": [one["value"] for one in said],
         "preference.responses.users": [one["user_id"] for one in said],
         "preference.responses.status": [one.get("status", "submitted") for one in said],

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from dpo_studio.cli_choices import TooLong
 from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section
 
 __all__ = ["app"]
@@ -107,7 +108,7 @@ def check(
         ),
     ] = None,
     max_length: Annotated[int, typer.Option(min=8, help="With --model: longest prompt and answer, in tokens.")] = 1024,
-    too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
+    too_long: TooLong = "drop",
     chat_template: Annotated[str | None, typer.Option(help="With --model: a Jinja file in place of its own.")] = None,
     format_: Format = "auto",
     map_: Map = None,
@@ -122,9 +123,6 @@ def check(
     from dpo_studio.config import ModelSection, SourceSection
     from dpo_studio.workflows.checking import check_source
 
-    if too_long not in ("drop", "cut_prompt_start", "cut_answer_end"):
-        choices = "drop, cut_prompt_start, cut_answer_end"
-        raise typer.BadParameter(f"{too_long!r} is not one of {choices}", param_hint="--too-long")
     if chat_template is not None and model is None:
         raise typer.BadParameter("goes with --model", param_hint="--chat-template")
     if html is not None:
@@ -135,7 +133,7 @@ def check(
         held_out=SourceSection(source=held_out) if held_out else None,
         model=ModelSection(path=model, chat_template=chat_template) if model else None,
         max_length=max_length,
-        too_long=too_long,  # type: ignore[arg-type]  # one of the three
+        too_long=too_long,
     )
     if as_json:
         print(json.dumps(report.to_plain()))

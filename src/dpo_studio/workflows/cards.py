@@ -20,7 +20,7 @@ from dpo_studio.export.card import (
 from dpo_studio.export.requantise import Quantising
 from dpo_studio.export.verify import Comparison
 from dpo_studio.models.bundled import BUNDLED_MODEL
-from dpo_studio.reports.text import printable
+from dpo_studio.reports.text import percent, printable
 
 __all__ = ["adapter_card", "perplexity_line", "quantised_card", "tuned_card"]
 
@@ -30,7 +30,9 @@ def adapter_card(out: Path, base: str, recipe: Recipe, rank: int, finished: Mapp
     figures = []
     if "accuracy_ci95" in finished:
         low, high = finished["accuracy_ci95"]
-        figures = [f"held-out accuracy {finished['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})"]
+        figures = [
+            f"held-out accuracy {percent(finished['accuracy'])} (95 % interval {percent(low)} to {percent(high)})"
+        ]
     return Card(
         title=printable(out.name),
         base_id=hub_id(base),
@@ -70,7 +72,7 @@ def tuned_card(
         measured=f"Against the base with the adapter on top, on {result['compared_on']}:",
         figures=[
             *comparison.lines(),
-            f"answers that end by themselves: {before:.2f} before, {after:.2f} after",
+            f"answers that end by themselves: {percent(before)} before, {percent(after)} after",
             *(f"made although {miss}" for miss in result["misses"]),
         ],
         example=(result["showcase_prompt"], printable(result["showcase_answer"])),
