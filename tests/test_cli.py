@@ -575,3 +575,23 @@ def test_another_interrupt_while_an_error_is_told_leaves_no_traceback() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")
+
+
+@pytest.mark.parametrize(
+    ("verb", "option", "choices"),
+    [
+        ("train", "--tracker", "tensorboard|wandb|trackio"),
+        ("score", "--dtype", "float32|bfloat16|float16"),
+        ("score", "--too-long", "drop|cut_prompt_start|cut_answer_end"),
+        ("data check", "--too-long", "drop|cut_prompt_start|cut_answer_end"),
+        ("export", "--to", "adapter|merged|gptq"),
+        ("quantize", "--bits", "2|3|4|8"),
+        ("judge check", "--dtype", "float32|bfloat16|float16"),
+    ],
+)
+def test_help_lists_the_choices_of_an_option_and_a_wrong_one_is_answered_with_them(
+    verb: str, option: str, choices: str
+) -> None:
+    assert f"<{choices}>" in " ".join(dpo(*verb.split(), "--help").out.split())
+    said = dpo(*verb.split(), "x", "y", option, "7")
+    assert said.code == 2 and all(choice in said.err for choice in choices.split("|"))

@@ -86,6 +86,14 @@ SEEDS: dict[str, dict[str, Any]] = {
         "models": [],
         "completions": [{"response": text, "fine-grained_score": 9 - at} for at, text in enumerate("abc")],
     },
+    "label-studio": {
+        "data": {"prompt": "q", "answer1": "a", "answer2": "b"},
+        "annotations": [{"result": [{"type": "pairwise", "value": {"selected": "left"}}]}],
+    },
+    "argilla-2": {
+        "fields": {"prompt": "q", "response_a": "a", "response_b": "b"},
+        "responses": {"preference": [{"value": "response_a", "user_id": "1"}]},
+    },
 }
 
 

@@ -746,7 +746,9 @@ def test_wrong_columns_are_named(read_rows: Callable[..., PairSource]) -> None:
 
 
 def test_nothing_usable_gives_the_counts(read_rows: Callable[..., PairSource]) -> None:
-    with pytest.raises(DataError, match=r"none of its 3 rows can .*: 2 x chosen is empty; 1 x prompt is empty"):
+    with pytest.raises(
+        DataError, match=r"none of its 3 rows can .*: 2 x chosen is empty \(row 0\); 1 x prompt is empty"
+    ):
         read_rows(GOOD | {"chosen": ""}, GOOD | {"prompt": ""}, GOOD | {"chosen": " "})
 
 

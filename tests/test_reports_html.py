@@ -183,7 +183,7 @@ class Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
         self.attributes += [(tag, name, value or "") for name, value in attrs]
-        if tag not in {"meta", "br", "img", "link"}:
+        if tag not in {"meta", "br", "img", "link", "input"}:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -253,9 +253,9 @@ def test_ids_are_unique_and_references_lead_somewhere(demo: tuple[str, Page]) ->
 
 def test_every_figure_has_a_name_and_says_what_it_shows(demo: tuple[str, Page]) -> None:
     _, page = demo
-    assert page.elements.count("svg") == 6
-    assert page.attributes.count(("svg", "role", "img")) == 6
-    assert page.elements.count("desc") == 6
+    assert page.elements.count("svg") == 7
+    assert page.attributes.count(("svg", "role", "img")) == 7
+    assert page.elements.count("desc") == 7
     assert "97 comparisons won by the tuned model, 14 ties, 29 won by the base model." in page.text
 
 

@@ -42,7 +42,7 @@ PAIR = {
 }
 REFUSED = [
     {"row": 1, "reason": "tie"},
-    {"row": 2, "reason": "rejected is neither text nor messages"},
+    {"row": 2, "reason": "rejected is neither text nor messages", "seen": "True"},
     {"row": 3, "reason": "row is not a JSON object"},
 ]
 
@@ -77,6 +77,7 @@ def test_convert_through_a_mapping(tmp_path: Path) -> None:
         "rows": 2,
         "pairs": 1,
         "refused": {"tie": 1},
+        "refused_first": {"tie": {"row": 1, "seen": ""}},
         "out": str(tmp_path / "pairs.jsonl"),
         "refused_out": str(tmp_path / "pairs.refused.jsonl"),
     }

@@ -160,7 +160,7 @@ def test_the_summary_counts_what_the_lines_say(run_scored: Said) -> None:
 def test_without_json_the_summary_is_a_line_a_number(tiny_base: Path, pairs: Path) -> None:
     said = dpo("score", tiny_base, pairs)
     assert "pairs: 12" in said.err.splitlines()
-    assert "accuracy: 0.5" in said.err.splitlines()
+    assert "accuracy: 50 %" in said.err.splitlines()
 
 
 # Where from, where to

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from dpo_studio.cli_talk import wrapped
 from dpo_studio.errors import UsageError
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reports.progress import Progress
@@ -225,3 +226,46 @@ def test_what_is_no_file_of_prompts_is_refused(tiny_base: Path, tmp_path: Path) 
     file = tmp_path / "wrong.jsonl"
     assert dpo("generate", tiny_base, "--prompts", file, "--out", file).code == 2
     assert dpo("generate", tiny_base, "--prompts", file, "--top-p", "0.5").code == 2
+
+
+def test_several_samples_and_both_sides_are_a_line_each(loaded: Loaded, tiny_run: Path, tmp_path: Path) -> None:
+    """Two prompts, three samples, two sides: twelve lines, of which every side's first sample is the plain answer."""
+    asked = ["What is water?", "Why is it wet?"]
+    (file := tmp_path / "prompts.txt").write_text("\n".join(asked))
+    more = ("--prompts", file, "--max-new-tokens", 12)
+    lines = dpo("generate", tiny_run, *more, "--samples", 3, "--both").lines
+    order = [(prompt, sample, side) for prompt in asked for sample in range(3) for side in ("base", "tuned")]
+    assert [(line["prompt"], line["sample"], line["model"]) for line in lines] == order
+    for side, option in (("tuned", ()), ("base", ("--base",))):
+        plain = [line["answer"] for line in dpo("generate", tiny_run, *more, *option).lines]
+        assert plain == [line["answer"] for line in lines if line["sample"] == 0 and line["model"] == side]
+    tuned = [line["answer"] for line in lines if line["model"] == "tuned" and line["prompt"] == asked[0]]
+    assert len(set(tuned)) == 3
+    both = [line["model"] for line in dpo("generate", tiny_run, *more, "--both").lines]
+    assert both == ["base", "tuned"] * 2
+
+
+@pytest.mark.parametrize(
+    "more", [("--samples", "2", "--temperature", "0"), ("--both", "--base"), ("--samples", "0"), ()], ids=str
+)
+def test_samples_that_mean_nothing_are_wrong_usage(more: tuple[str, ...], tiny_base: Path, tmp_path: Path) -> None:
+    (file := tmp_path / "prompts.txt").write_text("a")
+    given = ("--prompts", file, *more) if more else ("--prompt", "a", "--samples", "2")
+    assert dpo("generate", tiny_base, *given).code == 2
+
+
+# What a terminal shows
+
+
+@pytest.mark.parametrize("width", [1, 7, 12, 40])
+@pytest.mark.parametrize("cut", [1, 3, 1000])
+def test_words_are_not_broken_at_the_end_of_a_line(width: int, cut: int) -> None:
+    """However the text arrives: the same words, no line too long but for a word that is, its own line breaks kept."""
+    text = "Turn it off  at once,\nthen  dry\n\n  - the incomprehensibilities\n水が 濡れている\tso be it "
+    shown = "".join(wrapped((text[at : at + cut] for at in range(0, len(text), cut)), width))
+    assert shown.split() == text.split()
+    assert [line for line in shown.split("\n") if not line] == [""]
+    for line in shown.split("\n"):
+        wide = sum(2 if "぀" <= one <= "鿿" else 1 for one in line.rstrip())
+        assert wide <= width or len(line.split()) == 1
+    assert "".join(wrapped(text, 1000)) == text

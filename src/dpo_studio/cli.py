@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import io
 import os
+import shutil
 import signal
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Annotated, Any, Optional, TextIO
 import typer
 
 from dpo_studio import cli_data, cli_eval, cli_judge, cli_talk
+from dpo_studio.cli_choices import Bits, Dtype, Form, TooLong, Tracker
 from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section, source_section_of
 
 app = typer.Typer(
@@ -43,22 +45,22 @@ Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token ev
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same answers.")]
-Bits = Annotated[int, typer.Option(help="Bits of a weight: 2, 3, 4 or 8.")]
 GroupSize = Annotated[str, typer.Option(help="Inputs that share a scale; auto: the largest of 128, 64, 32 that fits.")]
 CalibrationRows = Annotated[int, typer.Option("--rows", min=1, help="Prompts with chosen answers to calibrate on.")]
 DescAct = Annotated[bool, typer.Option("--desc-act", help="Quantise the inputs that matter most first (act-order).")]
-Dtype = Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16; default: what is fast here.")]  # noqa: UP045
 
 
 @app.command()
 def demo(out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/demo")) -> None:
     """The whole story on the bundled model and pairs, on a CPU, in minutes."""
+    from dpo_studio.reports.text import percent
     from dpo_studio.workflows.demo import run_demo
 
     result = run_demo(out)
     if "win_rate" in result:
         low, high = result["win_rate_ci95"]
-        print(f"win rate {result['win_rate']:.2f} (95 % interval {low:.2f} to {high:.2f}), {result['n']} comparisons")
+        interval = f"95 % interval {percent(low)} to {percent(high)}"
+        print(f"win rate {percent(result['win_rate'])} ({interval}), {result['n']} comparisons")
     print(out / "report.html")
 
 
@@ -66,7 +68,7 @@ def demo(out: Annotated[Path, typer.Option(help="The run folder to make.")] = Pa
 def train(
     recipe: Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")],
     overrides: Overrides = None,
-    tracker: Annotated[Optional[str], typer.Option(help="tensorboard, wandb or trackio.")] = None,  # noqa: UP045
+    tracker: Tracker = None,
     save_every: Annotated[Optional[str], typer.Option(help="Steps between checkpoints, or minutes: 10min.")] = None,  # noqa: UP045
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and model; train nothing.")] = False,
     anyway: Anyway = False,
@@ -75,7 +77,6 @@ def train(
     """Train what a recipe says; the same command again continues an unfinished run."""
     from dpo_studio.config import load_recipe
 
-    _one_of("--tracker", tracker, "tensorboard", "wandb", "trackio")
     given = {"run.tracker": tracker, "training.save_every": save_every}
     changes = [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]
     load_recipe(recipe, changes)  # a slip in it is told of before torch is imported, which takes five seconds
@@ -90,12 +91,14 @@ def train(
         verdict = verify_recipe(recipe, changes, anyway=anyway)
         print(verdict.text)
         sys.exit(0 if verdict.deterministic else 3)
+    from dpo_studio.reports.text import percent
+
     result = train_recipe(recipe, changes, anyway=anyway)
     if "accuracy" in result:
         low, high = result["accuracy_ci95"]
         print(
-            f"held-out accuracy {result['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f}), "
-            f"before {result['accuracy_before']:.3f}, longer answer wins {result['longer_wins']:.3f}"
+            f"held-out accuracy {percent(result['accuracy'])} (95 % interval {percent(low)} to {percent(high)}), "
+            f"before {percent(result['accuracy_before'])}, longer answer wins {percent(result['longer_wins'])}"
         )
 
 
@@ -121,7 +124,7 @@ def score(
     beta: Annotated[Optional[float], typer.Option(help="Reward per nat; default: the run's, else 0.1.")] = None,  # noqa: UP045
     dtype: Dtype = None,
     max_length: Annotated[Optional[int], typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = None,  # noqa: UP045
-    too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
+    too_long: TooLong = "drop",
     format_: Format = "auto",
     map_: Map = None,
     label: Labels = None,
@@ -136,9 +139,9 @@ def score(
 
     settings: dict[str, Any] = {
         "beta": beta,
-        "dtype": _one_of("--dtype", dtype, "float32", "bfloat16", "float16"),
+        "dtype": dtype,
         "max_length": max_length,
-        "too_long": _one_of("--too-long", too_long, "drop", "cut_prompt_start", "cut_answer_end"),
+        "too_long": too_long,
     }
     if out is not None:
         summary = score_to_file(model, section, out, **settings)
@@ -164,13 +167,21 @@ def generate(
     seed: Seed = 0,
     system: Annotated[Optional[str], typer.Option(help="A system turn before the prompt.")] = None,  # noqa: UP045
     base: Annotated[bool, typer.Option("--base", help="Answer with the reference instead of the tuned model.")] = False,
+    both: Annotated[bool, typer.Option("--both", help="With --prompts: answers of both, a line each.")] = False,
+    samples: Annotated[
+        Optional[int],  # noqa: UP045
+        typer.Option(min=1, help="With --prompts: so many answers to each prompt, a line each."),
+    ] = None,
     dtype: Dtype = None,
 ) -> None:
     """Answer one prompt, streamed, or a file of them, with the model's chat template."""
     if (prompt is None) == (prompts is None):
         raise typer.BadParameter("one of the two is wanted", param_hint="--prompt or --prompts")
-    if out is not None and prompts is None:
-        raise typer.BadParameter("goes with --prompts", param_hint="--out")
+    for option, given in (("--out", out is not None), ("--both", both), ("--samples", samples is not None)):
+        if given and prompts is None:
+            raise typer.BadParameter("goes with --prompts", param_hint=option)
+    if base and both:
+        raise typer.BadParameter("one of the two", param_hint="--base or --both")
     from dpo_studio.paths import check_out
     from dpo_studio.workflows.talking import Chat, Sampling, check_batched, read_prompts
 
@@ -178,10 +189,15 @@ def generate(
     if prompts is not None:
         if out is not None:
             check_out(out, str(prompts))
-        check_batched(sampling)
+        check_batched(sampling, samples or 1)
         asked = read_prompts(prompts)
         lines, cut = cli_talk.answer_all(
-            _load(model, dtype, with_reference=base), asked, sampling, system, tuned=not base
+            _load(model, dtype, with_reference=base or both),
+            asked,
+            sampling,
+            system,
+            sides=("base", "tuned") if both else ("base",) if base else ("tuned",),
+            samples=samples,
         )
         cli_talk.write_lines(lines, out)
         if cut:
@@ -233,7 +249,7 @@ def quantize(
     revision: Revision = None,
 ) -> None:
     """Make a GPTQ model, calibrated on your own prompts and chosen answers."""
-    bits, size = _bits_and_group(bits, group_size)
+    size = _group(group_size)
     section = source_section_of("--calibration", calibration, format_, map_, label, split, None, revision)
     from dpo_studio.workflows.cards import perplexity_line
     from dpo_studio.workflows.quantizing import Calibration, Quantising, quantize_model
@@ -249,7 +265,7 @@ def quantize(
 def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
-    to: Annotated[str, typer.Option(help="adapter, merged or gptq.")],
+    to: Form,
     bits: Bits = 4,
     group_size: GroupSize = "auto",
     rows: CalibrationRows = 128,
@@ -258,13 +274,11 @@ def export(
     dtype: Dtype = None,
 ) -> None:
     """Write the adapter, one merged model or one GPTQ folder; it is compared with the run's model first."""
-    form: Any = _one_of("--to", to, "adapter", "merged", "gptq")
-    bits, size = _bits_and_group(bits, group_size)
-    checked = _one_of("--dtype", dtype, "float32", "bfloat16", "float16")
+    size = _group(group_size)
     from dpo_studio.workflows.exporting import Quantising, export_run
 
     settings = Quantising(bits, size, desc_act)
-    export_run(run, out, form, settings=settings, rows=rows, force=force, dtype=checked)
+    export_run(run, out, to, settings=settings, rows=rows, force=force, dtype=dtype)
     print(out)
 
 
@@ -350,7 +364,7 @@ def set_environment() -> None:
 
 
 def _open_closed_streams() -> None:
-    """Where stdin, stdout or stderr was closed (`>&-`) nothing is read or shown, and no file of ours gets its number."""
+    """A stream closed at the start (`>&-`) reads and shows nothing, and no file of ours gets its number."""
     for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
         try:
             os.fstat(number)
@@ -431,33 +445,26 @@ def _load(model: str, dtype: str | None, *, with_reference: bool = False) -> Any
     from dpo_studio.reports.progress import Progress
     from dpo_studio.workflows.loading import load_any
 
-    checked = _one_of("--dtype", dtype, "float32", "bfloat16", "float16")
     with Progress() as progress:
-        return load_any(model, dtype=checked, with_reference=with_reference, say=progress.say)
+        return load_any(model, dtype=dtype, with_reference=with_reference, say=progress.say)
 
 
-def _bits_and_group(bits: int, group_size: str) -> tuple[int, int | None]:
-    _one_of("--bits", str(bits), "2", "3", "4", "8")
+def _group(group_size: str) -> int | None:
     if group_size == "auto":
-        return bits, None
+        return None
     if not group_size.isdecimal() or int(group_size) < 1:
         raise typer.BadParameter(f"{group_size!r} is neither auto nor a number", param_hint="--group-size")
-    return bits, int(group_size)
-
-
-def _one_of(option: str, value: str | None, *allowed: str) -> str | None:
-    if value is not None and value not in allowed:
-        raise typer.BadParameter(f"{value!r} is not one of {', '.join(allowed)}", param_hint=option)
-    return value
+    return int(group_size)
 
 
 def _print_stream(pieces: Any) -> None:
     """Model text to a terminal: control characters made visible, so that no answer can rewrite the screen."""
     from dpo_studio.reports.text import printable
 
-    show = printable if sys.stdout.isatty() else str
+    if sys.stdout.isatty():
+        pieces = cli_talk.wrapped(map(printable, pieces), shutil.get_terminal_size().columns)
     for piece in pieces:
-        print(show(piece), end="", flush=True)
+        print(piece, end="", flush=True)
     print()
 
 
@@ -467,5 +474,10 @@ def _summary(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary), file=sys.stderr)
         return
+    from dpo_studio.reports.text import percent
+
     for name, value in summary.items():
-        print(f"{name}: {value}", file=sys.stderr)
+        shown = value
+        if name.startswith(("accuracy", "longer_wins")):  # shares: percent where people read, fractions in JSON
+            shown = " to ".join(map(percent, value)) if isinstance(value, list) else percent(value)
+        print(f"{name}: {shown}", file=sys.stderr)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from dpo_studio.cli_choices import TooLong
 from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section
 
 __all__ = ["app"]
@@ -80,13 +81,20 @@ def _report(summary: dict[str, Any], as_json: bool) -> None:
 
     say(f"{summary['source']}: {summary['rows']:,} rows ({summary['format']}), {summary['pairs']:,} pairs")
     for reason, count in summary["refused"].items():
-        say(f"{count:,} rows refused: {reason}")
+        first = summary["refused_first"][reason]
+        say(f"{count:,} rows refused: {reason}; the first is row {first['row']}{_seen(first['seen'])}")
+    if summary["refused"]:
+        say("(rows count from 0)")
     if "train" in summary:
         say(f"{summary['train']:,} pairs to learn from, {summary['held_out']:,} held out")
     for origin, sides in summary.get("by_source", {}).items():
         say(f"{origin}: {sides['train']:,} and {sides['held_out']:,}")
     outs = summary["out"]
     print("\n".join([outs] if isinstance(outs, str) else outs))
+
+
+def _seen(value: str) -> str:
+    return f", {value}" if value else ""
 
 
 @app.command()
@@ -100,7 +108,7 @@ def check(
         ),
     ] = None,
     max_length: Annotated[int, typer.Option(min=8, help="With --model: longest prompt and answer, in tokens.")] = 1024,
-    too_long: Annotated[str, typer.Option(help="drop, cut_prompt_start or cut_answer_end.")] = "drop",
+    too_long: TooLong = "drop",
     chat_template: Annotated[str | None, typer.Option(help="With --model: a Jinja file in place of its own.")] = None,
     format_: Format = "auto",
     map_: Map = None,
@@ -115,9 +123,6 @@ def check(
     from dpo_studio.config import ModelSection, SourceSection
     from dpo_studio.workflows.checking import check_source
 
-    if too_long not in ("drop", "cut_prompt_start", "cut_answer_end"):
-        choices = "drop, cut_prompt_start, cut_answer_end"
-        raise typer.BadParameter(f"{too_long!r} is not one of {choices}", param_hint="--too-long")
     if chat_template is not None and model is None:
         raise typer.BadParameter("goes with --model", param_hint="--chat-template")
     if html is not None:
@@ -128,7 +133,7 @@ def check(
         held_out=SourceSection(source=held_out) if held_out else None,
         model=ModelSection(path=model, chat_template=chat_template) if model else None,
         max_length=max_length,
-        too_long=too_long,  # type: ignore[arg-type]  # one of the three
+        too_long=too_long,
     )
     if as_json:
         print(json.dumps(report.to_plain()))

@@ -65,7 +65,7 @@ def evaluate(
         raise typer.BadParameter(f"{figure.parent} is no folder", param_hint="--figure")
     from dpo_studio.paths import user_path
     from dpo_studio.reports.progress import Progress
-    from dpo_studio.reports.text import printable
+    from dpo_studio.reports.text import percent, printable
     from dpo_studio.workflows.evaluating import Evaluation, compare_runs, evaluate_run, judges_of
     from dpo_studio.workflows.judging import judge_from
 
@@ -85,8 +85,8 @@ def evaluate(
         for row in rates["temperatures"]:
             low, high = row["win_rate_ci95"]
             print(
-                f"temperature {row['temperature']:g}: win rate {row['win_rate']:.3f} ({low:.3f} to {high:.3f}), "
-                f"at equal length {row['length_controlled']:.3f}"
+                f"temperature {row['temperature']:g}: win rate {percent(row['win_rate'])} "
+                f"({percent(low)} to {percent(high)}), at equal length {percent(row['length_controlled'])}"
             )
         print(printable(str(user_path(run) / "evaluation" / "answers.html")))
     if len(measured) > 1:

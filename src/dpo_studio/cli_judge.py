@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from dpo_studio.cli_choices import Dtype
 from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Split, source_section
 
 __all__ = ["app", "llm_options"]
@@ -66,7 +67,7 @@ def check(
     estimate: Annotated[bool, typer.Option("--estimate", help="Say what an LLM judge would cost, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sample, and of which answer is shown as A.")] = 0,
-    dtype: Annotated[Optional[str], typer.Option(help="float32, bfloat16 or float16, for models.")] = None,  # noqa: UP045
+    dtype: Dtype = None,
     template: Template = None,
     key_env: KeyEnv = None,
     param: Param = None,
@@ -78,8 +79,6 @@ def check(
     """A judge against human labels: agreement, kappa, position bias, the longer answer, and what people reach."""
     from dpo_studio.workflows.judging import check_judge
 
-    if dtype not in (None, "float32", "bfloat16", "float16"):
-        raise typer.BadParameter(f"{dtype!r} is not one of float32, bfloat16, float16", param_hint="--dtype")
     section = source_section(source, format_, map_, label, split, rows, revision)
     result = check_judge(
         section,
@@ -168,26 +167,30 @@ def _table(result: dict[str, Any]) -> list[str]:
     rows = [("the judge", result), ("the longer answer", result["longer_wins"])]
     if (apart := result["leave_one_out"]) is not None:
         rows += [("one annotator against the others", apart["people"]), ("the judge against the same", apart["judge"])]
-    lines = [f"{'':34}agreement  95 % interval   exact   kappa"]
+    lines = [f"{'':34}agreement     95 % interval    exact   kappa"]
     for name, numbers in rows:
         low, high = numbers["agreement_ci95"] or (None, None)
-        interval = f"{_number(low)} to {_number(high)}"
-        cells = f"{_number(numbers['agreement']):>9}  {interval:>14}  {_number(numbers['exact']):>6}"
-        lines.append(f"{name:34}{cells}  {_number(numbers['kappa']):>6}")
+        interval = f"{_share(low)} to {_share(high)}"
+        kappa = "-" if numbers["kappa"] is None else f"{numbers['kappa']:.2f}"
+        lines.append(
+            f"{name:34}{_share(numbers['agreement']):>9}  {interval:>16}  {_share(numbers['exact']):>7}  {kappa:>6}"
+        )
     return lines
 
 
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
+def _share(value: float | None) -> str:
+    from dpo_studio.reports.text import percent
+
+    return "-" if value is None else percent(value)
 
 
 def _orders(verdicts: dict[str, Any]) -> list[str]:
     """Position bias, where answers were shown in an order; and what was not judged."""
     lines = []
     if verdicts["asked_in_both_orders"]:
-        first = _number(verdicts["first_shown_preferred"])
+        first = _share(verdicts["first_shown_preferred"])
         lines.append(
-            f"the answer shown first was preferred {first} of the time (0.5: no position bias); the orders disagree on "
+            f"the answer shown first was preferred in {first} (50 %: no position bias); the orders disagree on "
             f"{verdicts['orders_disagree']} of {verdicts['asked_in_both_orders']} comparisons"
         )
     if verdicts["not_judged"]:

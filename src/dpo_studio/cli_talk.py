@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Generator, Iterable
+import unicodedata
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +14,7 @@ if TYPE_CHECKING:  # they import torch
     from dpo_studio.workflows.loading import Loaded
     from dpo_studio.workflows.talking import Chat, Sampling
 
-__all__ = ["answer_all", "converse", "cut_note", "write_lines"]
+__all__ = ["answer_all", "converse", "cut_note", "wrapped", "write_lines"]
 
 HELP = """/base   let the model before training answer
 /tuned  let the tuned model answer
@@ -71,22 +72,71 @@ def cut_note(limit: int) -> str:
 
 
 def answer_all(
-    loaded: Loaded, prompts: list[str], sampling: Sampling, system: str | None, *, tuned: bool
+    loaded: Loaded,
+    prompts: list[str],
+    sampling: Sampling,
+    system: str | None,
+    *,
+    sides: tuple[str, ...],
+    samples: int | None = None,
 ) -> tuple[list[dict[str, Any]], int]:
-    """(a line a prompt in their order, how many answers were cut); in batches, not streamed."""
+    """(a line an answer in the prompts' order, how many answers were cut); in batches, not streamed.
+
+    A line names its `sample` where a number of them is asked for, and its `model`, base or tuned, where both are.
+    """
     from dpo_studio.preferences.pair import Message
     from dpo_studio.reports.progress import Progress
     from dpo_studio.workflows.talking import answers
 
     first = [Message("system", system)] if system else []
     chats = [[*first, Message("user", prompt)] for prompt in prompts]
+    rounds = [(sample, side) for sample in range(samples or 1) for side in sides]
     with Progress() as progress:
-        written = answers(loaded, chats, sampling, tuned=tuned, progress=progress)
-    lines = [
-        {"prompt": prompt, "answer": answer.text, "tokens": answer.tokens, "cut": not answer.ended}
-        for prompt, answer in zip(prompts, written, strict=True)
-    ]
-    return lines, sum(not answer.ended for answer in written)
+        written = [
+            answers(loaded, chats, sampling, tuned=side == "tuned", progress=progress, sample=sample)
+            for sample, side in rounds
+        ]
+    lines = []
+    for place, prompt in enumerate(prompts):
+        for (sample, side), found in zip(rounds, written, strict=True):
+            which: dict[str, Any] = {} if samples is None else {"sample": sample}
+            which |= {"model": side} if len(sides) > 1 else {}
+            answer = found[place]
+            said = {"answer": answer.text, "tokens": answer.tokens, "cut": not answer.ended}
+            lines.append({"prompt": prompt} | which | said)
+    return lines, sum(line["cut"] for line in lines)
+
+
+def wrapped(pieces: Iterable[str], width: int) -> Iterator[str]:
+    """The same text with lines that end between words; a word is held back until it is whole.
+
+    A word wider than a line stays as it is: the terminal breaks it.
+    """
+    at, gap, word = 0, "", ""
+    for piece in pieces:
+        for character in piece:
+            if not character.isspace():
+                word += character
+                continue
+            if word:
+                breaks = at and gap and at + _columns(gap + word) > width
+                yield f"\n{word}" if breaks else gap + word
+                at = _columns(word) if breaks else at + _columns(gap + word)
+                gap = word = ""
+            if character == "\n":
+                yield "\n"
+                at, gap = 0, ""
+            else:
+                gap += character
+    if gap or word:
+        yield f"\n{word}" if at and word and at + _columns(gap + word) > width else gap + word
+
+
+def _columns(text: str) -> int:
+    """How wide a terminal shows it: characters of East Asian scripts take two columns, combining ones none."""
+    return sum(
+        0 if unicodedata.combining(one) else 2 if unicodedata.east_asian_width(one) in "WF" else 1 for one in text
+    )
 
 
 def write_lines(lines: list[dict[str, Any]], out: Path | None) -> None:

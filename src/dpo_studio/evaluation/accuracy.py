@@ -11,7 +11,9 @@ import torch
 from dpo_studio.evaluation.winrate import share_ci95
 from dpo_studio.objectives import PairLogps, margin, wins
 
-__all__ = ["accuracy_summary", "finite_pairs", "finite_summary"]
+__all__ = ["accuracy_summary", "finite_pairs", "finite_summary", "log_prob_differences"]
+
+_BINS = 24
 
 
 def accuracy_summary(
@@ -39,6 +41,27 @@ def accuracy_summary(
 def _finite(number: float) -> float | None:
     """The number, or None: a beta of 1e308 makes a mean that JSON has no word for."""
     return number if math.isfinite(number) else None
+
+
+def log_prob_differences(policy: PairLogps, reference: PairLogps) -> dict[str, list[float]] | None:
+    """Histogram of log p(chosen) - log p(rejected) in nats: `edges`, and counts `before` (the reference) and `after`.
+
+    Equal bins from the 1st to the 99th percentile of both, one edge at zero; the outer bins hold what lies beyond. None
+    where a log-prob is not finite.
+    """
+    sides = [(logps.chosen_P - logps.rejected_P).double().cpu() for logps in (reference, policy)]
+    both = torch.cat(sides)
+    if not len(both) or not both.isfinite().all():
+        return None
+    low, high = both.sort().values[[len(both) // 100, -1 - len(both) // 100]].tolist()
+    width = max((max(high, 0.0) - min(low, 0.0)) / _BINS, 1e-6)
+    first, last = math.floor(min(low, 0.0) / width), max(math.ceil(max(high, 0.0) / width), 1)
+    counts = [
+        torch.bincount((side / width).floor().long().clamp(first, last - 1) - first, minlength=last - first).tolist()
+        for side in sides
+    ]
+    edges = [round(width * place, 6) for place in range(first, last + 1)]
+    return {"edges": edges, "before": counts[0], "after": counts[1]}
 
 
 def finite_summary(

@@ -222,7 +222,7 @@ def longer_wins() -> RuleJudge:
         a, b = len(comparison.a.text), len(comparison.b.text)
         return higher_wins(a, b, f"A has {a} characters, B has {b}.")
 
-    return RuleJudge("longer-wins", "The answer with more characters wins; as many each is a tie.", rule)
+    return RuleJudge("length", "The answer with more characters wins; as many each is a tie.", rule)
 
 
 def user_rule(spec: str) -> RuleJudge:

@@ -371,7 +371,8 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     seconds = {dtype: _time_product(dtype) for dtype in (torch.float32, torch.bfloat16)}
     ratio = seconds[torch.float32] / seconds[torch.bfloat16]
     dtype = torch.bfloat16 if ratio > 1.2 else torch.float32
-    return dtype, f"on this CPU a bfloat16 product takes {1 / ratio:.2f} of a float32 one's time"
+    times, than = (ratio, "as fast as") if ratio > 1 else (1 / ratio, "slower than")
+    return dtype, f"on this CPU a matrix product in bfloat16 is {times:.3g} times {than} one in float32"
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -21,7 +21,7 @@ def arena(row: Row) -> Pair:
     if winner == "tie":
         raise RowError("tie")
     if winner not in ("model_a", "model_b"):
-        raise RowError("winner is none of model_a, model_b, tie and both_bad")
+        raise RowError("winner is none of model_a, model_b, tie and both_bad", winner)
     a, b = (_judged(row, name) for name in ("conversation_a", "conversation_b"))
     return dialogues(None, a, b) if winner == "model_a" else dialogues(None, b, a)
 

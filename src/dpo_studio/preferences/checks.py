@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from dpo_studio.preferences.duplicates import REMEMBERED, Duplicates
 from dpo_studio.preferences.findings import EXAMPLES, Example, Finding, Histogram, Level, histogram_of, level_of
 from dpo_studio.preferences.pair import Pair
-from dpo_studio.preferences.sources import Refusal
+from dpo_studio.preferences.refusals import Refusal, RefusedRows
 from dpo_studio.preferences.wording import WORDING
 
 __all__ = ["TextChecks"]
@@ -23,6 +23,8 @@ __all__ = ["TextChecks"]
 _OPENING_WORDS = 3
 _OPENING_CHARACTERS = 24
 _COMMON_OPENING = 0.1
+_OPENING_APART = 0.05
+"""An opening that both sides have alike tells nothing of which was chosen; below this difference it is none."""
 _LEAST_ROWS = 20
 """Below this many pairs a share says nothing."""
 _LONGER_WINS = 0.7
@@ -36,9 +38,7 @@ class TextChecks:
 
     def __init__(self) -> None:
         self.duplicates = Duplicates()
-        self.refused: Counter[str] = Counter()
-        self._refusals: dict[str, Example] = {}
-        """The first row of each reason."""
+        self.refused = RefusedRows()
         self._counts = [0] * len(WORDING)
         self._examples: list[list[Example]] = [[] for _ in WORDING]
         self._lengths = array("I"), array("I")
@@ -60,12 +60,11 @@ class TextChecks:
     @property
     def rows(self) -> int:
         """Rows seen."""
-        return self._paired_rows + self.refused.total()
+        return self._paired_rows + self.refused.counts.total()
 
     def refuse(self, refusal: Refusal) -> None:
         """A row that is no pair."""
-        self.refused[refusal.reason] += 1
-        self._refusals.setdefault(refusal.reason, Example(refusal.row, refusal.reason))
+        self.refused.add(refusal)
 
     def see(self, pair: Pair) -> None:
         """A pair to train on."""
@@ -120,19 +119,23 @@ class TextChecks:
         return found
 
     def _refused_rows(self) -> Finding:
-        count = self.refused.total()
-        reasons = [f"{number:,} x {reason}" for reason, number in self.refused.most_common(3)]
-        more = len(self.refused) - len(reasons)
+        """Ties are no reason to warn: such rows are as they should be, and hold no preference."""
+        counts, first = self.refused.counts, self.refused.first
+        count = counts.total()
+        reasons = [f"{number:,} x {reason}" for reason, number in counts.most_common(3)]
+        more = len(counts) - len(reasons)
+        level = level_of(count, self.rows, warning=1.0 if self.refused.only_ties else 0.1)
+        shown = [first[reason] for reason, _ in counts.most_common(EXAMPLES)]
         return Finding(
             "refused-rows",
             "rows that are no pair",
             count,
             self.rows,
-            "stop" if count == self.rows else level_of(count, self.rows, warning=0.1),
+            "stop" if count == self.rows else level,
             does="They are left out. Nothing in them is guessed.",
-            todo="Name the columns with --map, or the shape with --format, if the reason is not what you expect.",
+            todo=self.refused.advice(),
             detail="; ".join(reasons) + (f"; {more} reasons more" if more > 0 else ""),
-            examples=tuple(self._refusals[reason] for reason, _ in self.refused.most_common(EXAMPLES)),
+            examples=tuple(Example(one.row, f"{one.reason}: {one.seen}" if one.seen else one.reason) for one in shown),
         )
 
     def _wording(self, number: int) -> Finding:
@@ -197,9 +200,8 @@ class TextChecks:
         shown = opening if apart > _COMMON_OPENING else most
         count = max(chosen[shown], rejected[shown])
         tells = seen >= _LEAST_ROWS and apart > _COMMON_OPENING
-        level: Level = (
-            "warning" if tells else "note" if seen >= _LEAST_ROWS and count > _COMMON_OPENING * seen else "fine"
-        )
+        some = seen >= _LEAST_ROWS and count > _COMMON_OPENING * seen and apart > _OPENING_APART
+        level: Level = "warning" if tells else "note" if some else "fine"
         shares = (
             f"{100 * chosen[shown] / seen:.0f} % of the chosen and {100 * rejected[shown] / seen:.0f} % of the rejected"
         )

@@ -19,6 +19,7 @@
     nectar            prompt (a transcript), answers [{answer, rank}]: the best against the worst
     nectar-all        the same: the best against each other one, several pairs a row
     ultrafeedback-raw instruction, completions [{response, fine-grained_score}]: the best against the worst
+    label-studio      data, annotations; argilla-2: fields, responses (exports.py): the majority holds
 
 A label that says tie is looked at before the answers are: a tie is no broken row.
 """
@@ -26,12 +27,12 @@ A label that says tie is looked at before the answers are: a tie is no broken ro
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from dpo_studio.preferences.arena import arena, arena_55k
 from dpo_studio.preferences.contents import is_empty, strange_in_row
+from dpo_studio.preferences.exports import argilla_2, is_flat_argilla, label_studio, majority
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.preferences.ranked import nectar, nectar_all, raw_ultrafeedback
 from dpo_studio.preferences.turns import (
@@ -193,20 +194,18 @@ def _argilla(row: Row) -> Pair:
 def _alpaca_eval(row: Row) -> Pair:
     label = number(row, "preference")
     if label != 0 and not 1 <= label <= 2:
-        raise RowError("preference is neither 0 nor from 1 to 2")
+        raise RowError("preference is neither 0 nor from 1 to 2", label)
     leaning = 0 if label == 0 else label - 1.5
     return _preferred(instruction_of(row), row, ("output_1", "output_2"), leaning)
 
 
 def _pandalm(row: Row) -> Pair:
     names = [name for name in row if _ANNOTATOR.fullmatch(name)]
-    votes = Counter(number(row, name) for name in names or ["annotator1"])
-    if not votes.keys() <= {0, 1, 2}:
-        raise RowError("an annotator's label is not 0, 1 or 2")
-    label, count = votes.most_common(1)[0]
-    if 2 * count <= votes.total():
-        raise RowError("tie: no majority of annotators")
-    leaning = (0, -1, 1)[int(label)]
+    votes = [number(row, name) for name in names or ["annotator1"]]
+    strange = next((vote for vote in votes if vote not in (0, 1, 2)), None)
+    if strange is not None:
+        raise RowError("an annotator's label is not 0, 1 or 2", strange)
+    leaning = {"0": 0, "1": -1, "2": 1}[majority([f"{vote:g}" for vote in votes])]
     return _preferred(instruction_of(row), row, ("response1", "response2"), leaning)
 
 
@@ -227,14 +226,14 @@ def _helpsteer3(row: Row) -> Pair:
 def _by_strength(row: Row, prompt: Turns, answers: tuple[str, str], label: str) -> Pair:
     strength = number(row, label)
     if abs(strength) > _STRENGTH:
-        raise RowError(f"{label} is not from -{_STRENGTH} to {_STRENGTH}")
+        raise RowError(f"{label} is not from -{_STRENGTH} to {_STRENGTH}", strength)
     return _preferred(prompt, row, answers, strength)
 
 
 def _shp(row: Row) -> Pair:
     label = number(row, "labels")
     if label not in (0, 1):
-        raise RowError("labels is neither 0 nor 1")
+        raise RowError("labels is neither 0 nor 1", label)
     prompt = text_of(value_of(row, "history"), "history")
     pair = _preferred(prompt, row, ("human_ref_A", "human_ref_B"), 1 - 2 * label)
     scores = scores_of(row, [("score_A", "score_B")])
@@ -290,6 +289,8 @@ FORMATS: dict[str, Format] = {
     "nectar": _format("prompt answers", nectar),
     "nectar-all": _format("prompt answers", nectar_all),
     "ultrafeedback-raw": _format("instruction models completions", raw_ultrafeedback),
+    "label-studio": _format("data annotations", label_studio),
+    "argilla-2": _format("fields responses", argilla_2),
 }
 
 
@@ -297,6 +298,8 @@ def shape_of(row: Row) -> str | None:
     """The format this one row looks like."""
     if {"chosen", "rejected"} <= row.keys():
         return _chosen_shape(row)
+    if is_flat_argilla(row):
+        return "argilla-2"
     return next((name for name, format_ in FORMATS.items() if format_.columns <= row.keys()), None)
 
 

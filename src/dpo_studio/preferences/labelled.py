@@ -19,8 +19,9 @@ from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.mapping import mapped_parser
 from dpo_studio.preferences.pair import Pair
+from dpo_studio.preferences.refusals import Refusal
 from dpo_studio.preferences.rows import read_rows
-from dpo_studio.preferences.sources import Refusal, read_pairs
+from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.preferences.turns import Row, RowError, instruction_of
 
 __all__ = ["Label", "Labelled", "LabelledSource", "read_labelled"]
@@ -114,7 +115,7 @@ def _from_labels(
             pair = replace(texts(row), row=number)
             comparisons.append(Labelled(pair, tuple(_label(read, row, pair) for read in readers)))
         except RowError as refusal:
-            refused.append(Refusal(number, refusal.reason))
+            refused.append(Refusal(number, refusal.reason, refusal.seen))
     source = LabelledSource(section.source, tuple(annotators), comparisons, refused)
     if not comparisons:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in source.refused_by_reason().items())

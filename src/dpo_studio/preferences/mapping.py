@@ -9,6 +9,8 @@
 
     map: {prompt: prompt, answers: generations, scores: ratings}
 
+    map: {prompt: ask, first: a, second: b, label: "ann,bob,eve"}      (more than half of them must agree)
+
 A dot reaches into a nested column; a number after it counts list places from 0 (`messages.0.content` or
 `messages[0].content`), and a name after a list is looked up in each of its objects (`completions.text`). Without a
 label the higher score is preferred; of a list of answers the best is chosen and the worst rejected. Without a prompt
@@ -17,16 +19,28 @@ the answers are whole dialogues, and what they share is it.
 
 from __future__ import annotations
 
+import difflib
 import itertools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
+from dpo_studio.preferences.exports import majority
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.ranked import best_and_worst
-from dpo_studio.preferences.turns import Row, RowError, conversation, implicit, number, text_of, value_of, with_system
+from dpo_studio.preferences.turns import (
+    Row,
+    RowError,
+    conversation,
+    implicit,
+    is_missing,
+    number,
+    text_of,
+    value_of,
+    with_system,
+)
 
 __all__ = ["columns_of", "mapped_parser"]
 
@@ -42,6 +56,7 @@ _WAYS = (  # to say which answer is preferred, each of them once
     {*_LABELLED} | _LABELLED_SCORES,
     _LISTS,
 )
+_NAMES = _ASKED.union(*_WAYS)
 _MEANINGS = {"first", "second", "tie", "both_bad"}
 
 
@@ -54,7 +69,10 @@ class _Mapped:
     """What each label value means, by its text: first, second, tie or both_bad."""
 
     def __call__(self, raw: Row) -> Pair:
-        row: Row = {name: _dig(raw, column) for name, column in self.columns.items()}
+        row: Row = {
+            name: _labels(raw, column) if name == "label" else _dig(raw, column)
+            for name, column in self.columns.items()
+        }
         if "answers" in row:
             row |= _best_and_worst(row)
         chosen, rejected = self._sides(row)
@@ -66,15 +84,23 @@ class _Mapped:
         if "chosen" in row:
             return _RANKED
         if "label" in row:
-            meaning = self.meanings.get(_label_text(value_of(row, "label")))
-            if meaning is None:
-                raise RowError("label has a value that no label setting names")
+            meaning = self._meaning(value_of(row, "label"))
         else:
             first, second = (number(row, f"score_{name}") for name in _LABELLED)
             meaning = "first" if first > second else "second" if second > first else "tie"
         if meaning in {"tie", "both_bad"}:
             raise RowError(meaning.replace("_", " "))
         return ("first", "second") if meaning == "first" else ("second", "first")
+
+    def _meaning(self, label: object) -> str:
+        """What a label says, or what more than half of a list of them say."""
+        found = []
+        for one in label if isinstance(label, list) else [label]:
+            meaning = self.meanings.get(_label_text(one))
+            if meaning is None:
+                raise RowError("label has a value that no label setting names", one)
+            found.append(meaning)
+        return majority(found)
 
 
 def _best_and_worst(row: Row) -> Row:
@@ -119,16 +145,26 @@ def mapped_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pa
     if given - _ASKED not in _WAYS or ("input" in given and "prompt" not in given):
         raise DataError(
             f"{where}: map names {', '.join(sorted(given)) or 'no columns'}",
-            hint="data.train.map, or --map: prompt, chosen, rejected; or prompt, first, second and label, or "
-            "score_first and score_second; or prompt, answers and scores, two lists; optional are input, system and "
-            "scores",
+            hint=f"{_meant(given - _NAMES, _NAMES)}data.train.map, or --map: prompt, chosen, rejected; or prompt, "
+            "first, second and label, or score_first and score_second; or prompt, answers and scores, two lists; "
+            "optional are input, system and scores",
         )
-    for name, column in section.map.items():
-        if not any(column in row or _dig(row, column) is not None for row in rows):
-            raise DataError(
-                f"{where} has no column {column!r} (data.train.map.{name})", hint=f"its columns: {columns_of(rows)}"
-            )
+    for name, given_column in section.map.items():
+        several = name == "label" and not any(given_column in row for row in rows)
+        for column in given_column.split(",") if several else [given_column]:
+            if not any(column in row or _dig(row, column) is not None or _labels(row, column) for row in rows):
+                names = {str(key) for row in rows for key in row}
+                raise DataError(
+                    f"{where} has no column {column!r} (data.train.map.{name})",
+                    hint=f"{_meant({column}, names)}its columns: {columns_of(rows)}",
+                )
     return _Mapped(section.map, _label_meanings(section, rows) if "label" in given else _no_labels(section))
+
+
+def _meant(given: Iterable[str], known: Iterable[str]) -> str:
+    """`did you mean prompt? ` for the first name that is nearly a known one."""
+    near = [match for name in sorted(given) for match in difflib.get_close_matches(name, sorted(known), n=1)]
+    return f"did you mean {near[0]}? " if near else ""
 
 
 def _no_labels(section: SourceSection) -> dict[str, str]:
@@ -144,11 +180,13 @@ def _label_meanings(section: SourceSection, rows: list[Row]) -> dict[str, str]:
     names = {*meanings.values()}
     said_twice = any(meanings[_label_text(value)] != name for name, value in values)
     if said_twice or names != section.label.keys() or not {"first", "second"} <= names <= _MEANINGS:
-        seen = (_dig(row, section.map["label"]) for row in rows)
-        texts = dict.fromkeys(str(value) for value in seen if not isinstance(value, dict | list))
+        seen = (_labels(row, section.map["label"]) for row in rows)
+        each = (value for one in seen for value in (one if isinstance(one, list) else [one]))
+        texts = dict.fromkeys(str(value) for value in each if not isinstance(value, dict | list))
         raise DataError(
             f"{section.source}: label needs a value each for first and second, and may have some for tie and both_bad",
-            hint=f"data.train.label, or --label first=VALUE; values seen: {', '.join(itertools.islice(texts, 5))}",
+            hint=f"{_meant(section.label.keys() - _MEANINGS, _MEANINGS)}data.train.label, or --label first=VALUE; "
+            f"values seen: {', '.join(itertools.islice(texts, 5))}",
         )
     return meanings
 
@@ -156,19 +194,40 @@ def _label_meanings(section: SourceSection, rows: list[Row]) -> dict[str, str]:
 def _label_text(value: object) -> str:
     """A label as it is compared: 1, 1.0, "1" and "1.0" are the same, so are true and "True"."""
     if isinstance(value, dict | list):
-        raise RowError("label is not a single value")
+        raise RowError("label is not a single value", value)
     text = str(value).strip()
     if re.fullmatch(r"[+-]?\d+\.\d*", text):
         return text.rstrip("0").removesuffix(".")
     return text.lower() if text.lower() in {"true", "false"} else text
 
 
-def _dig(row: object, path: str) -> object:
-    """What stands at a column, or at a path of keys and list places with dots; None if nothing does."""
+def _labels(row: Row, path: str) -> object:
+    """A label, or a list of what several annotators said: one column each with commas between, or a path into lists.
+
+    An annotator who said nothing has no vote.
+    """
+    paths = path.split(",") if path not in row else [path]
+    if len(paths) == 1 and not isinstance(found := _dig(row, path), list) and found is not None:
+        return found
+    said = [one for each in paths for one in _flat(_dig(row, each, through_lists=True))]
+    return [one for one in said if not is_missing(one)] or None
+
+
+def _flat(value: object) -> list[object]:
+    return [one for each in value for one in _flat(each)] if isinstance(value, list) else [value]
+
+
+def _dig(row: object, path: str, *, through_lists: bool = False) -> object:
+    """What stands at a column, or at a path of keys and list places with dots; None if nothing does.
+
+    Through lists: a name is looked up in the objects of lists within a list too.
+    """
     if isinstance(row, dict) and path in row:
         return row[path]
     value = row
     for part in re.sub(r"\[(\d+)\]", r".\1", path).split("."):
+        if through_lists and isinstance(value, list):
+            value = _flat(value)
         if isinstance(value, dict):
             value = value.get(part)
         elif isinstance(value, list) and re.fullmatch(r"\d{1,9}", part) and int(part) < len(value):

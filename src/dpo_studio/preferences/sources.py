@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import itertools
+import shlex
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 from dpo_studio.config import SourceSection
@@ -17,8 +18,10 @@ from dpo_studio.errors import DataError
 from dpo_studio.preferences.bounds import BadRow
 from dpo_studio.preferences.contents import strange_in_row
 from dpo_studio.preferences.formats import FORMATS, Parser, scores_of, shape_of, trl_implicit
+from dpo_studio.preferences.guesses import other_kind, suggested_map
 from dpo_studio.preferences.mapping import columns_of, mapped_parser
 from dpo_studio.preferences.pair import Pair
+from dpo_studio.preferences.refusals import Refusal, RefusedRows
 from dpo_studio.preferences.rows import read_rows
 from dpo_studio.preferences.turns import Row, RowError
 
@@ -31,16 +34,6 @@ _EXPECTED = (
 )
 _ORIGINS = ("source", "dataset", "domain")
 _LONGEST_ORIGIN = 100  # characters: what is longer is no name of a set
-
-
-@dataclass(frozen=True, slots=True)
-class Refusal:
-    """A row that is no pair, and why."""
-
-    row: int
-    """Where it stood in its source, from 0."""
-    reason: str
-    """The same text for the same kind of problem."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +65,19 @@ class PairSource:
 
     def refused_by_reason(self) -> dict[str, int]:
         """How many rows each reason refused, most frequent first."""
-        return dict(Counter(refusal.reason for refusal in self.refused).most_common())
+        return dict(_by_reason(self.refused).counts.most_common())
+
+    def refused_lines(self) -> list[str]:
+        """The same in words, each with its first row and what stood there."""
+        refused = _by_reason(self.refused)
+        return [f"{count} rows refused: {refused.described(reason)}" for reason, count in refused.counts.most_common()]
+
+
+def _by_reason(refused: Iterable[Refusal]) -> RefusedRows:
+    found = RefusedRows()
+    for refusal in refused:
+        found.add(refusal)
+    return found
 
 
 def read_pairs(section: SourceSection, *, seed: int = 0) -> PairSource:
@@ -90,8 +95,7 @@ def read_pairs(section: SourceSection, *, seed: int = 0) -> PairSource:
         else:
             refused.append(result)
     if not pairs:
-        counts = Counter(refusal.reason for refusal in refused)
-        raise nothing_usable(stream, counts)
+        raise nothing_usable(stream, _by_reason(refused))
     rows = len({pair.row for pair in pairs}) + len(refused)
     return PairSource(stream.name, stream.format, rows, pairs, refused)
 
@@ -120,7 +124,7 @@ def _results(rows: Iterator[tuple[int, object]], parse: Parser, used: set[str]) 
                 raise RowError(strange)
             pairs = parse(row)
         except RowError as refusal:
-            yield Refusal(number, refusal.reason)
+            yield Refusal(number, refusal.reason, refusal.seen)
             continue
         origin = next((name for column in origins if (name := _origin(row.get(column)))), None)
         for pair in pairs if isinstance(pairs, list) else [pairs]:
@@ -148,12 +152,15 @@ def _checked(row: object) -> Row:
     return row
 
 
-def nothing_usable(source: PairStream, refused: Counter[str]) -> DataError:
+def nothing_usable(source: PairStream, refused: RefusedRows) -> DataError:
     """What to say of a source that has rows and not one pair."""
-    counts = "; ".join(f"{count} x {reason}" for reason, count in refused.most_common(5))
+    counts = "; ".join(refused.lines(5))
+    hint = refused.advice()
+    if refused.only_ties:
+        hint = "every row is a tie; if that is not so, look at what the label's values mean (--label, data.train.label)"
     return DataError(
-        f"{source.name}: none of its {refused.total()} rows can be used (read as {source.format}): {counts}",
-        hint="another shape? name its columns with data.train.map or --map, or the shape with format",
+        f"{source.name}: none of its {refused.counts.total()} rows can be used (read as {source.format}): {counts}",
+        hint=f"{hint} Rows count from 0.",
     )
 
 
@@ -182,8 +189,20 @@ def _format(section: SourceSection, first: list[object]) -> tuple[str, Parser]:
 
 
 def _wrong_columns(section: SourceSection, rows: list[Row]) -> DataError:
-    return DataError(
-        f"{section.source}: its columns ({columns_of(rows)}) are not those of a known format; expected {_EXPECTED}",
-        hint="say which column holds what: --map prompt=COLUMN --map chosen=COLUMN --map rejected=COLUMN; or first and "
-        "second, and a label: --map label=COLUMN --label first=VALUE --label second=VALUE (a recipe: data.train.map)",
+    """What the columns are not, what the file may be instead, and how to name them: ready to be typed where guessed."""
+    said = f"{section.source}: its columns ({columns_of(rows)}) are not those of a known format"
+    if (options := suggested_map(rows)) is not None:
+        once = f"`dpo data convert {shlex.quote(section.source)} pairs.jsonl {options}`"
+        return DataError(
+            f"{said}; expected {_EXPECTED}",
+            hint=f"probably {options} (a recipe: data.train.map). {once} makes a file that needs none of it",
+        )
+    by_hand = (
+        "say which column holds what: --map prompt=COLUMN --map chosen=COLUMN --map rejected=COLUMN; or first and "
+        "second, and a label: --map label=COLUMN --label first=VALUE --label second=VALUE (a recipe: data.train.map)"
     )
+    if (other := other_kind(rows)) is not None:
+        return DataError(
+            f"{said}: {other[0]}; expected {_EXPECTED}", hint=f"{other[1]}. Is it pairs all the same, {by_hand}"
+        )
+    return DataError(f"{said}; expected {_EXPECTED}", hint=by_hand)

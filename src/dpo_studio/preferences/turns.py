@@ -51,15 +51,28 @@ _ASKS = {"user", "tool"}  # the turns an assistant answers
 _OPENS = {"system", "developer", "user"}  # a list that begins so is a dialogue, not an answer
 _SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")
 _TRANSCRIPT_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+_SEEN = 40
+"""Characters of a value that a refusal shows."""
 _TRANSCRIPT_ROLES = {"Human": "user", "Assistant": "assistant"}
 
 
 class RowError(Exception):
     """This row is not a pair."""
 
-    def __init__(self, reason: str) -> None:
+    def __init__(self, reason: str, seen: object = None) -> None:
         super().__init__(reason)
         self.reason = reason
+        """The same text for the same kind of problem, so that it can be counted."""
+        self.seen = "" if seen is None else _shortened(seen)
+        """The value that stood there; never a part of the reason."""
+
+
+def _shortened(value: object) -> str:
+    """As Python writes it, in ASCII, so that it is safe in a message; of what may be long its beginning alone."""
+    if isinstance(value, dict | list):
+        return f"a {'list' if isinstance(value, list) else 'JSON object'} of {len(value)}"
+    text = ascii(value[:_SEEN] if isinstance(value, str) else value)
+    return f"{text[:_SEEN]}…" if len(text) > _SEEN or (isinstance(value, str) and len(value) > _SEEN) else text
 
 
 # Pairs
@@ -228,7 +241,7 @@ def number(row: Row, name: str) -> float:
                 return found
         except (ValueError, OverflowError):
             pass
-    raise RowError(f"{name} is not a number")
+    raise RowError(f"{name} is not a number", value)
 
 
 def turns_of(value: object, side: str, role: str) -> Turns:
@@ -236,7 +249,7 @@ def turns_of(value: object, side: str, role: str) -> Turns:
     if isinstance(value, str):
         return (Message(role, text_of(value, side)),)
     if not isinstance(value, list):
-        raise RowError(f"{side} is neither text nor messages")
+        raise RowError(f"{side} is neither text nor messages", value)
     return messages(value, side)
 
 
@@ -249,7 +262,7 @@ def opens_a_dialogue(value: object) -> bool:
 def messages(value: object, side: str) -> Turns:
     """A list of `{role, content}`, or of ShareGPT's `{from, value}`."""
     if not isinstance(value, list):
-        raise RowError(f"{side} is not a list of messages")
+        raise RowError(f"{side} is not a list of messages", value)
     return tuple(_message(item, side) for item in value)
 
 
@@ -297,7 +310,7 @@ def _content(content: object, side: str) -> str:
 def text_of(value: object, side: str) -> str:
     """The value, if it is text that a tokenizer can take."""
     if not isinstance(value, str):
-        raise RowError(f"{side} is not text")
+        raise RowError(f"{side} is not text", value)
     if chat_written_as_text(value):
         raise RowError(f"{side} is a message list written out as text")
     return _unicode(value)

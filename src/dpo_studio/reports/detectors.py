@@ -149,7 +149,7 @@ def _chosen_collapses(curve: Curve) -> str | None:
         return None
     times = math.exp(per_token)
     return (
-        f"chosen answers have lost {significant(-per_token)} nats a token: "
+        f"chosen answers have lost {significant(-per_token)} nats per token: "
         f"each of their tokens is {significant(times)} times as likely as it was"
     )
 

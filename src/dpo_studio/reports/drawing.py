@@ -26,14 +26,15 @@ PALETTE = {
     "grid": "#e4e8ed",
     "surface": "#fefefe",
     "tuned": "#1f5fbf",
-    "base": "#d9852b",
+    "base": "#cd7b24",
     "base-ink": "#9a5600",
-    "tie": "#cfd6de",
+    "tie": "#8893a1",
     "tie-text": "#1c2531",
     "base-text": "#1c2532",
     "axis": "#b3bcc7",
 }
-"""Every colour a figure may use, by role. The page gives each role another value in the dark."""
+"""Every colour a figure may use, by role; bars and curves have a contrast of 3 or more on the page. The page gives each
+role another value in the dark."""
 
 _WIDTH, _HEIGHT = 440, 250  # SVG user units; the page scales them, so text is 12 of 440 wide
 _POINTS = 400  # more than this and a curve is thinned: nobody sees it, and the page stays small

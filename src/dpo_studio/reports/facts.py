@@ -17,10 +17,12 @@ from dpo_studio.errors import RunError
 from dpo_studio.objectives import DPO, Objective
 from dpo_studio.runs import RunFolder
 
-__all__ = ["RunFacts", "Series", "finite", "interval", "read_run", "share"]
+__all__ = ["ALL_ANSWERS", "ANSWERS", "RunFacts", "Series", "finite", "interval", "read_run", "share"]
 
 _OBJECTIVE: TypeAdapter[Objective] = TypeAdapter(Objective)
 Row = dict[str, Any]
+ANSWERS, ALL_ANSWERS = "answers.html", "all-answers.html"
+"""Pages of an evaluation: what `dpo eval` compared, and every comparison of `answers.jsonl`."""
 Series = tuple[list[float], list[float]]
 """Steps and the values at them, finite ones only."""
 
@@ -44,6 +46,8 @@ class RunFacts:
     """evaluation/winrate.json: what an evaluation measured at each temperature."""
     win_rates_svg: str = ""
     """The figure it drew of it."""
+    pages: frozenset[str] = frozenset()
+    """Names of the pages that lie in its folder `evaluation`, of those that a report links to."""
 
     @property
     def temperatures(self) -> list[Row]:
@@ -102,6 +106,7 @@ def read_run(folder: Path) -> RunFacts:
         answers=_read_lines(folder / "evaluation" / "answers.jsonl", notes),
         win_rates=_read_object(folder / "evaluation" / "winrate.json", notes),
         win_rates_svg=_read_text(folder / "evaluation" / "winrate.svg"),
+        pages=frozenset(name for name in (ANSWERS, ALL_ANSWERS) if (folder / "evaluation" / name).is_file()),
         notes=tuple(notes),
     )
 

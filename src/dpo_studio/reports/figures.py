@@ -5,9 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dpo_studio.reports.drawing import (
     PALETTE,
@@ -18,7 +19,7 @@ from dpo_studio.reports.drawing import (
     step_axes,
     training_curve,
 )
-from dpo_studio.reports.facts import RunFacts, interval, share
+from dpo_studio.reports.facts import RunFacts, finite, interval, share
 from dpo_studio.reports.text import count, percent, significant
 
 __all__ = ["CHARTS", "Chart"]
@@ -94,6 +95,59 @@ def _draw_accuracy(facts: RunFacts) -> MaybeFigure:
     axes.set_ylim(min(low, 0.45), min(max(high, 0.8), 1.03))
     label_ends(axes, ends)
     return figure
+
+
+def _draw_log_probs(facts: RunFacts) -> MaybeFigure:
+    chosen, rejected = facts.series("logps/chosen"), facts.series("logps/rejected")
+    if not chosen[0] or not rejected[0]:
+        return None
+    figure, axes = step_axes()
+    ends = [(training_curve(axes, chosen, PALETTE["tuned"]), "chosen", "tuned")]
+    ends += [(training_curve(axes, rejected, PALETTE["base"], dashed=True), "rejected", "base-ink")]
+    label_ends(axes, ends)
+    return figure
+
+
+def _histogram(facts: RunFacts) -> tuple[list[float], list[float], list[float]] | None:
+    """Edges, counts before and counts after; None where result.json has no such numbers."""
+    found = facts.result.get("log_prob_differences")
+    lists = [found.get(key) for key in ("edges", "before", "after")] if isinstance(found, dict) else []
+    if len(lists) != 3 or not all(isinstance(one, list) for one in lists):
+        return None
+    edges, before, after = ([finite({"x": value}, "x") for value in one] for one in lists)
+    whole = [value for value in (*edges, *before, *after) if value is not None]
+    if len(whole) < len(edges) + len(before) + len(after) or len(edges) < 2:
+        return None
+    edges, before, after = whole[: len(edges)], whole[len(edges) : -len(after)], whole[-len(after) :]
+    fits = len(before) == len(after) == len(edges) - 1
+    return (edges, before, after) if fits and all(low < high for low, high in pairwise(edges)) else None
+
+
+def _draw_histogram(facts: RunFacts) -> MaybeFigure:
+    if (found := _histogram(facts)) is None:
+        return None
+    edges, before, after = found
+    figure, axes = blank()
+    axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
+    axes.axvline(0, color=PALETTE["axis"], linewidth=1)
+    axes.stairs(before, edges, color=PALETTE["base"], linewidth=2, linestyle=(0, (5, 2)))
+    axes.stairs(after, edges, color=PALETTE["tuned"], linewidth=2)
+    axes.set_ylim(bottom=0)
+    axes.yaxis.set_major_locator(MaxNLocator(nbins=5, integer=True))
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
+    axes.text(1.075, -0.03, "nats", transform=axes.transAxes, va="top", fontsize=11, color=PALETTE["muted"])
+    for at, (name, role) in enumerate((("before", "base-ink"), ("after", "tuned"))):
+        axes.text(1.03, 0.9 - 0.1 * at, name, transform=axes.transAxes, va="center", fontsize=11, color=PALETTE[role])
+    return figure
+
+
+def _histogram_words(facts: RunFacts) -> str:
+    if (found := _histogram(facts)) is None:
+        return ""
+    edges, *sides = found
+    before, after = (sum(one for low, one in zip(edges[:-1], counts, strict=True) if low >= 0) for counts in sides)
+    pairs = count(sum(sides[0]))
+    return f"Of {pairs} held-out pairs {count(before)} are above zero before training, {count(after)} after."
 
 
 _ROOM_FOR_TWO_NAMES = 0.21
@@ -231,7 +285,8 @@ CHARTS = (
     Chart(
         "accuracy",
         "Accuracy",
-        "Share of pairs whose chosen answer has the higher reward. 50 % is a coin toss.",
+        "Share of pairs whose chosen answer has the higher reward. It begins at 50 %, a coin toss: at step 0 model and "
+        "reference are the same, and every margin is zero.",
         _draw_accuracy,
         lambda facts: _from_to(
             facts, ("Training accuracy", "rewards/accuracies"), ("held-out accuracy", "eval_rewards/accuracies")
@@ -243,6 +298,22 @@ CHARTS = (
         "Chosen answers should end above rejected ones. Both may fall: only their distance is trained.",
         _draw_rewards,
         lambda facts: _from_to(facts, ("Chosen reward", "rewards/chosen"), ("rejected reward", "rewards/rejected")),
+    ),
+    Chart(
+        "log-probs",
+        "Log-probabilities",
+        "Of the whole chosen and rejected answers of each step’s pairs, in nats: lower is less likely. A fall of both "
+        "is common; a fall of the chosen ones alone is not.",
+        _draw_log_probs,
+        lambda facts: _from_to(facts, ("Chosen", "logps/chosen"), ("rejected", "logps/rejected")),
+    ),
+    Chart(
+        "differences",
+        "Held-out pairs before and after",
+        "How many held-out pairs have which log-probability of chosen minus rejected. Right of zero the model finds "
+        "the chosen answer likelier; training moves the curve to the right.",
+        _draw_histogram,
+        _histogram_words,
     ),
     Chart(
         "verdicts",
@@ -259,4 +330,4 @@ CHARTS = (
         _answer_words,
     ),
 )
-"""In the order of the page: four of the training, two of the answers."""
+"""In the order of the page: those of the training, then two of the answers."""

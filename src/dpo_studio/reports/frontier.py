@@ -27,7 +27,7 @@ __all__ = ["Measured", "Sampled", "draw_frontier", "frontier_table", "measure"]
 
 _SAMPLED_AT = 1.0
 """The temperature at which samples are the policy's own distribution, so that their log-ratios estimate its KL."""
-_COLOURS = ("#1f5fbf", "#d9852b", "#0f8a6a", "#a3281f", "#7b4fb5", "#5b6574", "#b59a00", "#2aa3c4")
+_COLOURS = ("#1f5fbf", "#cd7b24", "#0f8a6a", "#a3281f", "#7b4fb5", "#5b6574", "#8f7a00", "#1f87a6")
 _MARKERS = "osD^vPX*"
 """A run keeps its colour and its marker in both panels; the ninth begins again with dashes."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -28,6 +29,10 @@ from dpo_studio.reports.sections import (
 from dpo_studio.reports.winrates_section import win_rates_section
 
 __all__ = ["page", "render_report", "write_report"]
+
+_SECTION = re.compile(r'<section id="([\w-]+)"[^>]*><h2[^>]*>(.*?)</h2>')
+"""Our own markup: text of a run is escaped and never matches."""
+_FEW_SECTIONS = 4
 
 
 def write_report(run_folder: Path) -> Path:
@@ -73,9 +78,19 @@ def page(kind: str, name: str, about: Sequence[tuple[str, str]], sections: Seque
         kind=esc(kind),
         name=esc(name),
         about="".join(f"<li>{esc(what)} <b>{esc(clipped(value, 160))}</b></li>" for what, value in about),
+        contents=_contents(sections),
         sections="\n".join(part for part in sections if part),
         footer=f"<p>{footer}</p>",
     )
+
+
+def _contents(sections: Sequence[str]) -> str:
+    """A list of links to the page's sections, where there are enough of them to be looked for."""
+    found = [title for part in sections for title in _SECTION.findall(part)]
+    if len(found) < _FEW_SECTIONS:
+        return ""
+    links = "".join(f'<a href="#{name}">{title}</a>' for name, title in found)
+    return f'<nav class="contents" aria-label="Contents">{links}</nav>'
 
 
 def _packaged(name: str) -> str:

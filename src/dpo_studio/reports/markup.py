@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 
 from dpo_studio.reports.text import printable
 
-__all__ = ["block", "cell_words", "clipped", "esc", "flattened", "section", "table"]
+__all__ = ["block", "cell_words", "clipped", "esc", "flattened", "page_link", "section", "table"]
 
 _LONGEST = 3000
 """Characters of one text from data or model; ten answers of two models stay far below the page's 600 KB."""
@@ -28,6 +28,11 @@ def clipped(text: str, longest: int = _LONGEST) -> str:
 def block(text: str) -> str:
     """A text of a person or a model, its lines kept and its direction its own."""
     return f'<div class="text" dir="auto">{esc(clipped(text))}</div>'
+
+
+def page_link(name: str, text: str) -> str:
+    """A link from a report to a page of its run's evaluation."""
+    return f'<p class="links"><a href="evaluation/{esc(name)}">{esc(text)}</a></p>'
 
 
 def section(name: str, title: str, body: str, lead: str = "") -> str:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
 from dpo_studio.reports.drawing import styled
-from dpo_studio.reports.facts import RunFacts, finite, interval, share
+from dpo_studio.reports.facts import ALL_ANSWERS, RunFacts, finite, interval, share
 from dpo_studio.reports.figures import CHARTS
-from dpo_studio.reports.markup import block, cell_words, clipped, esc, flattened, section, table
+from dpo_studio.reports.markup import block, cell_words, clipped, esc, flattened, page_link, section, table
 from dpo_studio.reports.svg import inline_svg
 from dpo_studio.reports.text import count, duration, percent, significant
-from dpo_studio.reports.verdict import cautions, interval_words, pass_verdict
+from dpo_studio.reports.verdict import Verdict, cautions, interval_words, pass_verdict
 
 __all__ = [
     "answers_section",
@@ -23,6 +23,7 @@ __all__ = [
     "key_figures",
     "numbers_section",
     "showcase_section",
+    "verdict_html",
     "verdict_panel",
 ]
 
@@ -30,13 +31,18 @@ Card = tuple[str, str, str]
 """Name, value (HTML made of numbers only), note."""
 
 _SHOWN = 10
+_TITLES = {"base": "Before: base model", "tuned": "After: tuned model"}
 _VERDICTS = {"tuned": "tuned wins", "base": "base wins", "tie": "tie"}
 
 
 def verdict_panel(facts: RunFacts) -> str:
     """The headline."""
-    verdict = pass_verdict(facts)
-    notes = "".join(f"<li>{_unbroken(note)}</li>" for note in (*cautions(facts), *facts.notes))
+    return verdict_html(pass_verdict(facts), [*cautions(facts), *facts.notes])
+
+
+def verdict_html(verdict: Verdict, said: Sequence[str] = ()) -> str:
+    """A verdict, and what a reader should know before quoting it."""
+    notes = "".join(f"<li>{_unbroken(note)}</li>" for note in said)
     return (
         f'<div class="verdict {verdict.tone}"><span class="label">{esc(verdict.label)}</span>'
         f'<p class="sentence">{_unbroken(verdict.sentence)}</p><p class="meaning">{_unbroken(verdict.meaning)}</p>'
@@ -95,8 +101,10 @@ def _length(facts: RunFacts) -> Card | None:
 
 def _accuracy(facts: RunFacts) -> Card | None:
     value = _before_after(facts, "accuracy_before", "accuracy", percent)
-    ends = interval(facts.result, "accuracy_ci95")
-    return ("Held-out accuracy", value, interval_words(ends)) if value else None
+    said = interval_words(interval(facts.result, "accuracy_ci95"))
+    if share(facts.result, "accuracy_before") is not None:
+        said += "; before: which answer the base finds likelier"
+    return ("Held-out accuracy", value, said) if value else None
 
 
 def _margin(facts: RunFacts) -> Card | None:
@@ -141,7 +149,7 @@ def showcase_section(facts: RunFacts) -> str:
     if base is None and tuned is None:
         return ""
     answers = [
-        _answer(who, _known_answer(facts, who, text), facts.number("max_new_tokens"))
+        _answer(who, _known_answer(facts, who, text), facts.number("max_new_tokens"), _TITLES[who])
         for who, text in (("base", base), ("tuned", tuned))
     ]
     asked = f'<h3 class="prompt" dir="auto">{esc(clipped(prompt))}</h3>' if prompt else ""
@@ -165,35 +173,56 @@ def answers_section(facts: RunFacts) -> str:
         f"The first {len(rows)} of {count(len(facts.answers))} comparisons, in the order they were made: "
         "nobody picked them. Prompts were held out of training."
     )
-    return section("answers", f"{_words_for(len(rows))} before and after", cards, lead)
+    more = ""
+    if len(facts.answers) > len(rows) and ALL_ANSWERS in facts.pages:
+        more = page_link(ALL_ANSWERS, f"All {count(len(facts.answers))} comparisons")
+    return section("answers", f"{_words_for(len(rows))} before and after", cards + more, lead)
 
 
 def _words_for(shown: int) -> str:
     return {1: "One answer", _SHOWN: "Ten answers"}.get(shown, f"{shown} answers")
 
 
-def comparison_card(number: int, row: Mapping[str, Any], longest: float | None) -> str:
-    """A line of answers.jsonl: prompt, both answers, verdict; `longest` is the limit they were written under."""
+def comparison_card(
+    number: int, row: Mapping[str, Any], longest: float | None, sides: tuple[str, str] | None = None
+) -> str:
+    """A line of answers.jsonl: prompt, both answers, verdict; `longest` is the limit they were written under.
+
+    `sides` names the two where they are not before and after. Answers that are the same text are printed once. A judge
+    calls them A and B, in this order.
+    """
+    base, tuned = sides or (f"{_TITLES['base']} (A)", f"{_TITLES['tuned']} (B)")
     asked = esc(clipped(_as_text(row.get("prompt"))))
     prompt = f'<h3 class="prompt" dir="auto"><span class="number">{number}</span>{asked}</h3>'
-    answers = "".join(_answer(who, row.get(who), longest) for who in ("base", "tuned"))
+    if (same := _same_text(row)) is not None:
+        answers = _answer("tuned", same, longest, "Both, A and B: the same answer")
+    else:
+        answers = _answer("base", row.get("base"), longest, base) + _answer("tuned", row.get("tuned"), longest, tuned)
     winner = str(row.get("winner"))
     kind = winner if winner in _VERDICTS else "tie"
     reason = f'<span class="text" dir="auto">{esc(clipped(_as_text(row.get("reason"))))}</span>'
     ruling = (
         f'<div class="ruling {kind}"><span class="chip">{esc(_VERDICTS.get(winner, "no verdict"))}</span>{reason}</div>'
     )
-    return f'<article class="panel">{prompt}<div class="compare">{answers}</div>{ruling}</article>'
+    return f'<article class="panel ruled {kind}">{prompt}<div class="compare">{answers}</div>{ruling}</article>'
 
 
-def _answer(who: str, answer: object, longest: float | None) -> str:
+def _same_text(row: Mapping[str, Any]) -> object:
+    """The answer, where both sides gave the same text and ended it alike."""
+    base, tuned = row.get("base"), row.get("tuned")
+    if not isinstance(base, dict) or not isinstance(tuned, dict) or not base.get("text"):
+        return None
+    alike = base.get("text") == tuned.get("text") and base.get("ended") == tuned.get("ended")
+    return tuned if alike else None
+
+
+def _answer(who: str, answer: object, longest: float | None, title: str) -> str:
     known = answer if isinstance(answer, dict) else {"text": _as_text(answer)}
-    title = {"base": "Before: base model", "tuned": "After: tuned model"}[who]
     cut = known.get("ended") is False
     torn = ' <span class="torn">[cut off]</span>' if cut else ""
     text = esc(clipped(_as_text(known.get("text")))) or '<span class="muted">(an empty answer)</span>'
     return (
-        f'<div class="answer {who}"><div class="who"><h4>{title}</h4>{_length_note(known, cut, longest)}</div>'
+        f'<div class="answer {who}"><div class="who"><h4>{esc(title)}</h4>{_length_note(known, cut, longest)}</div>'
         f'<div class="text" dir="auto">{text}{torn}</div></div>'
     )
 

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from dpo_studio.reports.facts import RunFacts, interval, share
 from dpo_studio.reports.health import health_of
 from dpo_studio.reports.text import count, percent
 
-__all__ = ["Verdict", "cautions", "interval_words", "pass_verdict"]
+__all__ = ["Verdict", "cautions", "evaluation_verdict", "interval_words", "pass_verdict"]
 
 Tone = Literal["better", "unclear", "worse", "none"]
 
@@ -67,6 +68,29 @@ def _by_win_rate(facts: RunFacts, win_rate: float) -> Verdict:
         meaning = "The whole interval lies below 50 %: training made the answers worse."
         return Verdict("worse", "Worse", sentence, _counted(facts) + meaning)
     return Verdict("unclear", "Not shown to be better", sentence, _counted(facts) + _why_unclear(ends))
+
+
+def evaluation_verdict(temperatures: Sequence[Mapping[str, Any]], against: str) -> Verdict:
+    """What `dpo eval` found, over all its temperatures; `against` is what the policy was compared with."""
+    other = "the reference" if against == "reference" else against
+    rates = [row["win_rate"] for row in temperatures]
+    ends = [row["win_rate_ci95"] for row in temperatures]
+    if len(rates) == 1:
+        won, at = percent(rates[0]), f"{interval_words(tuple(ends[0]))}"
+    else:
+        won, at = f"{percent(min(rates))} to {percent(max(rates))}", f"by temperature, of {len(rates)}"
+    sentence = f"The tuned model’s answers won {won} of the comparisons with those of {other} ({at})."
+    above, below = sum(low > 0.5 for low, _ in ends), sum(high < 0.5 for _, high in ends)
+    lies = "lies" if len(rates) == 1 else f"lies at {above or below} of {len(rates)} temperatures"
+    equal = [row["length_controlled"] for row in temperatures]
+    length = f" At equal length: {percent(min(equal))}" + (f" to {percent(max(equal))}." if len(rates) > 1 else ".")
+    if above and not below:
+        tone, label = ("better", "Better") if above == len(rates) else ("unclear", "Better at some temperatures")
+        return Verdict(tone, label, sentence, f"The 95 % interval {lies} above 50 %.{length}")  # type: ignore[arg-type]
+    if below and not above:
+        tone, label = ("worse", "Worse") if below == len(rates) else ("unclear", "Worse at some temperatures")
+        return Verdict(tone, label, sentence, f"The 95 % interval {lies} below 50 %.{length}")  # type: ignore[arg-type]
+    return Verdict("unclear", "Not shown to be better", sentence, _why_unclear((0.0, 1.0)) + length)
 
 
 def _counted(facts: RunFacts) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 from matplotlib.ticker import FuncFormatter
 
 from dpo_studio.reports.drawing import PALETTE, blank, label_ends, styled
-from dpo_studio.reports.text import one_line
+from dpo_studio.reports.text import one_line, percent
 
 __all__ = ["MOST_RUNS", "save_winrate_figure", "winrate_markdown"]
 
@@ -19,6 +20,8 @@ Rates = Mapping[str, Any]
 _LOOKS = (("tuned", "o", "solid"), ("base-ink", "s", (0, (6, 2))), ("ink", "^", (0, (2, 1.5))), ("muted", "D", "solid"))
 """Colour, marker and line of each run: apart in lightness and in shape, for grey paper and colour-blind readers."""
 MOST_RUNS = len(_LOOKS)
+_TERMS_WIDTH = 62
+"""Characters of a line above the figure: 5.9 units each, of the 384 that are there; three lines fit."""
 
 
 def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[Path]:
@@ -29,7 +32,7 @@ def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[P
     """
     stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
     with styled():
-        figure, axes = blank(height=280, left=56, right=112, top=34, bottom=46)
+        figure, axes = blank(height=280, left=56, right=112, top=52, bottom=46)
         axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
         axes.axhline(0.5, color=PALETTE["muted"], linewidth=1, linestyle=(0, (4, 3)), zorder=1)
         ends = [([0.5], "as good as\nthe reference" if len(runs) == 1 else "reference", "muted")]
@@ -45,7 +48,8 @@ def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[P
                 ends += [(at, _short(name), look[0])]
         _frame(axes, [row["temperature"] for _, rates in runs for row in rates["temperatures"]])
         label_ends(axes, ends)
-        axes.text(0, 1.04, _terms(runs), transform=axes.transAxes, fontsize=10, color=PALETTE["muted"])
+        terms = textwrap.fill(_terms(runs), _TERMS_WIDTH)
+        axes.text(0, 1.04, terms, transform=axes.transAxes, fontsize=10, color=PALETTE["muted"], va="bottom")
         figure.set_facecolor(PALETTE["surface"])
         written = []
         for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
@@ -116,9 +120,9 @@ def winrate_markdown(name: str, rates: Rates) -> str:
         low, high = held_out["accuracy_ci95"]
         lines += [
             "",
-            f"Held-out accuracy {held_out['accuracy']:.3f} ({low:.3f} to {high:.3f}) on {held_out['pairs']} pairs; "
-            f"before training {held_out['accuracy_before']:.3f}, the longer answer {held_out['longer_wins']:.3f}. "
-            + _calibration(held_out["calibration"]),
+            f"Held-out accuracy {_with_ends(held_out['accuracy'], (low, high))} on {held_out['pairs']} pairs; "
+            f"before training {percent(held_out['accuracy_before'])}, the longer answer "
+            f"{percent(held_out['longer_wins'])}. " + _calibration(held_out["calibration"]),
         ]
     return "\n".join(lines) + "\n"
 
@@ -134,7 +138,7 @@ def _row(row: Mapping[str, Any]) -> list[str]:
         _with_ends(row["win_rate"], row["win_rate_ci95"]),
         _with_ends(row["length_controlled"], row["length_controlled_ci95"]),
         f"{row['wins']} / {row['ties']} / {row['losses']}",
-        f"{row['stop_rate']:.2f} / {row['reference_stop_rate']:.2f}",
+        f"{percent(row['stop_rate'])} / {percent(row['reference_stop_rate'])}",
         f"{row['mean_tokens']:.0f} / {row['reference_mean_tokens']:.0f}",
         f"{row['repetition']:.3f} / {row['reference_repetition']:.3f}",
         "" if row["kl"] is None else f"{row['kl']:.2f} ({row['kl_ci95'][0]:.2f} to {row['kl_ci95'][1]:.2f})",
@@ -142,7 +146,7 @@ def _row(row: Mapping[str, Any]) -> list[str]:
 
 
 def _with_ends(value: float, ends: Sequence[float]) -> str:
-    return f"{value:.3f} ({ends[0]:.3f} to {ends[1]:.3f})"
+    return f"{percent(value)} ({percent(ends[0])} to {percent(ends[1])})"
 
 
 def _cell(text: str) -> str:

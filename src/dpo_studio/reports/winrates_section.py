@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpo_studio.reports.facts import RunFacts, finite, interval, share
-from dpo_studio.reports.markup import clipped, esc, section, table
+from dpo_studio.reports.facts import ANSWERS, RunFacts, finite, interval, share
+from dpo_studio.reports.markup import clipped, esc, page_link, section, table
 from dpo_studio.reports.svg import embedded_svg
 from dpo_studio.reports.text import count, percent, significant
 
-__all__ = ["win_rates_section"]
+__all__ = ["win_rates_section", "winrate_figure"]
 
 Row = Mapping[str, Any]
 
@@ -24,18 +24,18 @@ def win_rates_section(facts: RunFacts) -> str:
         f"Answers to held-out prompts, sampled at each temperature and compared with those of {other}; "
         "a tie counts one half. 50 % is a coin toss."
     )
+    more = page_link(ANSWERS, "Answers side by side, and what the judge said") if ANSWERS in facts.pages else ""
     return section(
         "win-rates",
         "Win rate by temperature",
-        _figure(facts) + _terms(facts.win_rates) + _table(facts.temperatures),
+        winrate_figure(facts.win_rates_svg) + _terms(facts.win_rates) + _table(facts.temperatures) + more,
         lead,
     )
 
 
-def _figure(facts: RunFacts) -> str:
-    svg = embedded_svg(
-        facts.win_rates_svg, "winrate", "Win rate by temperature", "The numbers stand in the table below."
-    )
+def winrate_figure(file: str) -> str:
+    """The figure that `dpo eval` drew, from the text of its file; nothing if that is none."""
+    svg = embedded_svg(file, "winrate", "Win rate by temperature", "The numbers stand below.")
     return f'<figure class="panel wide">{svg}</figure>' if svg else ""
 
 

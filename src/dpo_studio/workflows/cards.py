@@ -21,7 +21,7 @@ from dpo_studio.export.requantise import Quantising
 from dpo_studio.export.verify import Comparison
 from dpo_studio.models.bundled import BUNDLED_MODEL
 from dpo_studio.reports.facts import interval, share
-from dpo_studio.reports.text import printable
+from dpo_studio.reports.text import percent, printable
 
 __all__ = ["adapter_card", "perplexity_line", "quantised_card", "tuned_card"]
 
@@ -31,7 +31,7 @@ def adapter_card(out: Path, base: str, recipe: Recipe, rank: int, finished: Mapp
     figures = []
     accuracy, ends = share(finished, "accuracy"), interval(finished, "accuracy_ci95")
     if accuracy is not None and ends is not None:
-        figures = [f"held-out accuracy {accuracy:.3f} (95 % interval {ends[0]:.3f} to {ends[1]:.3f})"]
+        figures = [f"held-out accuracy {percent(accuracy)} (95 % interval {percent(ends[0])} to {percent(ends[1])})"]
     return Card(
         title=printable(out.name),
         base_id=hub_id(base),
@@ -71,7 +71,7 @@ def tuned_card(
         measured=f"Against the base with the adapter on top, on {result['compared_on']}:",
         figures=[
             *comparison.lines(),
-            f"answers that end by themselves: {before:.2f} before, {after:.2f} after",
+            f"answers that end by themselves: {percent(before)} before, {percent(after)} after",
             *(f"made although {miss}" for miss in result["misses"]),
         ],
         example=(result["showcase_prompt"], printable(result["showcase_answer"])),

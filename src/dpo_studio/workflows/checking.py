@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from itertools import islice
 
 from dpo_studio.config import ModelSection, Recipe, SourceLike, TooLong, as_source
@@ -11,8 +10,9 @@ from dpo_studio.preferences.checks import TextChecks
 from dpo_studio.preferences.duplicates import FEW_HELD_OUT, REMEMBERED
 from dpo_studio.preferences.findings import DataReport, Finding, level_of
 from dpo_studio.preferences.pair import Pair
+from dpo_studio.preferences.refusals import Refusal, RefusedRows
 from dpo_studio.preferences.rows import sample
-from dpo_studio.preferences.sources import Refusal, nothing_usable, open_pairs
+from dpo_studio.preferences.sources import nothing_usable, open_pairs
 from dpo_studio.preferences.split import Split
 from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.text import percent
@@ -73,7 +73,7 @@ def check_source(
         pairs=texts.pairs,
         usable=texts.pairs if tokens is None else tokens.usable,
         prompts=texts.duplicates.prompts,
-        refused=dict(texts.refused.most_common()),
+        refused=dict(texts.refused.counts.most_common()),
         findings=findings,
         histograms=histograms,
         model=None if model is None else model.path,
@@ -90,11 +90,11 @@ def _token_checks(model: ModelSection, max_length: int, too_long: TooLong, progr
 
 def _see_held_out(texts: TextChecks, held_out: SourceLike) -> None:
     stream = open_pairs(as_source(held_out))
-    refused: Counter[str] = Counter()
+    refused = RefusedRows()
     pairs = 0
     for row in stream.results:
         if isinstance(row, Refusal):
-            refused[row.reason] += 1
+            refused.add(row)
         else:
             texts.see_held_out(row)
             pairs += 1

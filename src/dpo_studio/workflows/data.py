@@ -18,7 +18,8 @@ from typing import Any, TextIO
 from dpo_studio.config import SourceLike, as_source
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.preferences.pair import Pair, prompt_key, trl_row
-from dpo_studio.preferences.sources import PairStream, Refusal, nothing_usable, open_pairs
+from dpo_studio.preferences.refusals import Refusal, RefusedRows
+from dpo_studio.preferences.sources import PairStream, nothing_usable, open_pairs
 from dpo_studio.preferences.split import stratified
 from dpo_studio.reports.progress import Progress
 
@@ -45,7 +46,7 @@ def convert_pairs(
         tally = _Tally()
         for result in _counted(stream, tally, shown, "converting"):
             if isinstance(result, Refusal):
-                _write(refused, {"row": result.row, "reason": result.reason})
+                _write(refused, _refused_line(result))
             else:
                 _write(kept, trl_row(result))
         if not tally.pairs:
@@ -88,7 +89,7 @@ def split_source(
         counts: dict[str, Counter[str]] = {}
         for result in _counted(stream, tally, shown, "splitting"):
             if isinstance(result, Refusal):
-                _write(refused, {"row": result.row, "reason": result.reason})
+                _write(refused, _refused_line(result))
                 continue
             apart = is_apart(prompt_key(result.prompt))
             _write(measured if apart else learned, trl_row(result))
@@ -135,7 +136,7 @@ class _Tally:
 
     rows: int = 0
     pairs: int = 0
-    refused: Counter[str] = field(default_factory=Counter)
+    refused: RefusedRows = field(default_factory=RefusedRows)
 
     def summary(self, stream: PairStream) -> dict[str, Any]:
         return {
@@ -143,7 +144,10 @@ class _Tally:
             "format": stream.format,
             "rows": self.rows,
             "pairs": self.pairs,
-            "refused": dict(self.refused.most_common()),
+            "refused": dict(self.refused.counts.most_common()),
+            "refused_first": {
+                reason: {"row": first.row, "seen": first.seen} for reason, first in self.refused.first.items()
+            },
         }
 
 
@@ -154,13 +158,18 @@ def _counted(stream: PairStream, tally: _Tally, progress: Progress, doing: str) 
             tally.rows += 1
             for result in results:
                 if isinstance(result, Refusal):
-                    tally.refused[result.reason] += 1
+                    tally.refused.add(result)
                 else:
                     tally.pairs += 1
                 yield result
             if rows % _ROWS_AT_ONCE == 0:
                 advance(_ROWS_AT_ONCE)
         advance(tally.rows % _ROWS_AT_ONCE)
+
+
+def _refused_line(refusal: Refusal) -> dict[str, Any]:
+    """`seen` stands there where a value explains the reason."""
+    return {"row": refusal.row, "reason": refusal.reason} | ({"seen": refusal.seen} if refusal.seen else {})
 
 
 def _write(stream: TextIO, row: dict[str, Any]) -> None:

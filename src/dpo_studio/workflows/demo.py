@@ -13,9 +13,11 @@ from dpo_studio.evaluation.everyday import EverydayRule
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.reports.facts import ALL_ANSWERS
 from dpo_studio.reports.health import lengthening
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
+from dpo_studio.reports.side_by_side import render_answers
 from dpo_studio.runs import RunFolder
 from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.preparing import read_and_split
@@ -126,3 +128,5 @@ def _write_answers(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
     folder.evaluation.mkdir(exist_ok=True)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     (folder.evaluation / "answers.jsonl").write_text(text, encoding="utf-8")
+    whole = render_answers(folder.path.resolve().name, lines, _SAMPLING.max_new_tokens)
+    (folder.evaluation / ALL_ANSWERS).write_text(whole, encoding="utf-8")

@@ -362,8 +362,14 @@ def _leave(folder: RunFolder, rates: dict[str, Any], rows: Sequence[dict[str, An
     there.mkdir(exist_ok=True)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(there / "comparisons.jsonl", lines)
-    write_atomically(there / "answers.html", render_comparisons(name, rates, rows))
     write_atomically(there / "winrate.md", winrate_markdown(name, rates))
     save_winrate_figure([(name, rates)], there / "winrate")
+    svg = (there / "winrate.svg").read_text(encoding="utf-8")
+    pages = render_comparisons(name, rates, rows, svg)
+    for file, html in pages.items():
+        write_atomically(there / file, html)
+    for earlier in there.glob("answers-*.html"):  # of an evaluation with more temperatures
+        if earlier.name not in pages:
+            earlier.unlink()
     write_atomically(there / "winrate.json", json.dumps(rates, indent=2, ensure_ascii=False) + "\n")
     write_report(folder.path)

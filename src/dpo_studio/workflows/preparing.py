@@ -63,8 +63,8 @@ def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Spli
     """The pairs of the recipe's sources on their two sides, with every refusal told."""
     source = read_pairs(recipe.data.train, seed=recipe.data.split_seed)
     progress.say(f"{source.name}: {source.rows} rows ({source.format}), {len(source.pairs)} pairs")
-    for reason, count in source.refused_by_reason().items():
-        progress.warn(f"{count} rows refused: {reason}")
+    for line in source.refused_lines():
+        progress.warn(line)
     split = split_pairs(source.pairs, recipe.data.held_out, seed=recipe.data.split_seed)
     dropped = f", {split.shared_prompts_dropped} dropped for sharing a prompt" if split.shared_prompts_dropped else ""
     near = f", {split.near_copies} of them with the prompt they nearly repeat" if split.near_copies else ""

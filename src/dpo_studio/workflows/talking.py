@@ -55,9 +55,17 @@ def generate_answers(
 
 
 def answers(
-    loaded: Loaded, chats: Sequence[Sequence[Message]], sampling: Sampling, *, tuned: bool, progress: Progress
+    loaded: Loaded,
+    chats: Sequence[Sequence[Message]],
+    sampling: Sampling,
+    *,
+    tuned: bool,
+    progress: Progress,
+    sample: int = 0,
 ) -> list[Completion]:
     """One answer to each chat from the policy (tuned) or its reference; a function of its arguments alone.
+
+    Another `sample` draws other answers.
 
     Raises:
         UsageError: `sampling.top_p` is not 1, which only a stream draws by.
@@ -76,16 +84,21 @@ def answers(
             max_new_tokens=sampling.max_new_tokens,
             temperature=sampling.temperature,
             seed=sampling.seed,
+            sample=sample,
             progress=advance,
         )
 
 
-def check_batched(sampling: Sampling) -> None:
+def check_batched(sampling: Sampling, samples: int = 1) -> None:
     """Told before a model is loaded.
 
     Raises:
-        UsageError: `sampling.top_p` is not 1, which only a stream draws by.
+        UsageError: `sampling.top_p` is not 1, which only a stream draws by; or several samples of one answer.
     """
+    if samples > 1 and sampling.temperature == 0:
+        raise UsageError(
+            f"{samples} samples at temperature 0 are {samples} times the same answer", hint="--temperature 1"
+        )
     if sampling.top_p != 1:
         raise UsageError(f"top_p {sampling.top_p}: many answers at once are drawn from all tokens", hint="top_p=1")
 

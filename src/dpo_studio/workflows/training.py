@@ -22,7 +22,7 @@ from peft import PeftModel
 
 from dpo_studio.config import LoadedRecipe, Recipe, RecipeLike, cache_folder, load_recipe
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
-from dpo_studio.evaluation.accuracy import finite_summary
+from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
 from dpo_studio.learning.checkpoints import restore
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_gradient, unless_out_of_memory
@@ -39,6 +39,7 @@ from dpo_studio.reports.facts import read_run
 from dpo_studio.reports.health import HealthWatch
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
+from dpo_studio.reports.text import percent
 from dpo_studio.reports.verdict import pass_verdict
 from dpo_studio.runs import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
@@ -291,6 +292,8 @@ class _Session:
             beta = self.recipe.objective.beta
             prompts = self.data.held_out_prompts
             result |= finite_summary(self.held_out_logps, self.held_out_reference, prompts, beta=beta)
+            if (found := log_prob_differences(self.held_out_logps, self.held_out_reference)) is not None:
+                result["log_prob_differences"] = found
             loss = self.last_evaluation["eval_loss"]  # a mean over all pairs: one that is not finite makes it none
             result["held_out_loss"] = loss if math.isfinite(loss) else None
         return result
@@ -325,7 +328,9 @@ class _Session:
         difference = check(self.policy, texts=texts, encoder=self.base.encoder, adapters=adapters)
         if model is not self.policy:
             difference = max(difference, check(model))
-        self.progress.say(f"log-probs are the plain model's: {difference:.2g} nats a token apart, adapter off and on")
+        self.progress.say(
+            f"log-probs differ from plain transformers' by {difference:.2g} nats per token, adapter off and on"
+        )
 
     def _references(self, budget: int, at_once: int) -> tuple[Reference | None, Callable[..., PairLogps] | None]:
         """(how to compute the reference in the step, how to look it up): one of the two is None.
@@ -504,10 +509,10 @@ def _figures(report: StepReport, held_out: dict[str, float]) -> str:
     learned = (
         "not taken  "
         if report.skipped
-        else f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  acc {m['rewards/accuracies']:.2f}  "
+        else f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  accuracy {percent(m['rewards/accuracies'])}  "
     )
     text = f"{learned}{report.pairs / report.seconds:.1f} pairs/s  {report.tokens / report.seconds:.0f} tokens/s"
-    return text + (f"  held-out acc {held_out['eval_rewards/accuracies']:.2f}" if held_out else "")
+    return text + (f"  held-out accuracy {percent(held_out['eval_rewards/accuracies'])}" if held_out else "")
 
 
 def _rate(count: float, seconds: float) -> float:
