@@ -279,7 +279,7 @@ def test_nor_can_the_config_of_a_tokenizer_or_a_reward_model(model: Path, change
     assert next(iter(change)) in refusal(lambda: load_reward_model(str(model))).message
 
 
-SHAPES = {"a.weight": ("F32", (5000, 32)), **{f"layers.{n}.w": ("F32", (32, 32)) for n in range(200)}}
+SHAPES = {"a.weight": ("F32", (20_000, 32)), **{f"layers.{n}.w": ("F32", (32, 32)) for n in range(200)}}
 
 
 @pytest.mark.parametrize(
@@ -287,17 +287,17 @@ SHAPES = {"a.weight": ("F32", (5000, 32)), **{f"layers.{n}.w": ("F32", (32, 32))
     [
         ("num_hidden_layers", 201, 202),
         ("n_layer", 201, 202),
-        ("num_local_experts", 201, 202),
-        ("num_labels", 5000, 5001),
-        ("num_attention_heads", 5000, 5001),
-        ("n_embd", 5000, 5001),
+        ("num_local_experts", 20_000, 20_001),
+        ("num_labels", 20_000, 20_001),
+        ("num_attention_heads", 20_000, 20_001),
+        ("n_embd", 20_000, 20_001),
         ("vocab_size", 1 << 24, (1 << 24) + 1),
         ("some_new_size", 1 << 24, (1 << 24) + 1),
         ("anything", 1 << 24, (1 << 24) + 1),
     ],
 )
 def test_each_kind_of_number_has_its_limit(key: str, fits: int, over: int) -> None:
-    """201 tensors, the widest of 5,000 rows, 365,000 numbers."""
+    """201 tensors, the widest of 20,000 rows, 844,800 numbers."""
     check_numbers({key: fits, "deep": [{key: fits}]}, SHAPES, "m")
     for config in ({key: over}, {"deep": [{key: over}]}, {key: [1, over]}):
         error = refusal(lambda config=config: check_numbers(config, SHAPES, "m"))  # type: ignore[misc]
@@ -313,6 +313,7 @@ def test_each_kind_of_number_has_its_limit(key: str, fits: int, over: int) -> No
         {"max_position_embeddings": 1 << 30, "rope_theta": 10**12, "eos_token_id": 10**9, "num_hidden_layers": 4},
         {"sliding_window": 10**12, "model_max_length": 10**30, "n_ctx": 8192, "seed": 1 << 40},
         {"mamba_dt_rank": "auto", "time_step_rank": "auto", "group_size": -1, "pad_token_id": -1, "head_dim": None},
+        {"attention_layers": ["global", "local"], "feature_layer": -2, "num_experts": 16_384, "n_routed_experts": 512},
         {"id2label": {"0": "A", "1": "B"}, "label2id": {"A": 0}, "intermediate_size": [64, 128], "tie": True},
     ],
     ids=words_of,
@@ -321,7 +322,7 @@ def test_what_honest_configs_hold_passes(config: dict[str, Any]) -> None:
     check_numbers(config, SHAPES, "m")
 
 
-@pytest.mark.parametrize("value", ["64", 1e9, 64.5, "x", -2, [64, "x"], {"num_layers": "x"}], ids=words_of)
+@pytest.mark.parametrize("value", ["64", 1e9, 64.5, "x", -(1 << 30), [64, "x"], {"num_layers": "x"}], ids=words_of)
 def test_a_size_is_a_whole_number(value: Any) -> None:
     refusal(lambda: check_numbers({"hidden_size": value}, SHAPES, "m"))
 
