@@ -24,6 +24,7 @@ from dpo_studio.export.merge import save_plain
 from dpo_studio.models.load import load_chat_model, load_encoder, locate, weights_fingerprint
 from dpo_studio.models.scan import scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import check_model_size, check_numbers, tensor_shapes
+from dpo_studio.models.tokenizer_settings import read_tokenizer
 from tests.guard_words import words_of
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo
@@ -431,6 +432,31 @@ def test_a_token_s_id_is_one_that_a_vocabulary_has(model: Path, file: str, conte
     rewrite(model / file, **content)
     if content != {"x": "1"}:  # as text it is the same id
         assert file in refusal(lambda: load_encoder(model, ModelSection(path=str(model)))).message
+
+
+@pytest.mark.parametrize(
+    ("key", "sound", "wrong"),
+    [
+        ("model_max_length", [10**30, 2.5, None], ["x", [], {}, True]),
+        ("padding_side", ["left", "right", None], ["up", 7, ["left"]]),
+        ("truncation_side", ["left", None], ["up", {}]),
+        ("model_input_names", [["input_ids"], None], ["input_ids", [7], {}]),
+        ("chat_template", ["x", {"default": "x"}, [{"name": "a", "template": "x"}]], [7, ["x"], {"a": 7}]),
+        ("chat_template", [None], [[{"name": "a"}], [{"template": "x"}], [{"name": 7, "template": "x"}]]),
+        ("tokenizer_class", ["TokenizersBackend", None], [7, ["x"]]),
+        *((f"{kind}_token", ["a", None], [7, ["x"], {}, True]) for kind in ("eos", "bos", "pad", "unk")),
+    ],
+)
+def test_a_tokenizer_s_values_are_of_their_kinds(model: Path, key: str, sound: list[Any], wrong: list[Any]) -> None:
+    """transformers takes any, and fails when the first text is encoded."""
+    file = model / "tokenizer_config.json"
+    raw = json.loads(file.read_text())
+    for value in sound:
+        file.write_text(json.dumps(raw | {key: value}))
+        assert read_tokenizer(model, "m").get_vocab()
+    for value in wrong:
+        file.write_text(json.dumps(raw | {key: value}))
+        assert f"m: tokenizer_config.json has {key}: " in refusal(lambda: read_tokenizer(model, "m")).message
 
 
 def test_the_gate_costs_a_7b_little() -> None:
