@@ -24,6 +24,7 @@ from dpo_studio.export.merge import save_plain
 from dpo_studio.models.load import load_chat_model, load_encoder, locate, weights_fingerprint
 from dpo_studio.models.scan import scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import check_model_size, check_numbers, tensor_shapes
+from dpo_studio.models.tokenizer_settings import read_tokenizer
 from tests.guard_words import words_of
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo
@@ -279,7 +280,7 @@ def test_nor_can_the_config_of_a_tokenizer_or_a_reward_model(model: Path, change
     assert next(iter(change)) in refusal(lambda: load_reward_model(str(model))).message
 
 
-SHAPES = {"a.weight": ("F32", (5000, 32)), **{f"layers.{n}.w": ("F32", (32, 32)) for n in range(200)}}
+SHAPES = {"a.weight": ("F32", (20_000, 32)), **{f"layers.{n}.w": ("F32", (32, 32)) for n in range(200)}}
 
 
 @pytest.mark.parametrize(
@@ -287,17 +288,17 @@ SHAPES = {"a.weight": ("F32", (5000, 32)), **{f"layers.{n}.w": ("F32", (32, 32))
     [
         ("num_hidden_layers", 201, 202),
         ("n_layer", 201, 202),
-        ("num_local_experts", 201, 202),
-        ("num_labels", 5000, 5001),
-        ("num_attention_heads", 5000, 5001),
-        ("n_embd", 5000, 5001),
+        ("num_local_experts", 20_000, 20_001),
+        ("num_labels", 20_000, 20_001),
+        ("num_attention_heads", 20_000, 20_001),
+        ("n_embd", 20_000, 20_001),
         ("vocab_size", 1 << 24, (1 << 24) + 1),
         ("some_new_size", 1 << 24, (1 << 24) + 1),
         ("anything", 1 << 24, (1 << 24) + 1),
     ],
 )
 def test_each_kind_of_number_has_its_limit(key: str, fits: int, over: int) -> None:
-    """201 tensors, the widest of 5,000 rows, 365,000 numbers."""
+    """201 tensors, the widest of 20,000 rows, 844,800 numbers."""
     check_numbers({key: fits, "deep": [{key: fits}]}, SHAPES, "m")
     for config in ({key: over}, {"deep": [{key: over}]}, {key: [1, over]}):
         error = refusal(lambda config=config: check_numbers(config, SHAPES, "m"))  # type: ignore[misc]
@@ -313,6 +314,7 @@ def test_each_kind_of_number_has_its_limit(key: str, fits: int, over: int) -> No
         {"max_position_embeddings": 1 << 30, "rope_theta": 10**12, "eos_token_id": 10**9, "num_hidden_layers": 4},
         {"sliding_window": 10**12, "model_max_length": 10**30, "n_ctx": 8192, "seed": 1 << 40},
         {"mamba_dt_rank": "auto", "time_step_rank": "auto", "group_size": -1, "pad_token_id": -1, "head_dim": None},
+        {"attention_layers": ["global", "local"], "feature_layer": -2, "num_experts": 16_384, "n_routed_experts": 512},
         {"id2label": {"0": "A", "1": "B"}, "label2id": {"A": 0}, "intermediate_size": [64, 128], "tie": True},
     ],
     ids=words_of,
@@ -321,7 +323,7 @@ def test_what_honest_configs_hold_passes(config: dict[str, Any]) -> None:
     check_numbers(config, SHAPES, "m")
 
 
-@pytest.mark.parametrize("value", ["64", 1e9, 64.5, "x", -2, [64, "x"], {"num_layers": "x"}], ids=words_of)
+@pytest.mark.parametrize("value", ["64", 1e9, 64.5, "x", -(1 << 30), [64, "x"], {"num_layers": "x"}], ids=words_of)
 def test_a_size_is_a_whole_number(value: Any) -> None:
     refusal(lambda: check_numbers({"hidden_size": value}, SHAPES, "m"))
 
@@ -430,6 +432,31 @@ def test_a_token_s_id_is_one_that_a_vocabulary_has(model: Path, file: str, conte
     rewrite(model / file, **content)
     if content != {"x": "1"}:  # as text it is the same id
         assert file in refusal(lambda: load_encoder(model, ModelSection(path=str(model)))).message
+
+
+@pytest.mark.parametrize(
+    ("key", "sound", "wrong"),
+    [
+        ("model_max_length", [10**30, 2.5, None], ["x", [], {}, True]),
+        ("padding_side", ["left", "right", None], ["up", 7, ["left"]]),
+        ("truncation_side", ["left", None], ["up", {}]),
+        ("model_input_names", [["input_ids"], None], ["input_ids", [7], {}]),
+        ("chat_template", ["x", {"default": "x"}, [{"name": "a", "template": "x"}]], [7, ["x"], {"a": 7}]),
+        ("chat_template", [None], [[{"name": "a"}], [{"template": "x"}], [{"name": 7, "template": "x"}]]),
+        ("tokenizer_class", ["TokenizersBackend", None], [7, ["x"]]),
+        *((f"{kind}_token", ["a", None], [7, ["x"], {}, True]) for kind in ("eos", "bos", "pad", "unk")),
+    ],
+)
+def test_a_tokenizer_s_values_are_of_their_kinds(model: Path, key: str, sound: list[Any], wrong: list[Any]) -> None:
+    """transformers takes any, and fails when the first text is encoded."""
+    file = model / "tokenizer_config.json"
+    raw = json.loads(file.read_text())
+    for value in sound:
+        file.write_text(json.dumps(raw | {key: value}))
+        assert read_tokenizer(model, "m").get_vocab()
+    for value in wrong:
+        file.write_text(json.dumps(raw | {key: value}))
+        assert f"m: tokenizer_config.json has {key}: " in refusal(lambda: read_tokenizer(model, "m")).message
 
 
 def test_the_gate_costs_a_7b_little() -> None:

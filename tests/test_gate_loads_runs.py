@@ -101,7 +101,7 @@ def test_nor_is_it_put_into_any_prompt(run: Path, secret: Path, tmp_path: Path) 
         said = dpo(*verb)
         assert said.code == 1 and "which is not the one it was made with" in said.err, said.err
     (run / "data.json").unlink()  # then nobody can say
-    assert "which is not the one" in refusal(lambda: recipe_of(RunFolder(run))).message
+    assert "and no digest of the one it was made with" in refusal(lambda: recipe_of(RunFolder(run))).message
 
 
 def test_a_run_s_own_template_goes_with_it(tiny_base: Path, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
@@ -29,6 +29,7 @@ from dpo_studio.evaluation.judges import (
     not_judged,
 )
 from dpo_studio.models.load import check_files, choose_dtype, load_encoder, load_weights, locate, put_on_gpu
+from dpo_studio.models.tokenizer_settings import read_tokenizer
 from dpo_studio.preferences.pair import Message
 from dpo_studio.tokens.chat import ChatEncoder, PairError
 
@@ -163,10 +164,7 @@ def load_reward_model(name: str, *, dtype: str = "auto", say: Callable[[str], No
             f"{name} has {model.config.num_labels} labels, and none of them is the reward",
             hint="a reward model has one label, or two whose second is the good one",
         )
-    try:
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise ModelError(f"{name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}") from None
+    tokenizer = read_tokenizer(folder, name)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     if tokenizer.chat_template:
         encoder = load_encoder(folder, ModelSection(path=name))

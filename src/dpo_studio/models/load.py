@@ -17,7 +17,6 @@ import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
-    AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     dynamic_module_utils,
@@ -33,6 +32,7 @@ from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.models.refusals import refuse_unfit
 from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import Shapes, check_model_size, check_numbers, tensor_shapes
+from dpo_studio.models.tokenizer_settings import read_tokenizer
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.paths import user_path
 from dpo_studio.tokens.chat import ChatEncoder
@@ -46,7 +46,6 @@ __all__ = [
     "load_weights",
     "locate",
     "put_on_gpu",
-    "read_tokenizer",
     "weights_fingerprint",
 ]
 
@@ -287,52 +286,6 @@ def load_encoder(folder: Path, section: ModelSection, *, today: datetime.date | 
     if section.chat_template is not None:
         tokenizer.chat_template = _read_template(section.chat_template)
     return ChatEncoder(tokenizer, eos_ids=_end_ids(folder), today=today)
-
-
-def read_tokenizer(folder: Path, name: str) -> Any:
-    """The tokenizer of a folder that was scanned, made of the files of that folder alone.
-
-    Its config may remember files of the machine that it was saved on, as old ones do (`vocab_file`), or name any: none
-    is followed, for None in their place means the folder's own.
-
-    Raises:
-        ModelError: it cannot be loaded.
-    """
-    raw = read_json(folder / "tokenizer_config.json")
-    _check_added_tokens(raw.get("added_tokens_decoder"), f"{name}: tokenizer_config.json")
-    added = {str(number): token for token, number in read_json(folder / "added_tokens.json").items()}
-    _check_added_tokens(added, f"{name}: added_tokens.json")
-    files: dict[str, Any] = {
-        key: None
-        for key, value in raw.items()
-        if key.endswith("_file") or (key in _VOCABULARY and isinstance(value, str))
-    }
-    try:
-        return AutoTokenizer.from_pretrained(folder, **files)
-    except Exception as error:
-        if raw.get("auto_map") and "custom code" in str(error):
-            message = f"{name}: tokenizer_config.json asks to run code from the model's folder (auto_map)"
-            raise ModelError(message, hint=NO_CODE) from None
-        raise ModelError(f"{name}: its tokenizer cannot be loaded: {_one_line(error)}") from None
-
-
-def _check_added_tokens(decoder: Any, where: str) -> None:
-    """Some tokenizers make a token for every id below the largest that is named.
-
-    Raises:
-        ModelError: not ids and tokens, or an id that no vocabulary has.
-    """
-    if decoder is not None and not isinstance(decoder, dict):
-        raise ModelError(f"{where}: its added tokens are no object of ids and tokens")
-    for number in decoder or ():
-        if not (number.isascii() and number.isdecimal() and len(number) < 9 and int(number) <= _LARGEST_ID):
-            raise ModelError(f"{where}: {number[:40]!r} is no token id")
-
-
-_LARGEST_ID = 10_000_000
-"""The largest vocabulary of a known model has 262,144 tokens."""
-_VOCABULARY = ("vocab", "merges")
-"""What a tokenizer is made of, or the name of a file that holds it."""
 
 
 def _end_ids(folder: Path) -> set[int]:

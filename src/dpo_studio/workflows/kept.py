@@ -159,8 +159,11 @@ def recipe_of(run: RunFolder) -> Recipe:
         text = template_text(named, what="chat template of the run", error=RunError)
         kept = _read(run)
         if kept is None or kept.template != sha256(text.encode()).hexdigest():
+            why = (
+                "which is not the one it was made with" if kept else "and no digest of the one it was made with is kept"
+            )
             raise RunError(
-                f"{run.path}: its recipe names {named} as chat template, which is not the one it was made with",
+                f"{run.path}: its recipe names {named} as chat template, {why}",
                 hint="put that template there again; or name base, adapter and template in a recipe of your own",
             )
     return recipe
