@@ -23,17 +23,18 @@ __all__ = ["Shapes", "check_model_size", "check_numbers", "tensor_shapes"]
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """(dtype by its name in safetensors, shape) of every tensor by its name."""
-_LAYERS = re.compile(r"layers?$|^n_layer|depths?$|blocks$|stages$|experts$")
+_LAYERS = re.compile(r"layers?$|^n_layer|depths?$|blocks$|stages$")
 """Keys whose number is one of modules that are made one by one."""
-_COUNTS = re.compile(r"^n_|^num_|labels$|heads$|groups$|beams$|branches$")
+_COUNTS = re.compile(r"^n_|^num_|experts$|labels$|heads$|groups$|beams$|branches$")
 """Keys whose number is one of things that are listed."""
-_WHOLE = re.compile(r"(^|_)(size|layers?|heads?|experts|labels|dim|rank|embd|inner|width|groups)$|^n_|^num_")
+_WHOLE = re.compile(r"(^|_)(size|heads?|experts|labels|dim|rank|embd|inner|width|groups)$|^n_|^num_")
 _NO_SIZES = re.compile(
     r"token|theta|base|seed|position|length|factor|context|ctx|window|scal|step|freq|limit|_id$|vers"
 )
 """Keys whose number is a place, a token or a factor: nothing is made of that size."""
-_FEWEST_LAYERS, _FEWEST = 128, 4096
-"""Counts that every config may have: many name defaults that their model has no use for (max_window_layers)."""
+_FEWEST_LAYERS, _FEWEST = 128, 1 << 14
+"""Counts that every config may have: many name defaults that their model has no use for (max_window_layers; Doge's
+16,384 experts)."""
 _LARGEST = 1 << 24
 """A size that every config may have, for the same reason; its list takes a tenth of a second."""
 _UNSEEN = (1 << 20, 1 << 20, 1 << 40)
@@ -80,16 +81,15 @@ def check_numbers(config: Mapping[str, Any], shapes: Shapes | None, name: str) -
                 raise _refused(name, key, value, "which is not a whole number")
             continue
         limit = layers if _LAYERS.search(key) else counts if _COUNTS.search(key) else sizes
-        if not -1 <= value <= limit and (value > 0 or _WHOLE.search(key)):
+        if abs(value) > limit:  # some count layers from the end
             raise _refused(name, key, value, f"and the weights that are there allow {limit:,} at most")
 
 
 def _limits(shapes: Shapes) -> tuple[int, int, int]:
-    """Layers or experts, other counts, and sizes: each layer has a tensor, each count a row or column."""
+    """Layers, other counts, and sizes: each layer has a tensor, each count a row or column."""
     widest = max((size for _, shape in shapes.values() for size in shape), default=0)
-    routers = max((shape[0] for _, shape in shapes.values() if len(shape) > 2), default=0)  # of experts in one tensor
     return (
-        max(_FEWEST_LAYERS, len(shapes), routers),
+        max(_FEWEST_LAYERS, len(shapes)),
         max(_FEWEST, len(shapes), widest),
         max(_LARGEST, _numbers_in(shapes)),
     )
