@@ -302,6 +302,12 @@ def read_tokenizer(folder: Path, name: str) -> Any:
     _check_added_tokens(raw.get("added_tokens_decoder"), f"{name}: tokenizer_config.json")
     added = {str(number): token for token, number in read_json(folder / "added_tokens.json").items()}
     _check_added_tokens(added, f"{name}: added_tokens.json")
+    longest = raw.get("model_max_length")
+    if longest is not None and (isinstance(longest, bool) or not isinstance(longest, int | float) or not longest > 0):
+        raise ModelError(
+            f"{name}: tokenizer_config.json: model_max_length is {longest!r:.60}, which is no number of tokens",
+            hint="is it as its author saved it? compare it with the original",
+        )
     files: dict[str, Any] = {
         key: None
         for key, value in raw.items()
