@@ -39,6 +39,8 @@ _LESS_MEMORY = (
     "end what else is on the GPU (`nvidia-smi` shows it), ask for shorter pairs or answers, "
     "or choose a smaller or a GPTQ base"
 )
+_LARGEST_PROMPT = 16 * 2**20
+"""Bytes of a prompt from stdin: a row of data has no more."""
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045 - typer reads it at run time
 Anyway = Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
@@ -183,6 +185,7 @@ def generate(
     if base and both:
         raise typer.BadParameter("one of the two", param_hint="--base or --both")
     from dpo_studio.paths import check_out
+    from dpo_studio.reading import input_text
     from dpo_studio.workflows.talking import Chat, Sampling, check_batched, read_prompts
 
     sampling = Sampling(temperature, max_new_tokens, top_p, seed)
@@ -203,7 +206,7 @@ def generate(
         if cut:
             print(f"{cut} of {len(lines)} answers {cli_talk.cut_note(max_new_tokens)}", file=sys.stderr)
         return
-    text = sys.stdin.read() if prompt == "-" else prompt or ""
+    text = input_text("-", what="prompt", limit=_LARGEST_PROMPT) if prompt == "-" else prompt or ""
     if not text.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
     chat = Chat(_load(model, dtype, with_reference=base), sampling, system, tuned=not base)

@@ -23,7 +23,16 @@ from typing import Any, BinaryIO, NoReturn
 from dpo_studio.errors import DataError, DPOStudioError
 
 __all__ = [
-    *("is_own_stream", "open_input", "open_regular", "parse_json", "read_bytes", "read_json", "read_text"),
+    *(
+        "input_text",
+        "is_own_stream",
+        "open_input",
+        "open_regular",
+        "parse_json",
+        "read_bytes",
+        "read_json",
+        "read_text",
+    ),
     "shown_path",
 ]
 
@@ -131,20 +140,22 @@ class _Kept(io.RawIOBase):
         return self._at - self._start
 
 
-_STREAMS: dict[int, tuple[int, int]] = {}
-"""Of each stream that was opened: the descriptor that holds its content, and where that begins."""
+_STREAMS: dict[tuple[int, int, int], tuple[int, int]] = {}
+"""Of each stream that was opened, by its number, device and inode (a number alone is used again): the descriptor that
+holds its content, and where that begins."""
 
 
 def _kept(number: int, what: str, error: type[DPOStudioError]) -> _Kept:
-    if number not in _STREAMS:
-        status = os.fstat(number)
+    status = os.fstat(number)
+    key = number, status.st_dev, status.st_ino
+    if key not in _STREAMS:
         if stat.S_ISREG(status.st_mode):
-            _STREAMS[number] = os.dup(number), os.lseek(number, 0, os.SEEK_CUR)
+            _STREAMS[key] = os.dup(number), os.lseek(number, 0, os.SEEK_CUR)
         elif not (stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode) or _ends(number, status)):
             raise error(f"{what} is {_named(status.st_mode)}, not a file, pipe or terminal")
         else:
-            _STREAMS[number] = _copied(number, what, error), 0
-    return _Kept(*_STREAMS[number])
+            _STREAMS[key] = _copied(number, what, error), 0
+    return _Kept(*_STREAMS[key])
 
 
 def _ends(number: int, status: os.stat_result) -> bool:
@@ -197,10 +208,14 @@ def read_bytes(
         DPOStudioError: as `open_regular`; or it is longer.
     """
     with open_regular(path, what=what, error=error) as file:
-        try:
-            content = file.read(limit + 1)
-        except OSError as failure:
-            _refuse(path, what, failure, error)
+        return _content(file, path, what, limit, error)
+
+
+def _content(file: BinaryIO, path: str | os.PathLike[str], what: str, limit: int, error: type[DPOStudioError]) -> bytes:
+    try:
+        content: bytes | None = file.read(limit + 1)
+    except OSError as failure:
+        _refuse(path, what, failure, error)
     if content is None:  # a file of the kernel's that has nothing to say yet
         raise error(f"{what}: {shown_path(path)} has no content to read now")
     if len(content) > limit:
@@ -214,8 +229,22 @@ def read_text(path: str | os.PathLike[str], *, what: str, limit: int, error: typ
     Raises:
         DPOStudioError: as `read_bytes`; or it is not UTF-8.
     """
+    return _as_text(read_bytes(path, what=what, limit=limit, error=error), path, what, error)
+
+
+def input_text(name: str | os.PathLike[str], *, what: str, limit: int, error: type[DPOStudioError] = DataError) -> str:
+    """UTF-8 text of what a user may name to be read, as `open_input`.
+
+    Raises:
+        DPOStudioError: as `open_input`; or it is longer than `limit` bytes, or not UTF-8.
+    """
+    with open_input(name, what=what, error=error) as file:
+        return _as_text(_content(file, name, what, limit, error), name, what, error)
+
+
+def _as_text(content: bytes, path: str | os.PathLike[str], what: str, error: type[DPOStudioError]) -> str:
     try:
-        return read_bytes(path, what=what, limit=limit, error=error).decode("utf-8")
+        return content.decode("utf-8")
     except UnicodeDecodeError:
         raise error(f"{what}: {shown_path(path)} is not UTF-8 text", hint="save it as UTF-8") from None
 

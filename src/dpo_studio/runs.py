@@ -116,7 +116,7 @@ class RunFolder:
         waiting = [self.path / name for name in (*_FILES, *_FOLDERS)]
         while waiting:
             path = waiting.pop()
-            if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
+            if path.is_symlink() and not any(_target(path).is_relative_to(place) for place in inside):
                 raise RunError(
                     f"{path} is a link that leads out of the run; a run keeps to its own folder",
                     hint="put the file itself there; the whole run folder may be a link to another disk",
@@ -306,6 +306,14 @@ def environment(device: str, **more: Any) -> dict[str, Any]:
         # our own from the source: a checkout on PYTHONPATH has no metadata, and a run must not end over that
         "versions": {"dpo-studio": __version__} | {name: version(name) for name in packages},
     } | more
+
+
+def _target(link: Path) -> Path:
+    """Where a link leads; the root for one that leads to itself, and so nowhere."""
+    try:
+        return link.resolve()
+    except (OSError, RuntimeError):
+        return Path("/")
 
 
 def _is_something(path: Path) -> bool:

@@ -104,6 +104,8 @@ def _check_file(file: Path, inside: tuple[Path, ...], name: str) -> None:
         kind = file.stat().st_mode
     except FileNotFoundError:  # a link to nothing: missing, like any other file
         return
+    except OSError as error:
+        raise ModelError(f"{name}: {file.name} cannot be read: {error.strerror}") from None
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise ModelError(f"{name}: {file.name} is no file", hint="a device or a pipe in a model folder is no accident")
     if file.is_symlink() and file.suffix != ".safetensors":

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,13 +12,16 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from dpo_studio.config import parse_yaml
-from dpo_studio.errors import RunError
+from dpo_studio.errors import DPOStudioError, RunError
 from dpo_studio.objectives import DPO, Objective
+from dpo_studio.reading import parse_json, read_bytes
 from dpo_studio.runs import RunFolder
 
 __all__ = ["ALL_ANSWERS", "ANSWERS", "RunFacts", "Series", "finite", "interval", "read_run", "share"]
 
 _OBJECTIVE: TypeAdapter[Objective] = TypeAdapter(Objective)
+_LARGEST = 128 * 2**20
+"""Bytes of a run's file: metrics.jsonl of a hundred thousand steps has half."""
 Row = dict[str, Any]
 ANSWERS, ALL_ANSWERS = "answers.html", "all-answers.html"
 """Pages of an evaluation: what `dpo eval` compared, and every comparison of `answers.jsonl`."""
@@ -149,12 +151,9 @@ def _by_step(rows: Iterable[Row]) -> list[Row]:
 
 
 def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except FileNotFoundError:
+    if not path.exists():
         return ""
-    except OSError as error:
-        raise RunError(f"{path}: cannot be read ({error.strerror})") from error
+    return read_bytes(path, what="run", limit=_LARGEST, error=RunError).decode("utf-8", "replace")
 
 
 def _read_object(path: Path, notes: list[str]) -> Row:
@@ -180,8 +179,8 @@ def _read_lines(path: Path, notes: list[str]) -> list[Row]:
 
 def _parsed(text: str) -> object:
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
+        return parse_json(text, what="run", finite=False)
+    except DPOStudioError:
         return None
 
 

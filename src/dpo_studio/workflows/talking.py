@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -14,10 +13,14 @@ from dpo_studio.evaluation.generation import generate, stream
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.gptq import held_dense
 from dpo_studio.preferences.pair import Message
+from dpo_studio.reading import input_text, parse_json
 from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.loading import Loaded, load_any
 
 __all__ = ["Chat", "Sampling", "answers", "check_batched", "generate_answers", "read_prompts", "stream_answer"]
+
+_LARGEST_PROMPTS = 64 * 2**20
+"""Bytes of a file of prompts: a hundred thousand of them, each of a page, take half."""
 
 
 @dataclass(frozen=True)
@@ -104,15 +107,12 @@ def check_batched(sampling: Sampling, samples: int = 1) -> None:
 
 
 def read_prompts(file: Path) -> list[str]:
-    """Prompts of a file: of a .jsonl the text `prompt` of each line, of any other each line that is not empty.
+    """Prompts of a file or of stdin (`-`): of a .jsonl each line's text `prompt`, of any other each line not empty.
 
     Raises:
         DataError: it cannot be read, has no prompt, or a line is no JSON object with one.
     """
-    try:
-        lines = file.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{file} cannot be read: {error}") from None
+    lines = input_text(file, what="prompts", limit=_LARGEST_PROMPTS).splitlines()
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
     if not numbered:
         raise DataError(f"{file} has no prompt", hint="one a line, or .jsonl with a text `prompt` in each line")
@@ -123,8 +123,8 @@ def read_prompts(file: Path) -> list[str]:
 
 def _prompt_in(line: str, where: str) -> str:
     try:
-        row: Any = json.loads(line)
-    except (ValueError, RecursionError):
+        row: Any = parse_json(line, what=where)
+    except DataError:
         row = None
     prompt = row.get("prompt") if isinstance(row, dict) else None
     if not isinstance(prompt, str) or not prompt.strip():
