@@ -300,6 +300,7 @@ def test_a_chat_written_as_text_is_known_however_it_is_written(text: str, read: 
         '"[sic]"',
         "(a) first, (b) second",
         "{'name': 'Ida', 'age': 4}",
+        "{'name': 'Ida', 'value': 4, 'content': 'x'}",
         '{"a": 1}\n{"b": 2}',
         "array([1, 2])",
     ],

@@ -247,7 +247,7 @@ spelling = st.lists(st.sampled_from(FRAGMENTS) | st.text(max_size=8), max_size=8
 
 
 @pytest.mark.parametrize("family", BYTE_FAMILIES)
-@settings(max_examples=40, deadline=None, database=None)
+@settings(max_examples=20, deadline=None, database=None)
 @given(prompt=spelling, answer=spelling)
 def test_no_text_makes_a_special_token(family: str, prompt: str, answer: str) -> None:
     """Chats have as many special tokens as the same chat saying only "x", and decode to the text of the template."""

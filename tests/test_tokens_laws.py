@@ -124,7 +124,7 @@ def rendered(source: str, turns: tuple[Message, ...], *, open_answer: bool) -> s
     return template.render(messages=messages, add_generation_prompt=open_answer)
 
 
-@settings(max_examples=120, deadline=None, database=None)
+@settings(max_examples=60, deadline=None, database=None)
 @given(its=habits, prompt=prompts(), chosen=text, rejected=text)
 def test_the_prompt_is_the_served_one_and_the_answer_alone_is_scored(
     its: Habits, prompt: tuple[Message, ...], chosen: str, rejected: str
@@ -156,7 +156,7 @@ def test_the_prompt_is_the_served_one_and_the_answer_alone_is_scored(
         assert all(answer.scored)
 
 
-@settings(max_examples=60, deadline=None, database=None)
+@settings(max_examples=30, deadline=None, database=None)
 @given(
     its=habits, prompt=prompts(), first=text, between=text, second=text, weights=st.tuples(st.booleans(), st.booleans())
 )

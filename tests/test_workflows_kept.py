@@ -11,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from dpo_studio.errors import RunError
 from dpo_studio.models import load
+from dpo_studio.runs import RunFolder
+from dpo_studio.workflows.kept import date_of
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows
 from tests.tiny_tokenizers import CHATML
@@ -69,9 +72,15 @@ def _swapped(rows: Rows, at: int) -> Rows:
     return [row | other if place == at else row for place, row in enumerate(rows)]
 
 
-@pytest.mark.parametrize("change", [_answer, _swapped])
-@pytest.mark.parametrize(("side", "words"), [("train", "training pairs"), ("held_out", "held-out pairs")])
-@pytest.mark.parametrize("more", [[], ["--dry-run"]])
+@pytest.mark.parametrize(
+    ("change", "side", "words", "more"),
+    [
+        (_answer, "train", "training pairs", []),
+        (_answer, "held_out", "held-out pairs", ["--dry-run"]),
+        (_swapped, "train", "training pairs", ["--dry-run"]),
+        (_swapped, "held_out", "held-out pairs", []),
+    ],
+)
 def test_a_changed_pair_is_refused_with_its_row(
     change: Callable[[Rows, int], Rows], side: str, words: str, more: list[str], copied: Path, tmp_path: Path
 ) -> None:
@@ -161,9 +170,12 @@ def test_a_run_of_an_older_version_continues_and_says_so_once(copied: Path, tmp_
     assert "kept no digest" not in again.err
 
 
-@pytest.mark.parametrize("text", ["", "[]", "{", '{"date": "today"}'])
-def test_a_damaged_file_is_named(text: str, copied: Path, tmp_path: Path) -> None:
-    (tmp_path / "run" / "data.json").write_text(text)
+def test_a_damaged_file_is_named(copied: Path, tmp_path: Path) -> None:
+    file = tmp_path / "run" / "data.json"
+    for text in ("", "[]", "{", '{"date": "today"}', file.read_text()[:-9]):
+        file.write_text(text)
+        with pytest.raises(RunError, match=r"data\.json cannot be read"):
+            date_of(RunFolder(tmp_path / "run"))
     said = longer(copied, tmp_path / "run")
     assert said.code == 1
     assert "data.json cannot be read" in said.err

@@ -31,8 +31,8 @@ def refused(said: Said, *parts: str) -> None:
     [
         ("model.layers.2.mlp.up_proj.weight", math.nan),
         ("model.embed_tokens.weight", math.inf),
-        ("model.norm.weight", -math.inf),
-        ("lm_head.weight", math.nan),
+        pytest.param("model.norm.weight", -math.inf, marks=pytest.mark.slow),
+        pytest.param("lm_head.weight", math.nan, marks=pytest.mark.slow),
     ],
 )
 def test_a_base_with_a_number_that_is_none_is_named(tensor: str, value: float, tmp_path: Path) -> None:
@@ -80,7 +80,8 @@ def test_a_token_that_the_embedding_lacks_is_named(
     base = with_tokens(tmp_path / "base", *tokens, special=special, **more)
     recipe = write_recipe(tmp_path / "r.yaml", base)
     largest = VOCABULARY + len(tokens) - 1
-    for command in (["train", recipe], ["train", recipe, "--dry-run"], ["generate", base, "--prompt", "a"]):
+    commands = [["train", recipe], ["train", recipe, "--dry-run"], ["generate", base, "--prompt", "a"]]
+    for command in commands if len(tokens) > 1 else commands[:1]:  # every verb reads the tokenizer in the same place
         refused(dpo(*command), f"token ids up to {largest} ('{tokens[-1]}')", f"{VOCABULARY} rows")
     assert not (tmp_path / "run").exists() or not list((tmp_path / "run").glob("*"))
 
@@ -111,7 +112,9 @@ def test_a_padded_embedding_is_no_fault(architecture: str, tmp_path: Path) -> No
 # Few pairs, a long warm-up
 
 
-@pytest.mark.parametrize(("pairs", "warmup", "epochs"), [(3, 100, 1), (5, 2, 2), (2, 0.1, 1)])
+@pytest.mark.parametrize(
+    ("pairs", "warmup", "epochs"), [(3, 100, 1), (5, 2, 2), pytest.param(2, 0.1, 1, marks=pytest.mark.slow)]
+)
 def test_few_pairs_and_a_long_warm_up_are_told_in_numbers(
     pairs: int, warmup: float, epochs: int, tiny_base: Path, tmp_path: Path
 ) -> None:

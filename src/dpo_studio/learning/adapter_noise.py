@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -22,8 +22,9 @@ _ROWS = 64
 
 
 @contextmanager
-def noisy_adapters(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
-    """Inside, seeded noise is added to every B of every adapter; afterwards B is what it was, to the bit.
+def noisy_adapters(model: nn.Module, *, seed: int = 0, only: Collection[str] | None = None) -> Iterator[None]:
+    """Inside, seeded noise is added to every B of every adapter, or of those in `only`; afterwards B is what it was, to
+    the bit.
 
     The tensors stay where they are in memory, and no other random state is touched.
     """
@@ -33,6 +34,8 @@ def noisy_adapters(model: nn.Module, *, seed: int = 0) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 for name, up in module.lora_B.items():
+                    if only is not None and name not in only:
+                        continue
                     weight = up.weight.data
                     noise = torch.randn(weight.shape, generator=draw) * _size_of(module, name)
                     kept.append((weight, weight.clone()))

@@ -79,6 +79,7 @@ def check_packing(
     while True:
         difference = unless_out_of_memory(model, partial(_compare, model, pairs, sample, budget))
         if difference is not None:
+            _check_switch(model, pairs[sample[0].place], budget)
             return difference
         longest = max(sample, key=lambda one: packed_tokens(pairs[one.place]))
         if len(sample) == 1:
@@ -97,6 +98,27 @@ def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[Te
             exact = _plain(model, one.adapter, chosen, exact=True)
             off.append(_judge(one.name, sample, chosen, ours, exact, own or exact, model))
     return max(off)
+
+
+def _check_switch(model: nn.Module, pair: EncodedPair, budget: int) -> None:
+    """Raises ModelError if the reference changes with the policy's adapter.
+
+    What one layer does without its switch can be less than bfloat16 rounds. So nothing is compared with a plain model:
+    the same computation with and without noise in the adapter gives the same numbers, as far as it does twice.
+    """
+    if not isinstance(model, PeftModel):
+        return
+    with torch.no_grad(), in_eval(model), as_reference(model):
+        (first_N,), (second_N,) = (_packed(model, [pair], budget) for _ in range(2))
+        with noisy_adapters(model, only=[POLICY]):
+            (noisy_N,) = _packed(model, [pair], budget)
+    by_itself, with_noise = ((first_N - other_N).abs().mean().item() for other_N in (second_N, noisy_N))
+    if not with_noise <= _TIMES * by_itself + _APART:
+        raise ModelError(
+            f"log-probs of the reference change by {with_noise:.3g} nats a token with what is in the policy's adapter "
+            f"(row {pair.row}, the adapter off): a layer that is adapted is not switched off",
+            hint="please report the model; adapter.targets without that layer is the way on",
+        )
 
 
 def _passes(model: nn.Module) -> list[_Pass]:

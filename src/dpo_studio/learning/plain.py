@@ -145,5 +145,8 @@ def _configs(model: nn.Module) -> list[Any]:
 
 
 def _put_forward(restored: ExitStack, module: nn.Module, forward: Any) -> None:
+    if "forward" in module.__dict__:  # somebody else's, which stays somebody else's
+        restored.callback(setattr, module, "forward", module.__dict__["forward"])
+    else:
+        restored.callback(module.__dict__.pop, "forward")
     module.forward = MethodType(forward, module)
-    restored.callback(module.__dict__.pop, "forward")

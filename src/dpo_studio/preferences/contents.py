@@ -41,8 +41,10 @@ _MESSAGE_LISTS = ("messages", "conversations", "conversation")
 _LONGEST_JSON = 1_000_000
 """Characters that are looked into: a longer text is an answer of its own kind."""
 _AS_PYTHON = re.compile(
-    r"(?:array\()?[\[(]?\s*\{\s*(?:'\w+'\s*:\s*(?:\d+|None|True|False|'[^'\\]{0,200}')\s*,\s*){0,8}"
-    r"'(?:role|content|from|value|messages|conversations)'\s*:"
+    r"(?:array\()?[\[(]?\s*\{\s*(?:"
+    r"'(?:role|content|from|value|messages|conversations)'"
+    r"|(?:'\w+'\s*:\s*(?:\d+|None|True|False|'[^'\\]{0,200}')\s*,\s*){1,8}'(?:role|messages|conversations)'"
+    r")\s*:"
 )
 """A message list as `str()` writes it: what a data frame of them becomes in a CSV file; short values may come first."""
 
