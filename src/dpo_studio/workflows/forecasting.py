@@ -1,4 +1,7 @@
-"""What a training would take, before weights are loaded: its tokens, and the least time they can take here."""
+"""What a training would take, before weights are loaded: its tokens, and the time of their matrix products here.
+
+A training takes longer than its products; on a machine that is busy now, they seem to take longer than they will.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +28,7 @@ _SIZE = 1024
 
 
 def forecast(recipe: Recipe, pairs: Sequence[EncodedPair], taken: int) -> str:
-    """`123,456 tokens an epoch, 370,368 in all; at least 12 min`; `taken` pairs are learned from in all steps."""
+    """`123,456 tokens an epoch, 370,368 in all; ... 12 min`; `taken` pairs are learned from in all steps."""
     epoch = sum(map(packed_tokens, pairs))
     total = round(epoch * taken / len(pairs))
     said = f"{epoch:,} tokens an epoch (a prompt counted once a pair), {total:,} in all"
@@ -36,8 +39,9 @@ def forecast(recipe: Recipe, pairs: Sequence[EncodedPair], taken: int) -> str:
     dtype, _ = choose_dtype(recipe.model.dtype, device)
     operations = weights * ((_FORWARD + _BACKWARD) * total + _FORWARD * epoch * recipe.objective.needs_reference)
     seconds = operations / _speed(dtype, device)
+    precision = str(dtype).removeprefix("torch.")
     return (
-        f"{said}; at least {duration(seconds)}, its matrix products alone, in {str(dtype).removeprefix('torch.')} here"
+        f"{said}; their matrix products alone take {duration(seconds)} at this machine's speed just now ({precision})"
     )
 
 
@@ -60,11 +64,11 @@ def _multiplied(folder: Path) -> int | None:
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:
-    """Operations a second in the best of five products of two matrices; a multiplication and an addition are two."""
+    """Operations a second in the best of ten products of two matrices; a multiplication and an addition are two."""
     size = _SIZE if device.type == "cpu" else 8 * _SIZE
     left, right = (torch.ones(size, size, dtype=dtype, device=device) for _ in range(2))
     best = float("inf")
-    for _ in range(5):
+    for _ in range(10):
         started = time.perf_counter()
         product = left @ right
         product[0, 0].item()  # waits for a GPU
