@@ -15,7 +15,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -62,10 +62,19 @@ def alternate(options: argparse.Namespace) -> tuple[float, dict[str, Any]]:
         for name, run in systems.items():
             seconds[name].append(run(pairs))
             rate = len(pairs) / seconds[name][-1]
-            print(f"round {number + 1}  {name:5}{seconds[name][-1]:8.1f} s{rate:8.3f} pairs/s", flush=True)
+            left = _left(seconds, options.rounds)
+            print(f"round {number + 1}  {name:5}{seconds[name][-1]:8.1f} s{rate:8.3f} pairs/s{left}", flush=True)
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     ratio = medians["trl"] / medians["ours"]
     return ratio, _record(options, pairs, seconds, ratio) | {"dtype": precision}
+
+
+def _left(seconds: Mapping[str, Sequence[float]], rounds: int) -> str:
+    """How long the rest will take, once each system has run."""
+    if not all(seconds.values()):
+        return ""
+    left = sum((rounds - len(known)) * known[-1] for known in seconds.values())
+    return f", about {left:.0f} s left" if left else ""
 
 
 def trl_seconds(model: str, pairs: Sequence[EncodedPair], max_length: int, precision: str) -> float:

@@ -16,6 +16,10 @@ import torch
 
 from dpo_studio.evaluation.accuracy import log_prob_differences
 from dpo_studio.objectives import PairLogps
+from dpo_studio.preferences.checks import TextChecks
+from dpo_studio.preferences.findings import DataReport
+from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.reports.data_page import render_data_page
 from dpo_studio.reports.drawing import PALETTE
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.side_by_side import render_answers, render_comparisons
@@ -219,3 +223,14 @@ def test_an_evaluation_leaves_pages_that_lead_to_each_other(tmp_path: Path) -> N
     (run / "evaluation" / "winrate.json").write_text(json.dumps(asked))
     (run / "evaluation" / "answers.html").write_text("there")
     assert "evaluation/answers.html" in Cards(write_report(run).read_text()).links
+
+
+def test_the_axes_of_the_data_page_are_named() -> None:
+    """Both histograms: of two answers a pair in characters, and of scores a pair in points."""
+    checks = TextChecks()
+    for row in range(30):
+        turns = [(Message("assistant", "x" * (row + length)),) for length in (5, 9)]
+        checks.see(Pair((Message("user", f"q{row}"),), turns[0], turns[1], row=row, scores=(row + 1.0, 1.0)))
+    report = DataReport("s", "trl", 30, 30, 30, 30, {}, checks.findings(), checks.histograms())
+    texts = [text.strip() for text in Page(render_data_page(report)).texts]
+    assert all(name in texts for name in ("answers", "characters", "pairs", "points"))

@@ -24,7 +24,7 @@ _WORSE = {"rejected", "reject", "bad", "worse", "worst", "loser", "losing", "los
           "negative", "neg", "disliked", "nonpreferred"}  # fmt: skip
 _NUMBERS = {"score", "scores", "rating", "ratings", "rank", "id", "tokens", "length", "count", "logprob", "index"}
 _LABELS = {"label", "labels", "preference", "preferred", "winner", "choice", "better", "best", "chosen", "selected",
-           "verdict", "vote", "judgment", "judgement", "decision", "pick"}  # fmt: skip
+           "verdict", "comparison", "pairwise", "vote", "judgment", "judgement", "decision", "pick"}  # fmt: skip
 _ORDERED = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "second"), ("one", "two"))
 _SIDES = ("first", "second")
 _TIES = {"tie", "tied", "equal", "equally", "same", "draw", "both", "neither", "none"}

@@ -115,8 +115,12 @@ _CAPTIONS = {
 }
 
 
+_UNITS = {"characters": "characters", "tokens": "tokens", "margins": "points"}
+"""What the axis counts, by histogram."""
+
+
 def _drawn(histogram: Histogram) -> Any:
-    figure, axes = blank()
+    figure, axes = blank(top=26)
     axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
     edges = np.asarray(histogram.edges)
     if edges[0] < 0 < edges[-1]:
@@ -133,6 +137,10 @@ def _drawn(histogram: Histogram) -> Any:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: count(value)))
     axes.xaxis.set_major_locator(MaxNLocator(nbins=6))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
+    counted = "answers" if len(histogram.counts) > 1 else "pairs"
+    muted = {"transform": axes.transAxes, "fontsize": 11, "color": PALETTE["muted"]}
+    axes.text(-0.1, 1.04, counted, va="bottom", **muted)
+    axes.text(1.03, -0.03, _UNITS[histogram.name], va="top", **muted)
     return figure
 
 

@@ -112,13 +112,15 @@ def _histogram(facts: RunFacts) -> tuple[list[float], list[float], list[float]] 
     """Edges, counts before and counts after; None where result.json has no such numbers."""
     found = facts.result.get("log_prob_differences")
     lists = [found.get(key) for key in ("edges", "before", "after")] if isinstance(found, dict) else []
-    if len(lists) != 3 or not all(isinstance(one, list) for one in lists):
+    numbers: list[list[float]] = []
+    for one in lists:
+        known = [finite({"x": value}, "x") for value in one] if isinstance(one, list) else []
+        numbers.append([value for value in known if value is not None])
+        if len(numbers[-1]) < len(known) or not known:
+            return None
+    if not numbers:
         return None
-    edges, before, after = ([finite({"x": value}, "x") for value in one] for one in lists)
-    whole = [value for value in (*edges, *before, *after) if value is not None]
-    if len(whole) < len(edges) + len(before) + len(after) or len(edges) < 2:
-        return None
-    edges, before, after = whole[: len(edges)], whole[len(edges) : -len(after)], whole[-len(after) :]
+    edges, before, after = numbers
     fits = len(before) == len(after) == len(edges) - 1
     return (edges, before, after) if fits and all(low < high for low, high in pairwise(edges)) else None
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from dpo_studio.config import ModelSection, Recipe
+from dpo_studio.config import BUNDLED, ModelSection, Recipe
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.learning.memory import Limit, plan_limit
 from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval, read_adapter_config
@@ -27,6 +27,7 @@ from dpo_studio.models.load import (
 )
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.objectives import PairLogps
+from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
 from dpo_studio.preferences.split import Split, split_pairs
@@ -70,6 +71,27 @@ def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Spli
     near = f", {split.near_copies} of them with the prompt they nearly repeat" if split.near_copies else ""
     progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}{near}")
     return source, split
+
+
+def find_models(recipe: Recipe) -> None:
+    """Look for the models and adapters on this disk, before any data is read.
+
+    A name on the Hub is looked up after the data: what it names may take an hour to fetch.
+
+    Raises:
+        ModelError: one is missing, unsafe or unsupported.
+    """
+    for adapter in (recipe.model.adapter, recipe.reference.adapter):
+        if adapter is not None:
+            read_adapter_config(Path(adapter))
+    sections = [recipe.model]
+    if recipe.reference.model is not None:
+        sections.append(_reference_section(recipe, recipe.reference.model))
+    for section in sections:
+        path = section.path
+        on_disk = path.startswith((".", "/", "~")) or path.count("/") > 1 or user_path(path).exists()
+        if on_disk and not path.startswith(BUNDLED):
+            check_folder(locate(path, section.revision), section)
 
 
 def look_at_models(recipe: Recipe, today: datetime.date, say: Callable[[str], None] = lambda _: None) -> ChatEncoder:

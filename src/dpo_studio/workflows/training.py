@@ -46,11 +46,13 @@ from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.compiling import accelerated
+from dpo_studio.workflows.forecasting import forecast
 from dpo_studio.workflows.kept import check_same_data, digest_data, run_date, write_data
 from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
     encode_both,
+    find_models,
     look_at_models,
     read_and_split,
     reference_model,
@@ -123,6 +125,7 @@ def check_recipe(
         run = RunFolder(loaded.run_folder)
         settled = run.settle(loaded.recipe)
         check_tracker(settled)
+        find_models(settled)
         source, split = read_and_split(settled, shown)
         look_at_pairs(settled, split, shown, anyway=anyway)
         date = run_date(run)
@@ -133,6 +136,10 @@ def check_recipe(
         look_at_lengths(settled, data.train, shown, anyway=anyway)
         steps = steps_of(settled, data.train.pairs, budget=CPU_TOKENS)
         warn_of_length(settled, len(data.train.pairs), steps.total, shown.warn)
+        taken = min(
+            steps.total * settled.training.pairs_per_step, round(len(data.train.pairs) * settled.training.epochs)
+        )
+        shown.say(forecast(settled, data.train.pairs, taken))
         shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
@@ -174,6 +181,7 @@ def _train_in(
 ) -> TrainedRun:
     started = time.perf_counter()
     recipe = run.settle(loaded.recipe)  # again: another process may just have left
+    find_models(recipe)
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
     date = run_date(run, today)
