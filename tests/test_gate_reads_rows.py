@@ -157,7 +157,7 @@ PAIRS = pa.table({"prompt": ["q"] * 3, "chosen": ["a"] * 3, "rejected": ["b"] * 
 
 
 def test_a_saved_set_is_read_from_its_own_files_alone(tmp_path: Path) -> None:
-    """Whatever its description names, in whatever type; nothing is opened that lies elsewhere, and nothing waited for."""
+    """Whatever its description names, in whatever type: nothing that lies elsewhere is opened or waited for."""
     folder = tmp_path / "saved"
     saved(folder, PAIRS)
     assert len(read_pairs(SourceSection(source=str(folder))).pairs) == 3
