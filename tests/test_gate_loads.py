@@ -438,9 +438,9 @@ def test_a_token_s_id_is_one_that_a_vocabulary_has(model: Path, file: str, conte
     ("key", "sound", "wrong"),
     [
         ("model_max_length", [10**30, 2.5, None], ["x", [], {}, True]),
-        ("padding_side", ["left", "right", None], ["up", 7, ["left"]]),
-        ("truncation_side", ["left", None], ["up", {}]),
-        ("model_input_names", [["input_ids"], None], ["input_ids", [7], {}]),
+        ("padding_side", ["left", "right"], ["up", 7, ["left"]]),
+        ("truncation_side", ["left"], ["up", {}]),
+        ("model_input_names", [["input_ids"]], ["input_ids", [7], {}]),
         ("chat_template", ["x", {"default": "x"}, [{"name": "a", "template": "x"}]], [7, ["x"], {"a": 7}]),
         ("chat_template", [None], [[{"name": "a"}], [{"template": "x"}], [{"name": 7, "template": "x"}]]),
         ("tokenizer_class", ["TokenizersBackend", None], [7, ["x"]]),
