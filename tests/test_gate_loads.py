@@ -359,7 +359,7 @@ def test_headers_that_lie_are_no_sizes(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     head = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}).encode()
     file.write_bytes(len(head).to_bytes(8, "little") + head + b"0000")
-    assert "model.safetensors cannot be read" in refusal(lambda: tensor_shapes([file], "m")).message
+    assert "m cannot be loaded: model.safetensors is damaged" in refusal(lambda: tensor_shapes([file], "m")).message
     assert "is missing" in refusal(lambda: tensor_shapes([tmp_path / "gone.safetensors"], "m")).message
 
 
