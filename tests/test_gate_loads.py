@@ -188,7 +188,7 @@ def split(folder: Path, names: tuple[str, str] = ("model-1.safetensors", "model-
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     half = len(tensors) // 2
-    where = {}
+    where: dict[str, str] = {}
     for name, keys in zip(names, (list(tensors)[:half], list(tensors)[half:]), strict=True):
         save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
         where |= dict.fromkeys(keys, name)
