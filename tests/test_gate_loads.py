@@ -188,7 +188,7 @@ def split(folder: Path, names: tuple[str, str] = ("model-1.safetensors", "model-
     tensors = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     half = len(tensors) // 2
-    where = {}
+    where: dict[str, str] = {}
     for name, keys in zip(names, (list(tensors)[:half], list(tensors)[half:]), strict=True):
         save_file({key: tensors[key] for key in keys}, folder / name, metadata={"format": "pt"})
         where |= dict.fromkeys(keys, name)
@@ -359,7 +359,7 @@ def test_headers_that_lie_are_no_sizes(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     head = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}).encode()
     file.write_bytes(len(head).to_bytes(8, "little") + head + b"0000")
-    assert "model.safetensors cannot be read" in refusal(lambda: tensor_shapes([file], "m")).message
+    assert "m cannot be loaded: model.safetensors is damaged" in refusal(lambda: tensor_shapes([file], "m")).message
     assert "is missing" in refusal(lambda: tensor_shapes([tmp_path / "gone.safetensors"], "m")).message
 
 
@@ -438,9 +438,9 @@ def test_a_token_s_id_is_one_that_a_vocabulary_has(model: Path, file: str, conte
     ("key", "sound", "wrong"),
     [
         ("model_max_length", [10**30, 2.5, None], ["x", [], {}, True]),
-        ("padding_side", ["left", "right", None], ["up", 7, ["left"]]),
-        ("truncation_side", ["left", None], ["up", {}]),
-        ("model_input_names", [["input_ids"], None], ["input_ids", [7], {}]),
+        ("padding_side", ["left", "right"], ["up", 7, ["left"]]),
+        ("truncation_side", ["left"], ["up", {}]),
+        ("model_input_names", [["input_ids"]], ["input_ids", [7], {}]),
         ("chat_template", ["x", {"default": "x"}, [{"name": "a", "template": "x"}]], [7, ["x"], {"a": 7}]),
         ("chat_template", [None], [[{"name": "a"}], [{"template": "x"}], [{"name": 7, "template": "x"}]]),
         ("tokenizer_class", ["TokenizersBackend", None], [7, ["x"]]),

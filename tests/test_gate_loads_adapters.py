@@ -7,6 +7,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -272,9 +273,8 @@ def test_each_type_is_looked_at_on_its_own() -> None:
         "task_type": "task",
     }
     for key, words in wrong.items():
-        error = refusal(
-            lambda key=key: refuse_strange_lora(sound | {key: 1.5 if key != "lora_alpha" else "x"}, KNOWN, "a")
-        )  # type: ignore[misc]
+        settings = sound | {key: 1.5 if key != "lora_alpha" else "x"}
+        error = refusal(partial(refuse_strange_lora, settings, KNOWN, "a"))
         assert f"adapter_config.json has {key}: " in error.message and words in error.message
 
 

@@ -209,8 +209,8 @@ BAD = [
 
 @pytest.mark.parametrize("name", ["result.json", "data.json", "metrics.jsonl", "environment.json", "recipe.yaml"])
 def test_a_run_s_file_that_is_none_is_told_in_one_line(run: Path, tmp_path: Path, name: str) -> None:
-    """Whatever is read of it: as a card, a report, a date."""
-    for number, content in enumerate(BAD):
+    """Whatever is read of it: as a card, a report, a date. Each file with another third of them."""
+    for number, content in enumerate(BAD[len(name) % 3 :: 3]):
         (run / name).write_bytes(content.encode("latin-1"))
         if number % 2:
             with suppress(DPOStudioError):

@@ -257,4 +257,7 @@ def _entry(file: Path) -> dict[str, Any]:
 
 def _sha256(path: Path) -> str:
     with open_regular(path, what="file of a checkpoint", error=RunError) as data:
-        return hashlib.file_digest(data, "sha256").hexdigest()
+        digest = hashlib.sha256()
+        while block := data.read(1 << 20):
+            digest.update(block)
+        return digest.hexdigest()

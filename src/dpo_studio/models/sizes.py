@@ -60,9 +60,9 @@ def tensor_shapes(files: Sequence[Path], name: str) -> Shapes:
                     found = tensors.get_slice(key)
                     shapes[key] = (found.get_dtype(), tuple(found.get_shape()))
         except FileNotFoundError:
-            raise ModelError(f"{name}: the weight file {file.name} is missing", hint=_AGAIN) from None
+            raise ModelError(f"{name} cannot be loaded: the weight file {file.name} is missing", hint=_AGAIN) from None
         except (SafetensorError, OSError) as error:
-            raise ModelError(f"{name}: {file.name} cannot be read, it is damaged: {error}", hint=_AGAIN) from None
+            raise ModelError(f"{name} cannot be loaded: {file.name} is damaged: {error}", hint=_AGAIN) from None
     return shapes
 
 
