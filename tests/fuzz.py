@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -32,6 +33,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import dpo_studio
 from tests.mutations import Mutation, mutated
 
 __all__ = ["Found", "Ground", "main"]
@@ -238,18 +240,8 @@ class Watch:
 
     def __post_init__(self) -> None:
         own = (self.ground.place / name for name in ("case", "cache", "tmp"))
-        self._own = tuple(str(place) for place in own)
-        libraries = {
-            sys.prefix,
-            sys.base_prefix,
-            "/usr",
-            "/lib",
-            "/proc",
-            "/sys",
-            "/dev/null",
-            "/dev/urandom",
-            "/etc/ld",
-        }
+        self._own = (*(str(place) for place in own), "/dev/null")
+        libraries = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys", "/dev/urandom"}
         libraries |= {"/dev/zero"}  # it may be opened, and looked at: whoever reads it runs out of time or memory
         libraries |= {"/etc/mime.types", "/etc/localtime", str(Path(__file__).parents[1])}
         self._readable = (*self._own, *(os.path.realpath(place) for place in libraries), *libraries)
@@ -258,7 +250,7 @@ class Watch:
         """What `sys.addaudithook` calls; it must neither raise nor take long."""
         if not self.on:
             return
-        if event in _PROCESSES:
+        if event in _PROCESSES and given[:2] != _UNAME:
             self.seen.append(f"{event} {given!r:.200}")
             return
         if event == "open":
@@ -290,6 +282,8 @@ class Watch:
             self.on = True
 
 
+_UNAME = ("uname", ["uname", "-p"])
+"""What Python's own `platform.processor` starts, for a run's environment.json."""
 _LIBRARIES = (f"{sys.prefix}/", f"{sys.base_prefix}/")
 _PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "pty.spawn"}
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "os.truncate", "os.chown"}
@@ -504,8 +498,9 @@ def _prepare(place: Path) -> Ground:
     }
     tempfile.tempdir = None
     ground = Ground(place)
-    for module in ("workflows.scoring", "workflows.talking", "workflows.exporting", "workflows.training"):
-        importlib.import_module(f"dpo_studio.{module}")
+    for module in pkgutil.walk_packages(dpo_studio.__path__, "dpo_studio."):  # or each fork would import it again
+        if module.name != "dpo_studio.__main__" and "triton" not in module.name:
+            importlib.import_module(module.name)
     import torch
 
     torch.set_num_threads(1)
