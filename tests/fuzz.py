@@ -26,7 +26,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
@@ -499,8 +499,9 @@ def _prepare(place: Path) -> Ground:
     tempfile.tempdir = None
     ground = Ground(place)
     for module in pkgutil.walk_packages(dpo_studio.__path__, "dpo_studio."):  # or each fork would import it again
-        if module.name != "dpo_studio.__main__" and "triton" not in module.name:
-            importlib.import_module(module.name)
+        if module.name != "dpo_studio.__main__":
+            with suppress(ImportError):  # kernels want Triton, which a machine without a GPU has not
+                importlib.import_module(module.name)
     import torch
 
     torch.set_num_threads(1)
