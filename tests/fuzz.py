@@ -515,8 +515,11 @@ def _prepare(place: Path) -> Ground:
 @contextmanager
 def _without(named: str) -> Iterator[None]:
     """Nothing in the place of a check."""
-    module, _, name = named.partition(":")
-    there = importlib.import_module(module)
+    module, _, path = named.partition(":")
+    *owners, name = path.split(".")
+    there: Any = importlib.import_module(module)
+    for owner in owners:
+        there = getattr(there, owner)
     check = getattr(there, name)
     setattr(there, name, lambda *given, **more: None)
     try:
@@ -540,7 +543,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbs", type=int, default=600)
     parser.add_argument("--seed", type=int, default=None, help="default: another one every day, printed")
     parser.add_argument("--only", type=int, default=None, help="one number again")
-    parser.add_argument("--without", action="append", default=[], help="then again without this check, MODULE:FUNCTION")
+    parser.add_argument("--without", action="append", default=[], help="then again without this check")
     parser.add_argument("--stop-at", type=int, default=50, help="so many findings end it")
     asked = parser.parse_args(arguments)
     seed = asked.seed if asked.seed is not None else int(time.time() // 86_400)

@@ -235,7 +235,7 @@ _YAML = [
 def mutated(draw: random.Random, name: str, content: bytes, outside: Path) -> Mutation:
     """One mutation of a file's content; half of them change one value, and leave a file that can be parsed."""
     kind = draw.random()
-    if kind < 0.04:
+    if kind < 0.06:
         return _no_file(draw, outside)
     if kind < 0.22:
         return _broken(draw, content)
