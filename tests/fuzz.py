@@ -16,6 +16,7 @@ import argparse
 import importlib
 import json
 import os
+import pkgutil
 import random
 import resource
 import shutil
@@ -25,13 +26,14 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import dpo_studio
 from tests.mutations import Mutation, mutated
 
 __all__ = ["Found", "Ground", "main"]
@@ -238,18 +240,8 @@ class Watch:
 
     def __post_init__(self) -> None:
         own = (self.ground.place / name for name in ("case", "cache", "tmp"))
-        self._own = tuple(str(place) for place in own)
-        libraries = {
-            sys.prefix,
-            sys.base_prefix,
-            "/usr",
-            "/lib",
-            "/proc",
-            "/sys",
-            "/dev/null",
-            "/dev/urandom",
-            "/etc/ld",
-        }
+        self._own = (*(str(place) for place in own), "/dev/null")
+        libraries = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys", "/dev/urandom"}
         libraries |= {"/dev/zero"}  # it may be opened, and looked at: whoever reads it runs out of time or memory
         libraries |= {"/etc/mime.types", "/etc/localtime", str(Path(__file__).parents[1])}
         self._readable = (*self._own, *(os.path.realpath(place) for place in libraries), *libraries)
@@ -258,7 +250,7 @@ class Watch:
         """What `sys.addaudithook` calls; it must neither raise nor take long."""
         if not self.on:
             return
-        if event in _PROCESSES:
+        if event in _PROCESSES and given[:2] != _UNAME:
             self.seen.append(f"{event} {given!r:.200}")
             return
         if event == "open":
@@ -290,6 +282,8 @@ class Watch:
             self.on = True
 
 
+_UNAME = ("uname", ["uname", "-p"])
+"""What Python's own `platform.processor` starts, for a run's environment.json."""
 _LIBRARIES = (f"{sys.prefix}/", f"{sys.base_prefix}/")
 _PROCESSES = {"subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn", "socket.connect", "pty.spawn"}
 _CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.chmod", "os.truncate", "os.chown"}
@@ -504,8 +498,10 @@ def _prepare(place: Path) -> Ground:
     }
     tempfile.tempdir = None
     ground = Ground(place)
-    for module in ("workflows.scoring", "workflows.talking", "workflows.exporting", "workflows.training"):
-        importlib.import_module(f"dpo_studio.{module}")
+    for module in pkgutil.walk_packages(dpo_studio.__path__, "dpo_studio."):  # or each fork would import it again
+        if module.name != "dpo_studio.__main__":
+            with suppress(ImportError):  # kernels want Triton, which a machine without a GPU has not
+                importlib.import_module(module.name)
     import torch
 
     torch.set_num_threads(1)
@@ -519,8 +515,11 @@ def _prepare(place: Path) -> Ground:
 @contextmanager
 def _without(named: str) -> Iterator[None]:
     """Nothing in the place of a check."""
-    module, _, name = named.partition(":")
-    there = importlib.import_module(module)
+    module, _, path = named.partition(":")
+    *owners, name = path.split(".")
+    there: Any = importlib.import_module(module)
+    for owner in owners:
+        there = getattr(there, owner)
     check = getattr(there, name)
     setattr(there, name, lambda *given, **more: None)
     try:
@@ -544,7 +543,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbs", type=int, default=600)
     parser.add_argument("--seed", type=int, default=None, help="default: another one every day, printed")
     parser.add_argument("--only", type=int, default=None, help="one number again")
-    parser.add_argument("--without", action="append", default=[], help="then again without this check, MODULE:FUNCTION")
+    parser.add_argument("--without", action="append", default=[], help="then again without this check")
     parser.add_argument("--stop-at", type=int, default=50, help="so many findings end it")
     asked = parser.parse_args(arguments)
     seed = asked.seed if asked.seed is not None else int(time.time() // 86_400)

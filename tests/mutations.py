@@ -7,6 +7,7 @@ import os
 import random
 import shutil
 from collections.abc import Callable
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -234,7 +235,7 @@ _YAML = [
 def mutated(draw: random.Random, name: str, content: bytes, outside: Path) -> Mutation:
     """One mutation of a file's content; half of them change one value, and leave a file that can be parsed."""
     kind = draw.random()
-    if kind < 0.04:
+    if kind < 0.06:
         return _no_file(draw, outside)
     if kind < 0.22:
         return _broken(draw, content)
@@ -360,5 +361,5 @@ def _value(draw: random.Random, outside: Path) -> Any:
     if kind < 0.26:
         return _deep(draw.choice([50, 120, 400, 900]))
     if kind < 0.32:
-        return {draw.choice(_KEYS): draw.choice(_PLAIN) for _ in range(draw.randint(1, 4))}
-    return draw.choice(_PLAIN)
+        return {draw.choice(_KEYS): deepcopy(draw.choice(_PLAIN)) for _ in range(draw.randint(1, 4))}
+    return deepcopy(draw.choice(_PLAIN))  # or a later mutation would change the list

@@ -213,12 +213,13 @@ def read_bytes(
 
 def _content(file: BinaryIO, path: str | os.PathLike[str], what: str, limit: int, error: type[DPOStudioError]) -> bytes:
     try:
-        content: bytes | None = file.read(limit + 1)
+        size = os.fstat(file.fileno()).st_size  # a gigabyte need not be read to be known as too much
+        content: bytes | None = file.read(limit + 1) if size <= limit else b""
     except OSError as failure:
         _refuse(path, what, failure, error)
     if content is None:  # a file of the kernel's that has nothing to say yet
         raise error(f"{what}: {shown_path(path)} has no content to read now")
-    if len(content) > limit:
+    if max(size, len(content)) > limit:  # a pipe says 0, and a file may grow
         raise error(f"{what}: {shown_path(path)} is over {limit:,} bytes", hint="is this the file that was meant?")
     return content
 
