@@ -154,7 +154,7 @@ def _check_metadata(described: Any, name: str) -> tuple[list[str], int]:
     if described.num_columns > MAX_COLUMNS:
         raise DataError(f"{name} has {described.num_columns:,} columns; the most is {MAX_COLUMNS:,}")
     texts: set[str] = set()
-    at_once = _ROWS_AT_ONCE
+    repeating: set[str] = set()
     for number in range(described.num_row_groups):
         group = described.row_group(number)
         chunks = [group.column(index) for index in range(group.num_columns)]
@@ -170,13 +170,13 @@ def _check_metadata(described: Any, name: str) -> tuple[list[str], int]:
             if chunk.physical_type == "BYTE_ARRAY":
                 texts.add(chunk.path_in_schema)
             if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each text repeats the beginning of the one before, unfolded
-                at_once = 1
+                repeating.add(chunk.path_in_schema)
                 if "." in chunk.path_in_schema:
                     raise DataError(
                         f"{name}: {chunk.path_in_schema} is written as DELTA_BYTE_ARRAY, which is not read in lists",
                         hint="write it again in the encoding that is the default, or as .jsonl",
                     )
-    return sorted(texts), at_once
+    return sorted(texts - repeating), 1 if repeating else _ROWS_AT_ONCE
 
 
 def arrow_rows(path: Path) -> Iterator[object]:
