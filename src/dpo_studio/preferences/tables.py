@@ -112,7 +112,7 @@ def parquet_rows(path: Path) -> Iterator[object]:
     Raises:
         DataError: it is none, or says that it unfolds to more than any honest one.
     """
-    import pyarrow.parquet as parquet  # half a second, and only Parquet needs it
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped] # half a second, and only Parquet needs it
 
     name = shown_path(path)
     with reading_rows(path) as stream:
@@ -224,13 +224,13 @@ def _unfolded(array: Any) -> int:
         if not (types.is_string(kind.value_type) or types.is_binary(kind.value_type)):
             return _unfolded(array.cast(kind.value_type))
         lengths = compute.binary_length(array.dictionary)
-        return (compute.sum(lengths.take(array.indices)).as_py() or 0) + len(array)
+        return int(compute.sum(lengths.take(array.indices)).as_py() or 0) + len(array)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
         inner = array.flatten() if not types.is_map(kind) else _entries(array)
         return _OBJECT * len(array) + sum(map(_unfolded, inner if isinstance(inner, list) else [inner]))
     if types.is_struct(kind):
         return _OBJECT * len(array) + sum(map(_unfolded, array.flatten()))
-    return max(array.nbytes, len(array))
+    return max(int(array.nbytes), len(array))
 
 
 def _written_out(array: Any) -> Any:
