@@ -54,6 +54,6 @@ def dpo(
         timeout=timeout,
         check=False,
     )
-    streams = [text.decode("utf-8", "backslashreplace") for text in (done.stdout, done.stderr)]
-    assert "Traceback" not in streams[1], streams[1]
-    return Ended(done.returncode, *streams, time.monotonic() - started)
+    out, told = (text.decode("utf-8", "backslashreplace") for text in (done.stdout, done.stderr))
+    assert "Traceback" not in told, told
+    return Ended(done.returncode, out, told, time.monotonic() - started)

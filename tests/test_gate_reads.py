@@ -204,7 +204,6 @@ def test_a_stream_of_our_own_is_read_and_can_be_read_again(streams: Streams) -> 
     """By all its names; a pipe is kept in a file without a name, a file is read from where it stood."""
     for content in (b"a line\n" * 3, b"", b"x" * 3_000_000):
         read, write = os.pipe()
-        writer = threading.Thread(target=lambda end=write, text=content: (os.write(end, text[:65536]), os.close(end)))
         if len(content) > 65536:
             source = f"import os; os.write({write}, b'x' * 1_000_000) ; os.write({write}, b'x' * 2_000_000)"
             with subprocess.Popen([sys.executable, "-c", source], pass_fds=[write]):
@@ -212,10 +211,10 @@ def test_a_stream_of_our_own_is_read_and_can_be_read_again(streams: Streams) -> 
                 with open_input(f"/dev/fd/{read}", what="thing") as opened:
                     assert opened.read() == content
         else:
-            writer.start()
+            os.write(write, content)
+            os.close(write)
             with open_input(f"/dev/fd/{read}", what="thing") as opened:
                 assert opened.read() == content
-            writer.join()
         with open_input(f"/proc/self/fd/{read}", what="thing") as again:
             assert again.read(5) == content[:5]
             assert again.seek(0) == 0

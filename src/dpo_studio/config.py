@@ -475,7 +475,7 @@ class _Loader(yaml.SafeLoader):
             raise yaml.composer.ComposerError(None, None, f"the tag {tag} is not allowed", node.start_mark)
         return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         if not isinstance(node, yaml.MappingNode):
             raise yaml.constructor.ConstructorError(None, None, "what is tagged !!map is none", node.start_mark)
         made: dict[str, Any] = {}

@@ -112,7 +112,7 @@ def parquet_rows(path: Path) -> Iterator[object]:
     Raises:
         DataError: it is none, or says that it unfolds to more than any honest one.
     """
-    import pyarrow.parquet as parquet  # half a second, and only Parquet needs it
+    import pyarrow.parquet as parquet  # type: ignore[import-untyped] # half a second, and only Parquet needs it
 
     name = shown_path(path)
     with reading_rows(path) as stream:
@@ -154,7 +154,7 @@ def _check_metadata(described: Any, name: str) -> tuple[list[str], int]:
     if described.num_columns > MAX_COLUMNS:
         raise DataError(f"{name} has {described.num_columns:,} columns; the most is {MAX_COLUMNS:,}")
     texts: set[str] = set()
-    at_once = _ROWS_AT_ONCE
+    repeating: set[str] = set()
     for number in range(described.num_row_groups):
         group = described.row_group(number)
         chunks = [group.column(index) for index in range(group.num_columns)]
@@ -170,13 +170,13 @@ def _check_metadata(described: Any, name: str) -> tuple[list[str], int]:
             if chunk.physical_type == "BYTE_ARRAY":
                 texts.add(chunk.path_in_schema)
             if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each text repeats the beginning of the one before, unfolded
-                at_once = 1
+                repeating.add(chunk.path_in_schema)
                 if "." in chunk.path_in_schema:
                     raise DataError(
                         f"{name}: {chunk.path_in_schema} is written as DELTA_BYTE_ARRAY, which is not read in lists",
                         hint="write it again in the encoding that is the default, or as .jsonl",
                     )
-    return sorted(texts), at_once
+    return sorted(texts - repeating), 1 if repeating else _ROWS_AT_ONCE
 
 
 def arrow_rows(path: Path) -> Iterator[object]:
@@ -224,13 +224,13 @@ def _unfolded(array: Any) -> int:
         if not (types.is_string(kind.value_type) or types.is_binary(kind.value_type)):
             return _unfolded(array.cast(kind.value_type))
         lengths = compute.binary_length(array.dictionary)
-        return (compute.sum(lengths.take(array.indices)).as_py() or 0) + len(array)
+        return int(compute.sum(lengths.take(array.indices)).as_py() or 0) + len(array)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
         inner = array.flatten() if not types.is_map(kind) else _entries(array)
         return _OBJECT * len(array) + sum(map(_unfolded, inner if isinstance(inner, list) else [inner]))
     if types.is_struct(kind):
         return _OBJECT * len(array) + sum(map(_unfolded, array.flatten()))
-    return max(array.nbytes, len(array))
+    return max(int(array.nbytes), len(array))
 
 
 def _written_out(array: Any) -> Any:
