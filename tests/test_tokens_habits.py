@@ -187,7 +187,8 @@ def test_what_the_template_writes_for_an_answer_is_scored(name: str) -> None:
         for said in ANSWERS:
             if "</think>" in said[0] and its.case in ("3a", "3b", "3c"):
                 continue  # there a thought of the answer's own makes another case
-            ours = encoder.pair(Pair(prompt, *((Message("assistant", text),) for text in said)))
+            chosen, rejected = ((Message("assistant", text),) for text in said)
+            ours = encoder.pair(Pair(prompt, chosen, rejected))
             shown = served.removesuffix(its.opens)
             assert tokenizer.decode(ours.prompt) == shown
             for answer, text in zip((ours.chosen, ours.rejected), said, strict=True):
