@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from dpo_studio.errors import DataError
-from dpo_studio.preferences.bounds import MAX_COLUMNS, MAX_DEPTH, MAX_ROW, MIB, TOO_LONG, TOO_WIDE, reading_rows
+from dpo_studio.preferences.bounds import MAX_COLUMNS, MAX_ROW, MIB, TOO_LONG, TOO_WIDE, reading_rows
 from dpo_studio.reading import shown_path
 
 __all__ = ["arrow_rows", "batch_rows", "csv_rows", "parquet_rows"]
@@ -167,8 +167,6 @@ def _check_metadata(described: Any, name: str) -> tuple[list[str], int]:
                 hint="write it again with smaller row groups, or as .jsonl",
             )
         for chunk in chunks:
-            if chunk.path_in_schema.count(".") > MAX_DEPTH:
-                raise DataError(f"{name}: a column is nested deeper than {MAX_DEPTH} levels")
             if chunk.physical_type == "BYTE_ARRAY":
                 texts.add(chunk.path_in_schema)
             if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each text repeats the beginning of the one before, unfolded
