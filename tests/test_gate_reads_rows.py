@@ -150,6 +150,16 @@ def test_parquet_rows_are_what_arrow_makes_of_them(tmp_path: Path) -> None:
     assert list(file_rows(tmp_path / "x.parquet")) == expected
 
 
+def test_a_parquet_of_deep_columns_is_refused(tmp_path: Path) -> None:
+    """Arrow's own limit is a hundred levels."""
+    kind = pa.int8()
+    for _ in range(60):
+        kind = pa.list_(kind)
+    pq.write_table(pa.table({"prompt": pa.nulls(1, kind)}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match="too deeply nested"):
+        list(file_rows(tmp_path / "x.parquet"))
+
+
 # What `datasets` saved
 
 

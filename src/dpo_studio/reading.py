@@ -302,7 +302,7 @@ def parse_json(
             parse_float=_finite_number if finite else float,
             parse_constant=_no_number if finite else float,
         )
-        if _is_deeper(value, depth):
+        if is_deeper(value, depth):
             raise RecursionError
         if _SURROGATE.search(plain):
             json.dumps(value, ensure_ascii=False).encode("utf-8")
@@ -337,7 +337,7 @@ def _no_number(name: str) -> NoReturn:
     raise ValueError(f"{name} is no number")
 
 
-def _is_deeper(value: Any, depth: int) -> bool:
+def is_deeper(value: Any, depth: int) -> bool:
     """Whether JSON has more levels. One pass a level over its arrays and objects: their texts cost next to nothing."""
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(depth):

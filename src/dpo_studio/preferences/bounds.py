@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from dpo_studio.errors import DataError
-from dpo_studio.reading import open_input, shown_path
+from dpo_studio.reading import is_deeper, open_input, shown_path
 
 __all__ = [
-    *("MAX_COLUMNS", "MAX_ROW", "MAX_ROWS", "MIB", "TOO_LONG", "TOO_WIDE", "BadRow"),
+    *("MAX_COLUMNS", "MAX_DEPTH", "MAX_ROW", "MAX_ROWS", "MIB", "TOO_DEEP", "TOO_LONG", "TOO_WIDE", "BadRow"),
     *("as_utf8", "checked", "numbered", "open_rows", "reading_rows", "too_many_values"),
 ]
 
@@ -32,6 +32,8 @@ MAX_ROWS = 50_000_000
 """Rows of a source: the largest public set of pairs has forty million."""
 MAX_COLUMNS = 10_000
 """Columns of a row; embeddings written one number a column have four thousand."""
+MAX_DEPTH = 100
+"""Levels of a row, which is looked through level by level; a dialogue with tool calls has eight."""
 _MAX_VALUES = 1_000_000
 """Values of a row, each a Python object of some 60 bytes: the same 16 MiB as `[],[],...` would take half a gigabyte."""
 _COUNT_FROM = MIB  # a shorter row cannot have so many
@@ -49,11 +51,14 @@ class BadRow:
 
 TOO_LONG = BadRow(f"row is longer than {MAX_ROW // MIB} MiB")
 TOO_WIDE = BadRow(f"row has more than {MAX_COLUMNS:,} columns")
+TOO_DEEP = BadRow(f"row is nested deeper than {MAX_DEPTH} levels")
 _TOO_MANY = BadRow(f"row has more than {_MAX_VALUES:,} values")
 
 
-def checked(row: object) -> object:
-    """The row; or that it has too many columns."""
+def checked(row: object, opened: int) -> object:
+    """The row; or what it has too much of. `opened`: brackets and braces in its text, at least its levels."""
+    if opened > MAX_DEPTH and is_deeper(row, MAX_DEPTH):
+        return TOO_DEEP
     return TOO_WIDE if isinstance(row, dict) and len(row) > MAX_COLUMNS else row
 
 

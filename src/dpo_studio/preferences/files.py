@@ -95,7 +95,9 @@ def _rows_of_lines(stream: BinaryIO, path: Path | str) -> Iterator[object]:
         text = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
         if text.strip():
             blank = 0
-            yield too_many_values(text) or checked(_parse_line(text, stream, path, number))
+            yield too_many_values(text) or checked(
+                _parse_line(text, stream, path, number), text.count(b"[") + text.count(b"{")
+            )
         elif (blank := blank + 1) > _MAX_BLANK:
             raise DataError(f"{shown_path(path)} has over {_MAX_BLANK:,} blank lines one after the other")
 
@@ -171,7 +173,7 @@ def _elements(text: str, stream: TextIO, path: Path | str) -> Iterator[object]:
             text, at = rest + next_, 0
             continue
         too_many = too_many_values(text[at:end]) if end - at > MIB else None
-        yield too_many or checked(element)
+        yield too_many or checked(element, text.count("[", at, end) + text.count("{", at, end))
         at, row, more = end + 1, row + 1, mark == ","
     if _past_space(text[at:].removeprefix("]") if row == 0 else text[at:], stream):
         raise DataError(f"{shown_path(path)}: not JSON (something follows the array)", hint=_ARRAY_OR_LINES)
