@@ -124,7 +124,7 @@ def wrapped(pieces: Iterable[str], width: int) -> Iterator[str]:
                 at = _columns(word) if breaks else at + _columns(gap + word)
                 gap = word = ""
             if character == "\n":
-                yield "\n"
+                yield f"{gap}\n"
                 at, gap = 0, ""
             else:
                 gap += character

@@ -40,9 +40,7 @@ def forecast(recipe: Recipe, pairs: Sequence[EncodedPair], taken: int) -> str:
     operations = weights * ((_FORWARD + _BACKWARD) * total + _FORWARD * epoch * recipe.objective.needs_reference)
     seconds = operations / _speed(dtype, device)
     precision = str(dtype).removeprefix("torch.")
-    return (
-        f"{said}; their matrix products alone take {duration(seconds)} at this machine's speed just now ({precision})"
-    )
+    return f"{said}; their matrix products alone take {duration(seconds)} at the speed here and now ({precision})"
 
 
 def _multiplied(folder: Path) -> int | None:
