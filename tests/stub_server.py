@@ -19,7 +19,7 @@ __all__ = ["Reply", "Stub", "better_says_good", "says", "stub_server"]
 class Reply:
     """What to answer: `body` as it is, whole or cut off, at once or in drops."""
 
-    body: str = ""
+    body: str | bytes = ""
     status: int = 200
     headers: dict[str, str] = field(default_factory=dict)
     drop_after: int | None = None
@@ -28,6 +28,8 @@ class Reply:
     """Never answer (until the test is over)."""
     drip_s: float | None = None
     """Seconds between two single bytes, so that something arrives all the time."""
+    endless: bool = False
+    """Send the body again and again, in chunks, as long as anybody listens."""
 
 
 @dataclass
@@ -39,6 +41,8 @@ class Stub:
     url: str = ""
     requests: list[dict[str, Any]] = field(default_factory=list)
     headers: list[dict[str, str]] = field(default_factory=list)
+    fetched: list[str] = field(default_factory=list)
+    """Paths of GET requests: what a followed redirect asks for."""
     at_once: int = 0
     """Most requests that were open at a time."""
     over: threading.Event = field(default_factory=threading.Event)
@@ -74,15 +78,25 @@ def stub_server(answer: Callable[[int, dict[str, Any]], Reply]) -> Iterator[Stub
                 with stub.lock:
                     open_now -= 1
 
+        def do_GET(self) -> None:
+            stub.fetched.append(self.path)
+            self._send(stub.answer(len(stub.requests), {"messages": [{"content": ""}]}))
+
         def _send(self, reply: Reply) -> None:
             if reply.hang:
                 stub.over.wait(60)
                 self.close_connection = True
                 return
-            body = reply.body.encode()
+            body = reply.body.encode() if isinstance(reply.body, str) else reply.body
             self.send_response(reply.status)
             for name, value in {"Content-Type": "application/json", **reply.headers}.items():
                 self.send_header(name, value)
+            if reply.endless:
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                while not stub.over.is_set():
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(body), body))
+                return
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if reply.drip_s is not None:
@@ -119,6 +133,7 @@ def says(text: str | None, *, wait_s: float = 0.0, **message: Any) -> Reply:
 
 def better_says_good(number: int, request: dict[str, Any], *, wait_s: float = 0.0) -> Reply:
     """A fair judge: the answer that holds the word good is better, whichever place it is in."""
-    places = re.findall(r"<answer_\d>\n(.*?)\n</answer_\d>", request["messages"][0]["content"], re.DOTALL)
-    first, second = ("good" in place for place in places)
+    asked = request["messages"][0]["content"]
+    places = re.findall(r"<(answer_\d(?:-\w+)?)>\n(.*?)\n</\1>", asked, re.DOTALL)
+    first, second = ("good" in text for _, text in places)
     return says(f"Because.\nVerdict: {'tie' if first == second else 1 if first else 2}", wait_s=wait_s)

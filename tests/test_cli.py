@@ -187,7 +187,9 @@ def cut_in_half(folder: Path) -> None:
 def with_remote_code(folder: Path) -> None:
     """A model that brings its own program."""
     config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps(config | {"auto_map": {"AutoModelForCausalLM": "x.Y"}}))
+    (folder / "config.json").write_text(
+        json.dumps(config | {"model_type": "its_own", "auto_map": {"AutoConfig": "x.Y"}})
+    )
 
 
 def not_json(folder: Path) -> None:

@@ -17,9 +17,10 @@ from safetensors.torch import save_file
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import DPOStudioError, ModelError
+from dpo_studio.models.adapter_settings import base_named_by, refuse_strange_lora
 from dpo_studio.models.adapters import attach_existing
 from dpo_studio.models.load import load_chat_model
-from dpo_studio.models.scan import base_named_by, refuse_strange_lora, scan_folder, weight_files
+from dpo_studio.models.scan import scan_folder, weight_files
 from dpo_studio.tokens.template import ChatTemplate
 from dpo_studio.workflows.loading import load_any
 from tests.guard_words import words_of
@@ -174,11 +175,9 @@ CONFIGS = (
     *("preprocessor_config.json", "special_tokens_map.json", "quantize_config.json"),
 )
 ASKS_FOR_CODE: list[dict[str, Any]] = [
-    {"auto_map": {"AutoConfig": "evil.Evil", "AutoTokenizer": ["evil.Evil", None]}},
-    {"auto_map": {"AutoModelForCausalLM": "someone/repo--evil.Evil"}},
     {"trust_remote_code": True},
-    {"text_config": {"deep": [{"auto_map": {"AutoModel": "evil.Evil"}}]}},
-    {"text_config": {"auto_map": {"AutoModel": "evil.Evil"}}, "zeros": [0, 0]},
+    {"text_config": {"deep": [{"trust_remote_code": True}]}},
+    {"text_config": {"custom_generate": "evil"}, "zeros": [0, 0]},
     {"custom_generate": "someone/repo"},
     {"_attn_implementation": "someone/kernel"},
     {"_attn_implementation_internal": "someone/kernel:run"},
@@ -311,7 +310,7 @@ STRANGE_LORA: list[tuple[dict[str, Any], str]] = [
     ({"alpha_pattern": {"q_proj|k_proj": 4}}, "alpha_pattern"),
     ({"alpha_pattern": ["(x"]}, "alpha_pattern"),
     ({"trust_remote_code": True}, "asks to run code"),
-    ({"auto_map": {"a": "b"}}, "asks to run code"),
+    ({"auto_map": {"a": "b"}}, "auto_map"),
 ]
 
 
@@ -342,7 +341,7 @@ def test_a_strange_adapter_is_refused_with_a_way_on() -> None:
         {"rank_pattern": {"^model.layers.0.self_attn.q_proj$": 4, r"layers\.1\.mlp": 4, "v_proj": 4}},
         {"auto_mapping": {"parent_library": "evil", "base_model_class": "Evil"}},
         {"megatron_core": "megatron.core", "megatron_config": None, "use_dora": False},
-        {"unknown_to_this_peft": 7},
+        {"unknown_to_this_peft": None},
     ],
     ids=words_of,
 )
@@ -425,7 +424,7 @@ def test_a_revision_that_anybody_can_make_is_refused(revision: Any) -> None:
 
 def test_the_base_of_an_adapter_is_scanned_too(adapter: Path, model: Path, canary: Path) -> None:
     poison(model)
-    rewrite(model / "config.json", auto_map={"AutoConfig": "modeling_evil.Evil"})
+    rewrite(model / "config.json", custom_generate="evil")
     rewrite(adapter / "adapter_config.json", base_model_name_or_path=str(model))
     assert "asks to run code" in refusal(lambda: load_any(str(adapter))).message
 
@@ -434,7 +433,7 @@ def test_a_folder_is_scanned_wherever_one_is_named(model: Path, adapter: Path, c
     """Model, adapter, reference model and reference adapter of a recipe, and every verb's argument."""
     poison(model)
     bad_model = shutil.copytree(model, tmp_path / "bad model")
-    rewrite(bad_model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["modeling_evil.Evil", None]})
+    rewrite(bad_model / "tokenizer_config.json", trust_remote_code=True)
     bad_adapter = shutil.copytree(adapter, tmp_path / "bad adapter")
     rewrite(bad_adapter / "adapter_config.json", corda_config={"cache_file": "x.pkl"})
     rows = write_rows(tmp_path / "two.jsonl", tiny_rows(2))

@@ -143,10 +143,14 @@ def test_code_that_comes_with_a_model_is_never_run(
 ) -> None:
     monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
     kind = "AutoConfig" if file == "config.json" else "AutoTokenizer"
-    rewrite(folder / file, auto_map={kind: "evil.Evil"})
+    own = {"model_type": "its_own"} if file == "config.json" else {"tokenizer_class": "ItsOwn"}
+    rewrite(folder / file, auto_map={kind: "evil.Evil" if file == "config.json" else ["evil.Evil", None]})
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
-    error = refusal(folder)
-    assert f"{file} asks to run code" in error.message
+    assert loaded(folder).encoder.vocabulary()  # transformers has this model itself
+    assert not (tmp_path / "ran").exists()
+    rewrite(folder / file, **own)
+    if file == "config.json":
+        assert f"{file} asks to run code" in refusal(folder).message
     assert not (tmp_path / "ran").exists()
 
 

@@ -622,7 +622,7 @@ def test_the_mappings_of_the_documents(tmp_path: Path) -> None:
 @pytest.mark.parametrize("piece", [1, 2, 3, 7, 64])
 def test_an_array_is_the_same_however_it_is_cut(piece: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Numbers, escapes, surrogate pairs and letters of several bytes, cut at every place by pieces of one character."""
-    monkeypatch.setattr(files_module, "_MIB", piece)
+    monkeypatch.setattr(files_module, "MIB", piece)
     rows = [{"n": -12.5e3, "t": 'é\\"]},{[', "u": "\U0001f600"}, [], "a", 10, None, {"deep": [[{"x": [1, 2]}]]}, 7]
     for text in (json.dumps(rows), " \n" + json.dumps(rows, indent=3, ensure_ascii=False) + "\r\n ", "[]", " [ ] "):
         file = tmp_path / "rows.json"
@@ -632,7 +632,7 @@ def test_an_array_is_the_same_however_it_is_cut(piece: int, tmp_path: Path, monk
 
 def test_a_line_that_is_too_long_is_one_refused_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A limit of 100 bytes; the second line has 5,000 and the rows after it keep their numbers."""
-    monkeypatch.setattr(files_module, "_MAX_ROW", 100)
+    monkeypatch.setattr(files_module, "MAX_ROW", 100)
     good = {"prompt": "q", "chosen": "a", "rejected": "b"}
     source = read(tmp_path, good, good | {"chosen": "x" * 5000}, good)
     assert [pair.row for pair in source.pairs] == [0, 2]

@@ -604,7 +604,7 @@ def test_what_the_datasets_library_reads(tmp_path: Path) -> None:
     two = str([(n, f"test {n}", "no") for n, _ in sample(((n, n) for n in range(5)), 2, seed=0)])
     lines = done.stdout.splitlines()
     assert lines[:2] == [train, two]
-    assert lines[2].startswith(f"{folders[2]} cannot be read")
+    assert lines[2].startswith(f"saved dataset: {folders[2]}/dataset_dict.json: not JSON")
     assert lines[4].startswith("owner/pairs:train is no file or folder here, nor a dataset in the cache")
     assert lines[5].startswith("unset HF_HUB_OFFLINE")
     assert lines[6:8] == [train, two]

@@ -297,11 +297,13 @@ def main() -> None:
     from dpo_studio.errors import DPOStudioError
 
     set_environment()
+    _open_closed_streams()
     _prepare_streams()
     signal.signal(signal.SIGTERM, _ended)
     if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:  # nohup
         signal.signal(signal.SIGHUP, _ended)
     try:
+        _refuse_names_that_are_no_text(sys.argv[1:])
         outcome = app(prog_name="dpo", standalone_mode=False)
         if outcome == INTERRUPTED:  # typer hides a KeyboardInterrupt in what it returns
             raise KeyboardInterrupt
@@ -345,6 +347,33 @@ def set_environment() -> None:
     # took 1,264 of the card.
     if sys.platform == "linux" and "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+
+
+def _open_closed_streams() -> None:
+    """Where stdin, stdout or stderr was closed (`>&-`) nothing is read or shown, and no file of ours gets its number."""
+    for number, name, mode in ((0, "stdin", "r"), (1, "stdout", "w"), (2, "stderr", "w")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115, PTH123 - for as long as we run
+
+
+def _refuse_names_that_are_no_text(arguments: list[str]) -> None:
+    """A file's name may be any bytes; recipes, reports and cards are UTF-8, and could not say which file it was.
+
+    Raises:
+        UsageError: an argument is not text in this locale.
+    """
+    from dpo_studio.errors import UsageError
+    from dpo_studio.reading import shown_path
+
+    for argument in arguments:
+        if any("\ud800" <= character <= "\udfff" for character in argument):
+            ascii_only = sys.getfilesystemencoding() != "utf-8"
+            hint = "set LC_ALL=C.UTF-8" if ascii_only else "rename the file: its name is not UTF-8"
+            raise UsageError(f"{shown_path(argument)} is no text in this locale", hint=hint)
 
 
 def _prepare_streams() -> None:

@@ -128,6 +128,8 @@ def _value(text: str) -> Any:
         return json.loads(text)
     except ValueError:
         return text
+    except RecursionError:
+        raise typer.BadParameter(f"{text[:20]!r}... is nested too deep", param_hint="--judge-param") from None
 
 
 def _prices(text: str | None) -> tuple[float, float] | None:

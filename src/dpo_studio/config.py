@@ -22,6 +22,7 @@ from dpo_studio.errors import RecipeError, UsageError
 from dpo_studio.foreign_keys import FOREIGN_KEYS, LESS_BITS
 from dpo_studio.objectives import DPO, OBJECTIVES, TRL_NAMES, Objective
 from dpo_studio.paths import inside, user_path
+from dpo_studio.reading import is_own_stream, open_input, shown_path
 
 __all__ = [
     *("LoadedRecipe", "Recipe", "RecipeLike", "SourceLike", "as_source", "cache_folder", "load_recipe"),
@@ -32,6 +33,12 @@ _MAX_RECIPE_BYTES = 200_000
 """A recipe has two thousand; 1 MB of `1:1:1:...`, a number to the base of 60, takes PyYAML half a minute."""
 BUNDLED = "bundled:"
 LabelValue = str | int | float | bool
+_LARGEST_WHOLE = 2**53
+"""Whole numbers beyond it are no numbers of steps, tokens or rows, and some are not kept by JSON, float or torch."""
+_DEPTH = 50
+"""Levels of a recipe's YAML; a recipe has four."""
+_LONGEST_NUMBER = 100
+"""Characters of a number: 60,000 hexadecimal digits are read in no time and cannot be written again."""
 MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
 
@@ -43,10 +50,12 @@ class Section(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _no_truth_value(cls, value: Any) -> Any:
-        """No key of the recipe is a yes or no; pydantic would take one for 1 or 0."""
+    def _plain_value(cls, value: Any) -> Any:
+        """No key of the recipe is a yes or no, which pydantic would take for 1 or 0, or a number beyond all use."""
         if isinstance(value, bool):
             raise ValueError("is no yes or no (a text that YAML reads as one stands in quotes)")
+        if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
+            raise ValueError(f"is a number beyond {_LARGEST_WHOLE:,}")
         return value
 
 
@@ -94,7 +103,7 @@ class SourceSection(ReadingSection):
     """Where pairs come from."""
 
     source: Annotated[str, Field(min_length=1)]
-    """File (.jsonl .json .jsonl.gz .parquet .csv), folder, `bundled:everyday`, or Hub id `name[/config][:split]`."""
+    """File (.jsonl .json .jsonl.gz .parquet .csv .tsv), folder, `bundled:everyday`, Hub id `name[/config][:split]`."""
 
 
 SourceLike = str | Path | SourceSection
@@ -338,6 +347,8 @@ def _typed(recipe: RecipeLike) -> tuple[dict[str, Any], Path, Path]:
     """(its plain content, free to be changed, its name, what its paths are relative to)."""
     if isinstance(recipe, str | Path):
         file = user_path(recipe)
+        if is_own_stream(file):
+            return _read_yaml(file), Path("recipe"), Path.cwd()
         return _read_yaml(file), file, file.resolve().parent
     if isinstance(recipe, Recipe):
         return recipe.to_plain(), Path("recipe"), Path.cwd()
@@ -361,7 +372,11 @@ def _refuse_empty_sections(raw: dict[str, Any], where: str) -> None:
         RecipeError: a section is null.
     """
     sections = [(name,) for name in Recipe.model_fields] + [("data", "train"), ("data", "held_out")]
-    empty = [keys for keys in sections if _dig(raw, keys) is None and keys[-1] in (_dig(raw, keys[:-1]) or {})]
+    empty = [
+        keys
+        for keys in sections
+        if isinstance(within := _dig(raw, keys[:-1]), dict) and within.get(keys[-1], 0) is None
+    ]
     if empty:
         names = ", ".join(".".join(keys) for keys in empty)
         hint = "leave the section out for its defaults"
@@ -394,63 +409,106 @@ def cache_folder() -> Path:
 
 
 def _read_yaml(file: Path) -> dict[str, Any]:
-    if not file.exists():
-        raise RecipeError(f"no such recipe: {file}", hint="recipes/demo.yaml is a small one to start from")
+    shown = shown_path(file)
     if file.is_dir():
-        raise RecipeError(f"{file} is a folder, not a recipe", hint="name the .yaml file")
+        raise RecipeError(f"{shown} is a folder, not a recipe", hint="name the .yaml file")
+    if not is_own_stream(file) and not _is_there(file):
+        raise RecipeError(f"no such recipe: {shown}", hint="recipes/demo.yaml is a small one to start from")
     if file.name.lower().endswith(tuple(suffix for suffix in _DATA_FILES if suffix != ".json")):
         raise _data_for_a_recipe(file)
-    try:
-        with file.open("rb") as stream:
+    with open_input(file, what="recipe", error=RecipeError) as stream:
+        try:
             content = stream.read(_MAX_RECIPE_BYTES + 1)
-    except OSError as error:
-        raise RecipeError(f"{file} cannot be read: {error.strerror}") from None
+        except OSError as error:
+            raise RecipeError(f"{shown} cannot be read: {error.strerror}") from None
     if len(content) > _MAX_RECIPE_BYTES:
-        raise RecipeError(f"{file} is over {_MAX_RECIPE_BYTES:,} bytes: not a recipe")
+        raise RecipeError(f"{shown} is over {_MAX_RECIPE_BYTES:,} bytes: not a recipe")
     try:
         raw = parse_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise RecipeError(f"{file} is not UTF-8 text", hint="a recipe is a YAML file; is this the one?") from None
+        raise RecipeError(
+            f"{shown_path(file)} is not UTF-8 text", hint="a recipe is a YAML file; is this the one?"
+        ) from None
     except yaml.YAMLError as error:
-        raise RecipeError(f"{file} is not valid YAML: {_one_line(error)}") from None
+        raise RecipeError(f"{shown} is not valid YAML: {_one_line(error)}") from None
     if isinstance(raw, list) and raw and all(isinstance(row, dict) for row in raw):
         raise _data_for_a_recipe(file)
     if not isinstance(raw, dict):
-        raise RecipeError(f"{file} holds no recipe", hint="it needs at least model.path and data.train.source")
+        raise RecipeError(
+            f"{shown_path(file)} holds no recipe", hint="it needs at least model.path and data.train.source"
+        )
     return raw
 
 
 def _data_for_a_recipe(file: Path) -> RecipeError:
     return RecipeError(
-        f"{file} is data, not a recipe",
+        f"{shown_path(file)} is data, not a recipe",
         hint=f"a recipe names it: model: {{path: MODEL}} and data: {{train: {{source: {file.name}}}}} in a .yaml file; "
         f"`dpo data check {file}` looks at the data",
     )
 
 
+_TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))
+"""Plain data. All other tags make objects, merge mappings, or are ways to write a date."""
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it, where YAML 1.1 surprises them or a file could do harm.
 
-    5e-5 is a number (1.1: text), 2024-01-31 a text (1.1: a date), a key given twice an error (1.1: the last one wins).
-    Aliases are refused: a recipe needs none, and nested ones unfold to gigabytes.
+    5e-5 is a number (1.1: text), 2024-01-31 a text (1.1: a date), 1:30 a text (1.1: 90), a key given twice an error
+    (1.1: the last one wins). Aliases are refused: a recipe needs none, and nested ones unfold to gigabytes.
     """
+
+    depth = 0
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
             mark = self.peek_event().start_mark  # type: ignore[no-untyped-call]
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed: write the value out", mark)
-        return super().compose_node(parent, index)
+        self.depth += 1
+        if self.depth > _DEPTH:
+            raise yaml.YAMLError(f"nested deeper than {_DEPTH} levels")
+        node: Any = super().compose_node(parent, index)
+        self.depth -= 1
+        if node.tag not in _TAGS:
+            tag = node.tag.replace("tag:yaml.org,2002:", "!!")
+            raise yaml.composer.ComposerError(None, None, f"the tag {tag} is not allowed", node.start_mark)
+        return node
 
-    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
-        for (key, _), name in zip(node.value, keys, strict=False):
-            if keys.count(name) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {name} is there twice", key.start_mark)
-        return {str(key): value for key, value in super().construct_mapping(node, deep).items()}
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[str, Any]:
+        if not isinstance(node, yaml.MappingNode):
+            raise yaml.constructor.ConstructorError(None, None, "what is tagged !!map is none", node.start_mark)
+        made: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key = str(self.construct_object(key_node)) if isinstance(key_node, yaml.ScalarNode) else None
+            if key is None or key in made:
+                wrong = "a key is no text" if key is None else f"the key {_cut(key)} is there twice"
+                raise yaml.constructor.ConstructorError(None, None, wrong, key_node.start_mark)
+            made[key] = self.construct_object(value_node, deep=deep)
+        return made
+
+    def _number(self, node: Any) -> Any:
+        """A number or truth value, or what is wrong with it: a tag may call anything one."""
+        text, kind = str(self.construct_scalar(node)), node.tag.rpartition(":")[2]
+        if ":" in text:  # a time of day, which YAML 1.1 reads to the base of 60
+            return text
+        try:
+            if len(text) > _LONGEST_NUMBER:
+                raise ValueError
+            return _MAKE[kind](self, node)
+        except (ValueError, KeyError, IndexError):
+            raise yaml.constructor.ConstructorError(None, None, f"{_cut(text)} is no {kind}", node.start_mark) from None
 
 
+_MAKE: dict[str, Any] = {
+    "int": yaml.SafeLoader.construct_yaml_int,
+    "float": yaml.SafeLoader.construct_yaml_float,
+    "bool": yaml.SafeLoader.construct_yaml_bool,
+}
+for _kind in _MAKE:
+    _Loader.add_constructor(f"tag:yaml.org,2002:{_kind}", _Loader._number)
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag in _TAGS]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver(
@@ -468,7 +526,7 @@ def parse_yaml(text: str) -> Any:
         raise yaml.YAMLError(f"over {_MAX_RECIPE_BYTES:,} characters")
     try:
         return _Loader(text).get_single_data()
-    except (ValueError, OverflowError) as error:  # a number of 5,000 digits, or one no calendar or base 60 knows
+    except (ValueError, OverflowError) as error:  # an escape that is no character
         raise yaml.YAMLError(str(error)) from None
     except RecursionError:
         raise yaml.YAMLError("nested too deep") from None
@@ -487,7 +545,7 @@ _HUB_KEYS = (
 )
 """Hub ids unless something of that name is there, or the name can only be a path."""
 _FILE_KEYS = (("model", "adapter"), ("model", "chat_template"), ("reference", "adapter"))
-_DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv")
+_DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv")
 
 
 def _with_absolute_paths(raw: dict[str, Any], base: Path) -> dict[str, Any]:
@@ -591,7 +649,10 @@ def _what_is_wrong(kind: str, message: str) -> str:
 
 
 def _shown(value: object) -> str:
-    text = repr(value)
+    return _cut(repr(value))
+
+
+def _cut(text: str) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 

@@ -34,8 +34,10 @@ import yaml
 from dpo_studio import __version__
 from dpo_studio.config import LoadedRecipe, Recipe, parse_yaml, validate_recipe
 from dpo_studio.disk import sync
-from dpo_studio.errors import RunError
+from dpo_studio.errors import DataError, RunError
 from dpo_studio.lock import LOCK
+from dpo_studio.models.scan import where_files_may_be
+from dpo_studio.reading import parse_json, read_bytes, read_text
 
 __all__ = ["RunFolder", "is_run", "write_atomically"]
 
@@ -44,6 +46,16 @@ _MAY_GROW = ("training.epochs", "training.max_steps")
 _SETTLED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
 """Keys whose `auto` is decided once and written into the run."""
 _LINES = ("metrics.jsonl", "timing.jsonl", "memory.jsonl")
+_FILES = (
+    *_LINES,
+    *("recipe.yaml", "recipe.typed.yaml", "data.json", "result.json", "environment.json", "report.html", "status.json"),
+)
+_FOLDERS = ("checkpoints", "adapter", "evaluation")
+"""What a run is made of. Whatever else lies in its folder is its user's, and is not opened."""
+_LARGEST_RECIPE = 200_000
+_LARGEST_JSON = 20_000_000
+_LARGEST_LINES = 1_000_000_000
+"""Bytes. A million steps have half of that."""
 _WRITING = ".writing-"
 """In the names of files that are not finished yet."""
 
@@ -72,35 +84,58 @@ class RunFolder:
 
     def recipe(self) -> Recipe | None:
         """The resolved recipe this folder was made by, None in a folder that is new."""
+        self.refuse_what_leads_out()
         file = self.path / "recipe.yaml"
-        if not file.exists():
-            return None
-        try:
-            raw = parse_yaml(file.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunError(f"{file} cannot be read: {error}") from None
-        return validate_recipe(raw if isinstance(raw, dict) else {}, where=str(file))
+        raw = self._yaml(file)
+        return None if raw is None else validate_recipe(raw if isinstance(raw, dict) else {}, where=str(file))
 
     def typed(self) -> dict[str, Any]:
         """The recipe as its author gave it."""
-        file = self.path / "recipe.typed.yaml"
-        try:
-            raw = parse_yaml(file.read_text(encoding="utf-8")) if file.exists() else None
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-            raise RunError(f"{file} cannot be read: {error}") from None
+        raw = self._yaml(self.path / "recipe.typed.yaml")
         return raw if isinstance(raw, dict) else {}
+
+    def _yaml(self, file: Path) -> Any:
+        """None where there is no such file."""
+        if not file.exists():
+            return None
+        text = read_text(file, what="the run's recipe", limit=4 * _LARGEST_RECIPE, error=RunError)
+        try:
+            return parse_yaml(text)
+        except yaml.YAMLError as error:
+            raise RunError(f"{file} cannot be read: {error}") from None
+
+    def refuse_what_leads_out(self) -> None:
+        """A run that came from somewhere may not have a file of this machine in the place of one of its own.
+
+        What it says is shown in reports and copied into exports. Of a run in the Hub's cache every file is a link.
+
+        Raises:
+            RunError: a link that leads out of the run, or something that is no file, among what a run is made of.
+        """
+        inside = where_files_may_be(self.path)
+        waiting = [self.path / name for name in (*_FILES, *_FOLDERS)]
+        while waiting:
+            path = waiting.pop()
+            if path.is_symlink() and not any(path.resolve().is_relative_to(place) for place in inside):
+                raise RunError(
+                    f"{path} is a link that leads out of the run; a run keeps to its own folder",
+                    hint="put the file itself there; the whole run folder may be a link to another disk",
+                )
+            if path.is_dir():
+                waiting += path.iterdir()
+            elif path.exists() and not path.is_file():
+                raise RunError(f"{path} is no file", hint="a device or a pipe in a run folder is no accident")
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run reported, None before that."""
-        try:
-            raw = json.loads(self.result_file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
+        if not self.result_file.exists():
             return None
-        except ValueError as error:
-            raise RunError(
-                f"{self.result_file} is not valid JSON: {error}",
-                hint="remove it: the same command writes it again, from the last checkpoint",
-            ) from None
+        content = read_bytes(self.result_file, what="the run's result", limit=_LARGEST_JSON, error=RunError)
+        try:
+            raw = parse_json(content, what=f"{self.result_file} is not valid JSON", error=RunError)
+        except RunError as error:
+            error.hint = "remove it: the same command writes it again, from the last checkpoint"
+            raise
         return raw if isinstance(raw, dict) else None
 
     def settle(self, wanted: Recipe) -> Recipe:
@@ -210,12 +245,13 @@ class RunFolder:
         file = self.path / name
         if not file.exists():
             return
-        for text in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        content = read_bytes(file, what="the run's lines", limit=_LARGEST_LINES, error=RunError)
+        for text in content.decode("utf-8", "replace").splitlines():
             try:
-                line = json.loads(text)
-            except ValueError:
+                line = parse_json(text, what=name)
+            except DataError:
                 return
-            if not isinstance(line, dict) or not isinstance(line.get("step"), int):
+            if not isinstance(line, dict) or type(line.get("step")) is not int:
                 return
             yield line
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
 from typing import Any
 
@@ -20,19 +21,24 @@ def accuracy_summary(
 
     `accuracy_before` asks the reference's own log-probs, as a sum and per token; `longer_wins` picks the longer answer.
     """
-    margin_P = beta * margin(policy, reference)
-    correct_P = wins(margin_P)
+    margin_P = margin(policy, reference)
+    correct_P = wins(margin_P)  # whatever beta is: it may make them all infinite, or 0
     per_token_P = reference.chosen_P / reference.chosen_tokens_P.clamp(
         min=1
     ) - reference.rejected_P / reference.rejected_tokens_P.clamp(min=1)
     return {
         "accuracy": correct_P.mean().item(),
         "accuracy_ci95": list(share_ci95(correct_P.tolist(), prompt_of)),
-        "margin": margin_P.double().mean().item(),
+        "margin": _finite((beta * margin_P).double().mean().item()),
         "accuracy_before": wins(reference.chosen_P - reference.rejected_P).mean().item(),
         "accuracy_before_per_token": wins(per_token_P).mean().item(),
         "longer_wins": wins((policy.chosen_tokens_P - policy.rejected_tokens_P).float()).mean().item(),
     }
+
+
+def _finite(number: float) -> float | None:
+    """The number, or None: a beta of 1e308 makes a mean that JSON has no word for."""
+    return number if math.isfinite(number) else None
 
 
 def finite_summary(

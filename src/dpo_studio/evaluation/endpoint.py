@@ -1,19 +1,20 @@
 """Asking an OpenAI-compatible server: many requests at once, each tried again while that can help.
 
-The key comes from an environment variable and from nowhere else. It goes to the server that was named, and is cut out
-of whatever comes back before anybody sees it: servers quote keys in their errors.
+The key comes from an environment variable and from nowhere else. It goes to the server that was named and to no other
+that this one names, and is cut out of whatever comes back before anybody sees it: servers quote keys in their errors.
 
 What is tried again: a dropped connection, no answer within the time, 408, 409, 425, 429, any 5xx, and a reply that is
 no chat completion (a proxy's page, an error sent as 200). What is not: everything else a server says no to, because
-the next request would be told the same.
+the next request would be told the same. All attempts at a request together have a limit, too: a server that answers a
+byte at a time costs twice `timeout_s`, one that asks for patience ten minutes.
 """
 
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import random
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -21,7 +22,9 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
-from dpo_studio.errors import JudgeError, UsageError, install_hint
+from dpo_studio.errors import DataError, JudgeError, UsageError, install_hint
+from dpo_studio.evaluation.secret import Secret
+from dpo_studio.reading import parse_json
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -31,11 +34,17 @@ __all__ = ["DEFAULT_KEY_VARIABLE", "Asking", "Declined", "Endpoint", "run"]
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _NO_KEY = "none"
 """What is sent where there is no key: local servers want a header, and look at nothing in it."""
-_SECRET = 8
-"""Shorter keys are no secrets but words such as `EMPTY`, which a reply may well hold."""
 _AGAIN = frozenset({408, 409, 425, 429})
 _LONGEST_WAIT = 600.0
-"""Seconds. A server may ask for more; ten minutes later it is asked whether it meant it."""
+"""Seconds between all attempts at one request. A server may ask for more: then it is left."""
+_TIMEOUTS = 2
+"""So many times `timeout_s` all attempts at one request may take, without the pauses between them."""
+_DEPTH = 60
+"""Levels of a reply; a chat completion with log-probs has nine."""
+_LEAST = 0.01
+"""Seconds: with less left than that no server can answer."""
+_REASONS = 20
+"""Different reasons for another attempt that are told."""
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _T = TypeVar("_T")
 
@@ -93,6 +102,7 @@ class Endpoint:
         self.base_url = _checked_url(base_url)
         self.asking, self._say = asking, say
         self._key = self._find_key()
+        self._secret = Secret(self._key)
         self._told: set[str] = set()
         self.retries = 0
         """Attempts that were not the first of their request."""
@@ -112,13 +122,9 @@ class Endpoint:
             return ""
         return key
 
-    def without_key(self, text: str) -> str:
-        """The text with the key cut out, as it is and as JSON and Python write it."""
-        if len(self._key) < _SECRET:
-            return text
-        for written in (self._key, json.dumps(self._key)[1:-1], repr(self._key)[1:-1]):
-            text = text.replace(written, "[key]")
-        return text
+    def without_key(self, value: Any) -> Any:
+        """A JSON value (a text is one) with the key cut out of all its texts, however it is written there."""
+        return self._secret.cut_everywhere(value)
 
     @asynccontextmanager
     async def client(self) -> AsyncIterator[AsyncOpenAI]:
@@ -131,10 +137,16 @@ class Endpoint:
             from openai import AsyncOpenAI
         except ImportError:
             raise JudgeError("an LLM judge needs the openai package", hint=install_hint("judge")) from None
-        key = self._key or _NO_KEY
-        async with AsyncOpenAI(
-            base_url=self.base_url, api_key=key, timeout=self.asking.timeout_s, max_retries=0
-        ) as client:
+        from dpo_studio.evaluation.replies import BoundedClient
+
+        client = AsyncOpenAI(
+            base_url=self.base_url,
+            api_key=self._key or _NO_KEY,
+            timeout=self.asking.timeout_s,
+            max_retries=0,
+            http_client=BoundedClient(timeout=self.asking.timeout_s),
+        )
+        async with client:
             yield client
 
     async def complete(self, client: AsyncOpenAI, request: Mapping[str, Any]) -> dict[str, Any]:
@@ -142,65 +154,76 @@ class Endpoint:
 
         Raises:
             Declined: the server declines this one request.
-            JudgeError: it declines all, or gave no answer in `attempts` attempts.
+            JudgeError: it declines all, sends what is not taken, or gave no answer in `attempts` attempts.
         """
+        patience, asking = _LONGEST_WAIT, _TIMEOUTS * self.asking.timeout_s
         for attempt in range(1, self.asking.attempts + 1):
+            started = time.monotonic()
             try:
-                return await self._attempt(client, request)
+                return await self._attempt(client, request, min(asking, self.asking.timeout_s))
             except _Again as again:
-                why = _short(self.without_key(again.why))  # in this order: half a key is a key, too
-                if attempt == self.asking.attempts:
-                    raise JudgeError(
-                        f"{self.base_url} gave no answer in {attempt} attempts: {why}",
-                        hint="replies so far are kept: the same command asks only for the others",
-                    ) from None
-                wait = self._wait(attempt, again.wait_s)
-                self._tell(why, wait)
+                why, asked_for = _short(self.without_key(again.why)), again.wait_s  # else half a key might be left
+            asking -= time.monotonic() - started
+            wait = self._wait(attempt, asked_for)
+            if attempt == self.asking.attempts or wait > patience or asking <= _LEAST:
+                more = f"; it asks for {wait:,.0f} s more" if wait > patience else ""
+                raise JudgeError(
+                    f"{self.base_url} gave no answer in {attempt} attempts: {why}{more}",
+                    hint="replies so far are kept: the same command asks only for the others",
+                )
+            self._tell(why, wait)
             self.retries += 1
+            patience -= wait
             await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
     def _wait(self, attempt: int, asked_for: float | None) -> float:
         """Seconds; never the same for two workers, or they would all come back at once."""
         seconds = asked_for if asked_for is not None else self.asking.first_wait_s * 2 ** (attempt - 1)
-        return min(seconds, _LONGEST_WAIT) * random.uniform(1.0, 1.25)
+        return seconds * random.uniform(1.0, 1.25)
 
     def _tell(self, why: str, wait: float) -> None:
-        """Each reason once; the rest is counted."""
-        if why not in self._told:
+        """Each reason once; the rest is counted. A server that has a new reason every time is told of no more."""
+        if why not in self._told and len(self._told) < _REASONS:
             self._told.add(why)
             self._say(f"{why}: trying again in {wait:.0f} s")
 
-    async def _attempt(self, client: AsyncOpenAI, request: Mapping[str, Any]) -> dict[str, Any]:
+    async def _attempt(self, client: AsyncOpenAI, request: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
+        import httpx2
         import openai
 
+        from dpo_studio.evaluation.replies import ReplyRefusedError, StatusError
+
         try:
-            async with asyncio.timeout(self.asking.timeout_s):  # the client's own limit is for each piece of a reply
-                reply = await client.chat.completions.with_raw_response.create(**request)
+            async with asyncio.timeout(limit_s):  # the client's own limit is for each piece of a reply
+                reply = await client.post("/chat/completions", body=dict(request), cast_to=httpx2.Response)
         except (TimeoutError, openai.APITimeoutError):
             raise _Again(f"no answer within {self.asking.timeout_s:g} s") from None
         except openai.APIConnectionError as error:
             raise _Again(f"no connection ({_cause(error)})") from None
-        except openai.APIStatusError as error:
-            raise self._refusal(error) from None
-        return self._completion(reply.text)
+        except StatusError as error:
+            raise self._refusal(error.status, error.body, error.retry_after) from None
+        except ReplyRefusedError as error:
+            said = _short(self.without_key(str(error)))
+            raise JudgeError(f"{self.base_url} cannot be the judge: {said}", hint=error.hint) from None
+        return self._completion(reply.content)
 
-    def _completion(self, text: str) -> dict[str, Any]:
+    def _completion(self, content: bytes) -> dict[str, Any]:
         try:
-            whole = json.loads(self.without_key(text))
-        except (ValueError, RecursionError):
+            whole = self.without_key(parse_json(content, what="a reply", depth=_DEPTH))
+        except DataError:
             raise _Again("a reply that is not JSON") from None
         choices = whole.get("choices") if isinstance(whole, dict) else None
         if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-            raise _Again(f"a reply without choices ({_short(json.dumps(whole))})")
+            raise _Again(f"a reply without choices ({_short(str(whole))})")
         return dict(whole)
 
-    def _refusal(self, error: Any) -> Exception:
+    def _refusal(self, status: int, body: bytes, retry_after: str | None) -> Exception:
         """What a status of 400 and more means for the request, and for those after it."""
-        status, said = error.status_code, _short(self.without_key(error.message))
-        about = f"{error.code or ''} {said}".lower()
+        code, said = self._said(body)
+        about = f"{code} {said}".lower()
         if (status in _AGAIN or status >= 500) and "insufficient_quota" not in about:
-            return _Again(f"status {status}", _seconds(error.response.headers.get("retry-after")))
+            return _Again(f"status {status}", _seconds(retry_after))
         answer = {"status": status, "said": said}
         if status in (400, 413, 422):
             if "content_filter" in about or "content management policy" in about:
@@ -208,6 +231,16 @@ class Endpoint:
             if any(words in about for words in ("context length", "context_length", "context window", "too long")):
                 return Declined("too long", answer)
         return JudgeError(f"{self.base_url} says no (status {status}): {said}", hint=_hint(status))
+
+    def _said(self, body: bytes) -> tuple[str, str]:
+        """Code and words of an error, less the key, which is looked for in what was parsed."""
+        try:
+            whole = self.without_key(parse_json(body, what="an error", depth=_DEPTH))
+        except DataError:
+            return "", _short(self.without_key(body.decode("utf-8", "replace")))
+        error = whole.get("error", whole) if isinstance(whole, dict) else whole
+        about = error if isinstance(error, dict) else {}
+        return _short(str(about.get("code") or "")), _short(self.without_key(str(about.get("message") or whole)))
 
 
 def _hint(status: int) -> str:
@@ -249,6 +282,7 @@ def _cause(error: BaseException) -> str:
 
 
 def _short(text: str) -> str:
+    """One line of it. The key is cut out before: half of it would not be known again."""
     return " ".join(text.split())[:200]
 
 

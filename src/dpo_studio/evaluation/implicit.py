@@ -12,7 +12,15 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from dpo_studio.evaluation.judges import Comparison, Completion, Progress, Verdict, higher_wins, not_judged
+from dpo_studio.evaluation.judges import (
+    Comparison,
+    Completion,
+    Progress,
+    Verdict,
+    check_some_finite,
+    higher_wins,
+    not_judged,
+)
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.reference import batched_logps
@@ -69,6 +77,7 @@ class ImplicitReward:
                 reference = self._logps(kept, progress)
             chosen_P = self.beta * (policy.chosen_P - reference.chosen_P)
             rejected_P = self.beta * (policy.rejected_P - reference.rejected_P)
+            check_some_finite([*chosen_P.tolist(), *rejected_P.tolist()], self.name)
             for pair, a, b in zip(kept, chosen_P.tolist(), rejected_P.tolist(), strict=True):
                 reason = f"The implicit reward of A is {a:.2f}, that of B {b:.2f}."
                 verdicts[pair.row] = higher_wins(a, b, reason)

@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
-from dpo_studio.errors import JudgeError, UsageError
+from dpo_studio.errors import JudgeError, NonFiniteError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message
 
@@ -33,6 +33,7 @@ __all__ = [
     "Verdict",
     "Winner",
     "as_text",
+    "check_some_finite",
     "higher_wins",
     "in_both_orders",
     "longer_wins",
@@ -158,10 +159,22 @@ def not_judged(why: str, by_order: tuple[Opinion, Opinion] | None = None) -> Ver
 
 
 def higher_wins(a: float, b: float, reason: str) -> Verdict:
-    """The verdict by a number of each answer; numbers that cannot be compared are a tie that says so."""
-    if math.isnan(a) or math.isnan(b):
+    """The verdict by a number of each answer; what is not finite is no result, but a tie that says so."""
+    if not (math.isfinite(a) and math.isfinite(b)):
         return not_judged("there is no number to compare")
     return Verdict("tie" if a == b else "a" if a > b else "b", reason)
+
+
+def check_some_finite(numbers: Sequence[float], judge: str) -> None:
+    """See that a judge that gives numbers has given any: ties everywhere would look like two answers of one quality.
+
+    Raises:
+        NonFiniteError: there are numbers, and none is finite.
+    """
+    if numbers and not any(map(math.isfinite, numbers)):
+        raise NonFiniteError(
+            f"none of the {len(numbers)} numbers of {judge} is finite", hint="its weights are damaged, or too large"
+        )
 
 
 def _shown(opinion: Opinion) -> str:

@@ -18,16 +18,21 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_studio.errors import DataError, UsageError
 from dpo_studio.evaluation.endpoint import Declined, Endpoint, run
 from dpo_studio.evaluation.judges import Comparison, Opinion, Progress, Verdict, in_both_orders
-from dpo_studio.evaluation.llm_template import TEMPLATE, filled, opinion
+from dpo_studio.evaluation.llm_template import TEMPLATE, filled, opinion, separates
+from dpo_studio.reading import open_regular, parse_json
 
 __all__ = ["Estimate", "LLMJudge"]
 
 _CHARACTERS_A_TOKEN = 4
 """English text in today's vocabularies; half as many in other languages."""
+_LONGEST_LINE = 16 * 2**20
+"""Bytes of a line of kept replies: a reply of the largest size, its characters escaped."""
 _PER = 1_000_000
 """Prices are for so many tokens."""
+_USED = ("prompt_tokens", "completion_tokens")
 
 
 def _nobody(text: str) -> None:
@@ -112,6 +117,8 @@ class LLMJudge:
         answered = _Answered([self._keys(comparison) for comparison in comparisons], progress)
         for key in known:
             answered(key)
+        if missing and not separates(self.template):
+            self.say("the template has no <tag> around each of its places: an answer may imitate where another begins")
         if missing:
             run(self._ask_all(missing, known, answered))
             self._tell_bill([known[ask.key] for ask in missing])
@@ -164,7 +171,7 @@ class LLMJudge:
         for reply in replies:
             usage = reply["reply"].get("usage")
             if isinstance(usage, dict):
-                used.update({name: n for name, n in usage.items() if isinstance(n, int)})
+                used.update({name: n for name in _USED if type(n := usage.get(name)) is int and 0 <= n < 2**40})
         read, written = used["prompt_tokens"], used["completion_tokens"]
         again = f" in {self.endpoint.retries:,} attempts more than that" if self.endpoint.retries else ""
         dollars = self._dollars(read, written)
@@ -215,7 +222,8 @@ class LLMJudge:
         """One whole line, at once: a process that is killed leaves lines, not halves, and two may write one file."""
         about = {"key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
         record = about | {"prompt": ask.prompt} | reply
-        line = self.endpoint.without_key(json.dumps(record)).encode() + b"\n"
+        record = self.endpoint.without_key(record)
+        line = json.dumps(record).encode() + b"\n"
         self.replies.parent.mkdir(parents=True, exist_ok=True)
         with self.replies.open("a+b", buffering=0) as file:
             if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # a disk was full within a line
@@ -227,8 +235,9 @@ class LLMJudge:
         """The replies that the file has for these requests."""
         known = {}
         for record in _records(self.replies):
-            if record.get("key") in asks and isinstance(record.get("reply"), dict):
-                known[record["key"]] = record
+            key = record.get("key")
+            if isinstance(key, str) and key in asks and isinstance(record.get("reply"), dict):
+                known[key] = self.endpoint.without_key(record)
         servers = Counter(str(record.get("base_url")) for record in known.values())
         for server, count in servers.items():
             if server != self.endpoint.base_url:
@@ -286,11 +295,11 @@ def _records(file: Path) -> Iterator[dict[str, Any]]:
     """The whole lines of the file; half a line is a reply that never came."""
     if not file.exists():
         return
-    with file.open("rb") as lines:
-        for line in lines:
+    with open_regular(file, what="--judge-replies", error=UsageError) as lines:
+        while line := lines.readline(_LONGEST_LINE):
             try:
-                record = json.loads(line)
-            except (ValueError, RecursionError):
+                record = parse_json(line, what="a kept reply")
+            except DataError:
                 continue
             if isinstance(record, dict):
                 yield record

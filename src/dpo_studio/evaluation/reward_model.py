@@ -19,7 +19,15 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreT
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
-from dpo_studio.evaluation.judges import Comparison, Progress, Verdict, as_text, higher_wins, not_judged
+from dpo_studio.evaluation.judges import (
+    Comparison,
+    Progress,
+    Verdict,
+    as_text,
+    check_some_finite,
+    higher_wins,
+    not_judged,
+)
 from dpo_studio.models.load import check_files, choose_dtype, load_encoder, load_weights, locate, put_on_gpu
 from dpo_studio.preferences.pair import Message
 from dpo_studio.tokens.chat import ChatEncoder, PairError
@@ -105,6 +113,7 @@ class RewardModel:
                 told = total * read // len(chats)
         if progress is not None:
             progress(total - told)
+        check_some_finite([reward for reward in rewards if isinstance(reward, float)], self.name)
         return rewards
 
     @torch.no_grad()

@@ -26,6 +26,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import POLICY
 from dpo_studio.models.gptq import QuantisedLinear
 from dpo_studio.models.lora import LoraLinear
+from dpo_studio.models.scan import read_json
 
 __all__ = ["Delta", "adapter_deltas", "copy_tokenizer", "forget_where_from", "merge", "rounded", "save_plain"]
 
@@ -137,7 +138,7 @@ def copy_tokenizer(source: Path, folder: Path, template: str | None) -> None:
     if template is None:
         return
     (folder / _TEMPLATE).write_text(template, encoding="utf-8")
-    config = _read(folder / "tokenizer_config.json")
+    config = read_json(folder / "tokenizer_config.json")
     if config.pop("chat_template", None) is not None:
         _write(folder / "tokenizer_config.json", config)
 
@@ -145,16 +146,11 @@ def copy_tokenizer(source: Path, folder: Path, template: str | None) -> None:
 def forget_where_from(folder: Path) -> None:
     """Take paths of this machine out of the configs."""
     for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        config = _read(folder / name)
+        config = read_json(folder / name)
         if known := [key for key in _WHERE_FROM if key in config]:
             for key in known:
                 del config[key]
             _write(folder / name, config)
-
-
-def _read(file: Path) -> dict[str, Any]:
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return config if isinstance(config, dict) else {}
 
 
 def _write(file: Path, config: dict[str, Any]) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from peft import PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +32,7 @@ from dpo_studio.errors import RunError
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models.adapters import adapter_state, save_adapter
 from dpo_studio.models.moving import put_reference, reference_state
+from dpo_studio.reading import open_regular, read_json
 
 __all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint", "sweep"]
 
@@ -43,6 +45,8 @@ _STATE = "state.json"
 _ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _FILES = {*_ADAPTER, "optimizer.safetensors", _REFERENCE, _STATE, _MANIFEST}
 """All that a checkpoint is made of: whatever else lies in its folder is somebody's, and stays."""
+_LARGEST_JSON = 1_000_000
+"""Bytes; a manifest has a thousand."""
 _WRITING, _DROPPING = ".writing-", ".dropping-"
 
 
@@ -126,17 +130,29 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
 
 
 def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
-    """Put weights, optimizer, step and a moving reference back as they were."""
-    saved = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
-    for name, p in adapter_state(policy).items():
-        p.data.copy_(saved[name.replace(".default.weight", ".weight")])
-    averages = load_file(checkpoint / "optimizer.safetensors")
-    for name, p in adapter_state(policy).items():
-        if f"{name}.exp_avg" in averages:
-            state.optimizer.state[p] = {key: averages[f"{name}.{key}"].to(p.device) for key in _AVERAGES}
-    if (checkpoint / _REFERENCE).exists():
-        put_reference(policy, load_file(checkpoint / _REFERENCE))
-    state.recall(_numbers(checkpoint))
+    """Put weights, optimizer, step and a moving reference back as they were.
+
+    Raises:
+        RunError: the checkpoint is whole, and of another adapter or with a state that is none.
+    """
+    try:
+        saved = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
+        for name, p in adapter_state(policy).items():
+            p.data.copy_(saved[name.replace(".default.weight", ".weight")])
+        averages = load_file(checkpoint / "optimizer.safetensors")
+        for name, p in adapter_state(policy).items():
+            if f"{name}.exp_avg" in averages:
+                state.optimizer.state[p] = {key: averages[f"{name}.{key}"].to(p.device) for key in _AVERAGES}
+        if (checkpoint / _REFERENCE).exists():
+            put_reference(policy, load_file(checkpoint / _REFERENCE))
+        state.recall(_numbers(checkpoint))
+    except torch.OutOfMemoryError:
+        raise
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError) as error:
+        raise RunError(
+            f"{checkpoint} is not of this run's adapter: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            hint="remove it: the run continues from the checkpoint before it",
+        ) from None
 
 
 _AVERAGES = ("exp_avg", "exp_avg_sq", "step")
@@ -163,20 +179,24 @@ def _held_out_loss(checkpoint: Path) -> float | None:
     """None where it was not measured or cannot be read."""
     try:
         loss = _numbers(checkpoint).get("held_out_loss")
-    except (OSError, ValueError, AttributeError):
+    except (RunError, OSError):
         return None
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
 def _numbers(checkpoint: Path) -> dict[str, Any]:
-    numbers: dict[str, Any] = json.loads((checkpoint / _STATE).read_text(encoding="utf-8"))
+    numbers = read_json(checkpoint / _STATE, what="state of a checkpoint", limit=_LARGEST_JSON, error=RunError)
+    if not isinstance(numbers, dict):
+        raise RunError(f"{checkpoint / _STATE} is not a JSON object")
     return numbers
 
 
 def _damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint; None if nothing is."""
     try:
-        written = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+        if not (folder / _MANIFEST).exists():
+            return f"{_MANIFEST} is missing"
+        written = read_json(folder / _MANIFEST, what="manifest", limit=_LARGEST_JSON, error=RunError)
         there = set(_inside(folder))
         for name in sorted(there ^ set(written)):
             return f"{name} is missing" if name in written else f"{name} was not written with it"
@@ -192,7 +212,7 @@ def _damage(folder: Path) -> str | None:
             return f"it is of step {step}"
     except FileNotFoundError as error:
         return f"{Path(str(error.filename)).name} is missing"
-    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+    except (RunError, OSError, ValueError, TypeError, LookupError, AttributeError) as error:
         return f"{_MANIFEST} cannot be read ({type(error).__name__})"
     return None
 
@@ -236,5 +256,5 @@ def _entry(file: Path) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    with path.open("rb") as data:
+    with open_regular(path, what="file of a checkpoint", error=RunError) as data:
         return hashlib.file_digest(data, "sha256").hexdigest()

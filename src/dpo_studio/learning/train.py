@@ -26,7 +26,16 @@ from dpo_studio.objectives import PairLogps, log_ratios, wins
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 
-__all__ = ["Reference", "StepReport", "TrainingState", "evaluate", "held_out_metrics", "learning_rate", "train"]
+__all__ = [
+    "Reference",
+    "StepReport",
+    "TrainingState",
+    "evaluate",
+    "held_out_metrics",
+    "learning_rate",
+    "train",
+    "whole",
+]
 
 ObjectiveFunction = Any
 """One of `dpo_studio.objectives`: (policy, reference) -> losses, and what its base class `Formula` says of it."""
@@ -163,7 +172,8 @@ def train(
     number that is not finite is not taken: its report says which pairs it had.
 
     Raises:
-        NonFiniteError: so many steps in a row were not taken, the last of them reported; the weights are finite.
+        NonFiniteError: so many steps in a row were not taken, the last of them reported; or an update made weights or
+            averages of numbers that are none (`whole` says whether they are).
         RunError: a single pair does not fit in memory.
     """
     room = room or Room(policy, steps)
@@ -195,11 +205,27 @@ def train(
         started = time.perf_counter()
 
 
+def whole(policy: nn.Module, state: TrainingState) -> bool:
+    """Whether weights that are trained, and the averages of their gradients, are finite: one look for all of them."""
+    kept = [p.detach() for p in policy.parameters() if p.requires_grad]
+    kept += [x for known in state.optimizer.state.values() for x in known.values() if isinstance(x, Tensor)]
+    return bool(torch.isfinite(nn.utils.get_total_norm(kept, norm_type=math.inf)))
+
+
 def _taken(policy: nn.Module, state: TrainingState, means: dict[str, float], log_ratio: float) -> bool:
     """Let the optimizer step, or pass the step over: no number that is not finite reaches weights or averages."""
     if all(map(math.isfinite, (*means.values(), log_ratio))):
+        taken = False
         with suppress(NonFiniteError):
             state.advance(policy)
+            taken = True
+        if taken:
+            if not whole(policy, state):  # the gradient was finite: it is the update, or its square, that is too large
+                rate = state.last["learning_rate"]
+                raise NonFiniteError(
+                    f"step {state.step} made weights that are not finite, with a learning rate of {rate:.3g}",
+                    hint="lower training.learning_rate; training.clip: 1.0 keeps gradients from being this large",
+                )
             state.remember(log_ratio)
             return True
     state.skip()

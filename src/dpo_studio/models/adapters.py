@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from torch import Tensor, nn
 
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError
+from dpo_studio.models.adapter_settings import lora_settings, refuse_strange_lora
 from dpo_studio.models.lora import LoraLinear, link_mates
 from dpo_studio.models.products import base_alone
-from dpo_studio.models.scan import read_json, refuse_strange_lora, scan_folder
+from dpo_studio.models.scan import read_json, scan_folder
+from dpo_studio.models.sizes import tensor_shapes
 from dpo_studio.models.targets import all_linear, not_adaptable, refuse_targets, short_names
 
 __all__ = [
@@ -88,8 +90,10 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
     """
     config = read_adapter_config(folder)
     under = base.get_base_model() if isinstance(base, PeftModel) else base
-    if strange := not_adaptable(under, sorted(_layers_with_tensors(folder))):
+    layers = sorted(_ranks(folder))
+    if strange := not_adaptable(under, layers):
         raise _adapts(folder, *strange)
+    _check_layers_are_there(under, layers, folder)
     config.inference_mode = not trainable
     config._register_custom_module({nn.Linear: LoraLinear})
     try:
@@ -132,28 +136,34 @@ def read_adapter_config(folder: Path) -> LoraConfig:
             hint="pickle files (adapter_model.bin) are never loaded; save the adapter again as safetensors",
         )
     scan_folder(folder, str(folder))
-    refuse_strange_lora(read_json(folder / "adapter_config.json"), LoraConfig().to_dict(), str(folder))
+    raw = read_json(folder / "adapter_config.json")
+    refuse_strange_lora(raw, LoraConfig().to_dict(), str(folder))
+    settings = lora_settings(raw, _ranks(folder), str(folder))
     try:
-        config: LoraConfig = LoraConfig.from_pretrained(folder)
+        return LoraConfig(**settings)
     except (ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{folder}/adapter_config.json cannot be read: {error}") from None
-    if isinstance(config.target_modules, str) or config.exclude_modules or config.layers_to_transform is not None:
-        config.target_modules = _layers_with_tensors(folder)
-        config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    return config
+        raise ModelError(f"{folder}/adapter_config.json cannot be used: {error}") from None
 
 
-def _layers_with_tensors(folder: Path) -> set[str]:
-    """The layers that an adapter has tensors for. Its expressions say the same, and can take for ever to match.
+def _ranks(folder: Path) -> dict[str, int]:
+    """The layers that an adapter has tensors for, by their names in the base, and the rank of each one's A, if any.
 
-    `all-linear` means something else in each version of PEFT.
+    Raises:
+        ModelError: the file is damaged.
     """
-    try:
-        with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-            names = {key.partition(".lora_")[0] for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
-    except SafetensorError as error:
-        raise ModelError(f"{folder}/adapter_model.safetensors cannot be read: {error}") from None
-    return {name.removeprefix("base_model.model.") for name in names}
+    ranks: dict[str, int] = {}
+    for key, (_, shape) in tensor_shapes([folder / "adapter_model.safetensors"], str(folder)).items():
+        layer, _, side = key.removeprefix("base_model.model.").partition(".lora_")
+        rank = shape[0] if side == "A.weight" and shape else 0
+        ranks[layer] = max(rank, ranks.get(layer, 0))
+    return ranks
+
+
+def _check_layers_are_there(base: nn.Module, layers: Sequence[str], folder: Path) -> None:
+    """Told before PEFT looks for them: of a hundred thousand names it compares each with each of the base's modules."""
+    known = {name for name, _ in base.named_modules()}
+    if odd := [layer for layer in layers if layer not in known]:
+        raise _unmatched(folder, len(odd), f"base_model.model.{odd[0]}")
 
 
 def _adapts(folder: Path, name: str, what: str) -> ModelError:
@@ -306,7 +316,11 @@ def _check_every_tensor_was_used(policy: PeftModel, folder: Path, name: str) -> 
     wanted = {key.removesuffix(suffix) for key, _ in policy.named_parameters() if key.endswith(suffix)}
     if saved != wanted:
         odd = sorted(saved ^ wanted)
-        raise ModelError(
-            f"{folder}: {len(odd)} tensors do not match the model's layers, the first is {odd[0]}",
-            hint="was this adapter trained on another base?",
-        )
+        raise _unmatched(folder, len(odd), odd[0])
+
+
+def _unmatched(folder: Path, count: int, first: str) -> ModelError:
+    return ModelError(
+        f"{folder}: {count} tensors do not match the model's layers, the first is {first}",
+        hint="was this adapter trained on another base?",
+    )

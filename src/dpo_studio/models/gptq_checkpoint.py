@@ -8,7 +8,6 @@ Shapes: N = outputs, K = inputs, W = words of a row, G = groups of inputs.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.fp8 import device_obstacle, fp8_obstacle
 from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.packed import unpack
-from dpo_studio.models.scan import weight_files
+from dpo_studio.models.scan import read_json, weights_of
+from dpo_studio.models.sizes import check_model_size, tensor_shapes
 
 __all__ = ["Quantization", "load_gptq", "read_quantization"]
 
@@ -123,6 +123,9 @@ def load_gptq(
     if quantization.checkpoint_format == "gptq" and not quantization.sym:
         say(f"{name}: asymmetric zero points in the old gptq format; tools have not agreed on it, gptq_v2 is safer")
     with _Shards(folder, name) as shards:
+        check_model_size(
+            AutoModelForCausalLM, _unquantised(config), tensor_shapes(weights_of(folder, name), name), name
+        )
         model = _skeleton(config, dtype, attention, name)
         reader = _Reader(shards, quantization, device, dtype, residency, compute, say)
         for prefix in sorted(key.removesuffix(".qweight") for key in shards.files if key.endswith(".qweight")):
@@ -137,11 +140,8 @@ def _settings(folder: Path) -> dict[str, Any] | None:
         path = folder / file
         if not path.is_file():
             continue
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ModelError(f"{path} is not valid JSON: {error}") from None
-        settings = raw.get(key) if key and isinstance(raw, dict) else raw
+        raw = read_json(path)
+        settings = raw.get(key) if key else raw
         if isinstance(settings, dict) and settings:
             return settings
         if settings and key:
@@ -161,11 +161,10 @@ class _Shards:
     def __init__(self, folder: Path, name: str) -> None:
         self._name = name
         self._open: dict[Path, Any] = {}
-        self.files = weight_files(folder, name)
-        """Where each tensor is."""
-        if not self.files:
-            for file in sorted(folder.glob("*.safetensors")):
-                self.files |= dict.fromkeys(self._opened(file).keys(), file)
+        self.files: dict[str, Path] = {}
+        """Where each tensor is: of the files that are fingerprinted, whatever an index says of any one tensor."""
+        for file in weights_of(folder, name):
+            self.files |= dict.fromkeys(self._opened(file).keys(), file)
 
     def __enter__(self) -> _Shards:
         return self
@@ -200,9 +199,13 @@ class _Shards:
 _AGAIN = "is the download complete? fetch the model again"
 
 
+def _unquantised(config: Any) -> Any:
+    config.__dict__.pop("quantization_config", None)
+    return config
+
+
 def _skeleton(config: Any, dtype: torch.dtype, attention: str, name: str) -> PreTrainedModel:
     """The model without weights: what it computes from its config alone (rotations) is there."""
-    config.__dict__.pop("quantization_config", None)
     try:
         with init_empty_weights(include_buffers=False):
             return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)

@@ -14,7 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    dynamic_module_utils,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from dpo_studio.config import BUNDLED, ModelSection, cache_folder
@@ -23,7 +31,8 @@ from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.models.refusals import refuse_unfit
-from dpo_studio.models.scan import PICKLES, read_json, scan_folder, weight_files
+from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, weights_of
+from dpo_studio.models.sizes import Shapes, check_model_size, check_numbers, tensor_shapes
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.paths import user_path
 from dpo_studio.tokens.chat import ChatEncoder
@@ -38,8 +47,13 @@ __all__ = [
     "load_weights",
     "locate",
     "put_on_gpu",
+    "read_tokenizer",
     "weights_fingerprint",
 ]
+
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = (
+    0  # transformers refuses code from a folder; by itself it asks on stdin first
+)
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 """The last names the license, which an export's card repeats."""
@@ -142,7 +156,15 @@ def locate(path: str, revision: str | None = None, say: Callable[[str], None] = 
     """
     folder = _found(path, revision, say)
     scan_folder(folder, path)
+    check_numbers(read_json(folder / "config.json"), _shapes(folder, path), path)
     return folder
+
+
+def _shapes(folder: Path, name: str) -> Shapes | None:
+    """None where there are no weights, or not all of them: whoever loads them is told."""
+    with suppress(ModelError):
+        return tensor_shapes(weights_of(folder, name), name) or None
+    return None
 
 
 def _found(path: str, revision: str | None, say: Callable[[str], None]) -> Path:
@@ -189,7 +211,7 @@ def _from_hub(name: str, revision: str | None, say: Callable[[str], None]) -> Pa
 
 def _is_whole(folder: Path) -> bool:
     """Whether every weight file is there: a cache may hold a part of a model, left by a broken download."""
-    wanted = set(weight_files(folder, folder.name).values()) or set(folder.glob("*.safetensors"))
+    wanted = weights_of(folder, folder.name)
     return bool(wanted) and all(file.is_file() for file in wanted)
 
 
@@ -205,14 +227,33 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
         pass  # what `residency` and `compute` are for
     elif section.residency != "packed" or section.compute != "auto":
         raise ModelError("model.residency and model.compute are for GPTQ bases", hint=f"{name} is not one: remove them")
+    config = _read_config(folder, name)
     try:
-        config = AutoConfig.from_pretrained(folder)
-    except (ValueError, KeyError, TypeError, OSError) as error:
-        raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
-    refuse_unfit(config, name)
-    text = config.get_text_config()
-    check_architecture(text, name)
+        refuse_unfit(config, name)
+        text = config.get_text_config()
+        check_architecture(text, name)
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+        raise ModelError(
+            f"{name}: config.json has a value of the wrong kind: {_one_line(error)}",
+            hint="is it as its author saved it? compare it with the original",
+        ) from None
     return text
+
+
+def _read_config(folder: Path, name: str) -> Any:
+    """What transformers makes of config.json; it checks the values of most keys, and raises whatever comes.
+
+    Raises:
+        ModelError: it is of no model that transformers has, or has a value that cannot be.
+    """
+    raw = read_json(folder / "config.json")
+    kind = raw.get("model_type")
+    if raw.get("auto_map") and not (isinstance(kind, str) and kind in CONFIG_MAPPING):
+        raise ModelError(f"{name}: config.json asks to run code from the model's folder (auto_map)", hint=NO_CODE)
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:
+        raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
 
 
 def check_files(folder: Path, name: str) -> None:
@@ -243,13 +284,38 @@ def load_encoder(folder: Path, section: ModelSection, *, today: datetime.date | 
     Raises:
         ModelError: no tokenizer, no chat template, or one that cannot be used safely.
     """
-    try:
-        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
-    except Exception as error:
-        raise ModelError(f"{section.path}: its tokenizer cannot be loaded: {_one_line(error)}") from None
+    tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, section.path)
     if section.chat_template is not None:
         tokenizer.chat_template = _read_template(section.chat_template)
     return ChatEncoder(tokenizer, eos_ids=_end_ids(folder), today=today)
+
+
+def read_tokenizer(folder: Path, name: str) -> Any:
+    """The tokenizer of a folder that was scanned, made of the files of that folder alone.
+
+    Its config may remember files of the machine that it was saved on, as old ones do (`vocab_file`), or name any: none
+    is followed, for None in their place means the folder's own.
+
+    Raises:
+        ModelError: it cannot be loaded.
+    """
+    raw = read_json(folder / "tokenizer_config.json")
+    files: dict[str, Any] = {
+        key: None
+        for key, value in raw.items()
+        if key.endswith("_file") or (key in _VOCABULARY and isinstance(value, str))
+    }
+    try:
+        return AutoTokenizer.from_pretrained(folder, **files)
+    except Exception as error:
+        if raw.get("auto_map") and "custom code" in str(error):
+            message = f"{name}: tokenizer_config.json asks to run code from the model's folder (auto_map)"
+            raise ModelError(message, hint=NO_CODE) from None
+        raise ModelError(f"{name}: its tokenizer cannot be loaded: {_one_line(error)}") from None
+
+
+_VOCABULARY = ("vocab", "merges")
+"""What a tokenizer is made of, or the name of a file that holds it."""
 
 
 def _end_ids(folder: Path) -> set[int]:
@@ -294,7 +360,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def weights_fingerprint(folder: Path) -> str:
-    """What tells these weights from others: every file's name, size, safetensors header and 64 sampled blocks.
+    """What tells these weights from others: each loaded file's name, size, safetensors header and 64 sampled blocks.
 
     And the config, for the same tensors mean something else under another rope base, window or LoRA alpha. Hashing a 7B
     model whole takes a minute; its header and a quarter of a megabyte take milliseconds.
@@ -303,7 +369,10 @@ def weights_fingerprint(folder: Path) -> str:
     for config in (folder / name for name in ("config.json", "quantize_config.json", "adapter_config.json")):
         if config.is_file():
             digest.update(f"{config.name}:".encode() + hashlib.sha256(config.read_bytes()).digest())
-    for file in sorted(folder.glob("*.safetensors")):
+    files = weights_of(folder, folder.name)
+    if (index := folder / INDEX).is_file() and [file.name for file in files] != ["model.safetensors"]:
+        digest.update(f"{index.name}:".encode() + hashlib.sha256(index.read_bytes()).digest())
+    for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
         with file.open("rb") as data:
@@ -322,6 +391,12 @@ def load_weights(kind: Any, folder: Path, dtype: torch.dtype, attention: str | N
     Raises:
         ModelError: tensors are missing or left over, or the files cannot be read.
     """
+    config = _read_config(folder, name)
+    if type(config) not in kind._model_mapping:
+        raise ModelError(f"{name} ({config.model_type}) is no model of this kind ({kind.__name__})")
+    if getattr(config, "quantization_config", None):
+        raise ModelError(f"{name} is quantised, and is only read so as a base to train")
+    check_model_size(kind, config, tensor_shapes(weights_of(folder, name), name), name)
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()

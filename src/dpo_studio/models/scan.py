@@ -1,21 +1,32 @@
 """Folders from strangers, looked over before any library opens a file in them.
 
-What a library would follow out of the folder, run, or unpickle is refused by name. Files that nothing here opens
-(`.py` and pickles beside safetensors weights) may lie there, and are left alone.
+Which files a library opens is decided here and not by a setting in one of them: what would send it elsewhere, run or
+unpickle is refused by name. Files that nothing here opens (`.py` and pickles beside safetensors weights) may lie there,
+and so may an `auto_map` that names them: it is read only where code from a folder may run, which is nowhere.
 """
 
 from __future__ import annotations
 
-import json
 import re
 import stat
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from dpo_studio import reading
 from dpo_studio.errors import ModelError
 
-__all__ = ["PICKLES", "base_named_by", "read_json", "refuse_strange_lora", "scan_folder", "weight_files"]
+__all__ = [
+    "INDEX",
+    "NO_CODE",
+    "PICKLES",
+    "TEMPLATES",
+    "read_json",
+    "scan_folder",
+    "weight_files",
+    "weights_of",
+    "where_files_may_be",
+]
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".joblib")
 """Endings of files that can run code when loaded."""
@@ -24,29 +35,31 @@ _CONFIGS = (
     *("processor_config.json", "preprocessor_config.json", "special_tokens_map.json", "quantize_config.json"),
 )
 """What transformers, PEFT and their tokenizers read settings from."""
+INDEX = "model.safetensors.index.json"
 _LARGEST_CONFIG = 20_000_000
 """Bytes. The largest tokenizer_config.json of a known model has one million."""
-_CODE_KEYS = ("auto_map", "trust_remote_code", "custom_generate")
-_NO_CODE = "DPO Studio never runs code that comes with a model; use one that transformers supports itself"
-
-_LORA_KEYS = frozenset(
-    (
-        *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
-        "auto_mapping",  # names a library to import, and only AutoPeftModel does
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern"),
-        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
-    )
-)
-"""Settings of plain LoRA: scale, rank and where. All others of PEFT's must be as they are by default."""
-_NAMES_OF_HEAD_OR_EMBEDDING = (
-    ("modules_to_save", "whole modules, as a rule the head or the embedding"),
-    ("trainable_token_indices", "rows of the embedding"),
-)
-_HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
-"""Values of init_lora_weights that the saved tensors replace; pissa changes the base, corda reads a pickle."""
-_PLAIN_PATTERN = re.compile(r"\^?(\w|\\?\.)+\$?")
-"""A layer's name, or the end of one: an expression of PEFT's that takes no time to match."""
-_NAME = re.compile(r"(/|\./)?[^\\:%~\x00-\x1f\x7f]+")
+TEMPLATES = "additional_chat_templates"
+"""The one folder inside a model's that transformers reads from."""
+_CODE_KEYS = ("trust_remote_code", "custom_generate")
+NO_CODE = "DPO Studio never runs code that comes with a model; use one that transformers supports itself"
+_ELSEWHERE = {
+    "transformers_weights": "other weights than model.safetensors",  # an index of any name, with anything in it
+    "configuration_files": "another config",  # config.4.0.0.json in the place of config.json
+    "fast_tokenizer_files": "another tokenizer",
+    "gguf_file": "a GGUF file",
+    "tokenizer_object": "another tokenizer",
+    "init_inputs": "what a tokenizer is made of",  # positional arguments, the first of them a file
+    "model_file": "another tokenizer",  # in sp_model_kwargs, which sentencepiece gets as they are
+    "mecab_kwargs": "a dictionary of a tokenizer's",
+    "sudachi_kwargs": "a dictionary of a tokenizer's",
+    "jumanpp_kwargs": "a program",
+    "fusion_config": "classes to put in the place of a model's own",
+    "kernel_config": "kernels to put in the place of a model's own",
+    "distributed_config": "how a model is spread over processes",
+}
+"""Keys that decide what transformers 5.24 opens or puts together, and what they name. Empty they say nothing."""
+_DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
+"""A file of this name, and transformers reads all of its kind and no model.safetensors."""
 
 
 def scan_folder(folder: Path, name: str) -> None:
@@ -55,16 +68,28 @@ def scan_folder(folder: Path, name: str) -> None:
     Raises:
         ModelError: it holds something that is no file, a link that leads out of it, or settings that ask for code.
     """
-    inside = _where_files_may_be(folder)
-    for file in sorted(folder.iterdir()):
+    inside = where_files_may_be(folder)
+    templates = folder / TEMPLATES
+    for file in sorted([*folder.iterdir(), *(templates.iterdir() if templates.is_dir() else ())]):
         _check_file(file, inside, name)
+        if _DISTRIBUTED.match(file.name):
+            raise ModelError(
+                f"{name}: {file.name} is a part of a distributed checkpoint, which would be read in the place of "
+                "model.safetensors",
+                hint="save the model whole, with save_pretrained",
+            )
     for config in _CONFIGS:
-        for key, value in _settings(read_json(folder / config)):
+        settings = read_json(folder / config)
+        for key, value in _settings(settings):
             _check_setting(config, key, value, name)
+        for part, value in settings.items():
+            for key, inner in _settings(value) if part != "quantization_config" else ():
+                if key in ("quantization_config", "compression_config") and inner:
+                    raise ModelError(f"{name}: {config} has a {key} inside {part}: only one of its own is read")
     weight_files(folder, name)
 
 
-def _where_files_may_be(folder: Path) -> tuple[Path, ...]:
+def where_files_may_be(folder: Path) -> tuple[Path, ...]:
     """The folder; and the Hub cache's blobs, which every file of a snapshot is a link into."""
     home = folder.resolve()
     return (home, home.parent.parent / "blobs") if home.parent.name == "snapshots" else (home,)
@@ -88,9 +113,14 @@ def _check_file(file: Path, inside: tuple[Path, ...], name: str) -> None:
 
 def _check_setting(config: str, key: str, value: Any, name: str) -> None:
     if key in _CODE_KEYS and value:
-        raise ModelError(f"{name}: {config} asks to run code from the model's folder ({key})", hint=_NO_CODE)
+        raise ModelError(f"{name}: {config} asks to run code from the model's folder ({key})", hint=NO_CODE)
     if key.endswith(("implementation", "implementation_internal")) and "/" in str(value):
-        raise ModelError(f"{name}: {config} asks to run a kernel from the Hub ({key}: {value})", hint=_NO_CODE)
+        raise ModelError(f"{name}: {config} asks to run a kernel from the Hub ({key}: {value})", hint=NO_CODE)
+    if key in _ELSEWHERE and value:
+        raise ModelError(
+            f"{name}: {config} names {_ELSEWHERE[key]} ({key}), and what is read is not for a file to say",
+            hint=f"remove {key} from {config} if you trust the rest of the folder",
+        )
 
 
 def _settings(value: Any) -> Iterator[tuple[str, Any]]:
@@ -111,12 +141,12 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
     Raises:
         ModelError: the index is damaged, or names a file that is no safetensors file of this folder.
     """
-    index = folder / "model.safetensors.index.json"
+    index = folder / INDEX
     if not index.is_file():
         return {}
     try:
-        found = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-    except (ValueError, KeyError, TypeError, RecursionError):
+        found = read_json(index).get("weight_map")
+    except ModelError:
         found = None
     if not isinstance(found, dict):
         raise ModelError(f"{name}: {index.name} is damaged", hint="is the download complete? fetch the model again")
@@ -126,62 +156,19 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
     return {key: folder / file for key, file in found.items()}
 
 
-def refuse_strange_lora(raw: Any, defaults: dict[str, Any], name: str) -> None:
-    """Refuse an adapter's settings if they are more than plain LoRA; `defaults` are PEFT's own.
+def weights_of(folder: Path, name: str) -> list[Path]:
+    """The weight files that are loaded from a model's or an adapter's folder, and no other; they may be missing.
+
+    As transformers chooses: model.safetensors, without one what the index names. Our own GPTQ reader takes all there
+    are where there is neither.
 
     Raises:
-        ModelError: another kind of adapter, one whose start changes its base, or an expression where a name goes.
+        ModelError: the index is damaged, or leads elsewhere.
     """
-    if not isinstance(raw, dict):
-        raise ModelError(f"{name}: adapter_config.json is not a JSON object")
-    for key, names in _NAMES_OF_HEAD_OR_EMBEDDING:
-        if value := raw.get(key):
-            raise ModelError(
-                f"{name}: this adapter adapts {names} ({key}: {_shown(value)}); not supported",
-                hint="an adapter of attention and dense MLPs can be used; or merge this one into its base first",
-            )
-    strange = [key for key in defaults if key not in _LORA_KEYS and raw.get(key) and raw[key] != defaults[key]]
-    if raw.get("bias", "none") != "none":
-        strange.append("bias")
-    if raw.get("peft_type") != "LORA" or strange:
-        raise ModelError(
-            f"{name}: only plain LoRA adapters can be used; this is {', '.join([str(raw.get('peft_type')), *strange])}",
-            hint="merge it into its base first, or train a LoRA adapter",
-        )
-    if (start := raw.get("init_lora_weights")) not in _HARMLESS_STARTS:
-        raise ModelError(
-            f"{name}: init_lora_weights: {start} changes the base when it is loaded",
-            hint="PEFT makes plain LoRA of it: save_pretrained(path_initial_model_for_weight_conversion=...)",
-        )
-    for key in ("rank_pattern", "alpha_pattern"):
-        for pattern in raw.get(key) or ():
-            if not _PLAIN_PATTERN.fullmatch(str(pattern)):
-                raise ModelError(f"{name}: {key} names layers by an expression ({pattern}): write their names out")
-
-
-def _shown(value: Any) -> str:
-    """A stranger's setting in a message: short, whatever it is."""
-    text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-    return text if len(text) < 80 else f"{text[:77]}..."
-
-
-def base_named_by(raw: Any, revision: Any, name: str) -> str:
-    """The base that an adapter names: a Hub id, or a folder that is reached without climbing out of where it lies.
-
-    Raises:
-        ModelError: none, or it leads elsewhere: a URL, `..`, a home folder; or a revision that anybody may have made.
-    """
-    if not raw:
-        raise ModelError(f"{name}: its adapter_config.json names no base model")
-    bare = raw.removeprefix("bundled:") if isinstance(raw, str) else ""
-    if not isinstance(raw, str) or not _NAME.fullmatch(bare) or ".." in Path(bare).parts:
-        raise ModelError(
-            f"{name}: the base that its adapter_config.json names leads elsewhere: {raw!r}",
-            hint="if you trust it: name the base as model.path and this folder as model.adapter in a recipe",
-        )
-    if revision is not None and (not isinstance(revision, str) or revision.startswith("refs/")):
-        raise ModelError(f"{name}: its adapter_config.json names a revision that is no branch or commit: {revision!r}")
-    return raw
+    for known in ("model.safetensors", *(() if (folder / INDEX).is_file() else ("adapter_model.safetensors",))):
+        if (folder / known).is_file():
+            return [folder / known]
+    return sorted(set(weight_files(folder, name).values())) or sorted(folder.glob("*.safetensors"))
 
 
 def read_json(file: Path) -> dict[str, Any]:
@@ -192,12 +179,8 @@ def read_json(file: Path) -> dict[str, Any]:
     """
     if not file.is_file():
         return {}
-    if file.stat().st_size > _LARGEST_CONFIG:
-        raise ModelError(f"{file} has {file.stat().st_size:,} bytes: no settings")
-    try:
-        raw = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ModelError(f"{file} is not valid JSON: {error}") from None
+    content = reading.read_bytes(file, what="settings", limit=_LARGEST_CONFIG, error=ModelError)
+    raw = reading.parse_json(content, what=f"{file} is not valid JSON", finite=False, error=ModelError)
     if not isinstance(raw, dict):
         raise ModelError(f"{file} is not a JSON object")
     return raw

@@ -9,7 +9,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from dpo_studio.errors import ModelError
-from dpo_studio.models.scan import weight_files
+from dpo_studio.models.scan import weights_of
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["check_vocabulary"]
@@ -40,10 +40,8 @@ def check_vocabulary(folder: Path, config: Any, encoder: ChatEncoder, name: str)
 
 def _rows(folder: Path, name: str) -> int | None:
     """Of the input embedding, by the headers of the weights; None where no tensor has a name that is known."""
-    where = weight_files(folder, name)
-    files = {file for tensor, file in where.items() if tensor.endswith(_EMBEDDINGS)} if where else None
     found = []
-    for file in sorted(folder.glob("*.safetensors") if files is None else files):
+    for file in weights_of(folder, name):
         with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:  # damaged: told on loading
             keys = [key for key in tensors.keys() if key.endswith(_EMBEDDINGS)]  # noqa: SIM118 - safe_open is no dict
             found += [tensors.get_slice(key).get_shape()[0] for key in keys]

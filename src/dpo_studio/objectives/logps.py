@@ -75,7 +75,9 @@ class Formula:
     log_odds: ClassVar[bool] = False
     """Whether beta times the margin is the log-odds that the chosen answer is the preferred one: the loss is the log
     loss of sigmoid(beta x margin), and least where that is the share of people who prefer it."""
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
+        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+    )
 
     def scores(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
         """Of the chosen and the rejected answers, (P,) each, in nats: beta times these are the metrics' rewards."""

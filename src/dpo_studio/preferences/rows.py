@@ -17,11 +17,15 @@ from typing import Any, TypeVar, cast
 
 from dpo_studio.config import BUNDLED, SourceSection
 from dpo_studio.errors import DataError
-from dpo_studio.preferences.files import SUFFIXES, file_rows
+from dpo_studio.preferences.bounds import numbered
+from dpo_studio.preferences.files import SUFFIXES, UNREAD, file_rows
+from dpo_studio.preferences.tables import arrow_rows, batch_rows
+from dpo_studio.reading import is_own_stream, read_json, shown_path
 
 __all__ = ["read_rows", "sample"]
 
 _BUNDLED_FOLDER = Path(__file__).parent / "bundled"
+_SAVE_AGAIN = "save it again with `save_to_disk`, or as Parquet"
 _SAVED_BY_DATASETS = {"dataset_dict.json", "state.json"}
 _NOT_DATA = _SAVED_BY_DATASETS | {"dataset_info.json", "dataset_infos.json"}
 _HUB_ID = re.compile(r"(?P<id>[\w.-]+(/[\w.-]+)?)(/(?P<config>[\w.-]+))?(:(?P<split>[^/:]+))?")
@@ -33,8 +37,12 @@ _SPLIT_WORDS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
 }
 _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_WORDS)})(?![a-z])")
-_NOT_ON_THE_HUB = (*SUFFIXES, ".gz", ".tsv", ".txt", ".zip")  # a name that ends so was meant as a file
+_NOT_ON_THE_HUB = (*SUFFIXES, ".gz", *UNREAD)  # a name that ends so was meant as a file
 _ROWS_AT_ONCE = 1024
+_MAX_STATE = 4_000_000
+"""Bytes of what `datasets` says of a saved set: a thousand shards take a hundred thousand."""
+_MAX_ENTRIES = 200_000
+"""Files and folders that are looked at in a source's folder: more is a home folder or a disk, not a set of pairs."""
 
 T = TypeVar("T")
 
@@ -65,14 +73,21 @@ def _rows(section: SourceSection, seed: int) -> Iterator[tuple[int, object]]:
     name = section.source
     if name.startswith(BUNDLED):
         return enumerate(_bundled_rows(section))
+    if is_own_stream(name):
+        if section.split is not None:
+            _choose_split(shown_path(name), ["train"], section.split)
+        return numbered(file_rows(name), shown_path(name))
     head, _, split = name.rpartition(":")
     if (path := _existing(name)) is not None:
-        return _path_rows(path, section, section.split, seed)
+        return _path_rows(path, section, section.split)
     if head and (path := _existing(head)) is not None:
-        return _path_rows(path, section, _one_split(section, split), seed)
+        return _path_rows(path, section, _one_split(section, split))
     hub = _HUB_ID.fullmatch(name)
     if hub is None or _looks_like_a_path(name):
-        raise DataError(f"no such file or folder: {name}", hint=f"looked in {Path.cwd()}")
+        advice = UNREAD.get(Path(name.partition(":")[0].lower()).suffix)
+        where = f"looked in {shown_path(Path.cwd())}"
+        hint = f"{where}; and such a file is not read: {advice}" if advice else where
+        raise DataError(f"no such file or folder: {shown_path(name)}", hint=hint)
     return _hub_rows(hub["id"], hub["config"], _one_split(section, hub["split"]), section, seed)
 
 
@@ -127,15 +142,15 @@ def _bundled_rows(section: SourceSection) -> Iterator[object]:
 # Files and folders
 
 
-def _path_rows(path: Path, section: SourceSection, split: str | None, seed: int) -> Iterator[tuple[int, object]]:
+def _path_rows(path: Path, section: SourceSection, split: str | None) -> Iterator[tuple[int, object]]:
     if path.is_dir() and section.data_dir is not None:
         path /= section.data_dir
         if not path.is_dir():
             raise DataError(f"{section.source} has no folder {section.data_dir}", hint="data_dir names a sub-folder")
     if path.is_dir() and any((path / name).exists() for name in _SAVED_BY_DATASETS):
-        return _saved_rows(path, split, section, seed)
+        return numbered(_saved_rows(path, split), shown_path(path))
     files = _folder_files(path, split) if path.is_dir() else [_single_file(path, split)]
-    return enumerate(itertools.chain.from_iterable(map(file_rows, files)))
+    return numbered(itertools.chain.from_iterable(map(file_rows, files)), shown_path(path))
 
 
 def _single_file(path: Path, split: str | None) -> Path:
@@ -161,9 +176,15 @@ def _folder_files(folder: Path, wanted: str | None) -> list[Path]:
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    for file in folder.rglob("*"):
+    """What is named as data is data: a pipe or a link to nothing among them is told of when it is read."""
+    for count, file in enumerate(folder.rglob("*")):
+        if count >= _MAX_ENTRIES:
+            raise DataError(
+                f"{shown_path(folder)} holds over {_MAX_ENTRIES:,} files and folders",
+                hint="name the folder of the data",
+            )
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
-        if file.name.lower().endswith(SUFFIXES) and file.name not in _NOT_DATA and not hidden and file.is_file():
+        if file.name.lower().endswith(SUFFIXES) and file.name not in _NOT_DATA and not hidden and not file.is_dir():
             yield file
 
 
@@ -177,20 +198,43 @@ def _split_of(relative: Path) -> str:
     return "train"
 
 
-# What the `datasets` library reads
+# What the `datasets` library saved
 
 
-def _saved_rows(folder: Path, split: str | None, section: SourceSection, seed: int) -> Iterator[tuple[int, object]]:
-    """A folder that `save_to_disk` wrote."""
-    import datasets
+def _saved_rows(folder: Path, split: str | None) -> Iterator[object]:
+    """A folder that `save_to_disk` wrote: its own files alone, whatever it names."""
+    if (folder / "dataset_dict.json").exists():
+        splits = _member(folder / "dataset_dict.json", "splits")
+        folder /= _plain(_choose_split(shown_path(folder), sorted(map(str, splits)), split), folder)
+    files = _member(folder / "state.json", "_data_files")
+    names = [file.get("filename") if isinstance(file, dict) else None for file in files]
+    if _state(folder / "state.json").get("_indices_files") or not names:
+        raise DataError(f"{shown_path(folder)} is a selection of another set, or has no rows", hint=_SAVE_AGAIN)
+    return itertools.chain.from_iterable(arrow_rows(folder / _plain(name, folder)) for name in names)
 
-    try:
-        loaded = datasets.load_from_disk(str(folder))
-    except Exception as error:
-        raise DataError(f"{folder} cannot be read: {_first_line(error)}", hint="save it again, or as Parquet") from None
-    if isinstance(loaded, datasets.DatasetDict):
-        loaded = loaded[_choose_split(str(folder), sorted(loaded), split)]
-    return _dataset_rows(loaded, section, seed)
+
+def _state(file: Path) -> dict[str, Any]:
+    state = read_json(file, what="saved dataset", limit=_MAX_STATE, hint=_SAVE_AGAIN)
+    if not isinstance(state, dict):
+        raise DataError(f"{shown_path(file)} is damaged", hint=_SAVE_AGAIN)
+    return state
+
+
+def _member(file: Path, name: str) -> list[Any]:
+    found = _state(file).get(name)
+    if not isinstance(found, list):
+        raise DataError(f"{shown_path(file)} is damaged: it has no list {name}", hint=_SAVE_AGAIN)
+    return found
+
+
+def _plain(name: Any, folder: Path) -> str:
+    """A name that leads nowhere but to a member of the folder."""
+    if not isinstance(name, str) or not name or "\0" in name or name == ".." or Path(name).name != name:
+        raise DataError(f"{shown_path(folder)} names a file that is not in it: {str(name)[:80]!r}", hint=_SAVE_AGAIN)
+    return name
+
+
+# What the `datasets` library downloads
 
 
 def _hub_rows(
@@ -214,7 +258,9 @@ def _dataset_rows(dataset: Any, section: SourceSection, seed: int) -> Iterator[t
         numbers = [number for number, _ in sample(((n, None) for n in numbers), section.rows, seed=seed)]
         dataset = dataset.select(numbers)
     tables = dataset.with_format("arrow").iter(batch_size=_ROWS_AT_ONCE)
-    return zip(numbers, (row for table in tables for row in table.to_pylist()), strict=True)
+    return zip(
+        numbers, (row for table in tables for batch in table.to_batches() for row in batch_rows(batch)), strict=True
+    )
 
 
 def _hub_error(name: str, error: Exception) -> DataError:

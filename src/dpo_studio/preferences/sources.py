@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
+from dpo_studio.preferences.bounds import BadRow
 from dpo_studio.preferences.contents import strange_in_row
-from dpo_studio.preferences.files import BadRow
 from dpo_studio.preferences.formats import FORMATS, Parser, scores_of, shape_of, trl_implicit
 from dpo_studio.preferences.mapping import columns_of, mapped_parser
 from dpo_studio.preferences.pair import Pair

@@ -20,6 +20,7 @@ from dpo_studio.export.card import (
 from dpo_studio.export.requantise import Quantising
 from dpo_studio.export.verify import Comparison
 from dpo_studio.models.bundled import BUNDLED_MODEL
+from dpo_studio.reports.facts import interval, share
 from dpo_studio.reports.text import printable
 
 __all__ = ["adapter_card", "perplexity_line", "quantised_card", "tuned_card"]
@@ -28,9 +29,9 @@ __all__ = ["adapter_card", "perplexity_line", "quantised_card", "tuned_card"]
 def adapter_card(out: Path, base: str, recipe: Recipe, rank: int, finished: Mapping[str, Any]) -> Card:
     """Of an adapter; `finished` is the run's `result.json`."""
     figures = []
-    if "accuracy_ci95" in finished:
-        low, high = finished["accuracy_ci95"]
-        figures = [f"held-out accuracy {finished['accuracy']:.3f} (95 % interval {low:.3f} to {high:.3f})"]
+    accuracy, ends = share(finished, "accuracy"), interval(finished, "accuracy_ci95")
+    if accuracy is not None and ends is not None:
+        figures = [f"held-out accuracy {accuracy:.3f} (95 % interval {ends[0]:.3f} to {ends[1]:.3f})"]
     return Card(
         title=printable(out.name),
         base_id=hub_id(base),

@@ -6,6 +6,7 @@ Answers are written and saved first, then judged: a restart writes none of them 
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dpo_studio.config import Recipe, SourceLike, as_source
-from dpo_studio.errors import DataError, RunError, UsageError
+from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite_pairs
 from dpo_studio.evaluation.calibration import calibration
 from dpo_studio.evaluation.diversity import distinct_n, repetition
@@ -36,6 +37,7 @@ from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
 from dpo_studio.workflows.judging import JUDGES, judge_from
+from dpo_studio.workflows.kept import recipe_of
 from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
@@ -172,9 +174,7 @@ def default_judge(run: str) -> str:
 def _recipe(run: str) -> Recipe:
     if not is_run(user_path(run)):
         raise RunError(f"{run} is not a run folder", hint="give the folder that `dpo train` or `dpo demo` made")
-    recipe = RunFolder(user_path(run)).recipe()
-    assert recipe is not None
-    return recipe
+    return recipe_of(RunFolder(user_path(run)))
 
 
 def judges_of(runs: Sequence[str], judge: str | None, against: str = REFERENCE) -> list[str]:
@@ -251,7 +251,9 @@ def _held_out(loaded: Loaded, objective: Objective, pairs: Sequence[Pair], progr
     keys = {pair.row: prompt_key(pair.prompt) for pair in pairs}
     prompts, (policy, reference) = finite_pairs([keys[pair.row] for pair in encoded], policy, reference)
     if not prompts:
-        return {}
+        raise NonFiniteError(
+            f"no log-prob of the {len(encoded)} held-out pairs is finite", hint="a diverged adapter: train it again"
+        )
     beta = loaded.beta if loaded.beta is not None else 0.1
     margins = (beta * margin(policy, reference)).tolist()
     summed = accuracy_summary(policy, reference, prompts, beta=beta)
@@ -279,6 +281,9 @@ def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Prog
         side_logps(policy.loaded, pairs, "KL to the reference", progress, tuned=side) for side in (True, False)
     )
     ratios: list[float] = (tuned.chosen_P - base.chosen_P).tolist()
+    if not all(map(math.isfinite, ratios)):
+        progress.warn("no KL: the reference finds answers of the policy impossible, or their log-probs are not finite")
+        return None
     return ratios
 
 

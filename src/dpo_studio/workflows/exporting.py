@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.disk import check_space
@@ -30,17 +30,21 @@ from dpo_studio.export.verify import BARS, Comparison
 from dpo_studio.export.whole import Making, check_new, making
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.bundled import BUNDLED_MODEL, published_name
+from dpo_studio.models.finite import check_finite_adapter
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import load_chat_model, locate
+from dpo_studio.models.scan import read_json
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
+from dpo_studio.reading import read_text
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder, is_run
 from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.tokens.template import LONGEST_TEMPLATE
 from dpo_studio.workflows.cards import adapter_card, tuned_card
 from dpo_studio.workflows.comparing import RunModel, ask_the_run, look_again, stop_rate
 from dpo_studio.workflows.demo import SHOWCASE
-from dpo_studio.workflows.kept import date_of
+from dpo_studio.workflows.kept import date_of, recipe_of
 from dpo_studio.workflows.loading import adapter_of
 from dpo_studio.workflows.quantizing import free_memory
 
@@ -72,12 +76,12 @@ def export_run(
     check_new(out)
     if not is_run(folder.path):
         raise RunError(f"{run} is not a run", hint="a run is the folder that `dpo train` or `dpo demo` made")
-    recipe = folder.recipe()
-    assert recipe is not None
+    recipe = recipe_of(folder)
     if to == "gptq":
         check_gptqmodel()
     with progress or Progress() as shown:
         adapter = adapter_of(folder, shown.say)
+        check_finite_adapter(adapter)
         if to == "adapter":
             return _export_adapter(folder, recipe, adapter, out)
         if dtype is not None:
@@ -93,11 +97,15 @@ def _typed_base(run: RunFolder, recipe: Recipe) -> str:
 
 def _template(recipe: Recipe) -> str | None:
     """The chat template that the recipe has put in the place of the tokenizer's own."""
-    return None if recipe.model.chat_template is None else Path(recipe.model.chat_template).read_text(encoding="utf-8")
+    named = recipe.model.chat_template
+    return None if named is None else read_text(named, what="model.chat_template", limit=4 * LONGEST_TEMPLATE)
 
 
 def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path) -> dict[str, Any]:
-    """A folder that plain PEFT loads; the numbers on its card are the run's own."""
+    """A folder that plain PEFT loads; the numbers on its card are the run's own.
+
+    Tensors and settings are read and written again: what is in no tensor and in no setting of LoRA's stays here.
+    """
     config = read_adapter_config(adapter)
     base = _typed_base(run, recipe)
     result: dict[str, Any] = {
@@ -109,9 +117,19 @@ def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path) ->
     if base == BUNDLED_MODEL:  # whose name on the Hub is that of other weights
         result["trained_on"] = base
     with making(out) as place:
-        shutil.copyfile(adapter / "adapter_model.safetensors", place.result / "adapter_model.safetensors")
-        raw = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
-        raw |= {"base_model_name_or_path": published_name(base), "revision": recipe.model.revision}
+        save_file(
+            load_file(adapter / "adapter_model.safetensors"),
+            place.result / "adapter_model.safetensors",
+            metadata={"format": "pt"},
+        )
+        raw = {
+            key: value for key, value in read_json(adapter / "adapter_config.json").items() if key in config.to_dict()
+        }
+        raw |= {
+            "base_model_name_or_path": published_name(base),
+            "revision": recipe.model.revision,
+            "auto_mapping": None,
+        }
         _write_json(place.result / "adapter_config.json", raw)
         if (template := _template(recipe)) is not None:
             (place.result / "chat_template.jinja").write_text(template, encoding="utf-8")

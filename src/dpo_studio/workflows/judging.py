@@ -20,6 +20,7 @@ from dpo_studio.evaluation.endpoint import Asking, Endpoint
 from dpo_studio.evaluation.everyday import everyday_judge
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, Winner, longer_wins, summary, user_rule
 from dpo_studio.evaluation.llm_judge import LLMJudge, cost_line
+from dpo_studio.evaluation.llm_parameters import check_parameters
 from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
 from dpo_studio.paths import check_out, user_path
 from dpo_studio.preferences.labelled import Label, Labelled, LabelledSource, read_labelled
@@ -99,13 +100,17 @@ def _implicit(name: str, loaded: Any, dtype: str | None, say: Callable[[str], No
 
 def _llm(model: str, url: str, options: LLMOptions, say: Callable[[str], None]) -> LLMJudge:
     wanted = {"temperature": 0, "max_tokens": 512} | dict(options.parameters)
+    parameters = {name: value for name, value in wanted.items() if value is not None}
+    check_parameters(parameters)
+    if options.price is not None and not all(0 <= price < float("inf") for price in options.price):
+        raise UsageError(f"--judge-price {options.price} are no prices")
     slug = re.sub(r"[^\w.-]+", "-", model)
     return LLMJudge(
         model=model,
         endpoint=Endpoint(url, options.asking, say),
         replies=options.replies or cache_folder() / "judge-replies" / f"{slug}.jsonl",
         template=TEMPLATE if options.template is None else read_template(user_path(options.template)),
-        parameters={name: value for name, value in wanted.items() if value is not None},
+        parameters=parameters,
         price=options.price,
         say=say,
     )

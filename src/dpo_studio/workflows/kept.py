@@ -14,24 +14,30 @@ import json
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from hashlib import blake2b
+from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_studio.errors import RunError
+from dpo_studio.reading import read_bytes, read_json
 from dpo_studio.runs import RunFolder, write_atomically
 
 if TYPE_CHECKING:
+    from dpo_studio.config import Recipe
     from dpo_studio.tokens.chat import ChatEncoder
     from dpo_studio.tokens.encode import EncodedPair
 
-__all__ = ["KeptData", "check_same_data", "date_of", "digest_data", "run_date", "write_data"]
+__all__ = ["KeptData", "check_same_data", "date_of", "digest_data", "recipe_of", "run_date", "write_data"]
 
 _DIGITS = 16
 """Hex digits of a pair's digest: 8 bytes, for which a million pairs have a chance of 3e-8 to hold two alike."""
 _SHOWN = 5
 """Rows that a message names."""
 _SIDES = ("train", "held_out")
+_LARGEST_TEMPLATE = 4_000_000
+"""Bytes; that a template may have a million characters is checked where it is read to be used."""
+_LARGEST = 1_000_000_000
+"""Bytes. A million pairs have 25 million."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +144,29 @@ def check_same_data(run: RunFolder, now: KeptData, warn: Callable[[str], None]) 
         warn(f"the {name} is another than when {run.path} was begun; every pair still has the same ids")
 
 
+def recipe_of(run: RunFolder) -> Recipe:
+    """The recipe of a run that may be a stranger's: a template that it names is the one the run was made with.
+
+    Any file of this machine could stand there; what it holds would go into prompts and exports. The run keeps its
+    template's sha256, and whoever does not know the file does not know that.
+
+    Raises:
+        RunError: no recipe; or a template that is another than the run's, or that nobody can tell from another.
+    """
+    recipe = run.recipe()
+    if recipe is None:
+        raise RunError(f"{run.path} is not a run", hint="a run is the folder that `dpo train` or `dpo demo` made")
+    if (named := recipe.model.chat_template) is not None:
+        content = read_bytes(named, what="chat template of the run", limit=_LARGEST_TEMPLATE, error=RunError)
+        kept = _read(run)
+        if kept is None or kept.template != sha256(content).hexdigest():
+            raise RunError(
+                f"{run.path}: its recipe names {named} as chat template, which is not the one it was made with",
+                hint="put that template there again; or name base, adapter and template in a recipe of your own",
+            )
+    return recipe
+
+
 def _changes(before: Side, now: Side) -> str:
     """In words; a row is changed if what stood there is gone and something new stands there."""
     old, new = before.each(), now.each()
@@ -165,17 +194,18 @@ def _file(run: RunFolder) -> Path:
 
 
 def _read(run: RunFolder) -> KeptData | None:
+    file = _file(run)
+    if not file.exists():
+        return None
     try:
-        raw: dict[str, Any] = json.loads(_file(run).read_text(encoding="utf-8"))
+        raw: dict[str, Any] = read_json(file, what="what the run keeps of its data", limit=_LARGEST, error=RunError)
         train, held_out = (Side(list(map(int, raw[name]["rows"])), str(raw[name]["digests"])) for name in _SIDES)
         if any(len(side.digests) != _DIGITS * len(side.rows) for side in (train, held_out)):
             raise ValueError("rows and digests differ in number")
         date = datetime.date.fromisoformat(raw["date"])
         return KeptData(date, str(raw["template"]), str(raw["tokenizer"]), train, held_out)
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, LookupError, OverflowError) as error:
         raise RunError(
-            f"{_file(run)} cannot be read: {type(error).__name__}: {error}",
+            f"{file} cannot be read: {type(error).__name__}: {error}",
             hint="remove it if the data are still the same: the run then continues without comparing them",
         ) from None

@@ -14,13 +14,14 @@ from torch import nn
 from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.errors import RunError, UsageError
 from dpo_studio.learning.checkpoints import newest_checkpoint
+from dpo_studio.models.adapter_settings import base_named_by
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
 from dpo_studio.models.bundled import BUNDLED_ID, BUNDLED_MODEL
 from dpo_studio.models.load import ChatModel, load_chat_model, locate
-from dpo_studio.models.scan import base_named_by, read_json
+from dpo_studio.models.scan import read_json
 from dpo_studio.paths import user_path
 from dpo_studio.runs import RunFolder, is_run
-from dpo_studio.workflows.kept import date_of
+from dpo_studio.workflows.kept import date_of, recipe_of
 
 __all__ = ["Loaded", "adapter_of", "find_any", "load_any"]
 
@@ -132,8 +133,7 @@ def _look_at(run: RunFolder, with_reference: bool, say: Callable[[str], None]) -
     Raises:
         RunError: it has no adapter yet; or `with_reference`, its reference is another model.
     """
-    recipe = run.recipe()
-    assert recipe is not None
+    recipe = recipe_of(run)
     adapter = adapter_of(run, say)
     if with_reference and recipe.reference.model is not None:
         raise _not_loaded(recipe.reference.model, adapter)

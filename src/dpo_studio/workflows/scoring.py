@@ -10,8 +10,8 @@ from typing import Any, TextIO
 import torch
 
 from dpo_studio.config import SourceLike, TooLong, as_source
-from dpo_studio.errors import DataError, UsageError
-from dpo_studio.evaluation.accuracy import finite_summary
+from dpo_studio.errors import DataError, NonFiniteError, UsageError
+from dpo_studio.evaluation.accuracy import finite_pairs, finite_summary
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.reference import batched_logps
@@ -40,6 +40,7 @@ def score_pairs(
     """Write one JSON line a source row to `out`, in order; return the summary.
 
     Raises:
+        NonFiniteError: no pair has finite log-probs; its lines are written, with null.
         DPOStudioError: the model or the source cannot be used.
     """
     if beta is not None and not 0 < beta < float("inf"):
@@ -61,6 +62,11 @@ def score_pairs(
     for line in sorted(lines, key=lambda line: line["index"]):
         out.write(json.dumps(line) + "\n")
     keys = {pair.row: prompt_key(pair.prompt) for pair in pairs.pairs}
+    if not finite_pairs(range(len(encoded.pairs)), policy, reference)[0]:
+        raise NonFiniteError(
+            f"no log-prob of the {len(encoded.pairs)} pairs is finite under {name}",
+            hint="a diverged adapter, or a dtype too small for it: --dtype float32",
+        )
     summary: dict[str, Any] = {
         "pairs": len(encoded.pairs),
         "refused": len(lines) - len(encoded.pairs),

@@ -53,6 +53,7 @@ def run_sweep(
     training worthless, too.
 
     Raises:
+        NonFiniteError: every run stopped itself.
         DPOStudioError: before anything is trained if a setting is impossible; else what `dpo train` would stop at.
     """
     folder, members = plan_sweep(recipe, overrides, out)
@@ -73,6 +74,11 @@ def run_sweep(
             gc.collect()  # a model is full of cycles, and the next one needs its memory
             measured.append(measure(member.loaded.run_folder, member.name, stopped))
             _write(folder, members, measured)
+    if all(run.stopped is not None for run in measured):
+        raise NonFiniteError(
+            f"every run of {folder} stopped itself: there is nothing to choose from",
+            hint=f"the first: {measured[0].stopped}",
+        )
     return folder
 
 

@@ -27,8 +27,8 @@ from dpo_studio.learning.checkpoints import restore
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_gradient, unless_out_of_memory
 from dpo_studio.learning.packing_check import check_packing
-from dpo_studio.learning.reference import ReferenceCache, reference_logps
-from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train
+from dpo_studio.learning.reference import ReferenceCache, batched_logps, reference_logps
+from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train, whole
 from dpo_studio.lock import Held, held
 from dpo_studio.models.adapters import POLICY, REFERENCE, in_eval, train_mode
 from dpo_studio.models.bundled import published_name
@@ -62,6 +62,9 @@ from dpo_studio.workflows.signals import interrupted, stopping_signals
 from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model, warn_of_length
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
+
+_LOOKED_AT = 8
+"""Training pairs that a result without held-out ones is looked at with."""
 
 
 @dataclass(frozen=True)
@@ -257,7 +260,12 @@ class _Session:
         self.accelerator.end_training()
 
     def finish(self, seconds: float) -> dict[str, Any]:
-        """Write the adapter, the environment and the numbers of the whole run."""
+        """Write the adapter, the environment and the numbers of the whole run.
+
+        Raises:
+            NonFiniteError: the policy has no finite log-prob: then there is no result.
+        """
+        self._check_finite()
         self.saver.save_result(self.policy)
         self.run.write_json(
             "environment.json", environment(_device_name(self.base.device), precision=self.base.dtype_reason)
@@ -286,6 +294,27 @@ class _Session:
             loss = self.last_evaluation["eval_loss"]  # a mean over all pairs: one that is not finite makes it none
             result["held_out_loss"] = loss if math.isfinite(loss) else None
         return result
+
+    def _check_finite(self) -> None:
+        """A last look at what will be the result. Weights may be finite, and so large that nothing they give is."""
+        logps = self.held_out_logps
+        if logps is None:
+            pairs = self.data.train.pairs[:_LOOKED_AT]
+            budget = tokens_without_gradient(int(self.recipe.training.tokens_per_micro_batch), self.policy)
+            with in_eval(self.policy):
+                logps = batched_logps(self.policy, pairs, range(len(pairs)), budget=budget)
+        if self.state is not None and not whole(self.policy, self.state):
+            what = "the weights are not finite"
+        elif self.state is not None and self.state.skipped == self.state.step > 0:
+            what = f"none of the {self.state.step} steps could be taken, and nothing was learned"
+        elif not (logps.chosen_P.isfinite() & logps.rejected_P.isfinite()).any():
+            what = f"no log-prob of {len(logps)} pairs is finite"
+        else:
+            return
+        raise NonFiniteError(
+            f"{self.run.path} has no result: after the last step {what}",
+            hint="start again, in another run.folder, with a lower training.learning_rate",
+        )
 
     def _check(self, model: Any, budget: int, reference_adapter: str | None) -> None:
         """See that the policy, and its reference where that is another model, compute as the plain model does."""
@@ -434,6 +463,10 @@ class _Session:
             yield from reports
         except NonFiniteError:
             assert self.state is not None
+            if not whole(self.policy, self.state):
+                last = find_checkpoint(self.run, self.progress.warn)
+                self.progress.say(f"the last checkpoint before that: {last}" if last else "no checkpoint was written")
+                raise
             self.saver.save(self.policy, self.state)
             self.progress.say(f"what was learned before is kept in {self.run.checkpoints}/step-{self.state.step}")
             raise

@@ -1,0 +1,85 @@
+"""What may be sent with every request to an LLM judge, and what would change what a reply is.
+
+Servers have parameters of their own (`top_k`, `guided_choice`, `reasoning_effort`), so what is not known is sent as it
+is. What is refused would be no request any more, or would be answered with something that is not one text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from dpo_studio.errors import UsageError
+
+__all__ = ["check_parameters"]
+
+_OURS = {
+    "model": "the model is named in --judge llm:MODEL@BASE_URL",
+    "messages": "--judge-template changes what is asked",
+    "extra_headers": "the key is the only header that is sent, from --judge-key-env",
+    "extra_query": "a query is no part of a request's parameters",
+    "extra_body": "name what is in it: --judge-param NAME=VALUE is sent as it is",
+    "timeout": "--judge-timeout is the longest wait for a reply",
+}
+"""Said elsewhere, and why."""
+_OTHER_REPLIES = {
+    "stream_options": "replies are read whole",
+    "tools": "a call of a tool is no verdict",
+    "tool_choice": "a call of a tool is no verdict",
+    "functions": "a call of a function is no verdict",
+    "function_call": "a call of a function is no verdict",
+    "audio": "a verdict is read, not heard",
+    "background": "a reply that comes later never comes",
+}
+_ONLY: dict[str, tuple[Any, ...]] = {
+    "stream": (False,),
+    "n": (1,),
+    "modalities": (["text"],),
+    "response_format": ({"type": "text"},),
+}
+"""Parameters with one value that leaves a reply what it is: one text, whole."""
+_DEPTH = 20
+
+
+def check_parameters(parameters: Mapping[str, Any]) -> None:
+    """See that replies to requests with these parameters can be read.
+
+    Raises:
+        UsageError: a parameter is ours, asks for another kind of reply, or has a value that no JSON has.
+    """
+    for name, value in parameters.items():
+        if name in _OURS or name in _OTHER_REPLIES:
+            raise UsageError(f"--judge-param {name} cannot be set", hint=(_OURS | _OTHER_REPLIES)[name])
+        if name in _ONLY and not any(type(value) is type(one) and value == one for one in _ONLY[name]):
+            raise UsageError(
+                f"--judge-param {name}={value!r:.40} asks for replies that cannot be read",
+                hint="one reply is read, whole, as text that holds a line `Verdict: 1`, `2` or `tie`",
+            )
+        _check_value(name, value, _DEPTH)
+        _check_text(name, name)
+    for name in ("max_tokens", "max_completion_tokens"):
+        limit = parameters.get(name)
+        if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit < 2**31):
+            raise UsageError(f"--judge-param {name}={limit!r:.40} is no number of tokens")
+
+
+def _check_value(name: str, value: Any, depth: int) -> None:
+    if depth == 0:
+        raise UsageError(f"--judge-param {name} is nested deeper than {_DEPTH} levels")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UsageError(f"--judge-param {name} holds {value}, which is no number that can be sent")
+    if isinstance(value, int) and abs(value) >= 2**64:
+        raise UsageError(f"--judge-param {name} holds a number that is too large to be sent")
+    if isinstance(value, str):
+        _check_text(name, value)
+    if isinstance(value, dict | list):
+        for member in (*value, *value.values()) if isinstance(value, dict) else value:
+            _check_value(name, member, depth - 1)
+
+
+def _check_text(name: str, text: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UsageError(f"--judge-param {name!a} holds half a character, which cannot be sent") from None

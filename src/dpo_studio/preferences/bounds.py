@@ -1,0 +1,147 @@
+"""What a row and a file of rows may have at most, and the opening of both: nothing is read that is not counted.
+
+Every limit is far above what honest data has, and one line says which was met: memory and time follow from them, not
+from what a stranger wrote.
+"""
+
+from __future__ import annotations
+
+import codecs
+import gzip
+import io
+import os
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from dpo_studio.errors import DataError
+from dpo_studio.reading import open_input, shown_path
+
+__all__ = [
+    *("MAX_COLUMNS", "MAX_ROW", "MAX_ROWS", "MIB", "TOO_LONG", "TOO_WIDE", "BadRow"),
+    *("as_utf8", "checked", "numbered", "open_rows", "reading_rows", "too_many_values"),
+]
+
+MIB = 2**20
+MAX_ROW = 16 * MIB
+"""Bytes or characters of a row; no model reads an answer of four million tokens."""
+MAX_ROWS = 50_000_000
+"""Rows of a source: the largest public set of pairs has forty million."""
+MAX_COLUMNS = 10_000
+"""Columns of a row; embeddings written one number a column have four thousand."""
+_MAX_VALUES = 1_000_000
+"""Values of a row, each a Python object of some 60 bytes: the same 16 MiB as `[],[],...` would take half a gigabyte."""
+_COUNT_FROM = MIB  # a shorter row cannot have so many
+_MOST_UNFOLDED = 100
+"""How many times its size a .gz may unfold to. Text unfolds to 3 to 20 times; only the same again and again to more."""
+_ALWAYS_UNFOLDED = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class BadRow:
+    """A row that is not even data."""
+
+    reason: str
+
+
+TOO_LONG = BadRow(f"row is longer than {MAX_ROW // MIB} MiB")
+TOO_WIDE = BadRow(f"row has more than {MAX_COLUMNS:,} columns")
+_TOO_MANY = BadRow(f"row has more than {_MAX_VALUES:,} values")
+
+
+def checked(row: object) -> object:
+    """The row; or that it has too many columns."""
+    return TOO_WIDE if isinstance(row, dict) and len(row) > MAX_COLUMNS else row
+
+
+def too_many_values(text: str | bytes) -> BadRow | None:
+    """Told from a row's text before it is parsed."""
+    if len(text) < _COUNT_FROM:
+        return None
+    marks = text.count(",") + text.count("[") if isinstance(text, str) else text.count(b",") + text.count(b"[")
+    return _TOO_MANY if marks > _MAX_VALUES else None
+
+
+def numbered(rows: Iterator[object], name: str) -> Iterator[tuple[int, object]]:
+    """Every row with its number, from 0.
+
+    Raises:
+        DataError: there are more than any source has.
+    """
+    for number, row in enumerate(rows):
+        if number >= MAX_ROWS:
+            raise DataError(f"{name} has over {MAX_ROWS:,} rows", hint="give a part of it")
+        yield number, row
+
+
+@contextmanager
+def reading_rows(path: Path | str) -> Iterator[BinaryIO]:
+    """A source of rows, opened once; what a .gz holds is unfolded. What goes wrong while it is read names it.
+
+    Raises:
+        DataError: it cannot be opened or read, or unfolds to too much.
+    """
+    with open_rows(path) as stream:
+        try:
+            yield stream
+        except (OSError, EOFError, zlib.error) as error:  # EOFError: a gzip that ends too early
+            raise DataError(
+                f"{shown_path(path)} cannot be read: {error}",
+                hint="is the file whole, and may you read it? download or copy it again",
+            ) from None
+        except UnicodeDecodeError:
+            raise DataError(f"{shown_path(path)} is not UTF-8 text", hint=as_utf8(stream)) from None
+
+
+def as_utf8(stream: BinaryIO) -> str:
+    """How to make UTF-8 of it: UTF-16 begins with a mark, what else it may be only its owner knows."""
+    stream.seek(0)
+    utf16 = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    old = "UTF-16" if utf16 else "WINDOWS-1252"
+    says = "it begins as UTF-16 does" if utf16 else "Excel's old files are often Windows-1252"
+    return f"save it as UTF-8 ({says}: iconv -f {old} -t UTF-8 OLD > NEW)"
+
+
+def open_rows(path: Path | str) -> BinaryIO:
+    """The bytes of a source: those of a .gz unfolded, and counted."""
+    stream = open_input(path, what="source")
+    if not os.fspath(path).lower().endswith(".gz"):
+        return stream
+    return io.BufferedReader(_Unfolded(stream, shown_path(path)), MIB)
+
+
+class _Unfolded(io.RawIOBase):
+    """What a gzip holds, until it is more than text of that size can be."""
+
+    def __init__(self, folded: BinaryIO, name: str) -> None:
+        size = os.fstat(folded.fileno()).st_size
+        self._folded, self._gzip, self._name = folded, gzip.GzipFile(fileobj=folded), name
+        self._most, self._so_far = max(_ALWAYS_UNFOLDED, _MOST_UNFOLDED * size), 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._gzip.readinto(buffer)
+        self._so_far += count
+        if self._so_far > self._most:
+            raise DataError(
+                f"{self._name} unfolds to over {self._most // MIB:,} MiB, {_MOST_UNFOLDED} times its size",
+                hint="text does not; if you trust it, unpack it with gunzip and name what it gives",
+            )
+        return count
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        self._so_far = self._gzip.seek(offset, whence)
+        return self._so_far
+
+    def close(self) -> None:
+        self._gzip.close()
+        self._folded.close()
+        super().close()
