@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from dpo_studio.errors import ModelError
@@ -116,11 +117,23 @@ def _linear(weight_NK: Tensor, bias: Any) -> nn.Linear:
 
 
 def save_plain(model: Any, folder: Path, *, source: Path, template: str | None) -> None:
-    """A model folder as transformers wants it, with the tokenizer and generation config of `source`."""
+    """A model folder as transformers wants it, with the tokenizer and generation config of `source`.
+
+    transformers saves no generation config that it would find fault with, and some of the best known have a fault (a
+    temperature beside `do_sample: false`). The source's own is copied anyway.
+
+    Raises:
+        ModelError: transformers would not save what the source's config.json says.
+    """
     model.config.__dict__.pop("quantization_config", None)
+    if (source / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig()
     transformers_logging.disable_progress_bar()
     try:
         model.save_pretrained(folder)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"{source}: transformers does not save a model with this config: {reason}") from None
     finally:
         transformers_logging.enable_progress_bar()
     copy_tokenizer(source, folder, template)

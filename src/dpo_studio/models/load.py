@@ -31,12 +31,11 @@ from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
 from dpo_studio.models.refusals import refuse_unfit
-from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, weights_of
+from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import Shapes, check_model_size, check_numbers, tensor_shapes
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.paths import user_path
 from dpo_studio.tokens.chat import ChatEncoder
-from dpo_studio.tokens.template import LONGEST_TEMPLATE
 
 __all__ = [
     "ChatModel",
@@ -300,6 +299,9 @@ def read_tokenizer(folder: Path, name: str) -> Any:
         ModelError: it cannot be loaded.
     """
     raw = read_json(folder / "tokenizer_config.json")
+    _check_added_tokens(raw.get("added_tokens_decoder"), f"{name}: tokenizer_config.json")
+    added = {str(number): token for token, number in read_json(folder / "added_tokens.json").items()}
+    _check_added_tokens(added, f"{name}: added_tokens.json")
     files: dict[str, Any] = {
         key: None
         for key, value in raw.items()
@@ -314,6 +316,21 @@ def read_tokenizer(folder: Path, name: str) -> Any:
         raise ModelError(f"{name}: its tokenizer cannot be loaded: {_one_line(error)}") from None
 
 
+def _check_added_tokens(decoder: Any, where: str) -> None:
+    """Some tokenizers make a token for every id below the largest that is named.
+
+    Raises:
+        ModelError: not ids and tokens, or an id that no vocabulary has.
+    """
+    if decoder is not None and not isinstance(decoder, dict):
+        raise ModelError(f"{where}: its added tokens are no object of ids and tokens")
+    for number in decoder or ():
+        if not (number.isascii() and number.isdecimal() and len(number) < 9 and int(number) <= _LARGEST_ID):
+            raise ModelError(f"{where}: {number[:40]!r} is no token id")
+
+
+_LARGEST_ID = 10_000_000
+"""The largest vocabulary of a known model has 262,144 tokens."""
 _VOCABULARY = ("vocab", "merges")
 """What a tokenizer is made of, or the name of a file that holds it."""
 
@@ -334,12 +351,10 @@ def _end_ids(folder: Path) -> set[int]:
 
 
 def _read_template(path: str) -> str:
-    """No more than a template can have, so that /dev/zero ends too."""
     try:
-        with Path(path).open(encoding="utf-8") as file:
-            return file.read(LONGEST_TEMPLATE + 1)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"model.chat_template {path} cannot be read: {error}") from None
+        return template_text(path, what="a template", error=ModelError)
+    except ModelError as error:
+        raise ModelError(f"model.chat_template {path} cannot be read: {error.message}", hint=error.hint) from None
 
 
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:

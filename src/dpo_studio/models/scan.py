@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_studio import reading
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import DPOStudioError, ModelError
 
 __all__ = [
     "INDEX",
@@ -23,6 +23,7 @@ __all__ = [
     "TEMPLATES",
     "read_json",
     "scan_folder",
+    "template_text",
     "weight_files",
     "weights_of",
     "where_files_may_be",
@@ -38,6 +39,8 @@ _CONFIGS = (
 INDEX = "model.safetensors.index.json"
 _LARGEST_CONFIG = 20_000_000
 """Bytes. The largest tokenizer_config.json of a known model has one million."""
+_LARGEST_TEMPLATE = 4_000_000
+"""Bytes; `tokens.template` allows 256,000 characters, and says so by itself."""
 TEMPLATES = "additional_chat_templates"
 """The one folder inside a model's that transformers reads from."""
 _CODE_KEYS = ("trust_remote_code", "custom_generate")
@@ -169,6 +172,16 @@ def weights_of(folder: Path, name: str) -> list[Path]:
         if (folder / known).is_file():
             return [folder / known]
     return sorted(set(weight_files(folder, name).values())) or sorted(folder.glob("*.safetensors"))
+
+
+def template_text(path: str, *, what: str, error: type[DPOStudioError]) -> str:
+    """A chat template in a file of its own, its line ends as Python reads them: what a run's digest is of.
+
+    Raises:
+        DPOStudioError: no regular file, no UTF-8, or longer than any template; how long one may be is checked later.
+    """
+    text = reading.read_text(path, what=what, limit=_LARGEST_TEMPLATE, error=error)
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def read_json(file: Path) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 from dpo_studio.config import parse_yaml
 from dpo_studio.errors import RunError
 from dpo_studio.objectives import DPO, Objective
+from dpo_studio.runs import RunFolder
 
 __all__ = ["RunFacts", "Series", "finite", "interval", "read_run", "share"]
 
@@ -87,6 +88,7 @@ def read_run(folder: Path) -> RunFacts:
     """Everything a report needs to know of a run."""
     if not folder.is_dir():
         raise RunError(f"{folder}: no such run folder", hint="give the folder that `dpo train` or `dpo demo` wrote")
+    RunFolder(folder).refuse_what_leads_out()
     notes: list[str] = []
     recipe, recipe_text = _read_recipe(folder / "recipe.yaml", notes)
     return RunFacts(

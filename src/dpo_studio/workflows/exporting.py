@@ -33,14 +33,12 @@ from dpo_studio.models.bundled import BUNDLED_MODEL, published_name
 from dpo_studio.models.finite import check_finite_adapter
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import load_chat_model, locate
-from dpo_studio.models.scan import read_json
+from dpo_studio.models.scan import read_json, template_text
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
-from dpo_studio.reading import read_text
 from dpo_studio.reports.progress import Progress
 from dpo_studio.runs import RunFolder, is_run
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.template import LONGEST_TEMPLATE
 from dpo_studio.workflows.cards import adapter_card, tuned_card
 from dpo_studio.workflows.comparing import RunModel, ask_the_run, look_again, stop_rate
 from dpo_studio.workflows.demo import SHOWCASE
@@ -98,7 +96,7 @@ def _typed_base(run: RunFolder, recipe: Recipe) -> str:
 def _template(recipe: Recipe) -> str | None:
     """The chat template that the recipe has put in the place of the tokenizer's own."""
     named = recipe.model.chat_template
-    return None if named is None else read_text(named, what="model.chat_template", limit=4 * LONGEST_TEMPLATE)
+    return None if named is None else template_text(named, what="chat template of the run", error=RunError)
 
 
 def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path) -> dict[str, Any]:

@@ -19,7 +19,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dpo_studio.errors import RunError
-from dpo_studio.reading import read_bytes, read_json
+from dpo_studio.models.scan import template_text
+from dpo_studio.reading import read_json
 from dpo_studio.runs import RunFolder, write_atomically
 
 if TYPE_CHECKING:
@@ -34,8 +35,6 @@ _DIGITS = 16
 _SHOWN = 5
 """Rows that a message names."""
 _SIDES = ("train", "held_out")
-_LARGEST_TEMPLATE = 4_000_000
-"""Bytes; that a template may have a million characters is checked where it is read to be used."""
 _LARGEST = 1_000_000_000
 """Bytes. A million pairs have 25 million."""
 
@@ -157,9 +156,9 @@ def recipe_of(run: RunFolder) -> Recipe:
     if recipe is None:
         raise RunError(f"{run.path} is not a run", hint="a run is the folder that `dpo train` or `dpo demo` made")
     if (named := recipe.model.chat_template) is not None:
-        content = read_bytes(named, what="chat template of the run", limit=_LARGEST_TEMPLATE, error=RunError)
+        text = template_text(named, what="chat template of the run", error=RunError)
         kept = _read(run)
-        if kept is None or kept.template != sha256(content).hexdigest():
+        if kept is None or kept.template != sha256(text.encode()).hexdigest():
             raise RunError(
                 f"{run.path}: its recipe names {named} as chat template, which is not the one it was made with",
                 hint="put that template there again; or name base, adapter and template in a recipe of your own",
