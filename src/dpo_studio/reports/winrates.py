@@ -8,7 +8,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter
 
-from dpo_studio.reports.drawing import PALETTE, blank, label_ends, styled
+from dpo_studio.reports.drawing import PALETTE, blank, label_ends, save_figure, styled
 from dpo_studio.reports.text import one_line
 
 __all__ = ["MOST_RUNS", "save_winrate_figure", "winrate_markdown"]
@@ -21,13 +21,18 @@ _LOOKS = (("tuned", "o", "solid"), ("base-ink", "s", (0, (6, 2))), ("ink", "^", 
 MOST_RUNS = len(_LOOKS)
 
 
-def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[Path]:
+def figure_files(file: Path) -> list[Path]:
+    """What `save_winrate_figure` writes: a `.png` or `.svg` that `file` ends in is not written twice."""
+    stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
+    return [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
+
+
+def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path, *, overwrite: bool = False) -> list[Path]:
     """Draw the runs' win rates by temperature as `file`.png (3x) and .svg; the same bytes for the same numbers.
 
-    A `.png` or `.svg` that `file` ends in is not written twice; any other end, as of `beta-0.1`, is part of its name.
+    Any end of `file` but `.png` and `.svg`, as of `beta-0.1`, is part of its name.
     One run shows its length-controlled win rate beside the plain one; several show the plain one alone, by name.
     """
-    stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
     with styled():
         figure, axes = blank(height=280, left=56, right=112, top=34, bottom=46)
         axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
@@ -47,12 +52,9 @@ def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[P
         label_ends(axes, ends)
         axes.text(0, 1.04, _terms(runs), transform=axes.transAxes, fontsize=10, color=PALETTE["muted"])
         figure.set_facecolor(PALETTE["surface"])
-        written = []
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-            path = stem.with_name(stem.name + suffix)
-            figure.savefig(path, dpi=216, metadata=metadata)
-            written.append(path)
-    return written
+        files = figure_files(file)
+        save_figure(figure, files, dpi=216, overwrite=overwrite)
+    return files
 
 
 def _curve(
