@@ -14,17 +14,18 @@ import pytest
 
 from dpo_studio import writing
 from dpo_studio.errors import DataError, DPOStudioError, RunError, UsageError
-from dpo_studio.evaluation.llm_judge import HEADER, check_replies
+from dpo_studio.evaluation.llm_judge import check_replies
 from dpo_studio.paths import user_path
 from dpo_studio.writing import (
     appearing,
-    append_lines,
+    append_line,
     check_outputs,
     check_run_place,
     stream_of,
     write_atomically,
     write_output,
 )
+from tests.stub_server import better_says_good, stub_server
 from tests.tiny_runs import dpo, tiny_rows, write_rows
 
 
@@ -319,17 +320,27 @@ def test_rows_appear_together_or_not_at_all(tmp_path: Path) -> None:
 OLD_REPLY = {"key": "0" * 64, "model": "m", "base_url": "http://x", "order": "ab", "prompt": "p", "reply": {}}
 
 
-@pytest.mark.parametrize("first", [HEADER, json.dumps(OLD_REPLY).encode() + b"\n"])
-def test_replies_of_ours_are_continued(tmp_path: Path, first: bytes) -> None:
-    """Those with our first line, and those of before there was one."""
+@pytest.mark.parametrize("first", [{"dpo_studio": "judge reply"} | OLD_REPLY, OLD_REPLY])
+def test_replies_of_ours_are_continued(tmp_path: Path, first: dict[str, Any]) -> None:
+    """Those that say so, and those of before they did."""
     file = tmp_path / "deep" / "replies.jsonl"
     check_replies(file)
     assert not file.exists()
-    file.parent.mkdir()
-    file.write_bytes(first)
+    append_line(file, json.dumps(first).encode())
     check_replies(file)
-    append_lines(file, HEADER, b"{}\n")
-    assert file.read_bytes() == first + b"{}\n"
+    append_line(file, b"{}")
+    assert file.read_bytes() == json.dumps(first).encode() + b"\n{}\n"
+
+
+def test_a_file_that_a_judge_made_is_continued_though_a_full_disk_cut_its_first_line(tmp_path: Path) -> None:
+    pairs = write_rows(tmp_path / "pairs.jsonl", tiny_rows(1, seed=1))
+    file = tmp_path / "replies"
+    with stub_server(better_says_good) as stub:
+        command = ["judge", "check", pairs, "--judge", f"llm:m@{stub.url}", "--judge-replies", file]
+        assert dpo(*command).code == 0
+        file.write_bytes(file.read_bytes()[:100])
+        assert dpo(*command).code == 0
+    assert len(stub.requests) == 4
 
 
 @pytest.mark.parametrize(
@@ -339,6 +350,7 @@ def test_replies_of_ours_are_continued(tmp_path: Path, first: bytes) -> None:
         b"\n",
         b"mine\n",
         b'{"key": 1}\n',
+        b'{"dpo_studio": 1}\n',
         b"[]\n",
         b'"dpo_studio"\n',
         b'{"prompt": "a"}\n',
@@ -378,10 +390,10 @@ def test_replies_have_a_place_of_their_own(
 
 def test_a_line_that_a_full_disk_cut_off_is_ended(tmp_path: Path) -> None:
     file = tmp_path / "replies"
-    append_lines(file, HEADER, b"1\n")
-    file.write_bytes(HEADER + b'{"ha')
-    append_lines(file, HEADER, b"2\n")
-    assert file.read_bytes() == HEADER + b'{"ha\n2\n'
+    append_line(file, b"1")
+    file.write_bytes(b'1\n{"ha')
+    append_line(file, b"2")
+    assert file.read_bytes() == b'1\n{"ha\n2\n'
 
 
 # Where a run may be
@@ -526,3 +538,15 @@ def test_a_run_does_not_begin_inside_its_own_source(tmp_path: Path, verb: str) -
     said = dpo("train", recipe, *(["--dry-run"] if verb == "dry-run" else []))
     assert said.code == 1 and "run.folder" in said.err and "which is read" in said.err
     assert names(source) == ["pairs.jsonl"]
+
+
+@pytest.mark.parametrize("verb", ["score", "generate"])
+def test_a_model_s_answer_replaces_a_file_when_asked(tmp_path: Path, tiny_base: Path, pairs: Path, verb: str) -> None:
+    out = tmp_path / "out.jsonl"
+    out.write_text("mine")
+    command = ["score", tiny_base, pairs] if verb == "score" else ["generate", tiny_base, "--prompts", pairs]
+    more = ["--max-new-tokens", 2] if verb == "generate" else []
+    said = dpo(*command, "--out", out, "--overwrite", *more)
+    assert said.code == 0, said.err
+    assert len([json.loads(line) for line in out.read_text().splitlines()]) == 6
+    assert dpo(*command, "--out", out, *more).code == 1

@@ -27,7 +27,7 @@ from dpo_studio.reading import open_regular
 __all__ = [
     "UNFINISHED",
     "appearing",
-    "append_lines",
+    "append_line",
     "check_continued",
     "check_outputs",
     "check_run_place",
@@ -296,19 +296,15 @@ def _text(file: str | int) -> Iterator[TextIO]:
             text.close()
 
 
-def append_lines(file: Path, header: bytes, lines: bytes) -> None:
-    """Add whole lines to a file that begins with `header`, which is made with it; one cut off by a full disk is ended.
+def append_line(file: Path, line: bytes) -> None:
+    """Add a line to a file that `check_continued` has looked at; one that a full disk cut off is ended first.
 
     One write: a process that is killed leaves lines, not halves, and two may write one file.
     """
     make_folder(file.parent)
-    if not file.exists():
-        with suppress(DataError):  # another process was first
-            write_output(file, header, overwrite=False)
     with file.open("a+b", buffering=0) as stream:
-        if stream.seek(0, 2) and (stream.seek(-1, 2), stream.read(1))[1] != b"\n":
-            lines = b"\n" + lines
-        stream.write(lines)
+        cut_off = stream.seek(0, 2) and (stream.seek(-1, 2), stream.read(1))[1] != b"\n"
+        stream.write(b"\n" * bool(cut_off) + line + b"\n")
 
 
 def _check_file(there: Path, option: str, path: Path) -> None:

@@ -23,12 +23,14 @@ from dpo_studio.evaluation.endpoint import Declined, Endpoint, run
 from dpo_studio.evaluation.judges import Comparison, Opinion, Progress, Verdict, in_both_orders
 from dpo_studio.evaluation.llm_template import TEMPLATE, filled, opinion, separates
 from dpo_studio.reading import open_regular, parse_json
-from dpo_studio.writing import append_lines, check_continued
+from dpo_studio.writing import append_line, check_continued
 
 __all__ = ["Estimate", "LLMJudge", "check_replies"]
 
-HEADER = json.dumps({"dpo_studio": "judge replies", "version": 1}).encode() + b"\n"
-"""The first line of a file of replies. Before there was one, the first line was a reply."""
+_OURS = {"dpo_studio": "judge reply"}
+"""What every line begins with: to a file whose first line does not, nothing is added."""
+_BEFORE = frozenset({"key", "model", "base_url", "order", "reply"})
+"""What a line had before that."""
 _CHARACTERS_A_TOKEN = 4
 """English text in today's vocabularies; half as many in other languages."""
 _LONGEST_LINE = 16 * 2**20
@@ -223,10 +225,10 @@ class LLMJudge:
 
     def _keep(self, ask: _Ask, reply: dict[str, Any]) -> dict[str, Any]:
         """One whole line, on disk before it is used."""
-        about = {"key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
+        about = {**_OURS, "key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
         record = about | {"prompt": ask.prompt} | reply
         record = self.endpoint.without_key(record)
-        append_lines(self.replies, HEADER, json.dumps(record).encode() + b"\n")
+        append_line(self.replies, json.dumps(record).encode())
         return record
 
     def _known(self, asks: Mapping[str, _Ask]) -> dict[str, dict[str, Any]]:
@@ -282,13 +284,13 @@ def check_replies(file: Path, reads: Iterable[str | Path | None] = ()) -> None:
 
 
 def _is_of_replies(line: bytes) -> bool:
+    if line.startswith(json.dumps(_OURS).encode().removesuffix(b"}") + b","):  # though a full disk cut off its end
+        return True
     try:
         first = parse_json(line, what="a kept reply")
     except DataError:
         return False
-    if not isinstance(first, dict):
-        return False
-    return first.get("dpo_studio") == "judge replies" or {"key", "model", "base_url", "order", "reply"} <= first.keys()
+    return isinstance(first, dict) and first.keys() >= _BEFORE
 
 
 def cost_line(cost: Estimate, model: str) -> str:
