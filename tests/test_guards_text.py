@@ -20,7 +20,7 @@ from dpo_studio.cli import _print_stream
 from dpo_studio.config import load_recipe, parse_override, parse_yaml
 from dpo_studio.errors import DPOStudioError, RecipeError, RunError, UsageError
 from dpo_studio.export.card import Card, license_of, quoted
-from dpo_studio.paths import check_out, inside, plain_name
+from dpo_studio.paths import inside, plain_name
 from dpo_studio.reports.markup import block, esc, table
 from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.text import one_line, printable
@@ -146,65 +146,12 @@ def test_a_link_within_and_a_folder_that_is_one_are_followed(tmp_path: Path) -> 
     assert inside(tmp_path / "runs", "x") == tmp_path / "runs" / "x"
 
 
-@pytest.mark.parametrize(
-    ("file", "source", "words"),
-    [
-        ("", "other", "is not a file"),
-        ("a_folder", "other", "is not a file"),
-        ("/dev/null", "other", "is not a file"),
-        ("none/x", "other", "no such folder"),
-        ("a_file/x", "other", "no such folder"),
-        ("a_file", "a_file", "is what is read"),
-        ("a_folder/../a_file", "a_file", "is what is read"),
-        ("a_file", "a_file:test", "is what is read"),
-        ("a:file", "a:file:test", "is what is read"),
-        ("a_link", "a_file", "is what is read"),
-        ("a_file", "a_link", "is what is read"),
-        ("a_folder/deep/x", "a_folder", "is what is read"),
-        ("a_folder/deep/x", "a_folder/deep:train", "is what is read"),
-    ],
-)
-def test_a_result_is_written_beside_what_is_read(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, source: str, words: str
-) -> None:
-    monkeypatch.chdir(furnished(tmp_path))
-    with pytest.raises(UsageError) as refused:
-        check_out(Path(file), source, option="--to")
-    assert refused.value.message.startswith(f"--to {Path(file)}") and words in refused.value.message
-    assert refused.value.hint == ("choose another name" if words == "is what is read" else None)
-
-
-@pytest.mark.parametrize(
-    ("file", "source"),
-    [
-        ("new", "a_file"),
-        ("a_file", "other"),
-        ("a_file", "a_file_more"),
-        ("a_file", ":a_file"),
-        ("a_folder/new", "a_folder"),
-        ("a_file", "a_folder"),
-        ("a_folder/deep/x", "a_folder/other"),
-        ("a_file", "someone/dataset:train"),
-    ],
-)
-def test_other_files_are_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file: str, source: str) -> None:
-    monkeypatch.chdir(furnished(tmp_path))
-    check_out(Path(file), source)
-
-
-def test_a_home_folder_is_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HOME", str(furnished(tmp_path)))
-    with pytest.raises(UsageError, match=r"^--out .*a_file is what is read"):
-        check_out(tmp_path / "a_file", "~/a_file")
-
-
 def test_a_home_of_nobody_s_is_no_traceback(tmp_path: Path, tiny_base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """pathlib raises a RuntimeError where ~ names no user of this machine; then it is a file's name like any other."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     nobody = "~nosuchuser/pairs.jsonl"
     pairs = write_rows(tmp_path / "pairs.jsonl", tiny_rows(2))
-    check_out(tmp_path / "new", nobody)
     for code, words, command in (
         (1, "~nosuchuser/pairs.jsonl", ("score", tiny_base, nobody, "--out", "scores.jsonl")),
         (1, "~nosuchuser/pairs.jsonl", ("judge", "check", nobody, "--judge", "length", "--out", "verdicts.jsonl")),

@@ -84,20 +84,21 @@ def test_convert_through_a_mapping(tmp_path: Path) -> None:
     assert lines(tmp_path / "pairs.jsonl") == [PAIR]
 
 
-def test_nothing_is_replaced_without_force(tmp_path: Path) -> None:
+def test_nothing_is_replaced_without_overwrite(tmp_path: Path) -> None:
     source, out = write_rows(tmp_path / "in.jsonl", ROWS), tmp_path / "pairs.jsonl"
     for kept in (out, tmp_path / "pairs.refused.jsonl"):
         kept.write_text("mine")
         said = dpo("data", "convert", source, out)
         assert (said.code, said.out) == (1, "")
-        assert f"{kept} exists\n  hint: --force replaces it" in said.err
+        assert f"{kept} exists\n  hint: --overwrite replaces it" in said.err
         assert kept.read_text() == "mine"
         assert len(list(tmp_path.iterdir())) == 2
         kept.unlink()
     out.write_text("mine")
-    assert dpo("data", "convert", source, out, "--force").code == 0
+    assert dpo("data", "convert", source, out, "--overwrite").code == 0
     assert lines(out) == [PAIR]
-    assert dpo("data", "convert", out, out, "--force").code == 0  # the source itself
+    said = dpo("data", "convert", out, out, "--overwrite")  # the source itself
+    assert said.code == 2 and "is what is read" in said.err
     assert lines(out) == [PAIR]
 
 
@@ -195,7 +196,7 @@ def test_a_conversion_that_is_ended_leaves_no_half_file(number: signal.Signals, 
     out.write_text("mine")
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from dpo_studio.cli import main; main()"
-    command = [sys.executable, "-c", code, "data", "convert", str(pipe), str(out), "--force"]
+    command = [sys.executable, "-c", code, "data", "convert", str(pipe), str(out), "--overwrite"]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process, pipe.open("w") as stream:
         for n in range(5000):
             stream.write(json.dumps({"prompt": f"q{n}", "chosen": "a", "rejected": "b"}) + "\n")

@@ -284,7 +284,7 @@ def test_pairs_of_ones_own_leave_trained_prompts_out(run: Path, tmp_path: Path) 
         (("--temperatures", "1,1"), 2, "none twice"),
         (("--temperatures", "-1"), 2, "not 0 or more"),
         (("--judge", "nobody"), 2, "names no judge"),
-        (("another", "--figure", "/none/both"), 2, "/none is no folder"),
+        (("another", "--figure", "/none/both"), 2, "no such folder"),
     ],
 )
 def test_what_is_refused(run: Path, given: tuple[str, ...], code: int, said_: str) -> None:

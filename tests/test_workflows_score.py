@@ -191,7 +191,7 @@ def test_an_adapter_far_from_any_run_finds_its_base_by_name(
 def test_out_appears_whole_and_leaves_stdout_alone(tiny_base: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     out.write_text("older")
-    said = dpo("score", tiny_base, pairs, "--out", out)
+    said = dpo("score", tiny_base, pairs, "--out", out, "--overwrite")
     assert (said.code, said.out, len(out.read_text().splitlines())) == (0, "", 12)
     assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
 
@@ -199,15 +199,15 @@ def test_out_appears_whole_and_leaves_stdout_alone(tiny_base: Path, pairs: Path,
 def test_a_failure_leaves_the_older_file_as_it_was(tiny_base: Path, pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "scores.jsonl"
     out.write_text("older")
-    assert dpo("score", tiny_base, tmp_path / "no.jsonl", "--out", out).code == 1
+    assert dpo("score", tiny_base, tmp_path / "no.jsonl", "--out", out, "--overwrite").code == 1
     assert out.read_text() == "older"
     assert [path.name for path in tmp_path.iterdir()] == ["scores.jsonl"]
 
 
 def test_out_must_be_a_file_in_a_folder_that_is_there(tiny_base: Path, pairs: Path, tmp_path: Path) -> None:
-    """Told before the model is loaded. Replacing /dev/null would break the machine, replacing the pairs lose them."""
+    """Told before the model is loaded."""
     before = pairs.read_bytes()
-    for out in (tmp_path, "/dev/null", tmp_path / "no" / "x.jsonl", "/", pairs):
+    for out in (tmp_path, "/dev/zero", tmp_path / "no" / "x.jsonl", "/", pairs):
         said = dpo("score", tiny_base, pairs, "--out", out)
         assert (said.code, said.out) == (2, "")
         assert str(out) in said.err

@@ -17,9 +17,20 @@ from typing import Annotated, Any, Optional, TextIO
 
 import typer
 
-from dpo_studio import cli_data, cli_eval, cli_judge, cli_talk
+from dpo_studio import cli_cache, cli_data, cli_eval, cli_judge, cli_talk
 from dpo_studio.cli_choices import Bits, Dtype, Form, TooLong, Tracker
-from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section, source_section_of
+from dpo_studio.cli_source import (
+    Format,
+    Labels,
+    Map,
+    Overwrite,
+    Revision,
+    Rows,
+    Source,
+    Split,
+    source_section,
+    source_section_of,
+)
 
 app = typer.Typer(
     name="dpo",
@@ -30,6 +41,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(cli_data.app)
+app.add_typer(cli_cache.app)
 app.add_typer(cli_judge.app)
 
 INTERRUPTED = 128 + signal.SIGINT
@@ -123,6 +135,7 @@ def score(
     model: Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")],
     source: Source,
     out: Annotated[Optional[Path], typer.Option(help="Write the lines here instead of stdout.")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
     beta: Annotated[Optional[float], typer.Option(help="Reward per nat; default: the run's, else 0.1.")] = None,  # noqa: UP045
     dtype: Dtype = None,
     max_length: Annotated[Optional[int], typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = None,  # noqa: UP045
@@ -146,7 +159,7 @@ def score(
         "too_long": too_long,
     }
     if out is not None:
-        summary = score_to_file(model, section, out, **settings)
+        summary = score_to_file(model, section, out, overwrite=overwrite, **settings)
     else:
         summary = score_pairs(model, section, sys.stdout, **settings)
     _summary(summary, as_json)
@@ -163,6 +176,7 @@ def generate(
         ),
     ] = None,
     out: Annotated[Optional[Path], typer.Option(help="With --prompts: write the lines here, not to stdout.")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
     temperature: Temperature = 0.7,
     max_new_tokens: MaxNewTokens = 256,
     top_p: TopP = 1.0,
@@ -184,14 +198,14 @@ def generate(
             raise typer.BadParameter("goes with --prompts", param_hint=option)
     if base and both:
         raise typer.BadParameter("one of the two", param_hint="--base or --both")
-    from dpo_studio.paths import check_out
     from dpo_studio.reading import input_text
     from dpo_studio.workflows.talking import Chat, Sampling, check_batched, read_prompts
+    from dpo_studio.writing import check_outputs
 
     sampling = Sampling(temperature, max_new_tokens, top_p, seed)
     if prompts is not None:
         if out is not None:
-            check_out(out, str(prompts))
+            check_outputs({"--out": out}, reads=[prompts, model], overwrite=overwrite)
         check_batched(sampling, samples or 1)
         asked = read_prompts(prompts)
         lines, cut = cli_talk.answer_all(
@@ -202,7 +216,7 @@ def generate(
             sides=("base", "tuned") if both else ("base",) if base else ("tuned",),
             samples=samples,
         )
-        cli_talk.write_lines(lines, out)
+        cli_talk.write_lines(lines, out, overwrite=overwrite)
         if cut:
             print(f"{cut} of {len(lines)} answers {cli_talk.cut_note(max_new_tokens)}", file=sys.stderr)
         return
@@ -250,6 +264,7 @@ def quantize(
     label: Labels = None,
     split: Split = None,
     revision: Revision = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Make a GPTQ model, calibrated on your own prompts and chosen answers."""
     size = _group(group_size)
@@ -258,7 +273,9 @@ def quantize(
     from dpo_studio.workflows.quantizing import Calibration, Quantising, quantize_model
 
     chosen = Calibration(section, rows, max_length)
-    result = quantize_model(model, out, calibration=chosen, settings=Quantising(bits, size, desc_act))
+    result = quantize_model(
+        model, out, calibration=chosen, settings=Quantising(bits, size, desc_act), overwrite=overwrite
+    )
     if result["perplexity"] is not None:
         print(perplexity_line(result))
     print(out)
@@ -274,6 +291,7 @@ def export(
     rows: CalibrationRows = 128,
     desc_act: DescAct = False,
     force: Annotated[bool, typer.Option("--force", help="Make it though it is too far from the run's model.")] = False,
+    overwrite: Overwrite = False,
     dtype: Dtype = None,
 ) -> None:
     """Write the adapter, one merged model or one GPTQ folder; it is compared with the run's model first."""
@@ -281,7 +299,7 @@ def export(
     from dpo_studio.workflows.exporting import Quantising, export_run
 
     settings = Quantising(bits, size, desc_act)
-    export_run(run, out, to, settings=settings, rows=rows, force=force, dtype=dtype)
+    export_run(run, out, to, settings=settings, rows=rows, force=force, overwrite=overwrite, dtype=dtype)
     print(out)
 
 

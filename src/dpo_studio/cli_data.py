@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from dpo_studio.cli_choices import TooLong
-from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Source, Split, source_section
+from dpo_studio.cli_source import Format, Labels, Map, Overwrite, Revision, Rows, Source, Split, source_section
 
 __all__ = ["app"]
 
@@ -21,7 +21,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-Force = Annotated[bool, typer.Option("--force", help="Replace files that exist.")]
 Json = Annotated[bool, typer.Option("--json", help="The counts as JSON on stdout.")]
 
 
@@ -35,14 +34,14 @@ def convert(
     split_name: Split = None,
     rows: Rows = None,
     revision: Revision = None,
-    force: Force = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Any known shape, or any that --map describes, into TRL's conversational JSON Lines."""
     section = source_section(source, format_, map_, label, split_name, rows, revision)
     from dpo_studio.workflows.data import convert_pairs
 
-    _report(convert_pairs(section, out, force=force), as_json)
+    _report(convert_pairs(section, out, overwrite=overwrite), as_json)
 
 
 @app.command()
@@ -58,19 +57,20 @@ def split(
     split_name: Split = None,
     rows: Rows = None,
     revision: Revision = None,
-    force: Force = False,
+    overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Two files that share no prompt."""
     section = source_section(source, format_, map_, label, split_name, rows, revision)
     from dpo_studio.workflows.data import split_source
 
-    _report(split_source(section, train, held_out, fraction=fraction, seed=seed, force=force), as_json)
+    _report(split_source(section, train, held_out, fraction=fraction, seed=seed, overwrite=overwrite), as_json)
 
 
 def _report(summary: dict[str, Any], as_json: bool) -> None:
     """The names of the files (or everything, as JSON) on stdout, the counts on stderr."""
     from dpo_studio.reports.text import one_line
+    from dpo_studio.writing import stream_of
 
     if as_json:
         print(json.dumps(summary))
@@ -90,7 +90,9 @@ def _report(summary: dict[str, Any], as_json: bool) -> None:
     for origin, sides in summary.get("by_source", {}).items():
         say(f"{origin}: {sides['train']:,} and {sides['held_out']:,}")
     outs = summary["out"]
-    print("\n".join([outs] if isinstance(outs, str) else outs))
+    for name in [outs] if isinstance(outs, str) else outs:
+        if stream_of(Path(name)) is None:
+            print(name)
 
 
 def _seen(value: str) -> str:
@@ -118,6 +120,7 @@ def check(
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")] = False,
     html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page with figures here too.")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
 ) -> None:
     """What is wrong with these pairs, what it would do to a run, what to do. Exit 1 if nothing is usable."""
     from dpo_studio.config import ModelSection, SourceSection
@@ -126,7 +129,7 @@ def check(
     if chat_template is not None and model is None:
         raise typer.BadParameter("goes with --model", param_hint="--chat-template")
     if html is not None:
-        _check_page(html)
+        _check_page(html, [source, held_out, model, chat_template], overwrite=overwrite)
     section = source_section(source, format_, map_, label, split_name, rows, revision)
     report = check_source(
         section,
@@ -144,14 +147,18 @@ def check(
     if html is not None:
         from dpo_studio.reports.data_page import write_data_page
 
-        write_data_page(report, html)
+        write_data_page(report, html, overwrite=overwrite)
     if not report.usable:
         sys.exit(1)  # typer.Exit ends as 0 where `main` calls the commands
 
 
-def _check_page(file: Path) -> None:
+def _check_page(file: Path, reads: list[str | None], *, overwrite: bool) -> None:
     """Told before a large source is read; and the name of a page is never that of the pairs."""
-    if file.suffix.lower() not in (".html", ".htm"):
+    from dpo_studio.writing import check_outputs, stream_of
+
+    stream = stream_of(file)
+    if stream == "stdout":
+        raise typer.BadParameter("stdout has the findings; a page is a file", param_hint="--html")
+    if stream is None and file.suffix.lower() not in (".html", ".htm"):
         raise typer.BadParameter(f"{file} does not end in .html", param_hint="--html")
-    if not file.parent.is_dir() or file.is_dir():
-        raise typer.BadParameter(f"{file} cannot be a file", param_hint="--html")
+    check_outputs({"--html": file}, reads=reads, overwrite=overwrite)

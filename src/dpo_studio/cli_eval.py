@@ -19,7 +19,7 @@ from dpo_studio.cli_judge import (
     Timeout,
     llm_options,
 )
-from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Split, source_section_of
+from dpo_studio.cli_source import Format, Labels, Map, Overwrite, Revision, Rows, Split, source_section_of
 
 __all__ = ["evaluate"]
 
@@ -49,6 +49,7 @@ def evaluate(
     figure: Annotated[Path, typer.Option(help="Where the figure of several runs goes, as .png and .svg.")] = Path(
         "winrates"
     ),
+    overwrite: Overwrite = False,
     template: Template = None,
     key_env: KeyEnv = None,
     param: Param = None,
@@ -61,14 +62,18 @@ def evaluate(
     llm = llm_options(template, key_env, param, price, replies, concurrency, timeout)
     section = source_section_of("--source", source, format_, map_, label, split, rows, revision)
     asked = _numbers(temperatures)
-    if len(runs) > 1 and not figure.parent.is_dir():
-        raise typer.BadParameter(f"{figure.parent} is no folder", param_hint="--figure")
+    from dpo_studio.evaluation.llm_judge import check_replies
     from dpo_studio.paths import user_path
     from dpo_studio.reports.progress import Progress
     from dpo_studio.reports.text import percent, printable
-    from dpo_studio.workflows.evaluating import Evaluation, compare_runs, evaluate_run, judges_of
+    from dpo_studio.workflows.evaluating import Evaluation, check_figure, compare_runs, evaluate_run, judges_of
     from dpo_studio.workflows.judging import judge_from
 
+    reads = [source, template, *runs]
+    if replies is not None:
+        check_replies(replies, reads)
+    if len(runs) > 1:
+        check_figure(figure, reads, replies=replies, overwrite=overwrite)
     settings = Evaluation(asked, samples, max_new_tokens, prompts, seed)
     measured: list[tuple[str, dict[str, Any]]] = []
     for run, named in zip(runs, judges_of(runs, judge, against), strict=True):
@@ -90,7 +95,7 @@ def evaluate(
             )
         print(printable(str(user_path(run) / "evaluation" / "answers.html")))
     if len(measured) > 1:
-        print(compare_runs(measured, figure))
+        print(compare_runs(measured, figure, overwrite=overwrite))
 
 
 def _numbers(text: str) -> tuple[float, ...]:

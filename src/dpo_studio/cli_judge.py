@@ -10,7 +10,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from dpo_studio.cli_choices import Dtype
-from dpo_studio.cli_source import Format, Labels, Map, Revision, Rows, Split, source_section
+from dpo_studio.cli_source import Format, Labels, Map, Overwrite, Revision, Rows, Split, source_section
 
 __all__ = ["app", "llm_options"]
 
@@ -64,6 +64,7 @@ def check(
         typer.Option(metavar="COLUMN,COLUMN", help="The columns of the labels, one an annotator."),
     ] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write every verdict with its reason, as JSON Lines.")] = None,  # noqa: UP045
+    overwrite: Overwrite = False,
     estimate: Annotated[bool, typer.Option("--estimate", help="Say what an LLM judge would cost, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sample, and of which answer is shown as A.")] = 0,
@@ -88,6 +89,7 @@ def check(
         llm=llm_options(template, key_env, param, price, replies, concurrency, timeout),
         estimate_only=estimate,
         out=out,
+        overwrite=overwrite,
         seed=seed,
     )
     if as_json:

@@ -6,9 +6,21 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-__all__ = ["Format", "Labels", "Map", "Revision", "Rows", "Source", "Split", "source_section", "source_section_of"]
+__all__ = [
+    "Format",
+    "Labels",
+    "Map",
+    "Overwrite",
+    "Revision",
+    "Rows",
+    "Source",
+    "Split",
+    "source_section",
+    "source_section_of",
+]
 
 Source = Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 Format = Annotated[str, typer.Option("--format", help="Name of the shape of a row; auto looks at the first rows.")]
 Map = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it at run time

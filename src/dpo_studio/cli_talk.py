@@ -139,15 +139,15 @@ def _columns(text: str) -> int:
     )
 
 
-def write_lines(lines: list[dict[str, Any]], out: Path | None) -> None:
+def write_lines(lines: list[dict[str, Any]], out: Path | None, *, overwrite: bool = False) -> None:
     """JSON Lines to a file, which appears whole, or to stdout."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if out is None:
         sys.stdout.write(text)
         return
-    from dpo_studio.runs import write_atomically
+    from dpo_studio.writing import write_output
 
-    write_atomically(out, text)
+    write_output(out, text, overwrite=overwrite, spill=True)
 
 
 def _what_is_loaded(loaded: Loaded, name: str) -> str:

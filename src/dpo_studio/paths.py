@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import unicodedata
 from pathlib import Path
 
 from dpo_studio.errors import UsageError
 
-__all__ = ["check_out", "inside", "plain_name", "user_path"]
+__all__ = ["inside", "plain_name", "user_path"]
 
 _LONGEST = 255
 """Bytes that file systems allow a name."""
@@ -19,11 +20,31 @@ _DEVICES = frozenset({"CON", "PRN", "AUX", "NUL"} | {f"{port}{n}" for port in ("
 
 
 def user_path(path: str | Path) -> Path:
-    """The path with ~ as the user's home; where there is no such user (pathlib raises), a file of that name."""
+    """The path with ~ as the user's home; where there is no such user (pathlib raises), a file of that name.
+
+    Raises:
+        UsageError: `~` itself, and nothing says where this user's home is: a folder named `~` is nobody's wish.
+    """
+    first = Path(path).parts[:1]
+    if first == ("~",) and not _has_home():
+        raise UsageError(
+            f"{path}: this user has no home folder",
+            hint="set HOME, or DPO_STUDIO_CACHE for what is kept between commands",
+        )
     try:
         return Path(path).expanduser()
     except RuntimeError:
         return Path(path)
+
+
+def _has_home() -> bool:
+    """Whether HOME is a path or, where it is not set, the system knows this user's."""
+    if "HOME" in os.environ:
+        return Path(os.environ["HOME"]).is_absolute()
+    try:
+        return Path.home().is_absolute()
+    except RuntimeError:
+        return False
 
 
 def plain_name(name: str, *, hint: str | None = None) -> str:
@@ -55,18 +76,3 @@ def inside(folder: Path, name: str, *, hint: str | None = None) -> Path:
     if not path.resolve().is_relative_to(folder.resolve()):
         raise UsageError(f"{path} is a link that leads out of {folder}", hint=hint)
     return path
-
-
-def check_out(file: Path, source: str, *, option: str = "--out") -> None:
-    """Told before anything long begins: whether a result can be written there, and is not written over its source.
-
-    Raises:
-        UsageError: no file, no such folder, or what was (or lies in) the source that is read.
-    """
-    if not file.name or (file.exists() and not file.is_file()):  # replacing /dev/null would be no kindness
-        raise UsageError(f"{option} {file} is not a file")
-    if not file.parent.is_dir():
-        raise UsageError(f"{option} {file}: no such folder")
-    named = {user_path(name).resolve() for name in (source, source.rpartition(":")[0]) if name}
-    if file.exists() and named & {file.resolve(), *file.resolve().parents}:
-        raise UsageError(f"{option} {file} is what is read: it would be replaced", hint="choose another name")

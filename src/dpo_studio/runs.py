@@ -38,8 +38,9 @@ from dpo_studio.errors import DataError, RunError
 from dpo_studio.lock import LOCK
 from dpo_studio.models.scan import where_files_may_be
 from dpo_studio.reading import parse_json, read_bytes, read_text
+from dpo_studio.writing import UNFINISHED, make_folder, write_atomically
 
-__all__ = ["RunFolder", "is_run", "write_atomically"]
+__all__ = ["RunFolder", "is_run"]
 
 _MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", "run.folder")
 _MAY_GROW = ("training.epochs", "training.max_steps")
@@ -56,8 +57,7 @@ _LARGEST_RECIPE = 200_000
 _LARGEST_JSON = 20_000_000
 _LARGEST_LINES = 1_000_000_000
 """Bytes. A million steps have half of that."""
-_WRITING = ".writing-"
-"""In the names of files that are not finished yet."""
+_MORE_ROOM = "free some space and run the same command, or choose another folder: --set run.folder=NAME"
 
 
 @dataclass(frozen=True)
@@ -182,7 +182,7 @@ class RunFolder:
     def start(self, loaded: LoadedRecipe, recipe: Recipe) -> None:
         """Make the folder and write down what is run, before anything long begins."""
         with _writing(self.path):
-            self.path.mkdir(parents=True, exist_ok=True)
+            make_folder(self.path)
             self.sweep()
         if not self._has_begun():  # of a start that got no further, with other numbers perhaps
             (self.path / "memory.jsonl").unlink(missing_ok=True)
@@ -191,7 +191,7 @@ class RunFolder:
 
     def sweep(self) -> None:
         """Remove what a process that was killed had not finished writing."""
-        for unfinished in self.path.glob(f".*{_WRITING}*"):
+        for unfinished in self.path.glob(f".*{UNFINISHED}*"):
             if unfinished.is_dir() and not unfinished.is_symlink():
                 shutil.rmtree(unfinished, ignore_errors=True)
             else:
@@ -200,7 +200,7 @@ class RunFolder:
     @contextmanager
     def scratch(self, name: str) -> Iterator[Path]:
         """A folder of the run that is there inside the block only."""
-        folder = self.path / f".{name}{_WRITING}{os.getpid()}"
+        folder = self.path / f".{name}{UNFINISHED}{os.getpid()}"
         folder.mkdir(parents=True)
         try:
             yield folder
@@ -221,11 +221,14 @@ class RunFolder:
                 )
 
     def write_yaml(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+        write_atomically(
+            self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), hint=_MORE_ROOM
+        )
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a whole file; a ValueError for a number that JSON has no word for."""
-        write_atomically(self.path / name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
+        write_atomically(self.path / name, text, hint=_MORE_ROOM)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl, timing.jsonl or memory.jsonl."""
@@ -260,26 +263,13 @@ class RunFolder:
         for name in ("metrics.jsonl", "timing.jsonl"):
             kept = [line for line in self.lines(name) if line["step"] <= step]
             if (self.path / name).exists():
-                write_atomically(self.path / name, "".join(json.dumps(line) + "\n" for line in kept))
+                text = "".join(json.dumps(line) + "\n" for line in kept)
+                write_atomically(self.path / name, text, hint=_MORE_ROOM)
 
 
 def is_run(path: str | Path) -> bool:
     """Whether a path is a run folder."""
     return (Path(path) / "recipe.yaml").is_file()
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Replace a file's content in one move: readers see the old text or the new, never half, not even after a power
-    cut."""
-    scratch = file.with_name(f".{file.name}{_WRITING}{os.getpid()}")
-    with _writing(file):
-        try:
-            scratch.write_text(text, encoding="utf-8")
-            sync(scratch)
-            scratch.replace(file)
-            sync(file.parent)
-        finally:
-            scratch.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -290,7 +280,7 @@ def _writing(path: Path) -> Iterator[None]:
     except OSError as error:
         raise RunError(
             f"{path} cannot be written: {error.strerror or error}",
-            hint="free some space and run the same command, or choose another folder: --set run.folder=NAME",
+            hint=_MORE_ROOM,
         ) from None
 
 
@@ -318,7 +308,7 @@ def _target(link: Path) -> Path:
 
 def _is_something(path: Path) -> bool:
     """Whether a file in a folder without a recipe is more than a killed start left there."""
-    return path.name != LOCK and not (path.name.startswith(".") and _WRITING in path.name)
+    return path.name != LOCK and not (path.name.startswith(".") and UNFINISHED in path.name)
 
 
 def _finite(value: Any) -> Any:

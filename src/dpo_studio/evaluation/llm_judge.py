@@ -13,7 +13,7 @@ import hashlib
 import json
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,9 +23,14 @@ from dpo_studio.evaluation.endpoint import Declined, Endpoint, run
 from dpo_studio.evaluation.judges import Comparison, Opinion, Progress, Verdict, in_both_orders
 from dpo_studio.evaluation.llm_template import TEMPLATE, filled, opinion, separates
 from dpo_studio.reading import open_regular, parse_json
+from dpo_studio.writing import append_line, check_continued
 
-__all__ = ["Estimate", "LLMJudge"]
+__all__ = ["Estimate", "LLMJudge", "check_replies"]
 
+_OURS = {"dpo_studio": "judge reply"}
+"""What every line begins with: to a file whose first line does not, nothing is added."""
+_BEFORE = frozenset({"key", "model", "base_url", "order", "reply"})
+"""What a line had before that."""
 _CHARACTERS_A_TOKEN = 4
 """English text in today's vocabularies; half as many in other languages."""
 _LONGEST_LINE = 16 * 2**20
@@ -219,16 +224,11 @@ class LLMJudge:
     # The file of replies
 
     def _keep(self, ask: _Ask, reply: dict[str, Any]) -> dict[str, Any]:
-        """One whole line, at once: a process that is killed leaves lines, not halves, and two may write one file."""
-        about = {"key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
+        """One whole line, on disk before it is used."""
+        about = {**_OURS, "key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
         record = about | {"prompt": ask.prompt} | reply
         record = self.endpoint.without_key(record)
-        line = json.dumps(record).encode() + b"\n"
-        self.replies.parent.mkdir(parents=True, exist_ok=True)
-        with self.replies.open("a+b", buffering=0) as file:
-            if file.seek(0, 2) and (file.seek(-1, 2), file.read(1))[1] != b"\n":  # a disk was full within a line
-                line = b"\n" + line
-            file.write(line)
+        append_line(self.replies, json.dumps(record).encode())
         return record
 
     def _known(self, asks: Mapping[str, _Ask]) -> dict[str, dict[str, Any]]:
@@ -271,6 +271,26 @@ class _Answered:
         for place in places:
             self._left[place] -= 1
         self._progress(sum(self._left[place] == 0 for place in places))
+
+
+def check_replies(file: Path, reads: Iterable[str | Path | None] = ()) -> None:
+    """Before anything is asked: whether replies can be added to `file`, which is new or has replies of ours.
+
+    Raises:
+        UsageError: it is no place for them.
+        DataError: it is something else's.
+    """
+    check_continued(file, _is_of_replies, reads=reads, option="--judge-replies", what="a file of judge replies")
+
+
+def _is_of_replies(line: bytes) -> bool:
+    if line.startswith(json.dumps(_OURS).encode().removesuffix(b"}") + b","):  # though a full disk cut off its end
+        return True
+    try:
+        first = parse_json(line, what="a kept reply")
+    except DataError:
+        return False
+    return isinstance(first, dict) and first.keys() >= _BEFORE
 
 
 def cost_line(cost: Estimate, model: str) -> str:

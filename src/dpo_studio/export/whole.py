@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import errno
 import glob
+import json
 import os
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError
 
 from dpo_studio.disk import ROOM
-from dpo_studio.errors import RunError
+from dpo_studio.errors import DataError, RunError
+from dpo_studio.reading import read_json
+from dpo_studio.writing import check_run_place, make_folder, move_folder, remove_folder, resolved, write_atomically
 
 __all__ = ["Making", "check_new", "making"]
+
+MARKERS = ("export.json", "quantization.json")
+"""What every folder of ours has one of: how it was made, and the names of its files."""
+_LARGEST_MARKER = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -30,30 +36,32 @@ class Making:
 
 
 @contextmanager
-def making(out: Path) -> Iterator[Making]:
+def making(out: Path, *, overwrite: bool = False) -> Iterator[Making]:
     """Inside, a hidden folder beside `out`; its result becomes `out` when the block ends well. It never stays.
 
     Raises:
-        RunError: `out` exists already, or the disk is full or read-only.
+        RunError: `out` exists and may not be replaced, or the disk is full or read-only.
     """
-    check_new(out)
-    scratch = out.absolute().parent / f".{out.name}.making-{os.getpid()}"
+    check_new(out, overwrite=overwrite)
+    out = resolved(out, "OUT")
+    scratch = out.parent / f".{out.name}.making-{os.getpid()}"
     place = Making(scratch / "result", scratch / "work")
     try:
-        _sweep(out.absolute())
-        shutil.rmtree(scratch, ignore_errors=True)
-        place.result.mkdir(parents=True)
-        place.work.mkdir()
+        _sweep(out)
+        remove_folder(scratch)
+        make_folder(place.result)
+        make_folder(place.work)
         yield place
-        check_new(out)
+        check_new(out, overwrite=overwrite)
+        _sign(place.result)
         _share(place.result)
-        place.result.rename(out)
+        move_folder(place.result, out, scratch / "old")
     except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RunError(f"{out} cannot be written: {reason}", hint=ROOM if full else None) from None
     finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        remove_folder(scratch)
 
 
 def _sweep(out: Path) -> None:
@@ -61,7 +69,7 @@ def _sweep(out: Path) -> None:
     for scratch in out.parent.glob(f".{glob.escape(out.name)}.making-*"):
         number = scratch.name.rpartition("-")[2]
         if number.isdecimal() and not Path("/proc", number).exists() and Path("/proc").is_dir():
-            shutil.rmtree(scratch, ignore_errors=True)
+            remove_folder(scratch)
 
 
 def _share(folder: Path) -> None:
@@ -72,13 +80,48 @@ def _share(folder: Path) -> None:
             file.chmod(mode)
 
 
-def check_new(out: Path) -> None:
-    """Nothing is ever overwritten.
+def check_new(out: Path, *, reads: Iterable[str | Path | None] = (), overwrite: bool = False) -> None:
+    """Before anything long begins: a folder is replaced only if it is ours, with nothing of anybody else's in it.
 
     Raises:
-        RunError: there is something.
+        RunError: there is something, or it would be in what is read, in a model or in a run.
     """
     if not out.name:
         raise RunError(f"{out} is not the name of a new folder")
-    if out.exists() or out.is_symlink():
+    check_run_place(out, reads, option="OUT")
+    if not (out.exists() or out.is_symlink()):
+        return
+    if not overwrite:
         raise RunError(f"{out} exists", hint="choose another folder, or remove this one")
+    if not _is_ours(resolved(out, "OUT")):
+        raise RunError(
+            f"{out} exists, and holds something that DPO Studio did not write there",
+            hint="choose another folder, or remove this one yourself: --overwrite replaces only a whole export",
+        )
+
+
+def _sign(folder: Path) -> None:
+    """The names of all files into the marker: with another one in it, the folder is no longer ours alone."""
+    for marker in MARKERS:
+        if (folder / marker).is_file():
+            content = read_json(folder / marker, what="the export's own file", limit=_LARGEST_MARKER)
+            content["files"] = _names(folder)
+            write_atomically(folder / marker, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether it holds a marker of ours, the files that this names, and nothing else."""
+    if not folder.is_dir():
+        return False
+    for marker in MARKERS:
+        with suppress(DataError):
+            content = read_json(folder / marker, what="the export's own file", limit=_LARGEST_MARKER)
+            if isinstance(content, dict) and content.get("files") == _names(folder):
+                return True
+    return False
+
+
+def _names(folder: Path) -> list[str]:
+    """Every file, link and empty folder in it."""
+    within = [path for path in folder.rglob("*") if path.is_symlink() or not path.is_dir() or not any(path.iterdir())]
+    return sorted(str(path.relative_to(folder)) for path in within)

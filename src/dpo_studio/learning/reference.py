@@ -9,11 +9,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import sqlite3
 import struct
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +23,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dpo_studio.cache import held, limit_bytes, trim
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import too_long_for_memory, unless_out_of_memory
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import micro_batches
+from dpo_studio.writing import make_folder
 
 __all__ = ["ReferenceCache", "batched_logps", "reference_logps"]
 
@@ -70,9 +73,26 @@ class ReferenceCache:
 
     def _use(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         """One transaction; on a damaged file once more with a new one, for what was in it can be computed again."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        make_folder(self.folder)
+        with self.held():
+            return self._used(work)
+
+    def held(self) -> AbstractContextManager[None]:
+        """Inside, no process removes the entries, however full the cache is."""
+        with suppress(OSError):  # told of by whoever writes
+            make_folder(self.folder)
+        return held(self.file)
+
+    def trim(self) -> None:
+        """Other references' entries go, the oldest first, where all take more than they may."""
+        trim(self.folder, limit_bytes())
+
+    def _used(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         try:
-            return self._transaction(work)
+            result = self._transaction(work)
+            with suppress(OSError):
+                os.utime(self.file)  # used now, though nothing may have been written
+            return result
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # locked, disk full, read-only: not a damaged file
                 raise
@@ -99,18 +119,21 @@ def reference_logps(
     `model` computes as the reference does when called (see `models.adapters.as_reference`).
     """
     known: list[tuple[float, ...] | None] = [None] * len(pairs)
-    if cache is not None:
-        known = cache.load(pairs)
-    missing = [position for position, value in enumerate(known) if value is None]
-    progress(len(pairs) - len(missing), 0)
-    for start in range(0, len(missing), _PAIRS_BETWEEN_SAVES):
-        positions = missing[start : start + _PAIRS_BETWEEN_SAVES]
-        part = batched_logps(model, pairs, positions, budget=budget, progress=progress)
+    with nullcontext() if cache is None else cache.held():
         if cache is not None:
-            cache.save([pairs[position] for position in positions], part)
-        rows = zip(*(getattr(part, name).tolist() for name in COLUMNS), strict=True)
-        for position, row in zip(positions, rows, strict=True):
-            known[position] = row
+            known = cache.load(pairs)
+        missing = [position for position, value in enumerate(known) if value is None]
+        progress(len(pairs) - len(missing), 0)
+        for start in range(0, len(missing), _PAIRS_BETWEEN_SAVES):
+            positions = missing[start : start + _PAIRS_BETWEEN_SAVES]
+            part = batched_logps(model, pairs, positions, budget=budget, progress=progress)
+            if cache is not None:
+                cache.save([pairs[position] for position in positions], part)
+            rows = zip(*(getattr(part, name).tolist() for name in COLUMNS), strict=True)
+            for position, row in zip(positions, rows, strict=True):
+                known[position] = row
+        if cache is not None and missing:
+            cache.trim()
     values = [value for value in known if value is not None]
     return _from_columns(COLUMNS, torch.tensor(values, dtype=torch.float32).reshape(-1, len(COLUMNS)).T, pairs)
 

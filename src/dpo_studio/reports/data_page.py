@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from dpo_studio.reports.html import page
 from dpo_studio.reports.markup import block, clipped, esc, section, table
 from dpo_studio.reports.svg import inline_svg
 from dpo_studio.reports.text import count, percent, significant
+from dpo_studio.writing import check_outputs, write_output
 
 __all__ = ["render_data_page", "write_data_page"]
 
@@ -30,14 +30,14 @@ _SERIES = {
 """Colour of the line, colour of its name, style of the line: apart without colour too."""
 
 
-def write_data_page(report: DataReport, file: Path) -> None:
-    """Write the page, whole or not at all; the same bytes for the same report."""
-    scratch = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        scratch.write_text(render_data_page(report), encoding="utf-8")
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
+def write_data_page(report: DataReport, file: Path, *, overwrite: bool = False) -> None:
+    """Write the page, whole or not at all; the same bytes for the same report.
+
+    Raises:
+        DPOStudioError: as `writing.check_outputs` and `writing.write_output`.
+    """
+    check_outputs({"--html": file}, overwrite=overwrite)
+    write_output(file, render_data_page(report), overwrite=overwrite)
 
 
 def render_data_page(report: DataReport) -> str:

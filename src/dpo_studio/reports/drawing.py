@@ -6,8 +6,10 @@ so that they stay apart for colour-blind readers and on grey paper.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import io
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib
@@ -17,8 +19,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from dpo_studio.reports.facts import Series
+from dpo_studio.writing import write_output
 
-__all__ = ["PALETTE", "blank", "held_out_dots", "label_ends", "line_across", "step_axes", "styled", "training_curve"]
+__all__ = [
+    "PALETTE",
+    "blank",
+    "held_out_dots",
+    "label_ends",
+    "line_across",
+    "save_figure",
+    "step_axes",
+    "styled",
+    "training_curve",
+]
 
 PALETTE = {
     "ink": "#1c2530",
@@ -48,6 +61,22 @@ _STYLE: dict[str, Any] = {
     "axes.unicode_minus": True,
     "path.simplify": True,
 }
+
+
+def save_figure(figure: Figure, files: Sequence[Path], *, dpi: int, overwrite: bool) -> None:
+    """Write a .png and an .svg, or one of them; the same bytes for the same figure.
+
+    Raises:
+        DPOStudioError: as `writing.write_output`.
+    """
+    metadata: dict[str, dict[str, Any]] = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+    drawn = []
+    for file in files:
+        buffer = io.BytesIO()
+        figure.savefig(buffer, format=file.suffix[1:], dpi=dpi, metadata=metadata[file.suffix])
+        drawn.append(buffer.getvalue())
+    for file, content in zip(files, drawn, strict=True):
+        write_output(file, content, overwrite=overwrite)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from dpo_studio.reports.drawing import PALETTE, styled
+from dpo_studio.reports.drawing import PALETTE, save_figure, styled
 from dpo_studio.reports.facts import RunFacts, finite, interval, read_run, share
 from dpo_studio.reports.health import health_of
 from dpo_studio.reports.text import count, percent, printable, significant
@@ -183,12 +183,9 @@ def draw_frontier(runs: Sequence[Measured], folder: Path) -> list[Path]:
         return []
     with styled():
         figure = _figure(runs, panels)
-        written = []
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-            path = folder / f"frontier{suffix}"
-            figure.savefig(path, dpi=200, metadata=metadata)
-            written.append(path)
-    return written
+        files = [folder / "frontier.png", folder / "frontier.svg"]
+        save_figure(figure, files, dpi=200, overwrite=True)
+    return files
 
 
 def _figure(runs: Sequence[Measured], panels: Sequence[Callable[..., None]]) -> Any:

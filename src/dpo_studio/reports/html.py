@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import os
 import re
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -11,7 +10,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dpo_studio.errors import RunError
 from dpo_studio.reports.facts import RunFacts, read_run
 from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.glossary import glossary_section
@@ -27,6 +25,7 @@ from dpo_studio.reports.sections import (
     verdict_panel,
 )
 from dpo_studio.reports.winrates_section import win_rates_section
+from dpo_studio.writing import write_atomically
 
 __all__ = ["page", "render_report", "write_report"]
 
@@ -39,14 +38,9 @@ def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run folder, whole or not at all; the same bytes for the same run."""
     page = render_report(read_run(run_folder)).encode("utf-8")
     path = run_folder / "report.html"
-    unfinished = run_folder / f".report.html.writing-{os.getpid()}"
-    try:
-        unfinished.write_bytes(page)
-        unfinished.replace(path)
-    except OSError as error:
-        unfinished.unlink(missing_ok=True)
-        hint = "make room or make the folder writable; the report can be written again at any time"
-        raise RunError(f"{path}: cannot be written ({error.strerror})", hint=hint) from error
+    write_atomically(
+        path, page, hint="make room or make the folder writable; the report can be written again at any time"
+    )
     return path
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter
 
-from dpo_studio.reports.drawing import PALETTE, blank, label_ends, styled
+from dpo_studio.reports.drawing import PALETTE, blank, label_ends, save_figure, styled
 from dpo_studio.reports.text import one_line, percent
 
 __all__ = ["MOST_RUNS", "save_winrate_figure", "winrate_markdown"]
@@ -24,13 +24,18 @@ _TERMS_WIDTH = 62
 """Characters of a line above the figure: 5.9 units each, of the 384 that are there; three lines fit."""
 
 
-def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[Path]:
+def figure_files(file: Path) -> list[Path]:
+    """What `save_winrate_figure` writes: a `.png` or `.svg` that `file` ends in is not written twice."""
+    stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
+    return [stem.with_name(f"{stem.name}.png"), stem.with_name(f"{stem.name}.svg")]
+
+
+def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path, *, overwrite: bool = False) -> list[Path]:
     """Draw the runs' win rates by temperature as `file`.png (3x) and .svg; the same bytes for the same numbers.
 
-    A `.png` or `.svg` that `file` ends in is not written twice; any other end, as of `beta-0.1`, is part of its name.
+    Any end of `file` but `.png` and `.svg`, as of `beta-0.1`, is part of its name.
     One run shows its length-controlled win rate beside the plain one; several show the plain one alone, by name.
     """
-    stem = file.with_suffix("") if file.suffix in (".png", ".svg") else file
     with styled():
         figure, axes = blank(height=280, left=56, right=112, top=52, bottom=46)
         axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
@@ -51,12 +56,9 @@ def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path) -> list[P
         terms = textwrap.fill(_terms(runs), _TERMS_WIDTH)
         axes.text(0, 1.04, terms, transform=axes.transAxes, fontsize=10, color=PALETTE["muted"], va="bottom")
         figure.set_facecolor(PALETTE["surface"])
-        written = []
-        for suffix, metadata in ((".png", {"Software": None}), (".svg", {"Date": None, "Creator": None})):
-            path = stem.with_name(stem.name + suffix)
-            figure.savefig(path, dpi=216, metadata=metadata)
-            written.append(path)
-    return written
+        files = figure_files(file)
+        save_figure(figure, files, dpi=216, overwrite=overwrite)
+    return files
 
 
 def _curve(

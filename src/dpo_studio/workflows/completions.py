@@ -16,8 +16,8 @@ from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.load import weights_fingerprint
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import write_atomically
 from dpo_studio.workflows.loading import Loaded
+from dpo_studio.writing import write_atomically
 
 __all__ = ["Speaker"]
 

@@ -9,8 +9,7 @@ import itertools
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TextIO
@@ -22,6 +21,7 @@ from dpo_studio.preferences.refusals import Refusal, RefusedRows
 from dpo_studio.preferences.sources import PairStream, nothing_usable, open_pairs
 from dpo_studio.preferences.split import stratified
 from dpo_studio.reports.progress import Progress
+from dpo_studio.writing import appearing, check_outputs, stream_of
 
 __all__ = ["convert_pairs", "refused_beside", "split_source"]
 
@@ -30,19 +30,20 @@ _MOST_ORIGINS = 50  # a column `source` may be different in every row; counting 
 
 
 def convert_pairs(
-    source: SourceLike, out: Path, *, force: bool = False, progress: Progress | None = None
+    source: SourceLike, out: Path, *, overwrite: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
     """Write every pair to `out`, and row number and reason of every refused row to `OUT.refused.jsonl`.
 
     Returns what was counted: source, format, rows, pairs, refused (by reason), out, refused_out.
 
     Raises:
-        DataError: the source cannot be used or has not one pair, or a file exists and `force` is not given.
+        DataError: the source cannot be used or has not one pair, or a file exists and `overwrite` is not given.
         UsageError: `out` cannot be a file.
     """
-    apart = refused_beside(out)
-    with progress or Progress() as shown, _appearing([out, apart], force=force) as (kept, refused):
-        stream = open_pairs(as_source(source))
+    source, apart = as_source(source), refused_beside(out)
+    check_outputs([("OUT", out), ("OUT's refused rows", apart)], reads=[source.source], overwrite=overwrite)
+    with progress or Progress() as shown, appearing([out, apart], overwrite=overwrite) as (kept, refused):
+        stream = open_pairs(source)
         tally = _Tally()
         for result in _counted(stream, tally, shown, "converting"):
             if isinstance(result, Refusal):
@@ -61,7 +62,7 @@ def split_source(
     *,
     fraction: float,
     seed: int,
-    force: bool = False,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Write the pairs whose prompt is held out to one file and the others to another, refused rows beside the latter.
@@ -77,15 +78,17 @@ def split_source(
     """
     if not 0 < fraction < 1:
         raise UsageError(f"--fraction {fraction} is not between 0 and 1")
-    files = [train, held_out, refused_beside(train)]
-    with progress or Progress() as shown, _appearing(files, force=force) as (learned, measured, refused):
+    source, files = as_source(source), [train, held_out, refused_beside(train)]
+    named = zip(("--train", "--held-out", "--train's refused rows"), files, strict=True)
+    check_outputs([*named], reads=[source.source], overwrite=overwrite)
+    with progress or Progress() as shown, appearing(files, overwrite=overwrite) as (learned, measured, refused):
         origins = _Origins()
-        results = _counted(open_pairs(as_source(source)), _Tally(), shown, "looking through")
+        results = _counted(open_pairs(source), _Tally(), shown, "looking through")
         pairs = (result for result in results if isinstance(result, Pair))
         is_apart = stratified(
             ((origins.name(pair.origin), prompt_key(pair.prompt)) for pair in pairs), seed=seed, fraction=fraction
         )
-        stream, tally = open_pairs(as_source(source)), _Tally()
+        stream, tally = open_pairs(source), _Tally()
         counts: dict[str, Counter[str]] = {}
         for result in _counted(stream, tally, shown, "splitting"):
             if isinstance(result, Refusal):
@@ -126,7 +129,9 @@ class _Origins:
 
 
 def refused_beside(out: Path) -> Path:
-    """Where the refused rows go: `pairs.jsonl` -> `pairs.refused.jsonl`."""
+    """Where the refused rows go: `pairs.jsonl` -> `pairs.refused.jsonl`; of a stream they are counted only."""
+    if stream_of(out) is not None:
+        return Path(os.devnull)
     return out.parent / f"{out.name.removesuffix('.jsonl')}.refused.jsonl"
 
 
@@ -174,34 +179,3 @@ def _refused_line(refusal: Refusal) -> dict[str, Any]:
 
 def _write(stream: TextIO, row: dict[str, Any]) -> None:
     stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-
-
-@contextmanager
-def _appearing(files: list[Path], *, force: bool) -> Iterator[Sequence[TextIO]]:
-    """Files that are written under other names and take their own when all is done; the first given appears last."""
-    for file in files:
-        _check_place(file, force=force)
-    if len(set(files)) < len(files):
-        raise UsageError(f"{files[0]} would be written twice")
-    scratch = [file.with_name(f".{file.name}.{os.getpid()}.part") for file in files]
-    try:
-        with ExitStack() as open_files:
-            streams = [open_files.enter_context(path.open("w", encoding="utf-8", newline="\n")) for path in scratch]
-            yield streams
-            for stream in streams:
-                stream.flush()
-                os.fsync(stream.fileno())
-        for path, file in reversed([*zip(scratch, files, strict=True)]):
-            path.replace(file)
-    finally:
-        for path in scratch:
-            path.unlink(missing_ok=True)
-
-
-def _check_place(file: Path, *, force: bool) -> None:
-    if not file.name or (file.exists() and not file.is_file()):  # replacing /dev/null would be no kindness
-        raise UsageError(f"{file} is not a file")
-    if not file.parent.is_dir():
-        raise UsageError(f"{file}: no such folder")
-    if file.exists() and not force:
-        raise DataError(f"{file} exists", hint="--force replaces it")

@@ -23,6 +23,7 @@ from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
 from dpo_studio.workflows.training import run_training
+from dpo_studio.writing import make_folder, write_atomically
 
 __all__ = ["SHOWCASE", "demo_recipe", "run_demo"]
 
@@ -125,8 +126,8 @@ def _about(side: str, answered: Sequence[Completion]) -> dict[str, Any]:
 
 
 def _write_answers(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
-    folder.evaluation.mkdir(exist_ok=True)
+    make_folder(folder.evaluation)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    (folder.evaluation / "answers.jsonl").write_text(text, encoding="utf-8")
+    write_atomically(folder.evaluation / "answers.jsonl", text)
     whole = render_answers(folder.path.resolve().name, lines, _SAMPLING.max_new_tokens)
-    (folder.evaluation / ALL_ANSWERS).write_text(whole, encoding="utf-8")
+    write_atomically(folder.evaluation / ALL_ANSWERS, whole)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -31,8 +31,8 @@ from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.side_by_side import render_comparisons
-from dpo_studio.reports.winrates import MOST_RUNS, save_winrate_figure, winrate_markdown
-from dpo_studio.runs import RunFolder, is_run, write_atomically
+from dpo_studio.reports.winrates import MOST_RUNS, figure_files, save_winrate_figure, winrate_markdown
+from dpo_studio.runs import RunFolder, is_run
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
@@ -41,8 +41,9 @@ from dpo_studio.workflows.kept import recipe_of
 from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
+from dpo_studio.writing import check_outputs, make_folder, write_atomically
 
-__all__ = ["REFERENCE", "Evaluation", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
+__all__ = ["REFERENCE", "Evaluation", "check_figure", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
 
 REFERENCE = "reference"
 """What a run is compared with unless another model is named: its own base, the adapter off."""
@@ -152,7 +153,7 @@ def evaluate_run(
 def _make(completions: Path) -> None:
     """The folder of the answers, before the first of them takes its time."""
     try:
-        completions.mkdir(parents=True, exist_ok=True)
+        make_folder(completions)
     except OSError as error:
         raise RunError(f"{completions} cannot be made: {error.strerror or error}", hint=_IN_THE_RUN) from None
     if not os.access(completions, os.W_OK):
@@ -197,9 +198,31 @@ def judges_of(runs: Sequence[str], judge: str | None, against: str = REFERENCE) 
     return [judge or default_judge(run) for run in runs]
 
 
-def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path) -> Path:
-    """One figure of several runs, of which `judges_of` knows; its .png, beside which there is an .svg."""
-    return save_winrate_figure([(user_path(run).resolve().name, rates) for run, rates in measured], figure)[0]
+def check_figure(
+    figure: Path,
+    reads: Iterable[str | Path | None] = (),
+    *,
+    replies: Path | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Before the runs are measured: whether the figure of all can be written, as .png and .svg.
+
+    Raises:
+        DPOStudioError: as `writing.check_outputs`.
+    """
+    files = [("--figure", file) for file in figure_files(figure)]
+    check_outputs(files, reads=reads, continued={"--judge-replies": replies}, overwrite=overwrite)
+
+
+def compare_runs(measured: Sequence[tuple[str, dict[str, Any]]], figure: Path, *, overwrite: bool = False) -> Path:
+    """One figure of several runs, of which `judges_of` knows; its .png, beside which there is an .svg.
+
+    Raises:
+        DPOStudioError: it cannot be written, or is there and nobody said `overwrite`.
+    """
+    check_figure(figure, overwrite=overwrite)
+    named = [(user_path(run).resolve().name, rates) for run, rates in measured]
+    return save_winrate_figure(named, figure, overwrite=overwrite)[0]
 
 
 def _pairs(recipe: Recipe, source: SourceLike | None, run: str, progress: Progress) -> list[Pair]:
@@ -359,11 +382,11 @@ def _leave(folder: RunFolder, rates: dict[str, Any], rows: Sequence[dict[str, An
     """Everything the evaluation found, the numbers last: a reader of winrate.json finds the rest beside it."""
     name = folder.path.resolve().name
     there = folder.evaluation
-    there.mkdir(exist_ok=True)
+    make_folder(there)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_atomically(there / "comparisons.jsonl", lines)
     write_atomically(there / "winrate.md", winrate_markdown(name, rates))
-    save_winrate_figure([(name, rates)], there / "winrate")
+    save_winrate_figure([(name, rates)], there / "winrate", overwrite=True)
     svg = (there / "winrate.svg").read_text(encoding="utf-8")
     pages = render_comparisons(name, rates, rows, svg)
     for file, html in pages.items():

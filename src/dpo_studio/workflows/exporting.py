@@ -59,6 +59,7 @@ def export_run(
     settings: Quantising | None = None,
     rows: int = 128,
     force: bool = False,
+    overwrite: bool = False,
     dtype: str | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -71,20 +72,21 @@ def export_run(
         DPOStudioError: with a hint; `out` is whole or not there.
     """
     out, folder = Path(out), RunFolder(user_path(run))
-    check_new(out)
+    check_new(out, reads=[run], overwrite=overwrite)
     if not is_run(folder.path):
         raise RunError(f"{run} is not a run", hint="a run is the folder that `dpo train` or `dpo demo` made")
     recipe = recipe_of(folder)
+    check_new(out, reads=[run, recipe.model.path, recipe.model.adapter], overwrite=overwrite)
     if to == "gptq":
         check_gptqmodel()
     with progress or Progress() as shown:
         adapter = adapter_of(folder, shown.say)
         check_finite_adapter(adapter)
         if to == "adapter":
-            return _export_adapter(folder, recipe, adapter, out)
+            return _export_adapter(folder, recipe, adapter, out, overwrite=overwrite)
         if dtype is not None:
             recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
-        return _Export(folder, recipe, adapter, out, to, settings or Quantising(), rows, force, shown).make()
+        return _Export(folder, recipe, adapter, out, to, settings or Quantising(), rows, force, overwrite, shown).make()
 
 
 def _typed_base(run: RunFolder, recipe: Recipe) -> str:
@@ -99,7 +101,7 @@ def _template(recipe: Recipe) -> str | None:
     return None if named is None else template_text(named, what="chat template of the run", error=RunError)
 
 
-def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path) -> dict[str, Any]:
+def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path, *, overwrite: bool) -> dict[str, Any]:
     """A folder that plain PEFT loads; the numbers on its card are the run's own.
 
     Tensors and settings are read and written again: what is in no tensor and in no setting of LoRA's stays here.
@@ -114,7 +116,7 @@ def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path) ->
     }
     if base == BUNDLED_MODEL:  # whose name on the Hub is that of other weights
         result["trained_on"] = base
-    with making(out) as place:
+    with making(out, overwrite=overwrite) as place:
         save_file(
             load_file(adapter / "adapter_model.safetensors"),
             place.result / "adapter_model.safetensors",
@@ -153,6 +155,7 @@ class _Export:
     settings: Quantising
     rows: int
     force: bool
+    overwrite: bool
     progress: Progress
 
     def make(self) -> dict[str, Any]:
@@ -161,7 +164,7 @@ class _Export:
         known = ask_the_run(self.recipe, self.adapter, self.progress, today=today)
         free_memory()
         check_space(self.out, _bytes_needed(known, self.to, self.settings.bits), f"exporting to {self.to}")
-        with making(self.out) as place:
+        with making(self.out, overwrite=self.overwrite) as place:
             base_folder = self._merge(known.deltas, place)
             if self.to == "gptq":
                 self._requantise(known.training, place)

@@ -19,14 +19,14 @@ from dpo_studio.evaluation.agreement import agreement, leave_one_out, majority
 from dpo_studio.evaluation.endpoint import Asking, Endpoint
 from dpo_studio.evaluation.everyday import everyday_judge
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, Winner, longer_wins, summary, user_rule
-from dpo_studio.evaluation.llm_judge import LLMJudge, cost_line
+from dpo_studio.evaluation.llm_judge import LLMJudge, check_replies, cost_line
 from dpo_studio.evaluation.llm_parameters import check_parameters
 from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
-from dpo_studio.paths import check_out, user_path
+from dpo_studio.paths import user_path
 from dpo_studio.preferences.labelled import Label, Labelled, LabelledSource, read_labelled
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import write_atomically
+from dpo_studio.writing import check_outputs, write_output
 
 __all__ = ["JUDGES", "LLMOptions", "check_judge", "judge_from"]
 
@@ -105,10 +105,12 @@ def _llm(model: str, url: str, options: LLMOptions, say: Callable[[str], None]) 
     if options.price is not None and not all(0 <= price < float("inf") for price in options.price):
         raise UsageError(f"--judge-price {options.price} are no prices")
     slug = re.sub(r"[^\w.-]+", "-", model)
+    replies = options.replies or cache_folder() / "judge-replies" / f"{slug}.jsonl"
+    check_replies(replies, [options.template])
     return LLMJudge(
         model=model,
         endpoint=Endpoint(url, options.asking, say),
-        replies=options.replies or cache_folder() / "judge-replies" / f"{slug}.jsonl",
+        replies=replies,
         template=TEMPLATE if options.template is None else read_template(user_path(options.template)),
         parameters=parameters,
         price=options.price,
@@ -125,6 +127,7 @@ def check_judge(
     llm: LLMOptions | None = None,
     estimate_only: bool = False,
     out: Path | None = None,
+    overwrite: bool = False,
     seed: int = 0,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
@@ -136,8 +139,13 @@ def check_judge(
         DPOStudioError: the source or the judge cannot be used.
     """
     source = as_source(source)
+    options = llm or LLMOptions()
+    reads = [source.source, options.template, *_files_of(spec)]
+    if options.replies is not None:
+        check_replies(options.replies, reads)
     if out is not None:
-        check_out(out, source.source)
+        kept = {"--judge-replies": options.replies}
+        check_outputs({"--out": out}, reads=reads, continued=kept, overwrite=overwrite)
     with progress or Progress() as shown:
         read = read_labelled(source, annotators, seed=seed)
         rows = [row for row in read.comparisons if len(row.pair.chosen) == len(row.pair.rejected) == 1]
@@ -152,8 +160,13 @@ def check_judge(
             verdicts = judge.judge_all(comparisons, advance)
     labels = [[_side(label, flip) for label in row.labels] for row, flip in zip(rows, flips, strict=True)]
     if out is not None:
-        _write(out, rows, flips, labels, verdicts)
+        _write(out, rows, flips, labels, verdicts, overwrite=overwrite)
     return _about(read, len(rows)) | _measured(judge, comparisons, labels, verdicts)
+
+
+def _files_of(spec: str) -> list[str]:
+    """What a judge is read from, if it is of this machine: `FILE.py:function`, `reward:MODEL`, `implicit:RUN`."""
+    return [spec.rpartition(":")[0], spec.partition(":")[2]]
 
 
 def _flip(seed: int, row: int) -> bool:
@@ -225,6 +238,8 @@ def _write(
     flips: Sequence[bool],
     labels: Sequence[Sequence[Winner]],
     verdicts: Sequence[Verdict],
+    *,
+    overwrite: bool,
 ) -> None:
     lines = (
         {
@@ -237,4 +252,4 @@ def _write(
         }
         for row, flip, said, verdict in zip(rows, flips, labels, verdicts, strict=True)
     )
-    write_atomically(file, "".join(json.dumps(line) + "\n" for line in lines))
+    write_output(file, "".join(json.dumps(line) + "\n" for line in lines), overwrite=overwrite, spill=True)

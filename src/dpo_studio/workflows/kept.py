@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 from dpo_studio.errors import RunError
 from dpo_studio.models.scan import template_text
 from dpo_studio.reading import read_json
-from dpo_studio.runs import RunFolder, write_atomically
+from dpo_studio.runs import RunFolder
+from dpo_studio.writing import write_atomically
 
 if TYPE_CHECKING:
     from dpo_studio.config import Recipe

@@ -69,6 +69,7 @@ def quantize_model(
     *,
     calibration: Calibration | None = None,
     settings: Quantising | None = None,
+    overwrite: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """GPTQ `model` into the new folder `out`; return `quantization.json`'s content.
@@ -81,7 +82,8 @@ def quantize_model(
     """
     started = time.perf_counter()
     wanted, settings, out = calibration or Calibration(), settings or Quantising(), Path(out)
-    check_new(out)
+    source = wanted.source and as_source(wanted.source).source
+    check_new(out, reads=[model, source], overwrite=overwrite)
     check_gptqmodel()
     with progress or Progress() as shown:
         folder = _dense_folder(model, shown)
@@ -95,7 +97,7 @@ def quantize_model(
         before = _perplexity(base, measured, shown, "before")
         del base
         free_memory()
-        with making(out) as place:
+        with making(out, overwrite=overwrite) as place:
             shown.say(f"{settings.bits} bits in groups of {settings.group_size}, calibrated on {len(pairs)} answers")
             with shown.task("quantise", layer_count(folder), "layers") as advance:
                 rows = calibration_rows(pairs)

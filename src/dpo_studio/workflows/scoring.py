@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,12 +17,12 @@ from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.reference import batched_logps
 from dpo_studio.objectives import PairLogps, margin
-from dpo_studio.paths import check_out
 from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
 from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.writing import check_outputs, write_output
 
 __all__ = ["score_pairs", "score_to_file", "side_logps"]
 
@@ -123,19 +124,17 @@ def _finite_or_null(value: torch.Tensor) -> float | None:
     return number if abs(number) < float("inf") else None
 
 
-def score_to_file(name: str, source: SourceLike, file: Path, **settings: Any) -> dict[str, Any]:
+def score_to_file(
+    name: str, source: SourceLike, file: Path, *, overwrite: bool = False, **settings: Any
+) -> dict[str, Any]:
     """`score_pairs` into a file that appears whole or not at all.
 
     Raises:
-        DPOStudioError: as `score_pairs`.
+        DPOStudioError: as `score_pairs`; or the file is there and nobody said `overwrite`, or is no place for it.
     """
     source = as_source(source)
-    check_out(file, source.source)
-    scratch = file.with_name(f".{file.name}.part")
-    try:
-        with scratch.open("w", encoding="utf-8") as out:
-            summary = score_pairs(name, source, out, **settings)
-        scratch.replace(file)
-    finally:
-        scratch.unlink(missing_ok=True)
+    check_outputs({"--out": file}, reads=[source.source, name], overwrite=overwrite)
+    lines = io.StringIO()
+    summary = score_pairs(name, source, lines, **settings)
+    write_output(file, lines.getvalue(), overwrite=overwrite, spill=True)
     return summary

@@ -11,6 +11,7 @@ import datetime
 import gc
 import itertools
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +19,19 @@ from typing import Any
 from urllib.parse import quote
 
 from dpo_studio.config import LoadedRecipe, RecipeLike, load_recipe, parse_override
-from dpo_studio.errors import NonFiniteError, UsageError
+from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.paths import user_path
+from dpo_studio.reading import read_json
 from dpo_studio.reports.frontier import Measured, draw_frontier, frontier_table, measure
 from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import RunFolder, is_run, write_atomically
+from dpo_studio.runs import RunFolder, is_run
 from dpo_studio.workflows.kept import date_of
+from dpo_studio.workflows.place import check_place
+from dpo_studio.writing import UNFINISHED, make_folder, resolved, write_atomically
 
 __all__ = ["Member", "plan_sweep", "run_sweep"]
+
+_LARGEST_SUMMARY = 20_000_000
 
 
 @dataclass(frozen=True)
@@ -57,11 +63,13 @@ def run_sweep(
         DPOStudioError: before anything is trained if a setting is impossible; else what `dpo train` would stop at.
     """
     folder, members = plan_sweep(recipe, overrides, out)
+    _check_place(folder, members)
     from dpo_studio.workflows.training import run_training
 
     dates = (date_of(RunFolder(member.loaded.run_folder)) for member in members)
     today = next((date for date in dates if date is not None), datetime.date.today())
     measured: list[Measured] = []
+    make_folder(folder)
     with progress or Progress() as shown:
         for number, member in enumerate(members, 1):
             shown.say(f"run {number} of {len(members)}: {member.name}")
@@ -129,6 +137,33 @@ def _swept(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
 
 def _text(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def _check_place(folder: Path, members: Sequence[Member]) -> None:
+    """Before anything is trained: the folder is new, or this sweep's or another's; nobody else's file is replaced.
+
+    Raises:
+        RunError: it holds something else, or lies in what is read.
+    """
+    for member in members:
+        check_place(member.loaded)
+    there = resolved(folder, "--out")
+    if not os.path.lexists(there):
+        return
+    summary = there / "sweep.json"
+    if there.is_dir() and summary.exists() and _is_summary(summary):
+        return
+    runs = {member.loaded.run_folder.name for member in members}
+    if not there.is_dir() or any(path.name not in runs for path in there.iterdir() if UNFINISHED not in path.name):
+        raise RunError(f"{folder} exists and is not a sweep", hint="name another folder with --out")
+
+
+def _is_summary(file: Path) -> bool:
+    try:
+        summary = read_json(file, what="sweep.json", limit=_LARGEST_SUMMARY)
+    except DataError:
+        return False
+    return isinstance(summary, dict) and {"runs", "planned"} <= summary.keys()
 
 
 def _write(folder: Path, members: Sequence[Member], measured: Sequence[Measured]) -> None:

@@ -10,6 +10,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
@@ -48,6 +49,7 @@ from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.compiling import accelerated
 from dpo_studio.workflows.forecasting import forecast
 from dpo_studio.workflows.kept import check_same_data, digest_data, run_date, write_data
+from dpo_studio.workflows.place import check_place
 from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
@@ -121,6 +123,7 @@ def check_recipe(
         DPOStudioError: what `dpo train` would stop at before it loads any weights.
     """
     loaded = load_recipe(recipe, list(overrides))
+    check_place(loaded)
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
         settled = run.settle(loaded.recipe)
@@ -156,6 +159,7 @@ def run_training(
 
     `today`: the date of a run that begins, None today's; one that has learned something keeps its own.
     """
+    check_place(loaded)
     run = RunFolder(loaded.run_folder)
     recipe = run.settle(loaded.recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
@@ -235,9 +239,15 @@ class _Session:
     last_evaluation: dict[str, float] = field(default_factory=dict)
     held_out_logps: PairLogps | None = None
     health: HealthWatch = field(default_factory=lambda: HealthWatch(0))
+    holding: ExitStack = field(default_factory=ExitStack)
+    """What nobody may remove while the run goes on: its entries in the cache."""
 
     def fit(self, stop_after: int | None = None) -> None:
         """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
+        with self.holding:
+            self._fit(stop_after)
+
+    def _fit(self, stop_after: int | None) -> None:
         if self.accelerator.num_processes > 1:
             raise RunError("training on several devices is not built yet", hint="start it with one process")
         budget = int(self.recipe.training.tokens_per_micro_batch)
@@ -351,6 +361,8 @@ class _Session:
         cache = (
             ReferenceCache(cache_folder() / "reference", context) if self.recipe.reference.mode == "cached" else None
         )
+        if cache is not None:
+            self.holding.enter_context(cache.held())
         with computes():
             self.held_out_reference = self._reference_of(model, self.data.held_out.pairs, at_once, cache, "held-out")
         if not self.recipe.objective.needs_reference:

@@ -1,0 +1,406 @@
+"""The one gate for what is written: no output replaces a file unasked, mixes with foreign files, or is half there.
+
+What a verb was told to write is looked at before its long work begins (`check_outputs`, `check_continued`,
+`check_run_place`), and is written under another name in the same folder and moved into its place when it is whole
+(`appearing`, `write_output`, `write_atomically`). Links are judged by where they lead.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import secrets
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from io import FileIO
+from pathlib import Path
+from typing import Literal, TextIO
+
+from dpo_studio.config import BUNDLED
+from dpo_studio.disk import ROOM, sync
+from dpo_studio.errors import DataError, RunError, UsageError
+from dpo_studio.paths import user_path
+from dpo_studio.reading import open_regular
+
+__all__ = [
+    "UNFINISHED",
+    "appearing",
+    "append_line",
+    "check_continued",
+    "check_outputs",
+    "check_run_place",
+    "make_folder",
+    "move_folder",
+    "refuse_place",
+    "remove_folder",
+    "resolved",
+    "stream_of",
+    "write_atomically",
+    "write_output",
+]
+
+UNFINISHED = ".writing-"
+"""In the names of files that are not finished yet."""
+_STDOUT = frozenset({"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
+_SYSTEM = ("/dev", "/proc", "/sys")
+_RUN_MARKS = ("recipe.typed.yaml", "metrics.jsonl", "result.json", "environment.json")
+"""One of them beside `recipe.yaml` makes a run; that file alone may be anybody's recipe."""
+_MODEL_MARKS = ("adapter_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
+_CONFIG_MARKS = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")
+"""One of them beside `config.json` makes a model; that file alone may be any program's."""
+_LONGEST_FIRST_LINE = 16 * 2**20
+_BESIDE = "choose a folder beside it, not in it"
+_OVERWRITE = "--overwrite replaces it"
+_FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
+
+
+def stream_of(path: Path) -> Literal["stdout", "null"] | None:
+    """Whether an output is no file but our own stdout (`-`, /dev/stdout) or /dev/null, by name or through links."""
+    if str(path) == "-":
+        return "stdout"
+    place = os.path.normpath(f"/{str(Path(path).absolute()).lstrip('/')}")
+    for _ in range(40):  # as many links as Linux follows
+        if place in _STDOUT or place == "/dev/null":
+            return "null" if place == "/dev/null" else "stdout"
+        try:
+            place = os.path.normpath(Path(place).parent / Path(place).readlink())
+        except (OSError, ValueError):
+            return None
+    return None
+
+
+def resolved(path: Path, option: str) -> Path:
+    """Where an output leads, links followed, whether anything is there or not.
+
+    Raises:
+        UsageError: no file can have this name, or its links go in a circle.
+    """
+    try:
+        there = Path(path).resolve()
+        circle = there.is_symlink()
+    except RuntimeError:  # what Python 3.11 makes of a circle
+        circle = True
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{option} {path} is not the name of a file: {error}") from None
+    if circle:
+        raise UsageError(f"{option} {path} is a link that leads nowhere")
+    return there
+
+
+def check_outputs(
+    outputs: Mapping[str, Path] | Sequence[tuple[str, Path]],
+    *,
+    reads: Iterable[str | Path | None] = (),
+    continued: Mapping[str, Path | None] | None = None,
+    overwrite: bool = False,
+) -> None:
+    """Before anything long begins: whether each output, by its option, can be written where it is to go.
+
+    `reads`: sources, models and files that the command reads; a Hub id among them is no place.
+    `continued`: files that it adds to, for which `check_continued` is asked.
+
+    Raises:
+        UsageError: not a file, two of one name, or what is read, or in a model, a run or a source's folder.
+        DataError: it exists, and nobody said `overwrite`.
+    """
+    listed = list(outputs.items()) if isinstance(outputs, Mapping) else list(outputs)
+    read = _places(reads)
+    taken = [(option, resolved(path, option)) for option, path in (continued or {}).items() if path is not None]
+    for option, path in listed:
+        if stream_of(path) is not None:
+            continue
+        there = resolved(path, option)
+        _check_file(there, option, path)
+        for other, place in taken:
+            if _same(there, place):
+                raise UsageError(f"{option} {path} and {other} are one file: it would be written twice")
+        taken.append((option, there))
+        _refuse_what_is_read(there, read, option, path)
+        refuse_place(there.parent, f"{option} {path}")
+        if there.exists() and not overwrite:
+            raise DataError(f"{option} {path} exists", hint=_OVERWRITE)
+
+
+def check_continued(
+    path: Path, is_ours: Callable[[bytes], bool], *, option: str, what: str, reads: Iterable[str | Path | None] = ()
+) -> None:
+    """Before anything long begins: whether lines can be added to a file, which is new or whose first line is ours.
+
+    Its folder is made if it is not there.
+
+    Raises:
+        UsageError: not a file, or what is read, or in a model, a run or a source's folder.
+        DataError: somebody else's file.
+    """
+    there = resolved(path, option)
+    if stream_of(path) is not None or (there.exists() and not there.is_file()):
+        raise UsageError(f"{option} {path} is not a file")
+    _refuse_what_is_read(there, _places(reads), option, path)
+    refuse_place(there.parent, f"{option} {path}")
+    nearest = next(folder for folder in there.parents if os.path.lexists(folder))
+    if not nearest.is_dir() or not os.access(there if there.exists() else nearest, os.W_OK):
+        raise UsageError(f"{option} {path} cannot be written")
+    if there.exists():
+        with open_regular(there, what=option, error=UsageError) as lines:
+            if not is_ours(lines.readline(_LONGEST_FIRST_LINE)):
+                raise DataError(
+                    f"{option} {path} is not {what}: its first line is not one that DPO Studio wrote",
+                    hint="name another file; if it is ours and its first line is damaged, remove that line",
+                )
+
+
+def check_run_place(folder: Path, reads: Iterable[str | Path | None], *, option: str = "run.folder") -> None:
+    """Before a folder is made for a run, a sweep or an export: it lies in nothing that is read, no model and no run.
+
+    Raises:
+        RunError: it does.
+    """
+    there = resolved(folder, option)
+    for place in _places(reads):
+        if place.is_dir() and (there == place or place in there.parents):
+            raise RunError(f"{option} {folder} is in {place}, which is read", hint=_BESIDE)
+        if _same(there, place):
+            raise RunError(f"{option} {folder} is a file that is read", hint="choose another folder")
+    try:
+        refuse_place(there.parent, f"{option} {folder}")
+    except UsageError as error:
+        raise RunError(error.message, hint=error.hint) from None
+
+
+def refuse_place(folder: Path, what: str) -> None:
+    """Nothing is written into a model, a run or the system's own folders, however deep.
+
+    Raises:
+        UsageError: `folder` is one, or in one.
+    """
+    for place in (folder, *folder.parents):
+        if str(place) in _SYSTEM and not folder.is_relative_to("/dev/shm"):  # noqa: S108 - a disk like any other
+            raise UsageError(f"{what} is in {place}, which is the system's", hint="choose another folder")
+        kind = "a run" if _is_run(place) else "a model" if _is_model(place) else None
+        if kind is not None:
+            raise UsageError(
+                f"{what} is in {place}, which is {kind}: nothing else is written there",
+                hint=_BESIDE,
+            )
+
+
+def make_folder(folder: Path) -> None:
+    """A folder of our own, with those above it; it may be there."""
+    folder.mkdir(parents=True, exist_ok=True)
+
+
+def remove_folder(folder: Path) -> None:
+    """A folder of our own, as far as it can be; no link is followed."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def move_folder(made: Path, out: Path, aside: Path) -> None:
+    """Give a finished folder its name; what is there, which is ours, goes aside first and comes back if that fails."""
+    if not os.path.lexists(out):
+        made.rename(out)
+        return
+    out.rename(aside)
+    try:
+        made.rename(out)
+    except BaseException:
+        aside.rename(out)
+        raise
+
+
+def write_output(file: Path, content: str | bytes, *, overwrite: bool, spill: bool = False) -> None:
+    """Write a checked output: a stream as it comes, a file whole or not at all.
+
+    `spill`: where a file cannot be written, its lines go to stdout before that is told of: they took hours.
+
+    Raises:
+        DataError: it has come to exist meanwhile; what was made is kept under the name that is said.
+        RunError: the disk is full or read-only; what was at `file` is still there.
+    """
+    stream = stream_of(file)
+    if stream == "stdout":
+        sys.stdout.write(content if isinstance(content, str) else content.decode())
+    if stream is not None:
+        return
+    try:
+        _write(resolved(file, "output"), content, overwrite=overwrite, hint=ROOM)
+    except RunError as error:
+        if spill:
+            sys.stdout.write(content if isinstance(content, str) else content.decode())
+            error.message += "; its lines are on stdout"
+        raise
+
+
+def write_atomically(file: Path, content: str | bytes, *, hint: str = ROOM) -> None:
+    """Replace a file of our own in one move: readers see the old content or the new, never half, not even after a power
+    cut.
+
+    Raises:
+        RunError: the disk is full or read-only; what was at `file` is still there.
+    """
+    _write(file, content, overwrite=True, hint=hint)
+
+
+def _write(file: Path, content: str | bytes, *, overwrite: bool, hint: str) -> None:
+    try:
+        with _scratch(file) as (scratch, written):
+            left = memoryview(content.encode() if isinstance(content, str) else content)
+            while left:  # a disk that fills up takes a part and raises at the next
+                left = left[written.write(left) :]
+            _finish(written, file)
+            _move(scratch, file, overwrite=overwrite)
+    except OSError as error:
+        raise _unwritable(file, error, hint) from None
+
+
+@contextmanager
+def appearing(files: Sequence[Path], *, overwrite: bool) -> Iterator[list[TextIO]]:
+    """Checked outputs that are written row by row and take their names when all is done; the first given is last.
+
+    Raises:
+        DataError, RunError: as `write_output`.
+    """
+    with ExitStack() as opened:
+        streams: list[TextIO] = []
+        parts: list[tuple[Path, FileIO, TextIO, Path]] = []
+        for file in files:
+            kind = stream_of(file)
+            if kind is not None:
+                streams.append(sys.stdout if kind == "stdout" else opened.enter_context(_text(os.devnull)))
+                continue
+            there = resolved(file, "output")
+            scratch, written = opened.enter_context(_scratch(there))
+            streams.append(opened.enter_context(_text(written.fileno())))
+            parts.append((scratch, written, streams[-1], there))
+        try:
+            yield streams
+            for _, written, text, there in parts:
+                text.flush()
+                _finish(written, there)
+            for scratch, _, _, there in reversed(parts):
+                _move(scratch, there, overwrite=overwrite)
+        except OSError as error:
+            if error.errno not in _FULL or not parts:
+                raise
+            raise _unwritable(parts[0][3], error, ROOM) from None
+
+
+@contextmanager
+def _text(file: str | int) -> Iterator[TextIO]:
+    text = open(file, "w", encoding="utf-8", newline="\n", closefd=isinstance(file, str))  # noqa: SIM115
+    try:
+        yield text
+    finally:
+        with suppress(OSError):  # what could not be flushed has been told of
+            text.close()
+
+
+def append_line(file: Path, line: bytes) -> None:
+    """Add a line to a file that `check_continued` has looked at; one that a full disk cut off is ended first.
+
+    One write: a process that is killed leaves lines, not halves, and two may write one file.
+    """
+    make_folder(file.parent)
+    with file.open("a+b", buffering=0) as stream:
+        cut_off = stream.seek(0, 2) and (stream.seek(-1, 2), stream.read(1))[1] != b"\n"
+        stream.write(b"\n" * bool(cut_off) + line + b"\n")
+
+
+def _check_file(there: Path, option: str, path: Path) -> None:
+    """A name that a file can have, in a folder that can be written; nothing but a regular file is ever replaced."""
+    try:
+        if not there.name or (there.exists() and not there.is_file()):
+            raise UsageError(f"{option} {path} is not a file")
+        if not there.parent.is_dir():
+            raise UsageError(f"{option} {path}: no such folder")
+        there.lstat()
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise UsageError(f"{option} {path} is not the name of a file: {error.strerror}") from None
+    if not os.access(there.parent, os.W_OK | os.X_OK):
+        raise UsageError(f"{option} {path}: nothing can be written into its folder")
+
+
+def _refuse_what_is_read(there: Path, read: Sequence[Path], option: str, path: Path) -> None:
+    for place in read:
+        if place.is_dir() and place in there.parents:
+            raise UsageError(f"{option} {path} is in {place}, which is read", hint=_BESIDE)
+        if _same(there, place):
+            raise UsageError(f"{option} {path} is what is read: it would be replaced", hint="choose another name")
+
+
+def _places(reads: Iterable[str | Path | None]) -> list[Path]:
+    """The files and folders of this machine among them; `FILE:split` is the file."""
+    found = []
+    for name in map(str, filter(None, reads)):
+        if name.startswith(BUNDLED):
+            continue
+        for text in (name, name.rpartition(":")[0]):
+            with suppress(OSError, RuntimeError, ValueError, UsageError):
+                if text and user_path(text).exists():
+                    found.append(user_path(text).resolve())
+    return found
+
+
+def _same(one: Path, other: Path) -> bool:
+    """One file, by its name or as two names of it."""
+    try:
+        return one == other or one.samefile(other)
+    except OSError:
+        return False
+
+
+def _is_run(folder: Path) -> bool:
+    return (folder / "recipe.yaml").is_file() and any((folder / name).exists() for name in _RUN_MARKS)
+
+
+def _is_model(folder: Path) -> bool:
+    if any((folder / name).exists() for name in _MODEL_MARKS):
+        return True
+    return (folder / "config.json").is_file() and any((folder / name).exists() for name in _CONFIG_MARKS)
+
+
+@contextmanager
+def _scratch(file: Path) -> Iterator[tuple[Path, FileIO]]:
+    """A new file beside `file` whose name no other process can have, gone at the end of the block."""
+    name = os.fsencode(file.name)[:100].decode("utf-8", "ignore")
+    scratch = file.with_name(f".{name}{UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    with FileIO(descriptor, "w") as written:
+        try:
+            yield scratch, written
+        finally:
+            scratch.unlink(missing_ok=True)
+
+
+def _finish(written: FileIO, file: Path) -> None:
+    """To the disk, with the rights of the file that it replaces."""
+    with suppress(FileNotFoundError):
+        os.fchmod(written.fileno(), file.stat().st_mode & 0o777)
+    os.fsync(written.fileno())
+
+
+def _move(scratch: Path, file: Path, *, overwrite: bool) -> None:
+    """Give the finished file its name."""
+    if overwrite:
+        scratch.replace(file)
+    else:
+        try:
+            os.link(scratch, file)
+        except FileExistsError:
+            kept = scratch.with_name(f"{file.name}.{secrets.token_hex(4)}")
+            scratch.rename(kept)
+            raise DataError(
+                f"{file} has come to exist meanwhile; what was made is in {kept}", hint=_OVERWRITE
+            ) from None
+        except OSError:  # a file system without links
+            if file.exists():
+                raise DataError(f"{file} has come to exist meanwhile", hint=_OVERWRITE) from None
+            scratch.rename(file)
+    sync(file.parent)
+
+
+def _unwritable(file: Path, error: OSError, hint: str) -> RunError:
+    return RunError(f"{file} cannot be written: {error.strerror or error}", hint=hint)
