@@ -125,7 +125,7 @@ def test_what_cannot_be_converted_leaves_nothing(rows: list[Any], code: int, mes
     [
         (["convert", "in.jsonl", "no/such/out.jsonl"], "no such folder"),
         (["convert", "in.jsonl", "."], "is not a file"),
-        (["convert", "in.jsonl", "/dev/null"], "is not a file"),
+        (["convert", "in.jsonl", "/dev/zero"], "is not a file"),
         (["convert", "", "out.jsonl"], "the source is empty"),
         (["convert", "in.jsonl", "out.jsonl", "--map", "prompt"], "'prompt' is not of the form name=value"),
         (["convert", "in.jsonl", "out.jsonl", "--label", "=1"], "'=1' is not of the form name=value"),
