@@ -208,7 +208,7 @@ def verbs() -> list[tuple[str, tuple[str, ...]]]:
         ("report", "CASE/run"),
         ("train", "CASE/r.yaml", "--set", "run.folder=CASE/run"),
     ]
-    table = {
+    table: dict[str, list[tuple[str, ...]]] = {
         "model/config.json": on_model,
         "model/generation_config.json": on_model,
         "model/tokenizer_config.json": on_model,
@@ -463,7 +463,8 @@ def _said(found: list[Found], seed: int) -> list[Found]:
 
 def run_readers(ground: Ground, seed: int, numbers: Sequence[int], stop_at: int) -> list[Found]:
     """Every number through the readers; after a death the next fork goes on behind the case it died of."""
-    told, found, left = ground.place / "told", [], list(numbers)
+    found: list[Found] = []
+    told, left = ground.place / "told", list(numbers)
     while left and len(found) < stop_at:
         batch = left[:BATCH]
         died = _forked(lambda batch=batch: _readers_batch(ground, seed, batch, told), told, 1.5 * PATIENCE)  # type: ignore[misc]
@@ -475,7 +476,8 @@ def run_readers(ground: Ground, seed: int, numbers: Sequence[int], stop_at: int)
 
 def run_verbs(ground: Ground, seed: int, numbers: Sequence[int], stop_at: int) -> list[Found]:
     """Every number through its verb, each in a fork."""
-    told, found = ground.place / "told", []
+    found: list[Found] = []
+    told = ground.place / "told"
     for number in numbers:
         if len(found) >= stop_at:
             break

@@ -206,7 +206,7 @@ def test_a_disk_that_fails_leaves_the_old_file_and_nothing_else(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "out").write_text("old")
-    monkeypatch.setattr(*((os, "fsync") if call == "fsync" else (Path, "replace")), fails)
+    monkeypatch.setattr(os if call == "fsync" else Path, call, fails)
     for write in (lambda: write_output(tmp_path / "out", "new", overwrite=True), lambda: _rows(tmp_path / "out")):
         with pytest.raises(RunError, match="out cannot be written: No space left") as told:
             write()
@@ -271,8 +271,17 @@ def test_a_model_is_known_by_its_weights(tmp_path: Path, mark: str) -> None:
 def test_writing_goes_to_the_disk_before_the_name_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[str] = []
     real, moved = os.fsync, Path.replace
-    monkeypatch.setattr(os, "fsync", lambda number: (seen.append("fsync"), real(number))[1])
-    monkeypatch.setattr(Path, "replace", lambda path, to: (seen.append("move"), moved(path, to))[1])
+
+    def fsync(number: int) -> None:
+        seen.append("fsync")
+        real(number)
+
+    def replace(path: Path, to: Path) -> Path:
+        seen.append("move")
+        return moved(path, to)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "replace", replace)
     write_atomically(tmp_path / "out", "text")
     assert seen == ["fsync", "move", "fsync"]  # the folder's list of names, too
 

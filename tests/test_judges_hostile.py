@@ -379,7 +379,7 @@ def test_texts_that_no_request_can_hold_are_asked_about_all_the_same(tmp_path: P
 
 # What is asked for
 
-REFUSED = {
+REFUSED: dict[str, list[Any]] = {
     "stream": [True, "true", 1],
     "n": [2, 0, "2", 1.5, True],
     "tools": [[], [{"type": "function"}]],

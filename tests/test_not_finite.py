@@ -46,7 +46,7 @@ def test_a_training_that_blows_up_ends_with_3_and_leaves_no_result(
     tiny_base: Path, tmp_path: Path, section: dict[str, Any], held_out: bool
 ) -> None:
     """Infinite weights at the first step that has a rate, or finite ones that give no finite log-prob, at any place."""
-    data = {} if held_out else {"data": {"held_out": {"fraction": 0.0}}}
+    data: dict[str, Any] = {} if held_out else {"data": {"held_out": {"fraction": 0.0}}}
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, training={"save_every": 1} | section, **data)
     said = dpo("train", recipe)
     assert said.code == 3, said.err

@@ -226,8 +226,7 @@ class LLMJudge:
     def _keep(self, ask: _Ask, reply: dict[str, Any]) -> dict[str, Any]:
         """One whole line, on disk before it is used."""
         about = {**_OURS, "key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
-        record = about | {"prompt": ask.prompt} | reply
-        record = self.endpoint.without_key(record)
+        record: dict[str, Any] = self.endpoint.without_key(about | {"prompt": ask.prompt} | reply)
         append_line(self.replies, json.dumps(record).encode())
         return record
 

@@ -40,7 +40,7 @@ class StatusError(Exception):
 class BoundedClient(httpx2.AsyncClient):
     """A client whose replies are whole, plain and of limited size when its caller sees them."""
 
-    async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:  # type: ignore[override]
+    async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
         """Send the request, to where it says and nowhere else.
 
         Raises:

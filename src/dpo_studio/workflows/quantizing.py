@@ -82,7 +82,7 @@ def quantize_model(
     """
     started = time.perf_counter()
     wanted, settings, out = calibration or Calibration(), settings or Quantising(), Path(out)
-    source = wanted.source and as_source(wanted.source).source
+    source = as_source(wanted.source).source if wanted.source else None
     check_new(out, reads=[model, source], overwrite=overwrite)
     check_gptqmodel()
     with progress or Progress() as shown:
