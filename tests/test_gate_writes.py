@@ -202,16 +202,20 @@ def test_what_came_meanwhile_stands_and_what_was_made_is_kept(tmp_path: Path) ->
 def test_a_disk_that_fails_leaves_the_old_file_and_nothing_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
-    def fails(*_: Any, **__: Any) -> None:
+    def fails(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     (tmp_path / "out").write_text("old")
     monkeypatch.setattr(os if call == "fsync" else Path, call, fails)
-    for write in (lambda: write_output(tmp_path / "out", "new", overwrite=True), lambda: _rows(tmp_path / "out")):
+    for write in (_whole, _rows):
         with pytest.raises(RunError, match="out cannot be written: No space left") as told:
-            write()
+            write(tmp_path / "out")
         assert "free some space" in (told.value.hint or "")
         assert state(tmp_path) == {"out": b"old"}
+
+
+def _whole(file: Path) -> None:
+    write_output(file, "new", overwrite=True)
 
 
 def _rows(file: Path) -> None:
