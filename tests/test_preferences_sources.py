@@ -409,7 +409,7 @@ LINES = b"".join(json.dumps(row, ensure_ascii=False).encode() + b"\n" for row in
         ("p.jsonl", LINES),
         ("p.jsonl", b"\xef\xbb\xbf" + LINES.rstrip()),  # a byte order mark, no newline at the end
         ("P.JSONL", b"\n" + LINES.replace(b"\n", b"\r\n\r\n")),  # blank lines are no rows
-        ("p.jsonl.gz", gzip.compress(LINES)),
+        ("p.jsonl.gz", gzip.compress(LINES, mtime=0)),
         ("p.json", json.dumps([GOOD, OTHER], indent=2).encode()),
         ("p.json", b"\xef\xbb\xbf" + json.dumps({"version": 1, "data": [GOOD, OTHER]}).encode()),
         ("p.json", LINES),  # JSON Lines under another name
@@ -690,12 +690,12 @@ BROKEN = {
         (b"prompt,chosen,rejected\n\xff,a,b\n", "not UTF-8"),
     ],
     "bad.jsonl.gz": [
-        (gzip.compress(LINES * 99)[:-20], "cannot be read"),
+        (gzip.compress(LINES * 99, mtime=0)[:-20], "cannot be read"),
         (LINES, "cannot be read"),
-        (gzip.compress(LINES)[:12] + b"\0" * 30, "cannot be read"),
-        (gzip.compress(b"{"), "line 1: not JSON"),
+        (gzip.compress(LINES, mtime=0)[:12] + b"\0" * 30, "cannot be read"),
+        (gzip.compress(b"{", mtime=0), "line 1: not JSON"),
     ],
-    "bad.json.gz": [(gzip.compress(LINES)[:-9], "cannot be read")],
+    "bad.json.gz": [(gzip.compress(LINES, mtime=0)[:-9], "cannot be read")],
     "bad.parquet": [(b"", "not a Parquet file"), (b"PAR1 is not enough PAR1", "Parquet|cannot be read")],
     "bad.xlsx": [(b"PK", "not a kind of file that is read")],
 }
