@@ -14,7 +14,9 @@ import yaml
 
 from dpo_studio import __version__
 from dpo_studio.config import BUNDLED, parse_yaml
+from dpo_studio.errors import ModelError
 from dpo_studio.models.bundled import published_name
+from dpo_studio.reading import open_regular
 
 __all__ = [
     "Card",
@@ -140,10 +142,10 @@ def license_of(folder: Path) -> str | None:
     if not card.is_file():
         return None
     try:
-        with card.open(encoding="utf-8") as file:
-            found = _FRONT_MATTER.match(file.read(_LONGEST_HEAD))
+        with open_regular(card, what="the base's card", error=ModelError) as file:
+            found = _FRONT_MATTER.match(file.read(_LONGEST_HEAD).decode("utf-8", "ignore"))
         data = parse_yaml(found[1]) if found else None
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+    except (OSError, ModelError, yaml.YAMLError):
         return None
     name = data.get("license") if isinstance(data, dict) else None
     return name if isinstance(name, str) and re.fullmatch(r"[\w.+-]+", name) else None

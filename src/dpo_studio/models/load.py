@@ -35,6 +35,7 @@ from dpo_studio.models.sizes import Shapes, check_model_size, check_numbers, ten
 from dpo_studio.models.tokenizer_settings import read_tokenizer
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.paths import user_path
+from dpo_studio.reading import open_regular
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = [
@@ -337,19 +338,24 @@ def weights_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for config in (folder / name for name in ("config.json", "quantize_config.json", "adapter_config.json")):
         if config.is_file():
-            digest.update(f"{config.name}:".encode() + hashlib.sha256(config.read_bytes()).digest())
+            digest.update(f"{config.name}:".encode() + _digest(config))
     files = weights_of(folder, folder.name)
     if (index := folder / INDEX).is_file() and [file.name for file in files] != ["model.safetensors"]:
-        digest.update(f"{index.name}:".encode() + hashlib.sha256(index.read_bytes()).digest())
+        digest.update(f"{index.name}:".encode() + _digest(index))
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
-        with file.open("rb") as data:
+        with open_regular(file, what="weights", error=ModelError) as data:
             digest.update(data.read(8 + min(int.from_bytes(data.read(8), "little"), size)))
             for sample in range(64):
                 data.seek(sample * max(0, size - 4096) // 63)
                 digest.update(data.read(4096))
     return digest.hexdigest()
+
+
+def _digest(file: Path) -> bytes:
+    with open_regular(file, what="settings", error=ModelError) as content:
+        return hashlib.file_digest(content, "sha256").digest()  # type: ignore[arg-type]  # a BufferedReader
 
 
 def load_weights(kind: Any, folder: Path, dtype: torch.dtype, attention: str | None, name: str) -> PreTrainedModel:

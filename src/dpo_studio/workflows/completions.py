@@ -11,15 +11,20 @@ from typing import Any
 
 import torch
 
+from dpo_studio.errors import RunError
 from dpo_studio.evaluation.generation import generate
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.load import weights_fingerprint
 from dpo_studio.preferences.pair import Message
+from dpo_studio.reading import parse_json, read_text
 from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.loading import Loaded
 from dpo_studio.writing import write_atomically
 
 __all__ = ["Speaker"]
+
+_LARGEST = 1 << 30
+"""Bytes: 10,000 prompts with eight answers of 4,096 tokens, text and ids, take half of it."""
 
 
 class Speaker:
@@ -96,9 +101,10 @@ def _line(answer: Completion) -> dict[str, Any]:
 def _read(file: Path, count: int) -> list[Completion] | None:
     """The answers of a file, None if it is not there or not what was written."""
     try:
-        rows: list[dict[str, Any]] = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+        lines = read_text(file, what="kept answers", limit=_LARGEST, error=RunError).splitlines()
+        rows: list[dict[str, Any]] = [parse_json(line, what=file.name, error=RunError) for line in lines]
         found = [Completion(**(row | {"ids": tuple(row["ids"])})) for row in rows]
-    except (OSError, ValueError, TypeError, KeyError):
+    except (RunError, TypeError, KeyError):
         return None
     return found if len(found) == count and all(map(_is_whole, found)) else None
 
