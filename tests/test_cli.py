@@ -299,11 +299,12 @@ def test_what_else_a_recipe_names_is_looked_at_before_any_weights(
     monkeypatch.setattr(training, "load_chat_model", lambda *_, **__: pytest.fail("the base was loaded"))
     other = tiny_folder(tmp_path / "other", family="qwen3")
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, adapter=None)
+    (empty := tmp_path / "empty").mkdir()
     for change, words in (
         (f"model.adapter={tmp_path}/no", f"{tmp_path}/no holds no adapter"),
         (f"reference.adapter={tmp_path}/no", f"{tmp_path}/no holds no adapter"),
         (f"reference.model={tmp_path}/no", f"no such model folder: {tmp_path}/no"),
-        (f"reference.model={tmp_path}", "has no config.json"),
+        (f"reference.model={empty}", "has no config.json"),
         (f"reference.model={other}", f"reference.model {other} has another vocabulary than {tiny_base}"),
     ):
         refused(dpo("train", recipe, *more, "--set", change), words)

@@ -145,7 +145,7 @@ def test_no_part_of_a_run_is_a_link_that_leads_out(run: Path, tmp_path: Path, pa
 def test_no_part_of_a_run_is_a_pipe(run: Path, part: str) -> None:
     (run / part).unlink(missing_ok=True)
     os.mkfifo(run / part)
-    assert "is no file" in refusal(RunFolder(run).recipe).message
+    assert "is a named pipe" in refusal(RunFolder(run).recipe).message
 
 
 def test_links_within_a_run_and_to_a_whole_run_are_fine(run: Path, tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_card_shows_numbers_that_are_numbers(run: Path, tmp_path: Path, value:
         assert "held-out accuracy" not in adapter_card(tmp_path / "out", "a/b", recipe, 2, finished).text()
     sound = {"accuracy": 0.5, "accuracy_ci95": [0.25, 0.75]}
     card = adapter_card(tmp_path / "out", "a/b", recipe, 2, sound).text()
-    assert "held-out accuracy 0.500 (95 % interval 0.250 to 0.750)" in card
+    assert "held-out accuracy 50 % (95 % interval 25 % to 75 %)" in card
 
 
 @pytest.mark.parametrize("key", ["date", "template", "tokenizer", "train", "held_out"])

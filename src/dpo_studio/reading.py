@@ -23,16 +23,15 @@ from typing import Any, BinaryIO, NoReturn
 from dpo_studio.errors import DataError, DPOStudioError
 
 __all__ = [
-    *(
-        "input_text",
-        "is_own_stream",
-        "open_input",
-        "open_regular",
-        "parse_json",
-        "read_bytes",
-        "read_json",
-        "read_text",
-    ),
+    "input_text",
+    "is_own_stream",
+    "kind_of_file",
+    "open_input",
+    "open_regular",
+    "parse_json",
+    "read_bytes",
+    "read_json",
+    "read_text",
     "shown_path",
 ]
 
@@ -86,7 +85,7 @@ def open_regular(path: str | os.PathLike[str], *, what: str, error: type[DPOStud
     if not stat.S_ISREG(kind):
         os.close(descriptor)
         hint = None if stat.S_ISDIR(kind) else _ONLY_FILES
-        raise error(f"{what}: {shown_path(path)} is {_named(kind)}, not a file", hint=hint)
+        raise error(f"{what}: {shown_path(path)} is {kind_of_file(kind)}, not a file", hint=hint)
     return open(descriptor, "rb")  # noqa: PTH123 - what was looked at, not a name
 
 
@@ -152,7 +151,7 @@ def _kept(number: int, what: str, error: type[DPOStudioError]) -> _Kept:
         if stat.S_ISREG(status.st_mode):
             _STREAMS[key] = os.dup(number), os.lseek(number, 0, os.SEEK_CUR)
         elif not (stat.S_ISFIFO(status.st_mode) or stat.S_ISSOCK(status.st_mode) or _ends(number, status)):
-            raise error(f"{what} is {_named(status.st_mode)}, not a file, pipe or terminal")
+            raise error(f"{what} is {kind_of_file(status.st_mode)}, not a file, pipe or terminal")
         else:
             _STREAMS[key] = _copied(number, what, error), 0
     return _Kept(*_STREAMS[key])
@@ -183,7 +182,8 @@ def _next_piece(number: int, what: str, error: type[DPOStudioError]) -> bytes:
     return os.read(number, _PIECE)
 
 
-def _named(mode: int) -> str:
+def kind_of_file(mode: int) -> str:
+    """`a named pipe`, `a device`, `a socket`, `a folder`: of an `st_mode`, for a message."""
     return next((name for is_one, name in _KINDS if is_one(mode)), "something else")
 
 
@@ -213,7 +213,7 @@ def read_bytes(
 
 def _content(file: BinaryIO, path: str | os.PathLike[str], what: str, limit: int, error: type[DPOStudioError]) -> bytes:
     try:
-        size = os.fstat(file.fileno()).st_size  # a gigabyte need not be read to be known as too much
+        size = _size(file)  # a gigabyte need not be read to be known as too much
         content: bytes | None = file.read(limit + 1) if size <= limit else b""
     except OSError as failure:
         _refuse(path, what, failure, error)
@@ -222,6 +222,14 @@ def _content(file: BinaryIO, path: str | os.PathLike[str], what: str, limit: int
     if max(size, len(content)) > limit:  # a pipe says 0, and a file may grow
         raise error(f"{what}: {shown_path(path)} is over {limit:,} bytes", hint="is this the file that was meant?")
     return content
+
+
+def _size(file: BinaryIO) -> int:
+    """Bytes that the file says it has, 0 of a stream that was kept."""
+    try:
+        return os.fstat(file.fileno()).st_size
+    except io.UnsupportedOperation:
+        return 0
 
 
 def read_text(path: str | os.PathLike[str], *, what: str, limit: int, error: type[DPOStudioError] = DataError) -> str:

@@ -37,7 +37,7 @@ from dpo_studio.disk import sync
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.lock import LOCK
 from dpo_studio.models.scan import where_files_may_be
-from dpo_studio.reading import parse_json, read_bytes, read_text
+from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
 from dpo_studio.writing import UNFINISHED, make_folder, write_atomically
 
 __all__ = ["RunFolder", "is_run"]
@@ -124,7 +124,10 @@ class RunFolder:
             if path.is_dir():
                 waiting += path.iterdir()
             elif path.exists() and not path.is_file():
-                raise RunError(f"{path} is no file", hint="a device or a pipe in a run folder is no accident")
+                kind = kind_of_file(path.stat().st_mode)
+                raise RunError(
+                    f"{path} is {kind}, not a file", hint="a device or a pipe in a run folder is no accident"
+                )
 
     def result(self) -> dict[str, Any] | None:
         """What the finished run reported, None before that."""
