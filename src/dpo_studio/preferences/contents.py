@@ -10,6 +10,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 
 __all__ = ["chat_written_as_text", "is_empty", "strange_in_message", "strange_in_row", "weight_of"]
 
@@ -54,7 +55,8 @@ def is_empty(value: object) -> bool:
     if value is None or (isinstance(value, float) and math.isnan(value)):
         return True
     if isinstance(value, str):
-        return value.strip().lower() in _EMPTY_TEXTS
+        text = value.strip()
+        return len(text) <= 4 and text.lower() in _EMPTY_TEXTS
     if isinstance(value, dict):  # Arrow gives every row the columns of all: {"enable_thinking": None}
         return all(map(is_empty, value.values()))
     return isinstance(value, list) and all(map(is_empty, value))
@@ -79,8 +81,10 @@ def _holds(value: object) -> bool:
 def strange_in_message(message: Mapping[str, object], role: str) -> str | None:
     """The first field of a message that a server would render and we do not, in words; None where there is none."""
     for name, value in message.items():
+        if name in ("role", "content"):
+            continue
         plain = _plain(name)
-        if _holds(value) and (plain in _PLAIN_MESSAGE or (role == "tool" and name in _TOOL_TURN)):
+        if (plain in _PLAIN_MESSAGE or (role == "tool" and name in _TOOL_TURN)) and _holds(value):
             what = "tool calls" if name in ("tool_calls", "function_call") else name
             return f"has a message with {what}, which are not supported"
         if plain in _TRAINED and weight_of(value) == 0:
@@ -89,8 +93,13 @@ def strange_in_message(message: Mapping[str, object], role: str) -> str | None:
 
 
 def _plain(name: object) -> str:
-    """A field's name however it is written: `reasoningContent`, `Reasoning-Content`."""
-    return re.sub(r"[^a-z]", "", name.lower()) if isinstance(name, str) else ""
+    """A field's name however it is written: `reasoningContent`, `Reasoning-Content`; none is over 64 characters."""
+    return _letters(name) if isinstance(name, str) and len(name) <= 64 else ""
+
+
+@lru_cache(4096)
+def _letters(name: str) -> str:
+    return re.sub(r"[^a-z]", "", name.lower())
 
 
 _PLAIN_ROW, _PLAIN_MESSAGE, _PLAIN_SETTINGS = (
