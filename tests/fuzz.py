@@ -140,6 +140,7 @@ def _model(name: str) -> list[Reader]:
 
 
 def _run_readers() -> dict[str, list[Reader]]:
+    from dpo_studio.learning.checkpoints import newest_checkpoint
     from dpo_studio.reports.facts import read_run
     from dpo_studio.reports.health import health_of
     from dpo_studio.runs import RunFolder
@@ -166,13 +167,14 @@ def _run_readers() -> dict[str, list[Reader]]:
         "run/metrics.jsonl": lines("metrics.jsonl"),
         "run/timing.jsonl": lines("timing.jsonl"),
         "run/data.json": [of(date_of), of(recipe_of)],
+        "run/checkpoints/step-4/manifest.json": [of(lambda run: newest_checkpoint(run.checkpoints))],
+        "run/checkpoints/step-4/state.json": [of(lambda run: newest_checkpoint(run.checkpoints))],
     }
 
 
 def readers() -> dict[str, list[Reader]]:
     """Every file that is mutated, and what reads it."""
     from dpo_studio.config import load_recipe
-    from dpo_studio.learning.checkpoints import newest_checkpoint
     from dpo_studio.models.adapters import read_adapter_config
     from dpo_studio.models.scan import scan_folder
 
@@ -188,8 +190,6 @@ def readers() -> dict[str, list[Reader]]:
         "run/adapter/adapter_config.json": adapter,
         "r.yaml": [lambda case: load_recipe(case / "r.yaml")],
         **_run_readers(),
-        "run/checkpoints/step-4/manifest.json": [lambda case: newest_checkpoint(case / "run" / "checkpoints")],
-        "run/checkpoints/step-4/state.json": [lambda case: newest_checkpoint(case / "run" / "checkpoints")],
     }
 
 

@@ -61,5 +61,5 @@ def test_files_of_another_shape_are_named(tmp_path: Path) -> None:
 
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     (tmp_path / "result.json").mkdir()
-    with pytest.raises(RunError, match=r"result\.json: cannot be read"):
+    with pytest.raises(RunError, match=r"result\.json is a folder, not a file"):
         read_run(tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import random
 import re
 from html.parser import HTMLParser
@@ -284,31 +285,30 @@ def test_the_first_ten_answers_are_shown_whoever_won(demo: tuple[str, Page]) -> 
 
 def hostile_run(folder: Path) -> Path:
     """Every text of data, model or person is hostile, keys and metric names included."""
-    result = TRAINED | COMPARED | {HOSTILE: 1.5, "refused": {HOSTILE: 1}, "encoding": {HOSTILE: HOSTILE}}
+    plain = HOSTILE.replace("\ud800", "")  # JSON with half a character is left out whole
+    result = TRAINED | COMPARED | {plain: 1.5, "refused": {plain: 1}, "encoding": {plain: plain}}
     texts = ("judge", "judge_description", "showcase_prompt", "base_answer", "tuned_answer")
-    write_run(folder, result | dict.fromkeys(texts, HOSTILE))
-    answer = {"text": HOSTILE, "ended": False, "tokens": 9}
-    row = {"prompt": HOSTILE, "base": answer, "tuned": answer, "winner": HOSTILE, "reason": HOSTILE}
-    dialogue = row | {"prompt": [{"role": HOSTILE, "content": HOSTILE}]}
+    write_run(folder, result | dict.fromkeys(texts, plain))
+    answer = {"text": plain, "ended": False, "tokens": 9}
+    row = {"prompt": plain, "base": answer, "tuned": answer, "winner": plain, "reason": plain}
+    dialogue = row | {"prompt": [{"role": plain, "content": plain}]}
     (folder / "evaluation" / "answers.jsonl").write_text(lines([row, dialogue]))
-    (folder / "metrics.jsonl").write_text(lines([{"step": 0, HOSTILE: 1.0, "loss": 0.6}, {"step": 1, HOSTILE: 2.0}]))
-    plain = HOSTILE.replace("\ud800", "")
+    (folder / "metrics.jsonl").write_text(lines([{"step": 0, plain: 1.0, "loss": 0.6}, {"step": 1, plain: 2.0}]))
     recipe = {
         "model": {"path": plain, plain: plain},
         "objective": {"kind": plain, "beta": plain},
         plain: {plain: [plain]},
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    (folder / "environment.json").write_text(
-        json.dumps({"date": HOSTILE, "versions": {"dpo-studio": HOSTILE}, HOSTILE: 1})
-    )
+    (folder / "environment.json").write_text(json.dumps({"date": plain, "versions": {"dpo-studio": plain}, plain: 1}))
     return folder
 
 
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     html, page = report(hostile_run(tmp_path / "<b>&amp;run"))
     assert not {"script", "img"} & set(page.elements)
-    assert page.elements.count("b") == page.elements.count("li"), "only our own bold words"
+    items = html.count("<li>") - html.count("<li><a ")  # those of the contents are links
+    assert page.elements.count("b") == items, "only our own bold words"
     assert not [name for _, name, _ in page.attributes if name.startswith("on") or name == "src"]
     assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", html)
     assert "<script>alert(1)</script>" in page.text
@@ -402,10 +402,10 @@ def test_a_failed_write_keeps_the_old_page(tmp_path: Path, monkeypatch: pytest.M
     run = write_run(tmp_path / "run", TRAINED)
     first = write_report(run).read_bytes()
 
-    def full(path: Path, data: bytes) -> int:
+    def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match="No space left on device"):
         write_report(run)
     assert (run / "report.html").read_bytes() == first

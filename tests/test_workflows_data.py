@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -190,17 +189,14 @@ def test_one_prompt_cannot_be_split(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
 def test_a_conversion_that_is_ended_leaves_no_half_file(number: signal.Signals, tmp_path: Path) -> None:
-    """A real process, ended while it reads a pipe that has no end yet; only SIGKILL leaves its scratch files behind."""
-    pipe, out = tmp_path / "in.jsonl", tmp_path / "pairs.jsonl"
-    os.mkfifo(pipe)
+    """A real process, ended in the middle of 300,000 rows; only SIGKILL leaves its scratch files behind."""
+    source, out = tmp_path / "in.jsonl", tmp_path / "pairs.jsonl"
+    source.write_text("".join(f'{{"prompt": "q{n}", "chosen": "a", "rejected": "b"}}\n' for n in range(300_000)))
     out.write_text("mine")
     code = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
     code += "from dpo_studio.cli import main; main()"
-    command = [sys.executable, "-c", code, "data", "convert", str(pipe), str(out), "--overwrite"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process, pipe.open("w") as stream:
-        for n in range(5000):
-            stream.write(json.dumps({"prompt": f"q{n}", "chosen": "a", "rejected": "b"}) + "\n")
-        stream.flush()
+    command = [sys.executable, "-c", code, "data", "convert", str(source), str(out), "--overwrite"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         deadline = time.monotonic() + 30
         while not any(file.stat().st_size for file in tmp_path.glob(".pairs.jsonl.*")):
             assert time.monotonic() < deadline

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,8 @@ def test_the_demo_leaves_its_numbers_its_answers_and_a_report(tiny_demo: Path) -
     said, result = run(tiny_demo)
     assert said.code == 0
     assert said.out.splitlines()[-1] == str(tiny_demo / "report.html")
-    assert said.out.startswith(f"win rate {result['win_rate']:.2f}")
+    shown = re.match(r"win rate ([\d.]+) % ", said.out)
+    assert shown and float(shown[1]) == pytest.approx(100 * result["win_rate"], abs=0.5)
     assert result.keys() >= PROMISED
     assert result["kind"] == "demo"
     assert result["wins"] + result["ties"] + result["losses"] == result["n"] == result["held_out_pairs"]

@@ -232,7 +232,7 @@ def test_what_is_no_run_is_told_so(tiny_base: Path, tmp_path: Path) -> None:
     ("arguments", "part"),
     [
         ([], "Missing option"),
-        (["--to", "gguf"], "'gguf' is not one of adapter, merged, gptq"),
+        (["--to", "gguf"], "'gguf' is not one of 'adapter', 'merged', 'gptq'"),
         (["--to", "gptq", "--bits", "5"], "'5' is not one of"),
         (["--to", "gptq", "--group-size", "x"], "neither auto nor a number"),
         (["--to", "gptq", "--group-size", "0"], "neither auto nor a number"),

@@ -214,7 +214,7 @@ def test_plain_pairs_and_a_rule_of_the_users_own(tmp_path: Path) -> None:
     result = json.loads(said.out)
     assert (result["judge"], result["agreement"], result["longer_wins"]["agreement"]) == ("rules:even", 0.75, 1.0)
     said = dpo("judge", "check", pairs, "--judge", f"{rules}:first")
-    assert "the answer shown first was preferred 1.000 of the time" in said.out
+    assert "the answer shown first was preferred in 100 %" in said.out
     assert "the orders disagree on 10 of 10" in said.out
     said = dpo("judge", "check", pairs, "--judge", f"{rules}:broken")
     assert said.code == 1

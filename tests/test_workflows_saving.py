@@ -252,7 +252,7 @@ def test_a_link_out_of_the_run_folder_is_refused(recipe: Path, tmp_path: Path, n
 
 
 def test_nothing_is_removed_that_the_run_did_not_write(recipe: Path, tmp_path: Path) -> None:
-    """Old checkpoints go, but not one with a note in it, nor what links in their place lead to."""
+    """Old checkpoints go, but not one with a note in it, nor what links lead to: a run with such a link is refused."""
     folder, elsewhere = tmp_path / "run/checkpoints", tmp_path / "elsewhere"
     assert dpo("train", recipe, "--set", "training.save_every=1", "--set", "training.max_steps=1").code == 0
     (folder / "step-1/note.txt").write_text("mine")
@@ -261,10 +261,13 @@ def test_nothing_is_removed_that_the_run_did_not_write(recipe: Path, tmp_path: P
     (folder / "step-0").symlink_to(elsewhere)
     (folder / "step-77").symlink_to(elsewhere)
     (folder / ".writing-step-2").symlink_to(elsewhere)
+    refused(dpo("train", recipe), "is a link that leads out of the run")
+    for name in ("step-0", "step-77", ".writing-step-2"):
+        (folder / name).unlink()
     refused(dpo("train", recipe), "step-1 is damaged or incomplete and is passed over: note.txt was not", code=0)
     assert (folder / "step-1/note.txt").read_text() == "mine"
     assert (elsewhere / "precious").read_text() == "mine"
-    assert {path.name for path in folder.iterdir() if not path.is_symlink()} == {"step-1", "step-2", "step-4"}
+    assert {path.name for path in folder.iterdir()} == {"step-1", "step-2", "step-4"}
 
 
 # A damaged checkpoint

@@ -217,7 +217,7 @@ def test_a_file_of_prompts_is_answered_line_by_line(kind: str, loaded: Loaded, t
 def test_what_is_no_file_of_prompts_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     (tmp_path / "wrong.jsonl").write_text('{"prompt": "a"}\n{"ask": "b"}\n')
     (tmp_path / "empty.txt").write_text("\n \n")
-    for name, words in (("wrong.jsonl", "line 2"), ("empty.txt", "no prompt"), ("none.txt", "cannot be read")):
+    for name, words in (("wrong.jsonl", "line 2"), ("empty.txt", "no prompt"), ("none.txt", "no such file")):
         said = dpo("generate", tiny_base, "--prompts", tmp_path / name)
         assert said.code == 1 and words in said.err
     both = dpo("generate", tiny_base, "--prompt", "x", "--prompts", tmp_path / "empty.txt")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import random
 import signal
 import sys
-from collections.abc import Iterable, Sequence
-from contextlib import redirect_stderr, redirect_stdout
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,7 @@ def dpo(*arguments: object, stdin: str = "") -> Said:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     code: object = 0
     with (
+        _given(stdin),
         redirect_stdout(out),
         redirect_stderr(err),
         patch.object(sys, "argv", ["dpo", *map(str, arguments)]),
@@ -58,6 +61,24 @@ def dpo(*arguments: object, stdin: str = "") -> Said:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
     return Said(code if isinstance(code, int) else int(code is not None), out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def _given(text: str) -> Iterator[None]:
+    """Inside, the process's own stdin has the text, for what reads it by its number."""
+    if not text:
+        yield
+        return
+    before = os.dup(0)
+    with tempfile.TemporaryFile() as file:
+        file.write(text.encode())
+        file.seek(0)
+        os.dup2(file.fileno(), 0)
+    try:
+        yield
+    finally:
+        os.dup2(before, 0)
+        os.close(before)
 
 
 def tiny_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:

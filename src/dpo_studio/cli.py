@@ -442,7 +442,8 @@ def _wrong_usage(error: Any) -> None:
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)
     command = error.ctx.command_path if getattr(error, "ctx", None) is not None else "dpo"
-    _die(f"{error.format_message()}\n  hint: `{command} --help` lists what there is", 2)
+    message = error.format_message().replace("Value error, ", "")  # pydantic's, of a choice that is none
+    _die(f"{message}\n  hint: `{command} --help` lists what there is", 2)
 
 
 def _die(message: str, code: int) -> None:

@@ -174,7 +174,8 @@ def _format(section: SourceSection, first: list[object]) -> tuple[str, Parser]:
     rows = [row for row in first if isinstance(row, dict)]
     if bad := [row.reason for row in first if isinstance(row, BadRow)] if not rows else []:
         counts = "; ".join(f"{count} x {reason}" for reason, count in Counter(bad).most_common(5))
-        raise DataError(f"{section.source}: none of its first {len(first)} rows can be used: {counts}")
+        message = f"{section.source}: none of its first {len(first)} rows can be used: {counts}"
+        raise DataError(message, hint="is this a file of pairs, one a row?")
     if not rows:
         raise DataError(f"{section.source}: its rows are not JSON objects", hint=f"expected {_EXPECTED}")
     if section.map or section.label or section.format == "mapped":
