@@ -155,6 +155,7 @@ def test_the_benchmark_runs_end_to_end(tmp_path: Path) -> None:
     assert plots.table(record).count("\n") == 3
 
 
+@pytest.mark.slow
 def test_a_gptq_base_is_measured_end_to_end(tmp_path: Path) -> None:
     """Every kind of base begins at ln 2; what a CPU cannot do says why; the last lines are the ratios."""
     systems = "ours-live,packed-live,packed-cached,fp8-live"
@@ -174,6 +175,7 @@ def test_a_gptq_base_is_measured_end_to_end(tmp_path: Path) -> None:
     assert "| DPO Studio | GPTQ base, reference in the step |" in plots.table(record)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not (find_spec("gptqmodel") and find_spec("optimum")), reason="needs gptqmodel and optimum")
 def test_gptqmodel_is_measured_end_to_end(tmp_path: Path) -> None:
     """TRL on gptqmodel's layers begins at ln 2 as well. Its layers compile their own dequantising: half a minute."""

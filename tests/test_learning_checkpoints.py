@@ -91,7 +91,9 @@ def left_behind(folder: Path) -> dict[str, bytes]:
     return {str(file.relative_to(folder)): file.read_bytes() for file in files}
 
 
-@pytest.mark.parametrize("reference", ["mode=cached", "mode=live", "update_every=1", "update_every=4"])
+@pytest.mark.parametrize(
+    "reference", ["mode=cached", "mode=live", pytest.param("update_every=1", marks=pytest.mark.slow), "update_every=4"]
+)
 def test_stopping_and_continuing_changes_no_bit(recipe: Path, through: Path, tmp_path: Path, reference: str) -> None:
     """Stopped after step 3 (in the first epoch, no multiple of save_every), after 4 (the epoch's end), after 6 (in the
     second epoch), then to the end. A reference that moves: every step, so that ranks are cut on both sides of a
@@ -287,6 +289,7 @@ def test_only_the_newest_two_stay(through: Path) -> None:
     assert names(through / "checkpoints") == ["step-6", "step-8"]
 
 
+@pytest.mark.slow
 def test_ctrl_c_on_a_real_command_leaves_a_checkpoint_and_the_same_command_ends_as_if_nothing_had_been(
     recipe: Path, tmp_path: Path
 ) -> None:

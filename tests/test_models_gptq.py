@@ -232,7 +232,12 @@ def test_weights_held_for_a_while_change_no_bit(gptq_base: Path) -> None:
     assert weight_count(model) == sum(p.numel() for p in plain_dense(gptq_base).parameters())
 
 
-@pytest.mark.parametrize("architecture", ["llama-tied", "mistral-window", "qwen2", "qwen3", "gemma3"])
+SLOW_FAMILIES = ["llama-tied", "mistral-window", "qwen2", "qwen3"]
+
+
+@pytest.mark.parametrize(
+    "architecture", [*(pytest.param(name, marks=pytest.mark.slow) for name in SLOW_FAMILIES), "gemma3"]
+)
 def test_other_families_and_act_order_compute_what_the_dense_model_does(architecture: str, tmp_path: Path) -> None:
     """Tied embeddings, biases (Qwen2), norms inside attention (Qwen3), scaled embeddings (Gemma-3)."""
     folder = packed_folder(tmp_path, "desc_act=1", "sym=0", "checkpoint_format=gptq_v2", architecture=architecture)

@@ -114,6 +114,7 @@ def test_compiled_layers_are_the_plain_ones() -> None:
             torch.testing.assert_close(anew[name], gradient, rtol=0, atol=1e-4 * largest, msg=name)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_in_bf16_a_policy_that_has_not_moved_is_its_reference() -> None:
@@ -133,6 +134,7 @@ def test_compiled_in_bf16_a_policy_that_has_not_moved_is_its_reference() -> None
     assert torch.equal(logps.rejected_P, reference.rejected_P)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_drop_out_alike_with_a_gradient_and_without() -> None:
