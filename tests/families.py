@@ -168,7 +168,7 @@ FAMILIES: dict[str, Family] = {
     "gptj": Family("gptj"),
     "bloom": Family("bloom", refused="ALiBi"),
     "mpt": Family("mpt", {"d_model": 48, "n_heads": 4, "n_layers": 2}, "ALiBi"),
-    "stablelm": Family("stablelm"),
+    "stablelm": Family("stablelm", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}),
     "starcoder2": Family("starcoder2"),
     "smollm3": Family("smollm3", {"no_rope_layers": [1, 0]}),
     "glm": Family("glm"),
