@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.source_names import name_of
+
 SOURCE = Path(__file__).parent.parent / "src" / "dpo_studio"
 GATE = frozenset({"writing.py"})
 
@@ -84,16 +86,6 @@ METHODS = frozenset(
         *("chmod", "save_pretrained", "savefig", "to_csv", "to_json", "to_parquet", "extract", "extractall", "tofile"),
     )
 )
-
-
-def name_of(node: ast.AST) -> str:
-    """`a.b` of a call's function; `.b` alone where it hangs on a value."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        before = name_of(node.value)
-        return f"{before}.{node.attr}" if before else f".{node.attr}"
-    return ""
 
 
 def writes(text: str) -> Iterator[tuple[str, int]]:

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.source_names import name_of
+
 ROOT = Path(__file__).parent.parent
 SOURCE = sorted((ROOT / "src").rglob("*.py"))
 ALL = sorted(file for folder in ("src", "scripts", "benchmarks") for file in (ROOT / folder).rglob("*.py"))
@@ -40,16 +42,6 @@ KEYWORDS = {
 }
 IMPORTERS = frozenset({"src/dpo_studio/__init__.py", "src/dpo_studio/preferences/files.py"})
 """They import by name: our own modules and pyarrow's, by names that are written in the file."""
-
-
-def name_of(node: ast.AST) -> str:
-    """`a.b.c` of a call's function; the last part alone where it hangs on a value."""
-    if isinstance(node, ast.Name):
-        return node.id
-    if isinstance(node, ast.Attribute):
-        before = name_of(node.value)
-        return f"{before}.{node.attr}" if before else f".{node.attr}"
-    return ""
 
 
 def findings(text: str, file: str = "x.py") -> Iterator[str]:

@@ -426,17 +426,13 @@ def _read_yaml(file: Path) -> dict[str, Any]:
     try:
         raw = parse_yaml(content.decode("utf-8-sig"))
     except UnicodeDecodeError:
-        raise RecipeError(
-            f"{shown_path(file)} is not UTF-8 text", hint="a recipe is a YAML file; is this the one?"
-        ) from None
+        raise RecipeError(f"{shown} is not UTF-8 text", hint="a recipe is a YAML file; is this the one?") from None
     except yaml.YAMLError as error:
         raise RecipeError(f"{shown} is not valid YAML: {_one_line(error)}") from None
     if isinstance(raw, list) and raw and all(isinstance(row, dict) for row in raw):
         raise _data_for_a_recipe(file)
     if not isinstance(raw, dict):
-        raise RecipeError(
-            f"{shown_path(file)} holds no recipe", hint="it needs at least model.path and data.train.source"
-        )
+        raise RecipeError(f"{shown} holds no recipe", hint="it needs at least model.path and data.train.source")
     return raw
 
 

@@ -10,6 +10,7 @@ reader, with limits.
 from __future__ import annotations
 
 import errno
+import hashlib
 import io
 import json
 import math
@@ -32,6 +33,7 @@ __all__ = [
     "read_bytes",
     "read_json",
     "read_text",
+    "sha256_of",
     "shown_path",
 ]
 
@@ -230,6 +232,19 @@ def _size(file: BinaryIO) -> int:
         return os.fstat(file.fileno()).st_size
     except io.UnsupportedOperation:
         return 0
+
+
+def sha256_of(path: str | os.PathLike[str], *, what: str, error: type[DPOStudioError] = DataError) -> bytes:
+    """The sha256 of a regular file of any size, read a MiB at a time.
+
+    Raises:
+        DPOStudioError: as `open_regular`.
+    """
+    digest = hashlib.sha256()
+    with open_regular(path, what=what, error=error) as file:
+        while block := file.read(_PIECE):
+            digest.update(block)
+    return digest.digest()
 
 
 def read_text(path: str | os.PathLike[str], *, what: str, limit: int, error: type[DPOStudioError] = DataError) -> str:

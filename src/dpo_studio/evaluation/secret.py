@@ -36,10 +36,6 @@ class Secret:
         self._pattern = _pattern(self._pieces) if self._pieces else None
         self._plain = [plain for piece in self._pieces for plain in (piece.lower(), *_encoded(piece))]
 
-    def cut(self, text: str) -> str:
-        """The text with the key cut out."""
-        return self._pattern.sub(_CUT, text) if self._pattern is not None and self._may_hold(text) else text
-
     def cut_everywhere(self, value: Any) -> Any:
         """A JSON value with the key cut out of every text and name in it, also where it is spread over several."""
         if self._pattern is None:

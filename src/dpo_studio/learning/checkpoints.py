@@ -10,7 +10,6 @@ checkpoints/step-50/
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import re
@@ -32,7 +31,7 @@ from dpo_studio.errors import RunError
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models.adapters import adapter_state, save_adapter
 from dpo_studio.models.moving import put_reference, reference_state
-from dpo_studio.reading import open_regular, read_json
+from dpo_studio.reading import read_json, sha256_of
 
 __all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint", "sweep"]
 
@@ -256,8 +255,4 @@ def _entry(file: Path) -> dict[str, Any]:
 
 
 def _sha256(path: Path) -> str:
-    with open_regular(path, what="file of a checkpoint", error=RunError) as data:
-        digest = hashlib.sha256()
-        while block := data.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()
+    return sha256_of(path, what="file of a checkpoint", error=RunError).hex()

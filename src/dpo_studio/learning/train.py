@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -215,11 +214,11 @@ def whole(policy: nn.Module, state: TrainingState) -> bool:
 def _taken(policy: nn.Module, state: TrainingState, means: dict[str, float], log_ratio: float) -> bool:
     """Let the optimizer step, or pass the step over: no number that is not finite reaches weights or averages."""
     if all(map(math.isfinite, (*means.values(), log_ratio))):
-        taken = False
-        with suppress(NonFiniteError):
+        try:
             state.advance(policy)
-            taken = True
-        if taken:
+        except NonFiniteError:
+            pass  # of the gradient alone: nothing was moved
+        else:
             if not whole(policy, state):  # the gradient was finite: it is the update, or its square, that is too large
                 rate = state.last["learning_rate"]
                 raise NonFiniteError(

@@ -123,9 +123,8 @@ def load_gptq(
     if quantization.checkpoint_format == "gptq" and not quantization.sym:
         say(f"{name}: asymmetric zero points in the old gptq format; tools have not agreed on it, gptq_v2 is safer")
     with _Shards(folder, name) as shards:
-        check_model_size(
-            AutoModelForCausalLM, _unquantised(config), tensor_shapes(weights_of(folder, name), name), name
-        )
+        config.__dict__.pop("quantization_config", None)  # else transformers would build its own packed layers
+        check_model_size(AutoModelForCausalLM, config, tensor_shapes(weights_of(folder, name), name), name)
         model = _skeleton(config, dtype, attention, name)
         reader = _Reader(shards, quantization, device, dtype, residency, compute, say)
         for prefix in sorted(key.removesuffix(".qweight") for key in shards.files if key.endswith(".qweight")):
@@ -197,11 +196,6 @@ class _Shards:
 
 
 _AGAIN = "is the download complete? fetch the model again"
-
-
-def _unquantised(config: Any) -> Any:
-    config.__dict__.pop("quantization_config", None)
-    return config
 
 
 def _skeleton(config: Any, dtype: torch.dtype, attention: str, name: str) -> PreTrainedModel:

@@ -35,7 +35,7 @@ from dpo_studio.models.sizes import Shapes, check_model_size, check_numbers, ten
 from dpo_studio.models.tokenizer_settings import read_tokenizer
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.paths import user_path
-from dpo_studio.reading import open_regular
+from dpo_studio.reading import open_regular, sha256_of
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = [
@@ -50,9 +50,8 @@ __all__ = [
     "weights_fingerprint",
 ]
 
-dynamic_module_utils.TIME_OUT_REMOTE_CODE = (
-    0  # transformers refuses code from a folder; by itself it asks on stdin first
-)
+# transformers refuses code from a folder; by itself it asks on stdin first
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"]
 """The last names the license, which an export's card repeats."""
@@ -338,10 +337,10 @@ def weights_fingerprint(folder: Path) -> str:
     digest = hashlib.sha256()
     for config in (folder / name for name in ("config.json", "quantize_config.json", "adapter_config.json")):
         if config.is_file():
-            digest.update(f"{config.name}:".encode() + _digest(config))
+            digest.update(f"{config.name}:".encode() + sha256_of(config, what="settings", error=ModelError))
     files = weights_of(folder, folder.name)
     if (index := folder / INDEX).is_file() and [file.name for file in files] != ["model.safetensors"]:
-        digest.update(f"{index.name}:".encode() + _digest(index))
+        digest.update(f"{index.name}:".encode() + sha256_of(index, what="settings", error=ModelError))
     for file in files:
         size = file.stat().st_size
         digest.update(f"{file.name}:{size}".encode())
@@ -351,11 +350,6 @@ def weights_fingerprint(folder: Path) -> str:
                 data.seek(sample * max(0, size - 4096) // 63)
                 digest.update(data.read(4096))
     return digest.hexdigest()
-
-
-def _digest(file: Path) -> bytes:
-    with open_regular(file, what="settings", error=ModelError) as content:
-        return hashlib.file_digest(content, "sha256").digest()  # type: ignore[arg-type]  # a BufferedReader
 
 
 def load_weights(kind: Any, folder: Path, dtype: torch.dtype, attention: str | None, name: str) -> PreTrainedModel:

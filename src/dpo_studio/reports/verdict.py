@@ -76,7 +76,7 @@ def evaluation_verdict(temperatures: Sequence[Mapping[str, Any]], against: str) 
     rates = [row["win_rate"] for row in temperatures]
     ends = [row["win_rate_ci95"] for row in temperatures]
     if len(rates) == 1:
-        won, at = percent(rates[0]), f"{interval_words(tuple(ends[0]))}"
+        won, at = percent(rates[0]), interval_words(tuple(ends[0]))
     else:
         won, at = f"{percent(min(rates))} to {percent(max(rates))}", f"by temperature, of {len(rates)}"
     sentence = f"The tuned model’s answers won {won} of the comparisons with those of {other} ({at})."
@@ -84,12 +84,16 @@ def evaluation_verdict(temperatures: Sequence[Mapping[str, Any]], against: str) 
     lies = "lies" if len(rates) == 1 else f"lies at {above or below} of {len(rates)} temperatures"
     equal = [row["length_controlled"] for row in temperatures]
     length = f" At equal length: {percent(min(equal))}" + (f" to {percent(max(equal))}." if len(rates) > 1 else ".")
-    if above and not below:
-        tone, label = ("better", "Better") if above == len(rates) else ("unclear", "Better at some temperatures")
-        return Verdict(tone, label, sentence, f"The 95 % interval {lies} above 50 %.{length}")  # type: ignore[arg-type]
-    if below and not above:
-        tone, label = ("worse", "Worse") if below == len(rates) else ("unclear", "Worse at some temperatures")
-        return Verdict(tone, label, sentence, f"The 95 % interval {lies} below 50 %.{length}")  # type: ignore[arg-type]
+    sides: tuple[tuple[int, str, Tone, str], ...] = (
+        (above, "above", "better", "Better"),
+        (below, "below", "worse", "Worse"),
+    )
+    for found, side, tone, label in sides:
+        if found and found == above + below:
+            meaning = f"The 95 % interval {lies} {side} 50 %.{length}"
+            if found < len(rates):
+                return Verdict("unclear", f"{label} at some temperatures", sentence, meaning)
+            return Verdict(tone, label, sentence, meaning)
     return Verdict("unclear", "Not shown to be better", sentence, _why_unclear((0.0, 1.0)) + length)
 
 

@@ -107,6 +107,7 @@ def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path, *,
     Tensors and settings are read and written again: what is in no tensor and in no setting of LoRA's stays here.
     """
     config = read_adapter_config(adapter)
+    known = config.to_dict()
     base = _typed_base(run, recipe)
     result: dict[str, Any] = {
         "to": "adapter",
@@ -122,9 +123,7 @@ def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path, *,
             place.result / "adapter_model.safetensors",
             metadata={"format": "pt"},
         )
-        raw = {
-            key: value for key, value in read_json(adapter / "adapter_config.json").items() if key in config.to_dict()
-        }
+        raw = {key: value for key, value in read_json(adapter / "adapter_config.json").items() if key in known}
         raw |= {
             "base_model_name_or_path": published_name(base),
             "revision": recipe.model.revision,

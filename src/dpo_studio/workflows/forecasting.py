@@ -10,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 
 from dpo_studio.config import Recipe
 from dpo_studio.models.load import choose_dtype, locate
+from dpo_studio.models.scan import weights_of
+from dpo_studio.models.sizes import tensor_shapes
 from dpo_studio.reports.text import duration
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import packed_tokens
@@ -48,17 +49,13 @@ def _multiplied(folder: Path) -> int | None:
 
     Of experts only some are taken for a token: none is counted.
     """
-    found = 0
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            for name in tensors.keys():  # noqa: SIM118 - it is no dict
-                part = tensors.get_slice(name)
-                if name.endswith(("qweight", "weight_packed")):
-                    return None
-                if len(part.get_shape()) == 2 and not any(word in name for word in (*_LOOKED_UP, "experts")):
-                    rows, columns = part.get_shape()
-                    found += rows * columns
-    return found
+    shapes = tensor_shapes(weights_of(folder, folder.name), folder.name)
+    if any(name.endswith(("qweight", "weight_packed")) for name in shapes):
+        return None
+    multiplied = (
+        shape for name, (_, shape) in shapes.items() if not any(word in name for word in (*_LOOKED_UP, "experts"))
+    )
+    return sum(shape[0] * shape[1] for shape in multiplied if len(shape) == 2)
 
 
 def _speed(dtype: torch.dtype, device: torch.device) -> float:
