@@ -19,7 +19,6 @@ import time
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from peft.tuners import lora
 from torch import nn
@@ -27,8 +26,9 @@ from transformers import AutoModelForCausalLM, MistralConfig
 
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.checkpoints import checkpoint_bytes, save_checkpoint
-from dpo_studio.learning.train import TrainingState
+from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.adapters import POLICY, adapter_state, attach
+from dpo_studio.policy.policy import Policy
 
 _FASTEST = 23.2
 """Pairs a second of a 7B on an H200, the fastest in docs/log.md: on anything slower a checkpoint is a smaller share."""
@@ -54,15 +54,15 @@ def main() -> None:
             state.step += 1
             rest(given.pause)
             started = time.perf_counter()
-            save_checkpoint(folder, policy, state, base="mistral", held_out_loss=0.5)
+            save_checkpoint(folder, Policy(policy), state, base="mistral", held_out_loss=0.5)
             seconds.append(time.perf_counter() - started)
             rest(given.pause)
-            raw.append(disk_alone(Path(scratch) / "raw", checkpoint_bytes(policy, state.reference)))
+            raw.append(disk_alone(Path(scratch) / "raw", checkpoint_bytes(Policy(policy), state.reference)))
     assert isinstance(section.save_every, int)
     between = section.save_every * section.pairs_per_step / given.pairs_per_second
     share = statistics.median(seconds) / between
     result = {
-        "gigabytes": checkpoint_bytes(policy, state.reference) / 1e9,
+        "gigabytes": checkpoint_bytes(Policy(policy), state.reference) / 1e9,
         "seconds": [round(x, 3) for x in seconds],
         "disk_alone_seconds": [round(x, 3) for x in raw],
         "seconds_between": round(between, 1),
@@ -91,7 +91,7 @@ def trained_policy(section: TrainingSection) -> tuple[PeftModel, TrainingState]:
                 linear.weight = nn.Parameter(torch.randn(linear.weight.shape))
     for p in adapter_state(policy).values():
         p.grad = torch.randn(p.shape)
-    state = TrainingState.fresh(policy, section, 1000, Accelerator(cpu=True))
+    state = TrainingState.fresh(Policy(policy), section, 1000)
     state.optimizer.step()
     state.optimizer.zero_grad(set_to_none=True)
     return policy, state

@@ -20,17 +20,18 @@ from typing import Any
 
 import torch
 import transformers
-from accelerate import Accelerator
 from peft import LoraConfig
 from transformers import PrinterCallback
 from trl import DPOConfig
 
 from dpo_studio.config import AdapterSection, ModelSection, SourceSection, TrainingSection
 from dpo_studio.learning.reference import reference_logps
-from dpo_studio.learning.train import TrainingState, train
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.learning.train import train
 from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.models.load import ChatModel, choose_dtype, load_chat_model
 from dpo_studio.objectives import DPO
+from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
 from dpo_studio.tokens.pack import Steps, packed_tokens
@@ -117,7 +118,7 @@ def our_seconds(model: str, pairs: Sequence[EncodedPair], precision: str) -> flo
     section = TrainingSection(pairs_per_step=PAIRS_PER_STEP, learning_rate=LEARNING_RATE)
     start = time.perf_counter()
     with as_reference(policy):
-        reference = reference_logps(policy, pairs, budget=TOKENS_PER_MICRO_BATCH, cache=None)
+        reference = reference_logps(policy, pairs, token_budget=TOKENS_PER_MICRO_BATCH, cache=None)
     steps = Steps(
         pairs,
         PAIRS_PER_STEP,
@@ -126,9 +127,9 @@ def our_seconds(model: str, pairs: Sequence[EncodedPair], precision: str) -> flo
         epochs=1,
         reference=lambda positions: reference.map(lambda logps_P: logps_P[list(positions)]),
     )
-    state = TrainingState.fresh(policy, section, steps.total, Accelerator(cpu=True))
+    state = TrainingState.fresh(Policy(policy), section, steps.total)
     train_mode(policy)
-    for _ in train(policy, steps, DPO(), state):
+    for _ in train(Policy(policy), steps, DPO(), state):
         pass
     return time.perf_counter() - start
 

@@ -18,13 +18,15 @@ from torch import nn
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import reference_logps
-from dpo_studio.learning.train import TrainingState, train
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.learning.train import train
 from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.models.attention import FLEX, PAIRS
 from dpo_studio.models.fp8 import device_obstacle, fp8_obstacle
 from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.objectives import DPO, PairLogps
+from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, fit, pack
 from jobs import Job, check_system
@@ -117,10 +119,10 @@ def _trained(job: Job, meter: Meter, shape: Shape, pairs: Sequence[EncodedPair],
             return [pair_logps(policy, batch) for batch in batches]
 
     accelerator = Accelerator(cpu=meter.device.type == "cpu")
-    state = TrainingState.fresh(policy, section, steps.total, accelerator)
+    state = TrainingState.fresh(Policy(policy), section, steps.total, accelerator)
     losses = []
     meter.begin()
-    for report in train(policy, steps, DPO(), state, None if cached else live):
+    for report in train(Policy(policy), steps, DPO(), state, None if cached else live):
         losses.append(report.metrics["loss"])
         unique = sum(unique_tokens(pairs[position]) for position in steps.pairs_of(report.step))
         if meter.note(report.pairs, unique, report.tokens):
@@ -152,7 +154,7 @@ class _Cached:
         with as_reference(policy):
             for some in (pairs[:half], pairs[half:]):
                 start = time.perf_counter()
-                parts.append(reference_logps(policy, some, budget=job.tokens_per_micro_batch, cache=None))
+                parts.append(reference_logps(policy, some, token_budget=job.tokens_per_micro_batch, cache=None))
                 synchronise(meter.device)
                 spent.append(time.perf_counter() - start)
         rest = sum(map(unique_tokens, pairs[half:])) / mean_unique_tokens(pairs)
@@ -175,14 +177,14 @@ class _Cached:
 class _Unshared(Steps):
     """The same pairs in the same steps, each answer behind its own copy of the prompt: what sharing saves."""
 
-    def micro_batches_of(self, step: int) -> list[MicroBatch]:
+    def micro_batches_of(self, step: int, token_budget: int | None = None) -> list[MicroBatch]:
         """The micro-batches of step number `step`."""
+        token_budget = token_budget or self.token_budget
         positions = self.pairs_of(step)
         lengths = [unique_tokens(self.pairs[place]) + len(self.pairs[place].prompt) - 2 for place in positions]
-        rows = [[positions[item] for item in row] for row in fit(lengths, self.tokens_per_micro_batch)]
+        rows = [[positions[item] for item in row] for row in fit(lengths, token_budget)]
         return [
-            replace(unshared_pack([self.pairs[place] for place in row], row), room=self.tokens_per_micro_batch)
-            for row in rows
+            replace(unshared_pack([self.pairs[place] for place in row], row), token_budget=token_budget) for row in rows
         ]
 
 

@@ -15,15 +15,16 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
-from accelerate import Accelerator
 
 from dpo_studio.config import TrainingSection
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.learning.memory import Room, plan_limit
-from dpo_studio.learning.train import TrainingState, train
+from dpo_studio.learning.memory import MemoryLimits, plan_limit
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.learning.train import train
 from dpo_studio.models.adapters import as_reference
 from dpo_studio.models.layers import compiled_layers
 from dpo_studio.objectives import DPO, PairLogps
+from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import MicroBatch, Steps
 from ours import our_policy
 from shapes import MIXES, SHAPES, random_pairs, shaped
@@ -59,11 +60,11 @@ def main() -> None:
         print(f"planned for {options.gib} GiB: {limit}", flush=True)
         steps = Steps(pairs, options.pairs_per_step, options.tokens or limit.tokens, 0, 1, options.steps)
         section = TrainingSection(pairs_per_step=options.pairs_per_step)
-        state = TrainingState.fresh(policy, section, options.steps, Accelerator())
+        state = TrainingState.fresh(Policy(policy), section, options.steps)
         torch.cuda.reset_peak_memory_stats()
         known = [] if options.tokens else [limit]
-        room = Room(policy, steps, known, lambda met: print(f"out of memory: {met}", flush=True))
-        for report in train(policy, steps, DPO(), state, live, room):
+        room = MemoryLimits(policy, steps, known, lambda met: print(f"out of memory: {met}", flush=True))
+        for report in train(Policy(policy), steps, DPO(), state, live, room):
             rate = report.pairs / report.seconds
             print(f"step {report.step}: loss {report.metrics['loss']:.4f}, {rate:.2f} pairs/s", flush=True)
     print(f"peak {torch.cuda.max_memory_reserved() / 2**30:.1f} GiB reserved of {options.gib}")

@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.reference import reference_logps
-from dpo_studio.learning.train import StepReport, TrainingState, train
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.learning.train import StepReport, train
 from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.objectives import PairLogps
+from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import Steps
 from tests.tiny_models import tiny_folder, tiny_model
@@ -122,7 +123,7 @@ def take_steps(
 ) -> Iterator[StepReport]:
     """Our loop as `dpo train` runs it, the reference known beforehand."""
     with as_reference(policy):
-        known = reference_logps(policy, pairs, budget=budget, cache=None)
+        known = reference_logps(policy, pairs, token_budget=budget, cache=None)
     plan = Steps(
         pairs,
         section.pairs_per_step,
@@ -133,8 +134,8 @@ def take_steps(
         lambda places: known.map(lambda x_P: x_P[list(places)]),
     )
     train_mode(policy)
-    state = TrainingState.fresh(policy, section, steps, Accelerator(cpu=True))
-    return train(policy, plan, objective, state)
+    state = TrainingState.fresh(Policy(policy), section, steps)
+    return train(Policy(policy), plan, objective, state)
 
 
 def write_pairs(file: Path, count: int, *, seed: int = 0) -> Path:

@@ -15,9 +15,9 @@ from transformers import LagunaConfig, LagunaForCausalLM
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError
 from dpo_studio.models import targets
-from dpo_studio.models.adapter_proof import prove_adapter, prove_trial
 from dpo_studio.models.adapters import attach, attach_existing, save_adapter
 from dpo_studio.models.targets import all_linear
+from dpo_studio.policy.proof import prove_adapter, prove_trial
 from tests.conftest import moved, plain_logps, policy_on, random_pairs
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import VOCABULARY

@@ -15,7 +15,7 @@ import pytest
 
 import dpo_studio
 from dpo_studio.cli import set_environment
-from dpo_studio.learning.train import TrainingState
+from dpo_studio.learning.state import TrainingState
 from dpo_studio.workflows import training
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows

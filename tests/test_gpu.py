@@ -17,14 +17,14 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from dpo_studio.cli import set_environment
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.learning.memory import Limit, Room, plan_limit
+from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, plan_limit
 from dpo_studio.learning.packing_check import check_packing
-from dpo_studio.learning.train import TrainingState, train
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.learning.train import train
 from dpo_studio.models.adapters import adapter_state, as_reference, attach, train_mode
 from dpo_studio.models.attention import FLEX
 from dpo_studio.models.fp8 import fp8_product, fp8_rows, fp8_weight
@@ -32,6 +32,7 @@ from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
 from dpo_studio.models.packed import Packed
 from dpo_studio.objectives import DPO, PairLogps
+from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import Steps, pack
 from tests.conftest import columns, gradients, plain_logps, plain_peft_on, policy_on, random_pairs
 from tests.tiny_models import tiny_folder, tiny_model
@@ -238,7 +239,9 @@ LONG = random_pairs(160, prompt=(100, 300), answer=(100, 400))
 """Some 110,000 tokens."""
 
 
-def steps_of(policy: Any, tokens: int, pairs_per_step: int = 16, steps: int = 4) -> tuple[list[float], list[Limit]]:
+def steps_of(
+    policy: Any, tokens: int, pairs_per_step: int = 16, steps: int = 4
+) -> tuple[list[float], list[MemoryLimit]]:
     """Losses of some steps with a live reference, and the limits they met."""
 
     def live(batches: Any) -> list[PairLogps]:
@@ -248,10 +251,10 @@ def steps_of(policy: Any, tokens: int, pairs_per_step: int = 16, steps: int = 4)
     section = TrainingSection(pairs_per_step=pairs_per_step, learning_rate=3e-3, warmup=0, schedule="constant")
     pairs = LONG[: max(48, pairs_per_step)]
     plan = Steps(pairs, pairs_per_step, tokens, 0, 2, steps)
-    state = TrainingState.fresh(policy, section, steps, Accelerator())
-    met: list[Limit] = []
+    state = TrainingState.fresh(Policy(policy), section, steps)
+    met: list[MemoryLimit] = []
     train_mode(policy)
-    reports = train(policy, plan, DPO(), state, live, Room(policy, plan, tell=met.append))
+    reports = train(Policy(policy), plan, DPO(), state, live, MemoryLimits(policy, plan, report=met.append))
     return [report.metrics["loss"] for report in reports], met
 
 

@@ -22,10 +22,11 @@ from safetensors.torch import load_file
 from dpo_studio.config import load_recipe
 from dpo_studio.errors import Interrupted
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore
-from dpo_studio.learning.train import TrainingState, evaluate
+from dpo_studio.learning.held_out import evaluate
+from dpo_studio.learning.state import TrainingState
 from dpo_studio.reports.progress import Progress
-from dpo_studio.workflows import training
-from dpo_studio.workflows.training import run_training
+from dpo_studio.workflows.training import held_out, run_training, session
+from dpo_studio.workflows.training.run_log import RunLog
 from tests.conftest import write_pairs
 
 SETTINGS: dict[str, Any] = {
@@ -71,15 +72,15 @@ def run(recipe: Path, folder: Path, *overrides: str) -> dict[str, Any]:
 @contextmanager
 def stopping_after(step: int) -> Iterator[None]:
     """Ctrl-C while this step is being taken."""
-    inner = training._Session._write
+    inner = RunLog.write
 
-    def write(self: Any, report: Any, held_out: Any) -> None:
+    def write(self: RunLog, report: Any, held_out: Any) -> None:
         inner(self, report, held_out)
         if report.step == step:
             signal.raise_signal(signal.SIGINT)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training._Session, "_write", write)
+        patch.setattr(RunLog, "write", write)
         yield
 
 
@@ -145,7 +146,7 @@ def test_stopping_changes_no_bit_of_an_objective_with_a_memory_or_without_a_refe
         state.mean_log_ratio = 0.0
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "restore", forget)
+        patch.setattr(session, "restore", forget)
         run(recipe, tmp_path / "forgotten", *settings)
     lines = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("stopped", "forgotten")]
     assert lines[0][:4] == lines[1][:4]
@@ -162,7 +163,7 @@ def test_a_held_out_loss_is_taken_at_the_threshold_of_its_step(
         shifts.append(objective.shift)
         return evaluate(policy, pairs, reference, objective, **settings)
 
-    monkeypatch.setattr(training, "evaluate", listening)
+    monkeypatch.setattr(held_out, "evaluate", listening)
     run(recipe, tmp_path / "run", "objective.kind=bco", "training.max_steps=6")
     lines = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()][1:]
     means = [(line["rewards/chosen"] + line["rewards/rejected"]) / 2 for line in lines]

@@ -207,7 +207,9 @@ def test_in_bfloat16_packing_adds_no_more_noise_than_bfloat16_itself(architectur
 @flex_on_a_cpu
 @pytest.mark.parametrize("attention", [PAIRS, FLEX, DENSE])
 def test_check_packing_passes_what_is_right(architecture: str, attention: str) -> None:
-    assert check_packing(policy_on(architecture, attn_implementation=attention), random_pairs(20), budget=256) < 1e-4
+    assert (
+        check_packing(policy_on(architecture, attn_implementation=attention), random_pairs(20), token_budget=256) < 1e-4
+    )
 
 
 def test_check_packing_passes_a_single_pair_and_bfloat16() -> None:

@@ -11,26 +11,27 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 
 from dpo_studio.config import TrainingSection
 from dpo_studio.errors import RunError
-from dpo_studio.learning import memory, reference, train
+from dpo_studio.learning import batched, memory, train
+from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import (
-    CPU_TOKENS,
-    Limit,
-    Room,
+    CPU_TOKEN_BUDGET,
+    MemoryLimit,
+    MemoryLimits,
     plan_limit,
     tokens_without_gradient,
     unless_out_of_memory,
 )
-from dpo_studio.learning.reference import batched_logps
-from dpo_studio.learning.train import StepReport, TrainingState
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.learning.train import StepReport
 from dpo_studio.models.adapters import as_reference, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.lora import LoraLinear
 from dpo_studio.objectives import AOT, DPO, PairLogps
+from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
 from tests.conftest import policy_on, random_pairs
 from tests.tiny_runs import dpo, write_recipe
@@ -53,7 +54,9 @@ def limited(most: int, met: list[int] | None = None) -> Callable[..., PairLogps]
     return compute
 
 
-def run(budget: int, known: list[Limit] | None = None, objective: Any = DPO()) -> tuple[list[StepReport], list[Limit]]:  # noqa: B008 - frozen
+def run(
+    budget: int, known: list[MemoryLimit] | None = None, objective: Any = DPO()
+) -> tuple[list[StepReport], list[MemoryLimit]]:
     """Five steps with a live reference, and the limits they met."""
     policy = policy_on(size=0, attn_implementation=PAIRS)
 
@@ -61,11 +64,13 @@ def run(budget: int, known: list[Limit] | None = None, objective: Any = DPO()) -
         with as_reference(policy):
             return [vars(train)["pair_logps"](policy, batch) for batch in batches]
 
-    met: list[Limit] = []
+    met: list[MemoryLimit] = []
     steps = Steps(THIRTY, 8, budget, 0, 1, 5)
-    state = TrainingState.fresh(policy, SECTION, 5, Accelerator(cpu=True))
+    state = TrainingState.fresh(Policy(policy), SECTION, 5)
     train_mode(policy)
-    reports = list(train.train(policy, steps, objective, state, live, Room(policy, steps, known or [], met.append)))
+    reports = list(
+        train.train(Policy(policy), steps, objective, state, live, MemoryLimits(policy, steps, known or [], met.append))
+    )
     return reports, met
 
 
@@ -83,7 +88,7 @@ def test_a_run_that_runs_out_of_memory_ends_with_the_same_losses(
     monkeypatch.setattr(train, "pair_logps", limited(150, met_rows))
     short, met = run(400, objective=objective)
     assert nothing_met == []
-    assert met == [Limit(1, met_rows[0] // 2)]
+    assert met == [MemoryLimit(1, met_rows[0] // 2)]
     assert 150 < met_rows[0] < 300
     assert losses(short) == pytest.approx(losses(free), abs=1e-6)
     assert [(r.step, r.pairs, r.tokens) for r in short] == [(r.step, r.pairs, r.tokens) for r in free]
@@ -93,10 +98,10 @@ def test_a_run_that_runs_out_of_memory_ends_with_the_same_losses(
 def test_a_limit_met_on_the_way_is_met_again_on_a_resume() -> None:
     """Bits hang on rows: with the limit known, the steps before and after it are those of the run that met it."""
     plain = losses(run(400)[0])
-    known = losses(run(400, [Limit(3, 100)])[0])
+    known = losses(run(400, [MemoryLimit(3, 100)])[0])
     assert known[:2] == plain[:2]
     assert known == pytest.approx(plain, abs=1e-6)
-    later = run(400, [Limit(3, 100)])[0]
+    later = run(400, [MemoryLimit(3, 100)])[0]
     assert losses(later) == known
 
 
@@ -105,29 +110,29 @@ def test_when_one_pair_is_too_much_the_backward_pass_forms_more_anew(monkeypatch
     monkeypatch.setattr(train, "pair_logps", limited(LONGEST - 1))
     policy = policy_on(size=0, attn_implementation=PAIRS)
     steps = Steps(THIRTY, 30, 2 * LONGEST, 0, 1, 1)
-    state = TrainingState.fresh(policy, SECTION, 1, Accelerator(cpu=True))
-    met: list[Limit] = []
+    state = TrainingState.fresh(Policy(policy), SECTION, 1)
+    met: list[MemoryLimit] = []
 
     def live(batches: Any) -> list[PairLogps]:
         return [pair_logps(policy, batch) for batch in batches]
 
     with pytest.raises(RunError, match=f"the longest pair, {LONGEST} tokens, does not fit") as refused:
-        list(train.train(policy, steps, DPO(), state, live, Room(policy, steps, [], met.append)))
-    assert met == [Limit(1, LONGEST), Limit(1, LONGEST, "mlp"), Limit(1, LONGEST, "layer")]
+        list(train.train(Policy(policy), steps, DPO(), state, live, MemoryLimits(policy, steps, [], met.append)))
+    assert met == [MemoryLimit(1, LONGEST), MemoryLimit(1, LONGEST, "mlp"), MemoryLimit(1, LONGEST, "layer")]
     assert "data.max_length" in str(refused.value.hint)
 
 
 def test_log_probs_without_a_gradient_halve_their_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
     """Order and values stay; a pair that is too much on its own is named."""
     policy = policy_on(attn_implementation=PAIRS)
-    free = batched_logps(policy, THIRTY, range(30), budget=400)
-    monkeypatch.setattr(reference, "pair_logps", limited(LONGEST))
-    short = batched_logps(policy, THIRTY, range(30), budget=400)
+    free = batched_logps(policy, THIRTY, token_budget=400)
+    monkeypatch.setattr(batched, "pair_logps", limited(LONGEST))
+    short = batched_logps(policy, THIRTY, token_budget=400)
     torch.testing.assert_close(short.chosen_P, free.chosen_P, rtol=1e-5, atol=0)
     torch.testing.assert_close(short.rejected_P, free.rejected_P, rtol=1e-5, atol=0)
-    monkeypatch.setattr(reference, "pair_logps", limited(LONGEST - 1))
+    monkeypatch.setattr(batched, "pair_logps", limited(LONGEST - 1))
     with pytest.raises(RunError, match=f"the longest pair, {LONGEST} tokens"):
-        batched_logps(policy, THIRTY, range(30), budget=400)
+        batched_logps(policy, THIRTY, token_budget=400)
 
 
 def test_a_known_limit_s_recomputation_is_applied_and_later_words_win(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,14 +140,13 @@ def test_a_known_limit_s_recomputation_is_applied_and_later_words_win(monkeypatc
     applied: list[str] = []
     monkeypatch.setattr(memory, "set_recompute", lambda _policy, what: applied.append(what))
     steps = Steps(THIRTY, 8, 400, 0, 1, 5)
-    known = [Limit(0, 400, "mlp"), Limit(3, 200, "mlp"), Limit(3, 100, "mlp")]
-    room = Room(policy_on(), steps, known)
-    tokens = [room.packed(steps.micro_batches_of(step), step)[0].room for step in (1, 2, 3, 4)]
+    known = [MemoryLimit(0, 400, "mlp"), MemoryLimit(3, 200, "mlp"), MemoryLimit(3, 100, "mlp")]
+    room = MemoryLimits(policy_on(), steps, known)
+    tokens = [room.packed(steps.micro_batches_of(step), step)[0].token_budget for step in (1, 2, 3, 4)]
     assert tokens == [400, 400, 100, 100]
     assert applied == ["mlp"]
-    steps.tokens_per_micro_batch = 400
-    again = Room(policy_on(), steps, [*known, Limit(2, 150, "layer")])
-    assert [again.packed(steps.micro_batches_of(step), step)[0].room for step in (1, 2, 3)] == [400, 150, 150]
+    again = MemoryLimits(policy_on(), steps, [*known, MemoryLimit(2, 150, "layer")])
+    assert [again.packed(steps.micro_batches_of(step), step)[0].token_budget for step in (1, 2, 3)] == [400, 150, 150]
     assert applied == ["mlp", "mlp", "layer"]
 
 
@@ -180,21 +184,21 @@ def test_passes_without_a_gradient_take_a_gpu_s_full_measure(monkeypatch: pytest
 
 def test_a_cpu_is_given_its_own_number() -> None:
     policy = policy_on(attn_implementation=PAIRS)
-    assert plan_limit(policy, THIRTY, 8, torch.device("cpu")) == Limit(0, CPU_TOKENS)
+    assert plan_limit(policy, THIRTY, 8, torch.device("cpu")) == MemoryLimit(0, CPU_TOKEN_BUDGET)
 
 
 @pytest.mark.parametrize(
     ("free_tokens", "expected"),
     [
-        (10_000, Limit(0, 256)),  # more than a step has: 8 pairs of some 25 tokens, and a quarter
-        (200, Limit(0, 128)),  # what fits, in whole blocks
-        (LONGEST, Limit(0, LONGEST)),
-        (LONGEST - 10, Limit(0, LONGEST, "mlp")),  # at half the memory a token
-        (LONGEST // 3, Limit(0, LONGEST, "layer")),  # at a fifth
+        (10_000, MemoryLimit(0, 256)),  # more than a step has: 8 pairs of some 25 tokens, and a quarter
+        (200, MemoryLimit(0, 128)),  # what fits, in whole blocks
+        (LONGEST, MemoryLimit(0, LONGEST)),
+        (LONGEST - 10, MemoryLimit(0, LONGEST, "mlp")),  # at half the memory a token
+        (LONGEST // 3, MemoryLimit(0, LONGEST, "layer")),  # at a fifth
     ],
 )
 def test_the_plan_is_a_straight_line_through_two_measured_rows(
-    monkeypatch: pytest.MonkeyPatch, free_tokens: int, expected: Limit
+    monkeypatch: pytest.MonkeyPatch, free_tokens: int, expected: MemoryLimit
 ) -> None:
     """A make-believe card: 5,000 bytes to begin with, 10 a token (5 and 2 with less kept), room for `free_tokens` and
     for the tenth that is never planned with."""
@@ -232,7 +236,7 @@ def test_a_plan_is_tried_before_it_is_trusted(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
     limit = plan_limit(policy_on(attn_implementation=PAIRS), THIRTY, len(THIRTY), torch.device("cuda"))
-    assert limit == Limit(0, 512)
+    assert limit == MemoryLimit(0, 512)
     assert max(tried[3:]) > 600  # the first was all that could be wanted, the next two the line's
 
 

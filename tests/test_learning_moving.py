@@ -10,18 +10,19 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from dpo_studio.config import AdapterSection, ReferenceSection, TrainingSection
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.learning.train import StepReport, TrainingState, train
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.learning.train import StepReport, train
 from dpo_studio.models.adapters import REFERENCE, adapter_state, as_reference, attach, attach_existing, save_adapter
 from dpo_studio.models.attention import PAIRS
-from dpo_studio.models.moving import RANKS_KEPT, _truncated, move_reference, put_reference, reference_state
 from dpo_studio.objectives import DPO, PairLogps
+from dpo_studio.policy.moving import RANKS_KEPT, _truncated, move_reference, put_reference, reference_state
+from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack
 from tests.conftest import moved, plain_logps, plain_peft_on, policy_on, random_pairs
 from tests.tiny_models import tiny_model
@@ -45,8 +46,8 @@ def live_steps(model: Any, reference: ReferenceSection, steps: int) -> Iterator[
         with as_reference(model):
             return [pair_logps(model, batch) for batch in batches]
 
-    state = TrainingState.fresh(model, SECTION, steps, Accelerator(cpu=True), reference)
-    return train(model, Steps(TWENTY, 4, 100, SECTION.seed, 1, steps), DPO(), state, live)
+    state = TrainingState.fresh(Policy(model), SECTION, steps, reference)
+    return train(Policy(model), Steps(TWENTY, 4, 100, SECTION.seed, 1, steps), DPO(), state, live)
 
 
 def dense(model: Any, adapter: str) -> Dense:

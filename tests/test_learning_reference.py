@@ -18,8 +18,10 @@ import torch
 
 from dpo_studio.config import load_recipe
 from dpo_studio.learning import reference
+from dpo_studio.learning.batched import COLUMNS, batched_logps
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.learning.reference import COLUMNS, ReferenceCache, batched_logps, reference_logps
+from dpo_studio.learning.reference import reference_logps
+from dpo_studio.learning.reference_cache import ReferenceCache
 from dpo_studio.models.adapters import as_reference
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import PairLogps
@@ -62,7 +64,7 @@ def counted(model: Any) -> Iterator[list[int]]:
 
 
 def compute(model: Any, pairs: Sequence[EncodedPair], cache: ReferenceCache | None) -> PairLogps:
-    return reference_logps(model, pairs, budget=100, cache=cache)
+    return reference_logps(model, pairs, token_budget=100, cache=cache)
 
 
 def test_the_cached_reference_is_the_live_one_and_the_textbook_s(cache: ReferenceCache) -> None:
@@ -102,14 +104,12 @@ def test_added_pairs_are_the_only_ones_computed(model: Any, cache: ReferenceCach
     compute(model, THIRTY[:20], cache)
     with counted(model) as alone:
         compute(model, THIRTY[20:], None)
-    seen: list[tuple[int, int]] = []
+    seen: list[int] = []
     with counted(model) as added:
-        together = reference_logps(
-            model, THIRTY, budget=100, cache=cache, progress=lambda pairs, tokens: seen.append((pairs, tokens))
-        )
+        together = reference_logps(model, THIRTY, token_budget=100, cache=cache, progress=seen.append)
     assert added == alone
-    assert seen[0] == (20, 0)
-    assert sum(pairs for pairs, _ in seen) == 30
+    assert seen[0] == 20
+    assert sum(seen) == 30
     assert values(together) == [
         *values(compute(model, THIRTY[:20], cache)),
         *values(compute(model, THIRTY[20:], cache)),
@@ -129,8 +129,8 @@ def test_no_pairs_need_no_model(model: Any, cache: ReferenceCache) -> None:
 
 def test_log_probs_come_in_the_order_asked_for(model: Any) -> None:
     """Longest first is the order of packing, not of the answer."""
-    whole = values(batched_logps(model, THIRTY, range(30), budget=100))
-    some = batched_logps(model, THIRTY, [7, 2, 29], budget=100)
+    whole = values(batched_logps(model, THIRTY, token_budget=100))
+    some = batched_logps(model, [THIRTY[i] for i in (7, 2, 29)], token_budget=100)
     torch.testing.assert_close(
         torch.tensor(values(some)), torch.tensor([whole[i] for i in (7, 2, 29)]), rtol=1e-6, atol=0
     )
@@ -242,14 +242,14 @@ def test_what_an_interrupted_pass_saved_stays(
     monkeypatch.setattr(reference, "_PAIRS_BETWEEN_SAVES", 10)
     done = 0
 
-    def progress(pairs: int, tokens: int) -> None:
+    def progress(pairs: int) -> None:
         nonlocal done
         done += pairs
         if done > 20:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        reference_logps(model, THIRTY, budget=100, cache=cache, progress=progress)
+        reference_logps(model, THIRTY, token_budget=100, cache=cache, progress=progress)
     assert [known is not None for known in cache.load(THIRTY)] == [True] * 20 + [False] * 10
     with counted(model) as alone:
         compute(model, THIRTY[20:], None)

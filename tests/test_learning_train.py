@@ -15,15 +15,17 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers import get_scheduler
 
 from dpo_studio.config import TrainingSection
 from dpo_studio.errors import NonFiniteError
+from dpo_studio.learning.held_out import evaluate
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import reference_logps
-from dpo_studio.learning.train import TrainingState, evaluate, learning_rate, train
+from dpo_studio.learning.schedule import learning_rate
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.learning.train import train
 from dpo_studio.models.adapters import as_reference, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import (
@@ -40,6 +42,7 @@ from dpo_studio.objectives import (
     PairLogps,
     SimPO,
 )
+from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack
 from tests.conftest import plain_logps, policy_on, random_pairs, take_steps
@@ -62,7 +65,7 @@ def losses(budget: int, section: TrainingSection = SECTION, objective: Any = DPO
 
 def reference_of(model: Any, pairs: Sequence[EncodedPair]) -> PairLogps:
     with as_reference(model):
-        return reference_logps(model, pairs, budget=10_000, cache=None)
+        return reference_logps(model, pairs, token_budget=10_000, cache=None)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -80,7 +83,8 @@ def test_swapped_answers_negate_every_margin() -> None:
     moved = policy(size=0.1)
     swapped = [pair.swap() for pair in THIRTY]
     here, there = (
-        evaluate(moved, pairs, reference_of(moved, pairs), DPO(), budget=200)[0] for pairs in (THIRTY, swapped)
+        evaluate(Policy(moved), pairs, reference_of(moved, pairs), DPO(), token_budget=200)[0]
+        for pairs in (THIRTY, swapped)
     )
     assert abs(here["eval_rewards/margins"]) > 0.01
     assert there["eval_rewards/margins"] == pytest.approx(-here["eval_rewards/margins"], abs=1e-5)
@@ -91,7 +95,7 @@ def test_swapped_answers_negate_every_margin() -> None:
 def test_a_tied_margin_counts_one_half() -> None:
     """A fresh adapter in the very packs of its reference ties everywhere: 0.5, not 0 as a plain `>` would have it."""
     fresh = policy(size=0)
-    numbers, _ = evaluate(fresh, THIRTY, reference_of(fresh, THIRTY), DPO(), budget=10_000)
+    numbers, _ = evaluate(Policy(fresh), THIRTY, reference_of(fresh, THIRTY), DPO(), token_budget=10_000)
     assert numbers["eval_rewards/accuracies"] == 0.5
     assert numbers["eval_rewards/margins"] == 0
 
@@ -99,7 +103,7 @@ def test_a_tied_margin_counts_one_half() -> None:
 def test_held_out_numbers_are_the_textbook_s() -> None:
     """Against the plain model one sequence at a time: beta 0.1 x (policy - reference), means over all pairs."""
     moved = policy(size=0.1)
-    numbers, logps = evaluate(moved, THIRTY, reference_of(moved, THIRTY), DPO(beta=0.1), budget=150)
+    numbers, logps = evaluate(Policy(moved), THIRTY, reference_of(moved, THIRTY), DPO(beta=0.1), token_budget=150)
     with torch.no_grad():
         tuned_P2, base_P2 = plain_logps(moved, THIRTY), plain_logps(tiny_model(), THIRTY)
     rewards_P2 = 0.1 * (tuned_P2 - base_P2)
@@ -225,9 +229,9 @@ def test_bco_s_threshold_is_the_mean_reward_of_the_steps_before() -> None:
 def test_an_objective_without_a_reference_learns_without_one(objective: Any) -> None:
     """No log-probs come with the micro-batches. The loss falls; rewards are beta x the log-prob a token."""
     model = policy(size=0)
-    state = TrainingState.fresh(model, SECTION, 6, Accelerator(cpu=True))
+    state = TrainingState.fresh(Policy(model), SECTION, 6)
     train_mode(model)
-    reports = list(train(model, Steps(THIRTY, 30, 100, SECTION.seed, 1, 6), objective, state))
+    reports = list(train(Policy(model), Steps(THIRTY, 30, 100, SECTION.seed, 1, 6), objective, state))
     assert reports[-1].metrics["loss"] < reports[0].metrics["loss"] - 0.02
     base_P2, tokens_P2 = plain_logps(tiny_model(), THIRTY), [[len(p.chosen.ids), len(p.rejected.ids)] for p in THIRTY]
     per_token_P2 = (base_P2 / torch.tensor(tokens_P2)).detach()
@@ -259,9 +263,9 @@ def test_a_live_reference_is_a_cached_one() -> None:
         with as_reference(model):
             return [pair_logps(model, batch) for batch in batches]
 
-    state = TrainingState.fresh(model, SECTION, 5, Accelerator(cpu=True))
+    state = TrainingState.fresh(Policy(model), SECTION, 5)
     train_mode(model)
-    reports = train(model, Steps(THIRTY, 8, 100, SECTION.seed, 1, 5), DPO(), state, live)
+    reports = train(Policy(model), Steps(THIRTY, 8, 100, SECTION.seed, 1, 5), DPO(), state, live)
     assert [report.metrics["loss"] for report in reports] == pytest.approx(losses(100), abs=1e-5)
 
 
@@ -317,8 +321,8 @@ def test_a_loss_that_is_not_finite_never_reaches_the_weights(objective: Any) -> 
     known = reference_of(model, THIRTY)
     known.chosen_P[4] = math.nan
     plan = Steps(THIRTY, 30, 100, 0, 1, 1, lambda places: known.map(lambda x_P: x_P[list(places)]))
-    state = TrainingState.fresh(model, SECTION, 1, Accelerator(cpu=True))
-    (report,) = train(model, plan, objective, state)
+    state = TrainingState.fresh(Policy(model), SECTION, 1)
+    (report,) = train(Policy(model), plan, objective, state)
     assert report.skipped == "the loss of row 4 is not finite"
     assert report.metrics == {"epoch": 1.0, "skipped": 1.0, "pairs": 30}
     assert (state.step, state.skipped, state.optimizer.state) == (1, 1, {})
@@ -345,10 +349,10 @@ def test_a_run_goes_on_after_a_step_that_was_not_taken() -> None:
     plan = Steps(THIRTY, 6, 100, SECTION.seed, 1, 5, lambda places: known.map(lambda x_P: x_P[list(places)]))
     known.rejected_P[plan.pairs_of(3)] = math.nan
     section = SECTION.model_copy(update={"schedule": "linear"})
-    state = TrainingState.fresh(model, section, 5, Accelerator(cpu=True))
+    state = TrainingState.fresh(Policy(model), section, 5)
     train_mode(model)
     reports, after, averages = [], [], []
-    for report in train(model, plan, BCO(beta=0.3), state):
+    for report in train(Policy(model), plan, BCO(beta=0.3), state):
         reports.append(report)
         after.append(weights(model))
         averages.append([{k: v.clone() for k, v in kept.items()} for kept in state.optimizer.state.values()])
@@ -373,8 +377,8 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run() -> None:
     plan = Steps(THIRTY, 6, 100, SECTION.seed, 1, 5, lambda places: known.map(lambda x_P: x_P[list(places)]))
     for step in (2, 3, 4):
         known.chosen_P[plan.pairs_of(step)] = math.inf
-    state = TrainingState.fresh(model, SECTION, 5, Accelerator(cpu=True))
-    reports = train(model, plan, DPO(), state)
+    state = TrainingState.fresh(Policy(model), SECTION, 5)
+    reports = train(Policy(model), plan, DPO(), state)
     next(reports)
     before = weights(model)
     assert [next(reports).step for _ in range(3)] == [2, 3, 4]
@@ -389,7 +393,7 @@ def test_dropout_masks_come_from_seed_step_and_micro_batch_alone() -> None:
     model = policy()
 
     def drawn(seed: int, step: int, micro_batch: int) -> list[float]:
-        state = TrainingState.fresh(model, TrainingSection(seed=seed), 9, Accelerator(cpu=True))
+        state = TrainingState.fresh(Policy(model), TrainingSection(seed=seed), 9)
         state.step = step
         state.seed_dropout(micro_batch)
         return [round(float(x), 6) for x in torch.rand(3)]
@@ -414,8 +418,8 @@ def test_dropout_is_felt_in_training_and_not_in_evaluation() -> None:
     assert first.metrics["loss"] != pytest.approx(without.metrics["loss"], abs=1e-4)
     model = policy(dropout=0.5)
     train_mode(model)
-    held_out = evaluate(model, THIRTY, reference_of(model, THIRTY), DPO(), budget=100)[0]
-    assert held_out == evaluate(policy(), THIRTY, reference_of(policy(), THIRTY), DPO(), budget=100)[0]
+    held_out = evaluate(Policy(model), THIRTY, reference_of(model, THIRTY), DPO(), token_budget=100)[0]
+    assert held_out == evaluate(Policy(policy()), THIRTY, reference_of(policy(), THIRTY), DPO(), token_budget=100)[0]
     assert any(module.training for module in model.modules())
 
 

@@ -17,8 +17,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from dpo_studio.config import AdapterSection, ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.evaluation.generation import generate
+from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.learning.reference import batched_logps
 from dpo_studio.models.adapters import attach
 from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.load import check_folder
@@ -86,7 +86,7 @@ def test_packed_sequences_are_each_on_their_own_side(wanted: str) -> None:
     anew = gradients(policy, logps.chosen_P.sum() - 0.5 * logps.rejected_P.sum())
     for name, gradient in slopes.items():
         torch.testing.assert_close(anew[name], gradient, rtol=1e-4, atol=1e-4 * gradient.abs().max().item(), msg=name)
-    rows = batched_logps(policy, sequences, range(len(sequences)), budget=80)
+    rows = batched_logps(policy, sequences, token_budget=80)
     torch.testing.assert_close(columns(rows), expected.detach(), rtol=1e-5, atol=2e-4)
 
 

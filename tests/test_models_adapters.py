@@ -130,7 +130,7 @@ def test_every_linear_layer_but_the_head_is_ours() -> None:
 
 
 def test_a_fresh_adapter_is_drawn_from_its_seed_and_leaves_the_random_state_alone() -> None:
-    def drawn(seed: int, noise: int) -> dict[str, Tensor]:
+    def drawn(seed: int, noise: int) -> Mapping[str, Tensor]:
         model = tiny_model()
         torch.manual_seed(noise)
         before = torch.get_rng_state()

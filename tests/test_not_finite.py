@@ -9,15 +9,15 @@ from typing import Any
 
 import pytest
 import torch
-from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
 from dpo_studio.config import TrainingSection
 from dpo_studio.errors import NonFiniteError
 from dpo_studio.evaluation.judges import check_some_finite
-from dpo_studio.learning.train import TrainingState, whole
+from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import DPO
+from dpo_studio.policy.policy import Policy
 from tests.conftest import policy_on, random_pairs, take_steps
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 
@@ -103,12 +103,12 @@ def test_an_update_that_makes_infinite_weights_stops_the_loop_at_once() -> None:
 @pytest.mark.parametrize("number", [math.nan, math.inf, -math.inf])
 def test_whole_sees_one_odd_number_anywhere(where: str, number: float) -> None:
     model = policy_on(size=0.1)
-    state = TrainingState.fresh(model, TrainingSection(), 3, Accelerator(cpu=True))
-    assert whole(model, state)
+    state = TrainingState.fresh(Policy(model), TrainingSection(), 3)
+    assert state.is_finite(Policy(model))
     trained = [p for p in model.parameters() if p.requires_grad]
     with torch.no_grad():
         trained[0 if where == "first" else -1].view(-1)[-1] = number
-    assert not whole(model, state)
+    assert not state.is_finite(Policy(model))
 
 
 # What comes after a training

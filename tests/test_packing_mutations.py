@@ -225,7 +225,7 @@ def clean_start(name: str, dtype: torch.dtype, seed: int) -> None:
     policy = attach(model.requires_grad_(False).to(dtype), SECTION, seed=seed)
     if seed % 3 == 0:
         moved(policy, seed=seed, size=0.02)
-    check_packing(policy, random_pairs(20, seed=seed, prompt=(2, 20), answer=(1, 30)), budget=256)
+    check_packing(policy, random_pairs(20, seed=seed, prompt=(2, 20), answer=(1, 30)), token_budget=256)
 
 
 OTHERS = sorted(ARCHITECTURES.keys() - {name for name, _ in MUTATIONS})

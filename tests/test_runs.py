@@ -10,9 +10,9 @@ import yaml
 from accelerate.tracking import get_available_trackers
 
 from dpo_studio.errors import RunError
-from dpo_studio.learning.train import evaluate
+from dpo_studio.learning.held_out import evaluate
 from dpo_studio.runs import RunFolder, is_run
-from dpo_studio.workflows import training
+from dpo_studio.workflows.training import held_out
 from dpo_studio.writing import write_atomically
 from tests.tiny_runs import Said, dpo, write_recipe
 
@@ -101,7 +101,7 @@ def test_held_out_pairs_that_are_not_finite_are_left_out_and_counted(
         logps.chosen_P[0] = float("nan")
         return numbers | {"eval_loss": float("nan")}, logps
 
-    monkeypatch.setattr(training, "evaluate", broken)
+    monkeypatch.setattr(held_out, "evaluate", broken)
     said = train(write_recipe(tmp_path / "r.yaml", tiny_base))
     assert said.code == 0, said.err
 

@@ -132,7 +132,7 @@ def test_every_place_is_equally_likely() -> None:
 
 
 def steps(count: int, size: int, **changes: float | None) -> Steps:
-    given_ = {"tokens_per_micro_batch": 60, "seed": 3, "epochs": 1.0, "max_steps": None} | changes
+    given_ = {"token_budget": 60, "seed": 3, "epochs": 1.0, "max_steps": None} | changes
     return Steps(random_pairs(count), size, **given_)  # type: ignore[arg-type]
 
 
@@ -156,7 +156,7 @@ def test_an_epoch_has_every_pair_once_and_its_last_step_is_smaller() -> None:
 
 @pytest.mark.parametrize("budget", [1, 60, 10**6])
 def test_a_step_s_micro_batches_hold_its_pairs_whatever_the_budget(budget: int) -> None:
-    plan = steps(22, 5, tokens_per_micro_batch=budget)
+    plan = steps(22, 5, token_budget=budget)
     for number, batches in enumerate(plan(after=0), 1):
         assert sorted(pair for batch in batches for pair in batch.pairs) == sorted(plan.pairs_of(number))
         assert all(batch.tokens <= budget or len(batch) == 1 for batch in batches)

@@ -21,11 +21,9 @@ from safetensors.torch import load_file, save_file
 
 from dpo_studio.learning import checkpoints, train
 from dpo_studio.learning.checkpoints import newest_checkpoint
-from dpo_studio.learning.train import TrainingState
+from dpo_studio.learning.state import TrainingState
 from dpo_studio.models import adapters
-from dpo_studio.models.adapters import save_adapter
 from dpo_studio.runs import RunFolder
-from dpo_studio.workflows import saving
 from tests.test_lock import another_holds
 from tests.tiny_runs import Said, dpo, write_recipe
 
@@ -161,7 +159,7 @@ def test_a_read_only_folder_is_told_of_before_the_model_is_loaded(
     half = ("--set", f"run.folder={run}", "--set", "training.max_steps=2")
     assert dpo("train", recipe, *half).code == 0
     subprocess.run(["mount", "-o", "remount,ro", small_disk], check=True)
-    monkeypatch.setattr("dpo_studio.workflows.training.load_chat_model", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("dpo_studio.workflows.training.run.load_chat_model", lambda *_, **__: pytest.fail("loaded"))
     for folder in (run, small_disk / "new"):
         refused(dpo("train", recipe, "--set", f"run.folder={folder}"), f"{folder} cannot be written: Read-only")
 
@@ -185,14 +183,16 @@ def test_a_result_that_is_not_what_was_trained_finishes_no_run(
 ) -> None:
     """One number of one tensor is another; run again, it is written anew from the last checkpoint."""
 
-    def spoil(policy: Any, folder: Path, **named: Any) -> None:
-        save_adapter(policy, folder, **named)
+    whole = Policy.save
+
+    def spoil(policy: Policy, folder: Path, **named: Any) -> None:
+        whole(policy, folder, **named)
         tensors = load_file(folder / "adapter_model.safetensors")
         tensors[sorted(tensors)[3]][-1, -1] += 1
         save_file(tensors, folder / "adapter_model.safetensors")
 
     with monkeypatch.context() as patched:
-        patched.setattr(saving, "save_adapter", spoil)
+        patched.setattr(Policy, "save", spoil)
         refused(dpo("train", recipe), "is another than the one that was trained")
     assert not (tmp_path / "run/result.json").exists()
     assert dpo("train", recipe).code == 0

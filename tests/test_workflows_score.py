@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_studio.learning import reference
+from dpo_studio.learning import batched
 from dpo_studio.workflows import scoring
 from tests.tiny_runs import Said, dpo, tiny_rows, write_rows
 
@@ -120,7 +120,7 @@ def test_there_is_no_length_limit_unless_one_is_given(tiny_base: Path, tmp_path:
 
 def test_what_is_not_finite_is_null_and_counted(tiny_base: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON has no NaN. The summary is over the other pairs."""
-    whole = reference.batched_logps
+    whole = batched.batched_logps
 
     def broken(*arguments: Any, **more: Any) -> Any:
         logps = whole(*arguments, **more)

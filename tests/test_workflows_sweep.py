@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from dpo_studio.errors import NonFiniteError, UsageError
-from dpo_studio.learning import reference
+from dpo_studio.learning import batched, reference
 from dpo_studio.reports.frontier import draw_frontier, frontier_table, measure
 from dpo_studio.workflows import training
 from dpo_studio.workflows.sweeping import plan_sweep
@@ -33,12 +33,12 @@ def recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Said, int]:
     """A whole sweep in a new cache: its folder, what it said, and how many pairs the reference was computed for."""
     computed = 0
-    whole = reference.batched_logps
+    whole = batched.batched_logps
 
-    def counted(model: Any, pairs: Any, positions: Sequence[int], **more: Any) -> Any:
+    def counted(model: Any, pairs: Sequence[Any], **more: Any) -> Any:
         nonlocal computed
-        computed += len(positions)
-        return whole(model, pairs, positions, **more)
+        computed += len(pairs)
+        return whole(model, pairs, **more)
 
     out = tmp_path_factory.mktemp("sweep") / "out"
     with pytest.MonkeyPatch.context() as patch:

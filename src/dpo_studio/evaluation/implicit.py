@@ -21,9 +21,8 @@ from dpo_studio.evaluation.judges import (
     higher_wins,
     not_judged,
 )
-from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
+from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.packing_check import check_packing
-from dpo_studio.learning.reference import batched_logps
 from dpo_studio.models.adapters import as_reference, in_eval
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import Message, Pair
@@ -96,11 +95,7 @@ class ImplicitReward:
         return replace(pair, chosen=_as_ended(pair.chosen, a.ended), rejected=_as_ended(pair.rejected, b.ended))
 
     def _logps(self, pairs: Sequence[EncodedPair], progress: Progress | None) -> PairLogps:
-        budget = tokens_without_gradient(CPU_TOKENS, self.policy)
-        told = progress or (lambda done: None)
-        return batched_logps(
-            self.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: told(done)
-        )
+        return batched_logps(self.policy, pairs, progress=progress or (lambda done: None))
 
 
 def _turn(answer: Completion) -> tuple[Message, ...]:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -28,9 +27,8 @@ from torch import Tensor
 from dpo_studio.config import ReferenceSection
 from dpo_studio.disk import check_space, sync, sync_folder
 from dpo_studio.errors import RunError
-from dpo_studio.learning.train import TrainingState
-from dpo_studio.models.adapters import adapter_state, save_adapter
-from dpo_studio.models.moving import put_reference, reference_state
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.policy.policy import Policy
 from dpo_studio.reading import read_json, sha256_of
 
 __all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint", "sweep"]
@@ -50,7 +48,7 @@ _WRITING, _DROPPING = ".writing-", ".dropping-"
 
 
 def save_checkpoint(
-    folder: Path, policy: PeftModel, state: TrainingState, *, base: str, held_out_loss: float | None = None
+    folder: Path, policy: Policy, state: TrainingState, *, base: str, held_out_loss: float | None = None
 ) -> Path:
     """Write step-N beside its final name, sync, rename; then drop all but the newest few and the best.
 
@@ -86,15 +84,15 @@ def save_checkpoint(
     return final
 
 
-def checkpoint_bytes(policy: PeftModel, reference: ReferenceSection) -> int:
+def checkpoint_bytes(policy: Policy, reference: ReferenceSection) -> int:
     """What a checkpoint will take on the disk: the adapter thrice (AdamW keeps two averages), and a moved reference."""
-    trained = sum(p.numel() * p.element_size() for p in adapter_state(policy).values())
-    moved = reference_state(policy) if reference.update_every is not None else {}
+    trained = sum(p.numel() * p.element_size() for p in policy.trained.values())
+    moved = policy.reference_state() if reference.update_every is not None else {}
     small_files = 4096 * (len(_FILES) + 2)
     return 3 * trained + sum(x.numel() * x.element_size() for x in moved.values()) + small_files
 
 
-def _write(scratch: Path, policy: PeftModel, state: TrainingState, base: str, held_out_loss: float | None) -> None:
+def _write(scratch: Path, policy: Policy, state: TrainingState, base: str, held_out_loss: float | None) -> None:
     entries: dict[str, Future[dict[str, Any]]] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:  # while the next file is written and synced: a third faster
 
@@ -103,11 +101,11 @@ def _write(scratch: Path, policy: PeftModel, state: TrainingState, base: str, he
                 if name not in entries:
                     entries[name] = hasher.submit(_entry, scratch / name)
 
-        save_adapter(policy, scratch / "adapter", base=base)
+        policy.save(scratch / "adapter", base=base)
         hash_new_files()
         save_file(_optimizer_tensors(policy, state.optimizer), scratch / "optimizer.safetensors")
         hash_new_files()
-        if state.reference.update_every is not None and (reference := reference_state(policy)):
+        if state.reference.update_every is not None and (reference := policy.reference_state()):
             save_file(reference, scratch / _REFERENCE)
         numbers = state.numbers() | {"held_out_loss": held_out_loss}
         (scratch / _STATE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
@@ -128,23 +126,21 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
     return None
 
 
-def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
+def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> None:
     """Put weights, optimizer, step and a moving reference back as they were.
 
     Raises:
         RunError: the checkpoint is whole, and of another adapter or with a state that is none.
     """
     try:
-        saved = load_file(checkpoint / "adapter" / "adapter_model.safetensors")
-        for name, p in adapter_state(policy).items():
-            p.data.copy_(saved[name.replace(".default.weight", ".weight")])
+        policy.restore(load_file(checkpoint / "adapter" / "adapter_model.safetensors"))
         averages = load_file(checkpoint / "optimizer.safetensors")
-        for name, p in adapter_state(policy).items():
+        for name, p in policy.trained.items():
             if f"{name}.exp_avg" in averages:
                 state.optimizer.state[p] = {key: averages[f"{name}.{key}"].to(p.device) for key in _AVERAGES}
         if (checkpoint / _REFERENCE).exists():
-            put_reference(policy, load_file(checkpoint / _REFERENCE))
-        state.recall(_numbers(checkpoint))
+            policy.restore_reference(load_file(checkpoint / _REFERENCE))
+        state.restore(_numbers(checkpoint))
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError) as error:
@@ -157,10 +153,10 @@ def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
 _AVERAGES = ("exp_avg", "exp_avg_sq", "step")
 
 
-def _optimizer_tensors(policy: PeftModel, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     return {
         f"{name}.{key}": optimizer.state[p][key].detach().cpu().contiguous()
-        for name, p in adapter_state(policy).items()
+        for name, p in policy.trained.items()
         if optimizer.state.get(p)
         for key in _AVERAGES
     }

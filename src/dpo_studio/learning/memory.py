@@ -1,7 +1,8 @@
 """Memory, so that nobody has to think about it: how many tokens fit, and what to do when they do not after all.
 
 Tokens in memory at once change speed only: an out-of-memory halves them, and the step is taken again with the same
-pairs. When a single pair is too much, the backward pass forms more anew instead of keeping it.
+pairs. When a single pair is too much, the backward pass recomputes more instead of keeping it (activation
+checkpointing).
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
 
 __all__ = [
-    "CPU_TOKENS",
-    "Limit",
-    "Room",
+    "CPU_TOKEN_BUDGET",
+    "MemoryLimit",
+    "MemoryLimits",
     "plan_limit",
     "tokens_without_gradient",
     "too_long_for_memory",
     "unless_out_of_memory",
 ]
 
-CPU_TOKENS = 2048
+CPU_TOKEN_BUDGET = 2048
 """Tokens of a micro-batch on a CPU: two cores are busy from 512 on; a step of eight short pairs then is one row."""
 _GPU_WORK = 6e13
 """Weights x tokens that keep a GPU busy: 8,192 tokens of a 7B. On an H200 twice as many were 1 % faster."""
@@ -47,43 +48,49 @@ _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
-class Limit:
+class MemoryLimit:
     """What is kept in memory at once, from a step on."""
 
     step: int
     tokens: int
-    """Of a micro-batch; a single longer pair has one of its own."""
+    """The token budget of a micro-batch; a single longer pair has one of its own."""
     recompute: Recompute = "nothing"
-    """What the backward pass forms anew."""
+    """What the backward pass recomputes."""
 
 
-class Room:
-    """The limits of a run, from step to step: those it knows and those it meets."""
+class MemoryLimits:
+    """The memory limits of a run, from step to step: those it knows and those it meets."""
 
     def __init__(
         self,
-        policy: nn.Module,
+        model: nn.Module,
         steps: Steps,
-        known: Iterable[Limit] = (),
-        tell: Callable[[Limit], None] = lambda limit: None,
+        known: Iterable[MemoryLimit] = (),
+        report: Callable[[MemoryLimit], None] = lambda limit: None,
     ) -> None:
-        self._policy, self._steps, self._tell = policy, steps, tell
-        self._limits = [Limit(0, steps.tokens_per_micro_batch)]
-        self._now: Limit | None = None
+        self._model, self._steps, self._report = model, steps, report
+        self._limits = [MemoryLimit(0, steps.token_budget)]
+        self._now: MemoryLimit | None = None
         for limit in known:
             self._learn(limit)
 
+    def token_budget(self, step: int) -> int:
+        """Tokens of a micro-batch in that step."""
+        return self._at(step).tokens
+
     def packed(self, micro_batches: list[MicroBatch], step: int) -> list[MicroBatch]:
-        """The step's micro-batches as its limit has them: these, or packed anew."""
+        """The step's micro-batches as its limit has them: these, or packed again."""
         limit = self._at(step)
-        self._set(limit)
-        if all(batch.room == limit.tokens for batch in micro_batches):
+        if self._now is None or limit.recompute != self._now.recompute:
+            set_recompute(self._model, limit.recompute)
+        self._now = limit
+        if all(batch.token_budget == limit.tokens for batch in micro_batches):
             return micro_batches
-        return self._steps.micro_batches_of(step)
+        return self._steps.micro_batches_of(step, limit.tokens)
 
     def shrink(self, step: int, largest: int) -> None:
-        """After an out-of-memory: half the `largest` row's tokens from `step` on; once that is the longest pair's, less
-        to keep of each.
+        """After an out-of-memory: half the `largest` row's tokens from `step` on; once that is the longest pair's, more
+        is recomputed.
 
         Raises:
             RunError: a single pair does not fit although the backward pass keeps next to nothing.
@@ -91,26 +98,20 @@ class Room:
         longest = max(map(packed_tokens, self._steps.pairs))
         now = self._at(step)
         if largest > longest:
-            limit = Limit(step, max(longest, min(now.tokens, largest) // 2), now.recompute)
+            limit = MemoryLimit(step, max(longest, min(now.tokens, largest) // 2), now.recompute)
         elif now.recompute != RUNGS[-1]:
-            limit = Limit(step, now.tokens, RUNGS[RUNGS.index(now.recompute) + 1])
+            limit = MemoryLimit(step, now.tokens, RUNGS[RUNGS.index(now.recompute) + 1])
         else:
             raise too_long_for_memory(longest)
         self._learn(limit)
-        self._tell(limit)
+        self._report(limit)
 
-    def _at(self, step: int) -> Limit:
+    def _at(self, step: int) -> MemoryLimit:
         return [limit for limit in self._limits if limit.step <= step][-1]
 
-    def _learn(self, limit: Limit) -> None:
+    def _learn(self, limit: MemoryLimit) -> None:
         """A later word on a step replaces what was said of it and of later ones."""
         self._limits = [known for known in self._limits if known.step < limit.step] + [limit]
-
-    def _set(self, limit: Limit) -> None:
-        if self._now is None or limit.recompute != self._now.recompute:
-            set_recompute(self._policy, limit.recompute)
-        self._now = limit
-        self._steps.tokens_per_micro_batch = limit.tokens
 
 
 def unless_out_of_memory(model: nn.Module, compute: Callable[[], _T]) -> _T | None:
@@ -132,7 +133,9 @@ def tokens_without_gradient(tokens: int, model: nn.Module) -> int:
     return max(tokens, _GPU_TOKENS[0]) if on_gpu and not is_compiled(model) else tokens
 
 
-def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: int, device: torch.device) -> Limit:
+def plan_limit(
+    policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: int, device: torch.device
+) -> MemoryLimit:
     """As many tokens as keep the device busy, or as fit: two short rows forward and backward say what a token costs,
     and a row of the size planned whether that is true.
 
@@ -142,7 +145,7 @@ def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: 
         RunError: the longest pair does not fit.
     """
     if device.type != "cuda":
-        return Limit(0, CPU_TOKENS)
+        return MemoryLimit(0, CPU_TOKEN_BUDGET)
     by_length = sorted(pairs, key=packed_tokens, reverse=True)
     longest = packed_tokens(by_length[0])
     weights = weight_count(policy)
@@ -153,12 +156,12 @@ def plan_limit(policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: 
     for recompute in RUNGS:
         set_recompute(policy, recompute)
         if recompute == RUNGS[0] and _fits(policy, _row(by_length, wanted)):
-            return Limit(0, wanted)
+            return MemoryLimit(0, wanted)
         fitting = min(wanted, _tokens_that_fit(policy, by_length))
         while fitting >= longest:
             tokens = _in_whole_blocks(fitting, longest)
             if tokens == longest or _fits(policy, _row(by_length, tokens)):
-                return Limit(0, tokens, recompute)
+                return MemoryLimit(0, tokens, recompute)
             fitting = max(longest, _LESS * fitting)  # short rows waste parts of torch's blocks: the line is too flat
     raise too_long_for_memory(longest)
 
@@ -193,7 +196,7 @@ def _row(by_length: Sequence[EncodedPair], tokens: int) -> MicroBatch:
     while (pair := next((pair for pair in by_length if packed_tokens(pair) <= left), None)) is not None:
         chosen.append(pair)
         left -= packed_tokens(pair)
-    return replace(pack(chosen), room=tokens)
+    return replace(pack(chosen), token_budget=tokens)
 
 
 def _peak_bytes(policy: nn.Module, row: MicroBatch) -> int:

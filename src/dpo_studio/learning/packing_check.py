@@ -16,17 +16,16 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from peft import PeftModel
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from dpo_studio.errors import ModelError
 from dpo_studio.learning.adapter_noise import noisy_adapters
 from dpo_studio.learning.logprobs import token_logps
-from dpo_studio.learning.memory import CPU_TOKENS, too_long_for_memory, unless_out_of_memory
+from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, too_long_for_memory, unless_out_of_memory
 from dpo_studio.learning.plain import computes_in_fp32, in_fp32, plain_model, plain_token_logps
 from dpo_studio.learning.telling_pairs import TellingPair, limits_of, telling_pairs
-from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, in_eval
+from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval
 from dpo_studio.models.gptq import computes_in_fp8
 from dpo_studio.models.layers import causal_lm
 from dpo_studio.preferences.pair import Pair
@@ -59,12 +58,12 @@ def check_packing(
     texts: Sequence[Pair] = (),
     encoder: ChatEncoder | None = None,
     adapters: Mapping[str, Path] | None = None,
-    budget: int = CPU_TOKENS,
+    token_budget: int = CPU_TOKEN_BUDGET,
 ) -> float:
     """Compare log-probs as the run computes them with the plain model's; return the mean difference a token, in nats.
 
     `texts` are what the pairs were encoded from by `encoder`, found by `row`: no text of a prompt may be scored.
-    `adapters` are the folders that the model's adapters, by name, were loaded from. `budget`: tokens of a row.
+    `adapters` are the folders that the model's adapters, by name, were loaded from. `token_budget`: tokens of a row.
 
     Raises:
         ModelError: weights are not finite; an adapter is not what its folder holds; text of a prompt is scored; or a
@@ -77,9 +76,9 @@ def check_packing(
         check_scored(pairs, texts, encoder)
     sample = telling_pairs(pairs, limits_of(model))
     while True:
-        difference = unless_out_of_memory(model, partial(_compare, model, pairs, sample, budget))
+        difference = unless_out_of_memory(model, partial(_compare, model, pairs, sample, token_budget))
         if difference is not None:
-            _check_switch(model, pairs[sample[0].place], budget)
+            _check_switch(model, pairs[sample[0].place], token_budget)
             return difference
         longest = max(sample, key=lambda one: packed_tokens(pairs[one.place]))
         if len(sample) == 1:
@@ -87,31 +86,31 @@ def check_packing(
         sample.remove(longest)
 
 
-def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[TellingPair], budget: int) -> float:
+def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[TellingPair], token_budget: int) -> float:
     chosen = [pairs[one.place] for one in sample]
     off = []
     with torch.no_grad(), in_eval(model), noisy_adapters(model):
         for one in _passes(model):
             with one.state(model):
-                ours = _packed(model, chosen, budget)
+                ours = _packed(model, chosen, token_budget)
             own = None if computes_in_fp32(model) else _plain(model, one.adapter, chosen)
             exact = _plain(model, one.adapter, chosen, exact=True)
             off.append(_judge(one.name, sample, chosen, ours, exact, own or exact, model))
     return max(off)
 
 
-def _check_switch(model: nn.Module, pair: EncodedPair, budget: int) -> None:
+def _check_switch(model: nn.Module, pair: EncodedPair, token_budget: int) -> None:
     """Raises ModelError if the reference changes with the policy's adapter.
 
     What one layer does without its switch can be less than bfloat16 rounds. So nothing is compared with a plain model:
     the same computation with and without noise in the adapter gives the same numbers, as far as it does twice.
     """
-    if not isinstance(model, PeftModel):
+    if POLICY not in adapter_names(model):
         return
     with torch.no_grad(), in_eval(model), as_reference(model):
-        (first_N,), (second_N,) = (_packed(model, [pair], budget) for _ in range(2))
+        (first_N,), (second_N,) = (_packed(model, [pair], token_budget) for _ in range(2))
         with noisy_adapters(model, only=[POLICY]):
-            (noisy_N,) = _packed(model, [pair], budget)
+            (noisy_N,) = _packed(model, [pair], token_budget)
     by_itself, with_noise = ((first_N - other_N).abs().mean().item() for other_N in (second_N, noisy_N))
     if not with_noise <= _TIMES * by_itself + _APART:
         raise ModelError(
@@ -122,9 +121,9 @@ def _check_switch(model: nn.Module, pair: EncodedPair, budget: int) -> None:
 
 
 def _passes(model: nn.Module) -> list[_Pass]:
-    if not isinstance(model, PeftModel):
+    if not (names := adapter_names(model)):
         return [_Pass("", None, lambda _: nullcontext())]
-    reference = REFERENCE if REFERENCE in model.peft_config else None
+    reference = REFERENCE if REFERENCE in names else None
     named = "the reference's adapter on" if reference else "the adapter off"
     return [
         _Pass(f", {named}", reference, as_reference),
@@ -132,11 +131,11 @@ def _passes(model: nn.Module) -> list[_Pass]:
     ]
 
 
-def _packed(model: nn.Module, pairs: Sequence[EncodedPair], budget: int) -> list[Tensor]:
+def _packed(model: nn.Module, pairs: Sequence[EncodedPair], token_budget: int) -> list[Tensor]:
     """Each pair's log-probs (N,), from rows as a run lays them."""
     found: dict[int, Tensor] = {}
     device = causal_lm(model).device
-    for batch in micro_batches(pairs, range(len(pairs)), budget):
+    for batch in micro_batches(pairs, range(len(pairs)), token_budget):
         by_answer = torch.split(token_logps(model, batch.to(device)).cpu(), batch.tokens_A.tolist())
         for place, chosen, rejected in zip(batch.pairs, by_answer[0::2], by_answer[1::2], strict=True):
             found[place] = torch.cat([chosen, rejected])

@@ -30,6 +30,9 @@ from dpo_studio.models.sizes import tensor_shapes
 from dpo_studio.models.targets import all_linear, not_adaptable, refuse_targets, short_names
 
 __all__ = [
+    "POLICY",
+    "REFERENCE",
+    "adapter_names",
     "adapter_state",
     "as_reference",
     "attach",
@@ -173,9 +176,14 @@ def _adapts(folder: Path, name: str, what: str) -> ModelError:
     )
 
 
-def adapter_state(policy: PeftModel) -> dict[str, Tensor]:
-    """The trained tensors of the policy's adapter, by name, in a fixed order."""
-    return {name: p for name, p in sorted(policy.named_parameters()) if p.requires_grad}
+def adapter_names(model: nn.Module) -> tuple[str, ...]:
+    """The names of the adapters in memory: `POLICY`, `REFERENCE`, both, or none."""
+    return tuple(model.peft_config) if isinstance(model, PeftModel) else ()
+
+
+def adapter_state(policy: PeftModel) -> dict[str, nn.Parameter]:
+    """The trained tensors of the policy's adapter, by name, in the order of the model's modules."""
+    return {name: p for name, p in policy.named_parameters() if p.requires_grad}
 
 
 def saved_tensors(policy: PeftModel) -> dict[str, Tensor]:

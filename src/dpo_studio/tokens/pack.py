@@ -57,7 +57,7 @@ class MicroBatch:
     """How many scored tokens each answer has, in the order of `target_N`: chosen, rejected, chosen, ..."""
     shared_N: Tensor
     """Which scored tokens stand no further back in their answer than the other answer is long."""
-    room: int = 0
+    token_budget: int = 0
     """Tokens the row could have held: rows of one run differ in length, and one kernel serves them all."""
     reference: PairLogps | None = None
     """The reference's log-probs of these pairs, when they are known before the step."""
@@ -196,10 +196,10 @@ def _with_last_position(row: MicroBatch, position: int) -> MicroBatch:
     )
 
 
-def fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Which items share a row of at most `budget` tokens: best fit, longest first.
+def fit(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Which items share a row of at most `token_budget` tokens: best fit, longest first.
 
-    An item over the budget gets a row of its own. Deterministic: equal lengths keep their order.
+    An item over the token budget gets a row of its own. Deterministic: equal lengths keep their order.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -207,7 +207,7 @@ def fit(lengths: Sequence[int], budget: int) -> list[list[int]]:
         best = min((row for row in range(len(rows)) if room[row] >= lengths[item]), key=room.__getitem__, default=None)
         if best is None:
             rows.append([])
-            room.append(budget)
+            room.append(token_budget)
             best = len(rows) - 1
         rows[best].append(item)
         room[best] -= lengths[item]
@@ -223,14 +223,14 @@ def pair_order(count: int, *, seed: int, epoch: int) -> list[int]:
     return [int(i) for i in np.argsort(draws, kind="stable")]
 
 
-@dataclass(eq=False)
+@dataclass(frozen=True, eq=False)
 class Steps:
     """The micro-batches of every optimizer step, from any step on."""
 
     pairs: Sequence[EncodedPair]
     pairs_per_step: int
-    tokens_per_micro_batch: int
-    """May change on the way; it decides how a step's pairs are laid into rows, never which they are."""
+    token_budget: int
+    """Tokens of a micro-batch: it decides how a step's pairs are laid into rows, never which they are."""
     seed: int
     epochs: float
     max_steps: int | None = None
@@ -259,30 +259,35 @@ class Steps:
         order = pair_order(len(self.pairs), seed=self.seed, epoch=epoch)
         return order[slot * self.pairs_per_step : (slot + 1) * self.pairs_per_step]
 
-    def micro_batches_of(self, step: int) -> list[MicroBatch]:
-        """The micro-batches of step number `step`."""
-        return list(micro_batches(self.pairs, self.pairs_of(step), self.tokens_per_micro_batch, self.reference))
+    def micro_batches_of(self, step: int, token_budget: int | None = None) -> list[MicroBatch]:
+        """The micro-batches of step number `step`, within another token budget where one is given."""
+        return list(micro_batches(self.pairs, self.pairs_of(step), token_budget or self.token_budget, self.reference))
 
-    def __call__(self, *, after: int) -> Iterator[list[MicroBatch]]:
+    def __call__(self, *, after: int, token_budget: Callable[[int], int] | None = None) -> Iterator[list[MicroBatch]]:
         """The micro-batches of step after+1, after+2, ... to the end; a thread packs the next while one is used.
 
-        A thread, not a process: a row of 8,192 tokens takes it 2 ms, and a GPU some 600.
+        `token_budget` of a step's number is asked for when it is packed. A thread, not a process: a row of 8,192 tokens
+        takes it 2 ms, and a GPU some 600.
         """
+
+        def pack_step(step: int) -> list[MicroBatch]:
+            return self.micro_batches_of(step, None if token_budget is None else token_budget(step))
+
         with ThreadPoolExecutor(max_workers=1) as packer:
-            coming = packer.submit(self.micro_batches_of, after + 1)
+            coming = packer.submit(pack_step, after + 1)
             for step in range(after + 1, self.total + 1):
-                here, coming = coming, packer.submit(self.micro_batches_of, step + 1)
+                here, coming = coming, packer.submit(pack_step, step + 1)
                 yield here.result()
 
 
 def micro_batches(
     pairs: Sequence[EncodedPair],
     positions: Sequence[int],
-    budget: int,
+    token_budget: int,
     reference: Callable[[Sequence[int]], PairLogps] | None = None,
 ) -> Iterator[MicroBatch]:
-    """The pairs at `positions` in rows of at most `budget` tokens."""
-    for row in fit([packed_tokens(pairs[position]) for position in positions], budget):
+    """The pairs at `positions` in rows of at most `token_budget` tokens."""
+    for row in fit([packed_tokens(pairs[position]) for position in positions], token_budget):
         chosen = [positions[item] for item in row]
-        batch = replace(pack([pairs[position] for position in chosen], chosen), room=budget)
+        batch = replace(pack([pairs[position] for position in chosen], chosen), token_budget=token_budget)
         yield replace(batch, reference=reference(chosen)) if reference is not None else batch

@@ -7,25 +7,26 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from peft import PeftModel
 from torch import nn
 
-from dpo_studio.config import ModelSection, Recipe, cache_folder
+from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.merge import Delta, adapter_deltas
 from dpo_studio.export.verify import Comparison, compare
-from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
-from dpo_studio.learning.reference import ReferenceCache, batched_logps, reference_logps
-from dpo_studio.models.adapters import REFERENCE, attach_existing, in_eval
+from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, tokens_without_gradient
+from dpo_studio.learning.reference import ReferenceChoice
+from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps
+from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
 from dpo_studio.workflows.loading import Loaded
-from dpo_studio.workflows.preparing import RunData, encode_both, read_and_split, reference_model
+from dpo_studio.workflows.preparing import RunData, encode_both, make_reference, read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
 
 __all__ = ["RunModel", "ask_the_run", "look_again", "stop_rate"]
@@ -69,19 +70,18 @@ def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress, *, today: dat
     keys = {pair.row: prompt_key(pair.prompt) for pair in side}
     chats: list[Sequence[Message]] = list({keys[pair.row]: pair.prompt for pair in side}.values())
     chats = [*chats[:_ASKED], (Message("user", SHOWCASE),)]
-    policy = attach_existing(base.model, adapter, trainable=False)
-    section = recipe.reference
-    if recipe.model.adapter is not None and section.model is None and section.adapter is None:
-        policy = attach_existing(policy, Path(recipe.model.adapter), trainable=False, name=REFERENCE)
+    policy = Policy.saved(base.model, adapter, trainable=False)
+    if (beside := ReferenceChoice.of(recipe).beside) is not None:
+        policy.hold_close_to(beside)
     return RunModel(
-        deltas=adapter_deltas(policy),
+        deltas=adapter_deltas(policy.model),
         pairs=pairs,
         prompts=[keys[pair.row] for pair in pairs],
         held_out=bool(data.held_out.pairs),
-        policy=_logps(policy, pairs, "the run's own model", progress),
+        policy=_logps(policy.model, pairs, "the run's own model", progress),
         reference=_reference(recipe, base, policy, pairs, progress),
         chats=chats,
-        answers=_answers(base, policy, chats, progress),
+        answers=_answers(base, policy.model, chats, progress),
         training=data.train.pairs,
         weights=weight_count(base.model),
         linear=linear,
@@ -122,22 +122,18 @@ def _compared(
 
 
 def _logps(model: nn.Module, pairs: Sequence[EncodedPair], title: str, progress: Progress) -> PairLogps:
-    budget = tokens_without_gradient(CPU_TOKENS, model)
     with progress.task(title, len(pairs), "pairs") as advance, in_eval(model):
-        return batched_logps(
-            model, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
-        )
+        return batched_logps(model, pairs, progress=advance)
 
 
 def _reference(
-    recipe: Recipe, base: ChatModel, policy: PeftModel, pairs: Sequence[EncodedPair], progress: Progress
+    recipe: Recipe, base: ChatModel, policy: Policy, pairs: Sequence[EncodedPair], progress: Progress
 ) -> PairLogps:
     """What the training compared with, from its cache where that is still there."""
-    model, context, computes = reference_model(recipe, base, policy)
-    budget = tokens_without_gradient(CPU_TOKENS, model)
-    cache = ReferenceCache(cache_folder() / "reference", context)
-    with progress.task("its reference", len(pairs), "pairs") as advance, computes():
-        return reference_logps(model, pairs, budget=budget, cache=cache, progress=lambda done, tokens: advance(done))
+    reference = make_reference(recipe, base, policy)
+    budget = tokens_without_gradient(CPU_TOKEN_BUDGET, reference.model)
+    with progress.task("its reference", len(pairs), "pairs") as advance:
+        return reference.logps(pairs, token_budget=budget, progress=advance)
 
 
 def _answers(

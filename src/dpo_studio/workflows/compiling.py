@@ -5,17 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from peft import PeftModel
-
-from dpo_studio.config import Recipe
-from dpo_studio.learning.memory import CPU_TOKENS
 from dpo_studio.models.attention import FLEX, can_compile
 from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.models.load import ChatModel
+from dpo_studio.policy.policy import Policy
 from dpo_studio.reports.progress import Progress
-from dpo_studio.tokens.pack import packed_tokens
-from dpo_studio.workflows.preparing import RunData, steps_of
+from dpo_studio.tokens.pack import Steps, packed_tokens
 
 __all__ = ["accelerated"]
 
@@ -24,9 +20,7 @@ _WORTH_COMPILING = 4e15
 
 
 @contextmanager
-def accelerated(
-    recipe: Recipe, base: ChatModel, policy: PeftModel, data: RunData, progress: Progress
-) -> Iterator[None]:
+def accelerated(base: ChatModel, policy: Policy, steps: Steps, progress: Progress) -> Iterator[None]:
     """Compiled layers where there is enough to do that they pay for their compilation."""
     if base.device.type == "cuda" and not can_compile():
         progress.warn(
@@ -36,12 +30,11 @@ def accelerated(
     if base.device.type != "cuda" or base.model.config._attn_implementation != FLEX:
         yield
         return
-    set_recompute(policy, "nothing")
-    steps = steps_of(recipe, data.train.pairs, CPU_TOKENS)
-    tokens = steps.total * steps.pairs_per_step * sum(map(packed_tokens, data.train.pairs)) / len(data.train.pairs)
+    set_recompute(policy.model, "nothing")
+    tokens = steps.total * steps.pairs_per_step * sum(map(packed_tokens, steps.pairs)) / len(steps.pairs)
     if tokens * weight_count(base.model) < _WORTH_COMPILING:
         yield
         return
     progress.say("compiling the model's layers: a minute the first time, then it is kept")
-    with compiled_layers(policy):
+    with compiled_layers(policy.model):
         yield

@@ -57,7 +57,7 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
             loaded = load_any(str(trained.folder.path), say=shown.say)
             held_out: Sequence[Pair] = read_and_split(demo_recipe(out).recipe, shown)[1].held_out
         else:
-            loaded = Loaded(trained.base, trained.policy, None, trained.folder.adapter)
+            loaded = Loaded(trained.base, trained.policy.model, None, trained.folder.adapter)
             held_out = trained.held_out
         result = trained.result | _evaluate(trained.folder, held_out, loaded, shown)
         for finding in lengthening(result, result["steps"]):

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import datetime
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
 
-from dpo_studio.config import BUNDLED, ModelSection, Recipe
+from dpo_studio.config import BUNDLED, ModelSection, Recipe, cache_folder
 from dpo_studio.errors import DataError, ModelError
-from dpo_studio.learning.memory import Limit, plan_limit
-from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval, read_adapter_config
+from dpo_studio.learning.memory import MemoryLimit, plan_limit
+from dpo_studio.learning.reference import Reference, ReferenceChoice
+from dpo_studio.learning.reference_cache import ReferenceCache
+from dpo_studio.models.adapters import attach_existing, in_eval, read_adapter_config
 from dpo_studio.models.gptq import computes_in_fp8
 from dpo_studio.models.load import (
     ChatModel,
@@ -26,8 +27,8 @@ from dpo_studio.models.load import (
     weights_fingerprint,
 )
 from dpo_studio.models.vocabulary import check_vocabulary
-from dpo_studio.objectives import PairLogps
 from dpo_studio.paths import user_path
+from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
 from dpo_studio.preferences.split import Split, split_pairs
@@ -40,9 +41,10 @@ __all__ = [
     "RunData",
     "attach_policy",
     "encode_both",
+    "find_models",
     "look_at_models",
+    "make_reference",
     "read_and_split",
-    "reference_model",
     "settle_dtype",
     "settle_tokens",
     "steps_of",
@@ -154,12 +156,10 @@ def encode_both(recipe: Recipe, source: PairSource, split: Split, encoder: ChatE
     )
 
 
-def steps_of(
-    recipe: Recipe, pairs: Sequence[EncodedPair], budget: int, reference: Callable[..., PairLogps] | None = None
-) -> Steps:
+def steps_of(recipe: Recipe, pairs: Sequence[EncodedPair], token_budget: int) -> Steps:
     """The run's steps, in the recipe's words."""
     section = recipe.training
-    return Steps(pairs, section.pairs_per_step, budget, section.seed, section.epochs, section.max_steps, reference)
+    return Steps(pairs, section.pairs_per_step, token_budget, section.seed, section.epochs, section.max_steps)
 
 
 def settle_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
@@ -169,53 +169,55 @@ def settle_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
 
 
 def settle_tokens(
-    recipe: Recipe, policy: PeftModel, pairs: Sequence[EncodedPair], device: torch.device, progress: Progress
-) -> tuple[Recipe, Limit]:
+    recipe: Recipe, policy: Policy, pairs: Sequence[EncodedPair], device: torch.device, progress: Progress
+) -> tuple[Recipe, MemoryLimit]:
     """How many tokens are in memory at once: the recipe's number, or measured, and then it stays so."""
     tokens = recipe.training.tokens_per_micro_batch
     if tokens != "auto":
-        return recipe, Limit(0, tokens)
-    limit = plan_limit(policy, pairs, recipe.training.pairs_per_step, device)
+        return recipe, MemoryLimit(0, tokens)
+    limit = plan_limit(policy.model, pairs, recipe.training.pairs_per_step, device)
     if device.type == "cuda":
-        again = f", with the backward pass forming each {limit.recompute} anew" if limit.recompute != "nothing" else ""
+        again = f", each {limit.recompute} recomputed in the backward pass" if limit.recompute != "nothing" else ""
         progress.say(f"{limit.tokens} tokens a micro-batch fill this GPU{again}")
     settled = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
     return recipe.model_copy(update={"training": settled}), limit
 
 
-def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> PeftModel:
-    """A fresh adapter on the base, or the recipe's own to continue, which then stays beside it as the reference."""
+def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Policy:
+    """A fresh adapter on the base, or the recipe's own to continue; beside it the adapter that it is held close to."""
     if recipe.model.adapter is None:
-        return attach(base.model, recipe.adapter, seed=recipe.training.seed, say=say)
-    folder = Path(recipe.model.adapter)
-    policy = attach_existing(base.model, folder, trainable=True)
-    if recipe.reference.model is None and recipe.reference.adapter is None:
-        policy = attach_existing(policy, folder, trainable=False, name=REFERENCE)
+        policy = Policy.fresh(base.model, recipe.adapter, seed=recipe.training.seed, say=say)
+    else:
+        policy = Policy.saved(base.model, Path(recipe.model.adapter), trainable=True)
+    if (beside := ReferenceChoice.of(recipe).beside) is not None:
+        policy.hold_close_to(beside)
     return policy
 
 
-def reference_model(
-    recipe: Recipe, base: ChatModel, policy: PeftModel
-) -> tuple[Any, dict[str, str], Callable[[], AbstractContextManager[None]]]:
-    """(the model that computes the reference, what its numbers depend on, the state to compute them in)."""
-    section = recipe.reference
-    adapter = section.adapter or (recipe.model.adapter if section.model is None else None)
-    folder, model = base.folder, policy
-    if section.model is not None:
-        other = load_chat_model(_reference_section(recipe, section.model))
+def make_reference(recipe: Recipe, base: ChatModel, policy: Policy) -> Reference:
+    """The recipe's reference, ready to compute: in the policy's own model, or in another that is loaded now.
+
+    Raises:
+        ModelError: another model cannot be used, or has another vocabulary.
+    """
+    choice = ReferenceChoice.of(recipe)
+    folder, model, computing = base.folder, policy.model, policy.as_reference
+    if choice.model is not None:
+        other = load_chat_model(_reference_section(recipe, choice.model))
         _check_same_vocabulary(recipe, base.encoder, other.encoder)
         folder, model = other.folder, other.model
-        if section.adapter is not None:
-            model = attach_existing(other.model, Path(section.adapter), trainable=False)
-    elif section.adapter is not None:
-        policy = attach_existing(policy, Path(section.adapter), trainable=False, name=REFERENCE)
-    context = {
+        if choice.adapter is not None:
+            model = attach_existing(other.model, choice.adapter, trainable=False)
+        computing = partial(in_eval, model)
+    if recipe.reference.mode != "cached":
+        return Reference(model, computing, None)
+    key = {
         "weights": weights_fingerprint(folder),
-        "adapter": weights_fingerprint(Path(adapter)) if adapter is not None else "",
+        "adapter": weights_fingerprint(choice.adapter) if choice.adapter is not None else "",
         "dtype": str(base.model.dtype),
         "compute": "fp8" if computes_in_fp8(model) else "",
         "attention": base.model.config._attn_implementation,
         "device": base.device.type,
         "torch": torch.__version__,
     }
-    return model, context, (lambda: as_reference(policy)) if model is policy else (lambda: in_eval(model))
+    return Reference(model, computing, ReferenceCache(cache_folder() / "reference", key))

@@ -26,8 +26,7 @@ from dpo_studio.export.requantise import (
     settled,
 )
 from dpo_studio.export.whole import check_new, making
-from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
-from dpo_studio.learning.reference import batched_logps
+from dpo_studio.learning.batched import batched_logps
 from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
 from dpo_studio.paths import user_path
@@ -183,10 +182,7 @@ def _perplexity(base: ChatModel, pairs: Sequence[EncodedPair], progress: Progres
     """Of the chosen answers' tokens; None without any."""
     if not pairs:
         return None
-    budget = tokens_without_gradient(CPU_TOKENS, base.model)
     with progress.task(f"perplexity {when}", len(pairs), "pairs") as advance:
-        logps = batched_logps(
-            base.model, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
-        )
+        logps = batched_logps(base.model, pairs, progress=advance)
     nats = -(logps.chosen_P.double().sum() / logps.chosen_tokens_P.sum()).item()
     return math.exp(nats) if nats < 700 else math.inf

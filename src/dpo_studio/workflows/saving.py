@@ -8,17 +8,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from peft import PeftModel
 from safetensors import SafetensorError
 
 from dpo_studio.config import MINUTES, ReferenceSection
 from dpo_studio.disk import check_space, sync_folder
 from dpo_studio.errors import RunError
 from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint, sweep
-from dpo_studio.learning.train import TrainingState
+from dpo_studio.learning.state import TrainingState
 from dpo_studio.lock import Held
-from dpo_studio.models.adapter_proof import prove_adapter, prove_trial
-from dpo_studio.models.adapters import save_adapter
+from dpo_studio.policy.policy import Policy
 from dpo_studio.runs import RunFolder
 
 __all__ = ["Saver", "find_checkpoint"]
@@ -45,7 +43,7 @@ class Saver:
         assert minutes is not None  # the recipe has seen to it
         return time.monotonic() - self.saved_at >= 60 * float(minutes[1])
 
-    def check_room(self, policy: PeftModel, reference: ReferenceSection) -> None:
+    def check_room(self, policy: Policy, reference: ReferenceSection) -> None:
         """Before the first step: room for the checkpoints that will stay, one being written, and the adapter.
 
         Raises:
@@ -55,7 +53,7 @@ class Saver:
         wanted = max(1, KEPT + 2 - there) * checkpoint_bytes(policy, reference)
         check_space(self.run.checkpoints, wanted, "keeping checkpoints")
 
-    def save(self, policy: PeftModel, state: TrainingState, held_out_loss: float | None = None) -> None:
+    def save(self, policy: Policy, state: TrainingState, held_out_loss: float | None = None) -> None:
         """A checkpoint of this step, after the lines that lead up to it.
 
         Raises:
@@ -69,7 +67,7 @@ class Saver:
             raise _unwritable(f"the checkpoint of step {state.step}", self.run.checkpoints, error) from None
         self.saved_at = time.monotonic()
 
-    def save_trial(self, policy: PeftModel) -> None:
+    def save_trial(self, policy: Policy) -> None:
         """Before the first step: what will be saved after the last one is what plain PEFT loads.
 
         Raises:
@@ -78,11 +76,11 @@ class Saver:
         """
         try:
             with self.run.scratch("trial") as scratch:
-                prove_trial(policy, scratch, base=self.base)
+                policy.prove_trial(scratch, base=self.base)
         except (OSError, SafetensorError) as error:
             raise _unwritable("the adapter", self.run.path, error) from None
 
-    def save_result(self, policy: PeftModel) -> None:
+    def save_result(self, policy: Policy) -> None:
         """The adapter, proven, and on the disk before anything says that the run is finished.
 
         Raises:
@@ -91,9 +89,9 @@ class Saver:
         """
         self.held.check()
         try:
-            save_adapter(policy, self.run.adapter, base=self.base)
+            policy.save(self.run.adapter, base=self.base)
             sync_folder(self.run.adapter)
-            prove_adapter(policy, self.run.adapter)
+            policy.prove(self.run.adapter)
         except (OSError, SafetensorError) as error:
             raise _unwritable("the adapter", self.run.adapter, error) from None
 

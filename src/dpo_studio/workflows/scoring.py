@@ -13,9 +13,9 @@ import torch
 from dpo_studio.config import SourceLike, TooLong, as_source
 from dpo_studio.errors import DataError, NonFiniteError, UsageError
 from dpo_studio.evaluation.accuracy import finite_pairs, finite_summary
-from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
+from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, tokens_without_gradient
 from dpo_studio.learning.packing_check import check_packing
-from dpo_studio.learning.reference import batched_logps
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
@@ -93,14 +93,12 @@ def side_logps(
     Raises:
         ModelError: they are not the plain model's.
     """
-    budget = tokens_without_gradient(CPU_TOKENS, loaded.policy)
+    budget = tokens_without_gradient(CPU_TOKEN_BUDGET, loaded.policy)
     if tuned:
         encoder, adapters = loaded.base.encoder, loaded.adapters
-        check_packing(loaded.policy, pairs, texts=texts, encoder=encoder, adapters=adapters, budget=budget)
+        check_packing(loaded.policy, pairs, texts=texts, encoder=encoder, adapters=adapters, token_budget=budget)
     with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
-        return batched_logps(
-            loaded.policy, pairs, range(len(pairs)), budget=budget, progress=lambda done, tokens: advance(done)
-        )
+        return batched_logps(loaded.policy, pairs, token_budget=budget, progress=advance)
 
 
 def _scored(pairs: Sequence[EncodedPair], policy: PairLogps, reference: PairLogps, beta: float) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ from accelerate.tracking import get_available_trackers
 from dpo_studio.config import LoadedRecipe, Recipe
 from dpo_studio.errors import RunError, install_hint
 from dpo_studio.learning.checkpoints import newest_checkpoint
-from dpo_studio.learning.train import learning_rate, warmup_steps
+from dpo_studio.learning.schedule import learning_rate, warmup_steps
 from dpo_studio.runs import RunFolder
 
 __all__ = ["check_not_shorter", "check_tracker", "is_finished", "typed_model", "warn_of_length"]

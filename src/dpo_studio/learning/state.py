@@ -1,0 +1,127 @@
+"""What a training is between two steps: optimizer, schedule, and the few numbers that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpo_studio.config import ReferenceSection, TrainingSection
+from dpo_studio.errors import NonFiniteError
+from dpo_studio.learning.schedule import learning_rate
+from dpo_studio.policy.policy import Policy
+from dpo_studio.ranks import Ranks
+
+__all__ = ["TrainingState"]
+
+_FIXED = ReferenceSection()
+_ALONE = Ranks()
+
+
+@dataclass
+class TrainingState:
+    """What changes from step to step besides the adapter's weights."""
+
+    optimizer: torch.optim.Optimizer
+    section: TrainingSection
+    total_steps: int
+    reference: ReferenceSection = _FIXED
+    """When the reference moves, and how far."""
+    ranks: Ranks = _ALONE
+    step: int = 0
+    mean_log_ratio: float = 0.0
+    """Of all answers of a step, averaged over the steps taken, in nats: BCO's threshold is made of it."""
+    skipped: int = 0
+    """Steps that were not taken because a number in them was not finite."""
+    skipped_in_a_row: int = 0
+    last: dict[str, float] = field(default_factory=dict)
+    """Gradient norm and learning rate of the last step, and what a move of the reference cut off."""
+
+    @classmethod
+    def fresh(
+        cls,
+        policy: Policy,
+        section: TrainingSection,
+        total_steps: int,
+        reference: ReferenceSection = _FIXED,
+        ranks: Ranks = _ALONE,
+    ) -> TrainingState:
+        """AdamW over what is trained, at step 0."""
+        optimizer = torch.optim.AdamW(
+            policy.trained.values(),
+            lr=section.learning_rate,
+            betas=section.betas,
+            eps=section.eps,
+            weight_decay=section.weight_decay,
+            fused=True,  # one pass over all parameters; the plain loop took 4 % of a step on two cores
+        )
+        return cls(optimizer, section, total_steps, reference, ranks)
+
+    def advance(self, policy: Policy) -> None:
+        """Clip, set the learning rate, let the optimizer step, forget the gradients, step += 1.
+
+        Raises:
+            NonFiniteError: the gradient is not finite; weights, averages and step are as they were.
+        """
+        trained = policy.trained.values()
+        self.ranks.sum_gradients(trained)
+        norm = nn.utils.clip_grad_norm_(trained, self.section.clip or math.inf).item()
+        if not math.isfinite(norm):
+            raise NonFiniteError("the gradient is not finite")
+        rate = learning_rate(self.section, self.step, self.total_steps)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.skipped_in_a_row = 0
+        self.last = {"grad_norm": norm, "learning_rate": rate}
+
+    def skip(self) -> None:
+        """Pass over a step: weights and averages stay, its gradients go, the schedule and the order of pairs go on."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        self.skipped += 1
+        self.skipped_in_a_row += 1
+        self.last = {"skipped": 1.0}
+
+    def numbers(self) -> dict[str, float]:
+        """What a checkpoint keeps of all this besides the optimizer."""
+        return {name: getattr(self, name) for name in _NUMBERS}
+
+    def restore(self, numbers: Mapping[str, object]) -> None:
+        """Take back what `numbers` once returned; what an older checkpoint lacks stays as it is in a fresh state.
+
+        Raises:
+            TypeError, ValueError: a number is none.
+        """
+        for name in _NUMBERS:
+            setattr(self, name, type(getattr(self, name))(numbers.get(name, getattr(self, name))))
+
+    def remember(self, log_ratio: float) -> None:
+        """Take the mean log-ratio of the step just taken into the running one; every step counts the same."""
+        self.mean_log_ratio += (log_ratio - self.mean_log_ratio) / (self.step - self.skipped)
+
+    def move_reference(self, policy: Policy) -> None:
+        """Every `update_every` steps, let the reference take its share of the policy's weights; nothing by default."""
+        every = self.reference.update_every
+        if every is not None and self.step % every == 0:
+            self.last["reference/cut"] = policy.move_reference(self.reference.update_share)
+
+    def is_finite(self, policy: Policy) -> bool:
+        """Whether the trained weights and the averages of their gradients are finite: one look for all of them."""
+        kept = [p.detach() for p in policy.trained.values()]
+        kept += [x for known in self.optimizer.state.values() for x in known.values() if isinstance(x, Tensor)]
+        return bool(torch.isfinite(nn.utils.get_total_norm(kept, norm_type=math.inf)))
+
+    def seed_dropout(self, micro_batch: int) -> None:
+        """Dropout masks come from (seed, step, micro-batch): nothing to restore on a resume."""
+        words = np.random.SeedSequence([self.section.seed, self.step, micro_batch]).generate_state(2)
+        torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
+
+
+_NUMBERS = ("step", "mean_log_ratio", "skipped", "skipped_in_a_row")

@@ -1,0 +1,135 @@
+"""The policy: what is trained. Today a LoRA adapter on a frozen base; beside it there may be a frozen reference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from dpo_studio.config import AdapterSection
+from dpo_studio.models.adapters import (
+    POLICY,
+    REFERENCE,
+    adapter_state,
+    as_reference,
+    attach,
+    attach_existing,
+    in_eval,
+    save_adapter,
+    saved_tensors,
+    train_mode,
+)
+from dpo_studio.policy.moving import move_reference, put_reference, reference_state
+from dpo_studio.policy.proof import prove_adapter, prove_trial
+
+__all__ = ["Policy"]
+
+
+@dataclass(frozen=True, eq=False)
+class Policy:
+    """What is trained, on the model that computes it. Loop, checkpoints and reports know it by these members alone."""
+
+    model: PeftModel
+    """Computes log-probs as the policy does when it is called."""
+
+    @classmethod
+    def fresh(
+        cls, base: nn.Module, section: AdapterSection, *, seed: int, say: Callable[[str], None] = lambda _: None
+    ) -> Policy:
+        """A fresh adapter on `base`: A random from `seed`, B zero, so the policy starts as the base.
+
+        Raises:
+            ModelError: a target names no linear layer, or one that is never adapted.
+        """
+        return cls(attach(base, section, seed=seed, say=say))
+
+    @classmethod
+    def saved(cls, base: nn.Module, folder: Path, *, trainable: bool) -> Policy:
+        """The adapter saved in `folder` on `base`.
+
+        Raises:
+            ModelError: the folder holds no LoRA adapter in safetensors, or one made for other layers.
+        """
+        return cls(attach_existing(base, folder, trainable=trainable))
+
+    def hold_close_to(self, folder: Path) -> None:
+        """Put the adapter saved in `folder` beside the policy's: a frozen reference.
+
+        Raises:
+            ModelError: as `saved`.
+        """
+        attach_existing(self.model, folder, trainable=False, name=REFERENCE)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return torch.device(next(self.model.parameters()).device)
+
+    @cached_property
+    def trained(self) -> dict[str, nn.Parameter]:
+        """The tensors that the optimizer changes, fp32, by name, in the order of the model's modules: a norm over all
+        of them adds in this order."""
+        return adapter_state(self.model)
+
+    def train_mode(self) -> None:
+        """Dropout in the adapter alone; the frozen base has none."""
+        train_mode(self.model)
+
+    def in_eval(self) -> AbstractContextManager[None]:
+        """Inside, nothing drops out."""
+        return in_eval(self.model)
+
+    def as_reference(self) -> AbstractContextManager[None]:
+        """Inside, `model` computes as the reference does: adapter off, or the frozen one beside it; no dropout."""
+        return as_reference(self.model)
+
+    def state(self) -> dict[str, Tensor]:
+        """The trained tensors by the names they have in their file."""
+        return saved_tensors(self.model)
+
+    def restore(self, saved: Mapping[str, Tensor]) -> None:
+        """Make the trained tensors what `state` once returned.
+
+        Raises:
+            KeyError, RuntimeError: a tensor is missing or has another shape.
+        """
+        for name, p in self.trained.items():
+            p.data.copy_(saved[name.replace(f".{POLICY}.weight", ".weight")])
+
+    def save(self, folder: Path, *, base: str) -> None:
+        """Write an adapter folder that plain PEFT loads; `base` is the model as its user named it."""
+        save_adapter(self.model, folder, base=base)
+
+    def prove(self, folder: Path) -> None:
+        """See that plain PEFT loads the adapter in `folder` as this policy.
+
+        Raises:
+            ModelError: it does not.
+        """
+        prove_adapter(self.model, folder)
+
+    def prove_trial(self, scratch: Path, *, base: str) -> None:
+        """The same before anything is trained, with noise in every tensor, saved to `scratch`; nothing changes here.
+
+        Raises:
+            ModelError: plain PEFT would not compute with what this training saves.
+        """
+        prove_trial(self.model, scratch, base=base)
+
+    def move_reference(self, share: float) -> float:
+        """Let the reference take `share` of the policy's weights (TR-DPO); returns what its limit on rank cut off."""
+        return move_reference(self.model, share)
+
+    def reference_state(self) -> dict[str, Tensor]:
+        """The reference adapter's tensors by name, on the CPU; none while the reference is the base itself."""
+        return reference_state(self.model)
+
+    def restore_reference(self, saved: dict[str, Tensor]) -> None:
+        """Make the reference what `reference_state` once returned."""
+        put_reference(self.model, saved)

@@ -1,0 +1,69 @@
+"""How a run measures its held-out pairs: before the first step, on the way, and after the last."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
+from dpo_studio.learning.held_out import evaluate, held_out_metrics
+from dpo_studio.objectives import PairLogps
+from dpo_studio.objectives.logps import Formula
+from dpo_studio.policy.policy import Policy
+from dpo_studio.reports.progress import Progress
+from dpo_studio.workflows.preparing import RunData
+
+__all__ = ["HeldOut"]
+
+
+@dataclass
+class HeldOut:
+    """A run's held-out pairs, with the reference's log-probs of them."""
+
+    policy: Policy
+    data: RunData
+    objective: Formula
+    reference: PairLogps
+    token_budget: int
+    progress: Progress
+    logps: PairLogps | None = None
+    """The policy's, of the last measurement; None before it and where no pairs are held out."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """Of the last measurement, by TRL's names."""
+
+    def measure(self, mean_log_ratio: float) -> dict[str, float]:
+        """Compute the policy's log-probs now; nothing where no pairs are held out."""
+        pairs = self.data.held_out.pairs
+        if not pairs:
+            return {}
+        with self.progress.task("held-out", len(pairs), "pairs") as advance:
+            self.metrics, self.logps = evaluate(
+                self.policy,
+                pairs,
+                self.reference,
+                self.objective.given(mean_log_ratio),
+                token_budget=self.token_budget,
+                progress=advance,
+            )
+        return self.metrics
+
+    def at_start(self, *, is_reference: bool, mean_log_ratio: float) -> dict[str, float]:
+        """Before the first step. While the policy still is its reference, no pass over the pairs is needed."""
+        if not self.data.held_out.pairs:
+            return {}
+        if not is_reference or self.objective.needs_agreement:
+            return self.measure(mean_log_ratio)
+        return held_out_metrics(self.reference, self.reference, self.objective)
+
+    def summary(self) -> dict[str, Any]:
+        """What `result.json` says of the last measurement: accuracy and margin with intervals, and the loss."""
+        if self.logps is None:
+            return {}
+        prompts, beta = self.data.held_out_prompts, self.objective.beta
+        summary: dict[str, Any] = finite_summary(self.logps, self.reference, prompts, beta=beta)
+        if (found := log_prob_differences(self.logps, self.reference)) is not None:
+            summary["log_prob_differences"] = found
+        loss = self.metrics["eval_loss"]  # a mean over all pairs: one that is not finite makes it none
+        summary["held_out_loss"] = loss if math.isfinite(loss) else None
+        return summary

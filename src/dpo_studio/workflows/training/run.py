@@ -1,0 +1,201 @@
+"""`dpo train`: a recipe in, a run folder out; the same command again continues what was not finished."""
+
+from __future__ import annotations
+
+import datetime
+import shlex
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from typing import Any
+
+from dpo_studio.config import LoadedRecipe, RecipeLike, load_recipe
+from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
+from dpo_studio.learning.state import TrainingState
+from dpo_studio.lock import Held, held
+from dpo_studio.models.bundled import published_name
+from dpo_studio.models.load import ChatModel, load_chat_model
+from dpo_studio.policy.policy import Policy
+from dpo_studio.preferences.pair import Pair
+from dpo_studio.ranks import Ranks
+from dpo_studio.reports.facts import read_run
+from dpo_studio.reports.html import write_report
+from dpo_studio.reports.progress import Progress
+from dpo_studio.reports.verdict import pass_verdict
+from dpo_studio.runs import RunFolder
+from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
+from dpo_studio.workflows.compiling import accelerated
+from dpo_studio.workflows.forecasting import forecast
+from dpo_studio.workflows.kept import check_same_data, digest_data, run_date, write_data
+from dpo_studio.workflows.place import check_place
+from dpo_studio.workflows.preparing import (
+    attach_policy,
+    encode_both,
+    find_models,
+    look_at_models,
+    read_and_split,
+    settle_dtype,
+    settle_tokens,
+    steps_of,
+)
+from dpo_studio.workflows.saving import Saver
+from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model, warn_of_length
+from dpo_studio.workflows.training.run_log import RunLog
+from dpo_studio.workflows.training.session import Session
+
+__all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
+
+
+@dataclass(frozen=True)
+class TrainedRun:
+    """What a training left behind, still in memory."""
+
+    folder: RunFolder
+    result: dict[str, Any]
+    base: ChatModel | None = None
+    """None when the run was finished before and nothing was loaded."""
+    policy: Policy | None = None
+    held_out: Sequence[Pair] = ()
+    """Empty then, too: a finished run needs none of its data to say so."""
+
+
+def train_recipe(
+    recipe: RecipeLike, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Train what the recipe says; return `result.json`'s content. `anyway`: on pairs that make it worthless, too.
+
+    Raises:
+        DPOStudioError: with a hint; what was computed before is kept in the run folder and the caches.
+    """
+    loaded = load_recipe(recipe, list(overrides))
+    with progress or Progress() as shown:
+        trained = run_training(loaded, shown, anyway=anyway)
+        for line in _closing(trained):
+            shown.say(line)
+    return trained.result
+
+
+def _closing(trained: TrainedRun) -> list[str]:
+    """What a finished training ends with: how many pairs, the report's own verdict, and what to type next."""
+    verdict, name = pass_verdict(read_run(trained.folder.path)), shlex.quote(str(trained.folder.path))
+    pairs, held_out = (trained.result.get(key, 0) for key in ("pairs", "held_out_pairs"))
+    return [
+        f"{pairs:,} pairs learned from, {held_out:,} held out",
+        f"{verdict.label}: {verdict.sentence} {verdict.meaning}",
+        f"talk with it:   dpo chat {name}",
+        f"measure it:     dpo eval {name} --judge JUDGE",
+        f"take it along:  dpo export {name} OUT --to adapter",
+    ]
+
+
+def check_recipe(
+    recipe: RecipeLike, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
+) -> None:
+    """`--dry-run`: look at recipe, data, model and adapter files and token counts; load no weights, write nothing.
+
+    Raises:
+        DPOStudioError: what `dpo train` would stop at before it loads any weights.
+    """
+    loaded = load_recipe(recipe, list(overrides))
+    check_place(loaded)
+    with progress or Progress() as shown:
+        run = RunFolder(loaded.run_folder)
+        settled = run.settle(loaded.recipe)
+        check_tracker(settled)
+        find_models(settled)
+        source, split = read_and_split(settled, shown)
+        look_at_pairs(settled, split, shown, anyway=anyway)
+        date = run_date(run)
+        encoder = look_at_models(settled, date, shown.say)
+        data = encode_both(settled, source, split, encoder, shown)
+        if (done := run.result()) is None or not is_finished(run, settled, done):
+            check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
+        look_at_lengths(settled, data.train, shown, anyway=anyway)
+        steps = steps_of(settled, data.train.pairs, CPU_TOKEN_BUDGET)
+        warn_of_length(settled, len(data.train.pairs), steps.total, shown.warn)
+        taken = min(
+            steps.total * settled.training.pairs_per_step, round(len(data.train.pairs) * settled.training.epochs)
+        )
+        shown.say(forecast(settled, data.train.pairs, taken))
+        shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
+
+
+def run_training(
+    loaded: LoadedRecipe,
+    progress: Progress,
+    result_extra: dict[str, Any] | None = None,
+    *,
+    anyway: bool = False,
+    stop_after: int | None = None,
+    today: datetime.date | None = None,
+) -> TrainedRun:
+    """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps.
+
+    `today`: the date of a run that begins, None today's; one that has learned something keeps its own.
+    """
+    ranks = Ranks.of_environment()
+    check_place(loaded)
+    run = RunFolder(loaded.run_folder)
+    recipe = run.settle(loaded.recipe)
+    if (done := run.result()) is not None and is_finished(run, recipe, done):
+        progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
+        if not (run.path / "report.html").exists():  # it is the last thing that is written
+            run.sweep()
+            progress.say(f"report: {write_report(run.path)}")
+        return TrainedRun(run, done)
+    check_tracker(recipe)
+    with held(run.path, progress.warn) as hold:
+        return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after, today, ranks)
+
+
+def _train_in(
+    run: RunFolder,
+    hold: Held,
+    loaded: LoadedRecipe,
+    progress: Progress,
+    result_extra: dict[str, Any],
+    anyway: bool,
+    stop_after: int | None,
+    today: datetime.date | None,
+    ranks: Ranks,
+) -> TrainedRun:
+    started = time.perf_counter()
+    recipe = run.settle(loaded.recipe)  # again: another process may just have left
+    find_models(recipe)
+    source, split = read_and_split(recipe, progress)
+    look_at_pairs(recipe, split, progress, anyway=anyway)
+    date = run_date(run, today)
+    encoder = look_at_models(recipe, date, progress.say)
+    with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
+        encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
+        base = load_chat_model(recipe.model, typed=typed_model(loaded), say=progress.say, encoder=encoder)
+        data = encoding.result()
+    kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
+    check_same_data(run, kept, progress.warn)
+    look_at_lengths(recipe, data.train, progress, anyway=anyway)
+    recipe = settle_dtype(recipe, base)
+    steps = steps_of(recipe, data.train.pairs, CPU_TOKEN_BUDGET)
+    check_not_shorter(run, steps.total)
+    warn_of_length(recipe, len(data.train.pairs), steps.total, progress.warn)
+    policy = attach_policy(base, recipe, progress.say)
+    saver = Saver(run, hold, published_name(base.typed), recipe.training.save_every)
+    saver.check_room(policy, recipe.reference)
+    saver.save_trial(policy)
+    policy.train_mode()
+    with accelerated(base, policy, steps, progress):
+        recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
+        run.start(loaded, recipe)
+        write_data(run, kept)
+        run.result_file.unlink(missing_ok=True)
+        log = RunLog(run, hold, base.device, progress, recipe.run.tracker)
+        if limit.recompute != "nothing":
+            log.write_limit(limit)
+        state = TrainingState.fresh(policy, recipe.training, steps.total, recipe.reference, ranks)
+        steps = replace(steps, token_budget=limit.tokens)
+        session = Session(recipe, base, policy, data, steps, state, saver, log, progress)
+        held_out = session.fit(stop_after)
+    result = session.finish(held_out, time.perf_counter() - started) | result_extra
+    run.write_json("result.json", result)
+    progress.say(f"report: {write_report(run.path)}")
+    return TrainedRun(run, result, base, policy, split.held_out)

@@ -1,0 +1,119 @@
+"""What a training writes while it runs: metrics and timing by step, memory limits, health, a tracker's copy."""
+
+from __future__ import annotations
+
+import resource
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dpo_studio.learning.memory import MemoryLimit
+from dpo_studio.learning.train import StepReport
+from dpo_studio.lock import Held
+from dpo_studio.reports.health import HealthWatch
+from dpo_studio.reports.progress import Progress
+from dpo_studio.reports.text import percent
+from dpo_studio.runs import RunFolder
+
+__all__ = ["RunLog", "figures"]
+
+
+@dataclass
+class RunLog:
+    """The lines of one run, old ones and new ones."""
+
+    run: RunFolder
+    held: Held
+    device: torch.device
+    progress: Progress
+    tracker: str | None = None
+    """`run.tracker`."""
+    _health: HealthWatch = field(default_factory=lambda: HealthWatch(0))
+    _accelerator: Accelerator | None = None
+
+    def begin(self, total_steps: int, *, saturates: bool) -> None:
+        """Take in what was written before the run was stopped, and start the tracker."""
+        if self.tracker is not None:
+            self._accelerator = Accelerator(
+                cpu=self.device.type == "cpu", log_with=self.tracker, project_dir=self.run.path
+            )
+            self._accelerator.init_trackers("dpo-studio", config={})
+        self._health = HealthWatch(total_steps, saturates=saturates)
+        for line in self.run.lines("metrics.jsonl"):  # whatever these show was reported before the run was stopped
+            self._health.see(line)
+
+    def write_start(self, held_out: dict[str, float]) -> None:
+        """The held-out numbers before the first step."""
+        self.run.append("metrics.jsonl", {"step": 0} | held_out)
+
+    def write(self, report: StepReport, held_out: dict[str, float]) -> None:
+        """What a step did, with the held-out numbers after it where they were measured."""
+        self.held.check()
+        if report.skipped:
+            self.progress.warn(f"step {report.step} was not taken: {report.skipped}; the weights stay as they were")
+        line = {"step": report.step} | report.metrics | held_out
+        self.run.append("metrics.jsonl", line)
+        for finding in self._health.see(line):
+            self.progress.warn(finding.words())
+        timing = {
+            "step": report.step,
+            "seconds": round(report.seconds, 4),
+            "pairs": report.pairs,
+            "tokens": report.tokens,
+            "pairs_per_second": _rate(report.pairs, report.seconds),
+            "tokens_per_second": _rate(report.tokens, report.seconds),
+            "memory_gib": round(_peak_memory(self.device), 3),
+        }
+        self.run.append("timing.jsonl", timing)
+        if self._accelerator is not None:
+            self._accelerator.log(report.metrics | held_out, step=report.step)
+
+    def write_limit(self, limit: MemoryLimit) -> None:
+        """A memory limit that the run has met: it is known when the run is continued."""
+        self.run.append("memory.jsonl", asdict(limit))
+
+    def limits(self) -> list[MemoryLimit]:
+        """The memory limits that this start and earlier ones have met."""
+        return [MemoryLimit(**line) for line in self.run.lines("memory.jsonl")]
+
+    def end(self) -> None:
+        """Let the tracker write what it has."""
+        if self._accelerator is not None:
+            self._accelerator.end_training()
+
+    def numbers(self) -> dict[str, Any]:
+        """Of the whole run, all its starts together: what `result.json` says of steps and speed."""
+        timing = list(self.run.lines("timing.jsonl"))
+        seconds = sum(line["seconds"] for line in timing)
+        return {
+            "skipped_steps": sum("skipped" in line for line in self.run.lines("metrics.jsonl")),
+            "training_seconds": round(seconds, 2),
+            "pairs_per_second": _rate(sum(line["pairs"] for line in timing), seconds),
+            "tokens_per_second": _rate(sum(line["tokens"] for line in timing), seconds),
+            "health": [finding.to_plain() for finding in self._health.findings],
+        }
+
+
+def figures(report: StepReport, held_out: dict[str, float]) -> str:
+    """A step in a line, for whoever watches."""
+    m = report.metrics
+    learned = (
+        "not taken  "
+        if report.skipped
+        else f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  accuracy {percent(m['rewards/accuracies'])}  "
+    )
+    text = f"{learned}{report.pairs / report.seconds:.1f} pairs/s  {report.tokens / report.seconds:.0f} tokens/s"
+    return text + (f"  held-out accuracy {percent(held_out['eval_rewards/accuracies'])}" if held_out else "")
+
+
+def _rate(count: float, seconds: float) -> float:
+    return round(count / seconds, 3) if seconds > 0 else 0.0
+
+
+def _peak_memory(device: torch.device) -> float:
+    """GiB: of the GPU's memory where there is one, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
