@@ -350,14 +350,14 @@ def main() -> None:
 
 def _forget() -> None:
     """In the child: a resume that loses AdamW's averages."""
-    training: Any = importlib.import_module("dpo_studio.workflows.training")
-    real = training.restore
+    session: Any = importlib.import_module("dpo_studio.workflows.training.session")
+    real = session.restore
 
     def restore(checkpoint: Path, policy: Any, state: Any) -> None:
         real(checkpoint, policy, state)
         state.optimizer.state.clear()
 
-    patch.object(training, "restore", restore).start()
+    patch.object(session, "restore", restore).start()
 
 
 if __name__ == "__main__":

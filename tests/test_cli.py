@@ -16,7 +16,7 @@ import pytest
 import dpo_studio
 from dpo_studio.cli import set_environment
 from dpo_studio.learning.state import TrainingState
-from dpo_studio.workflows import training
+from dpo_studio.workflows.training import run as training_run
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows
 
@@ -296,7 +296,7 @@ def test_an_adapter_to_continue_must_be_one(tiny_base: Path, tiny_run: Path, tmp
 def test_what_else_a_recipe_names_is_looked_at_before_any_weights(
     more: tuple[str, ...], tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "load_chat_model", lambda *_, **__: pytest.fail("the base was loaded"))
+    monkeypatch.setattr(training_run, "load_chat_model", lambda *_, **__: pytest.fail("the base was loaded"))
     other = tiny_folder(tmp_path / "other", family="qwen3")
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, adapter=None)
     (empty := tmp_path / "empty").mkdir()
@@ -491,7 +491,13 @@ def test_a_second_signal_does_not_wait(
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 @pytest.mark.parametrize(
-    "phase", ["preparing.encode_pairs", "training.load_chat_model", "training.check_packing", "training.write_report"]
+    "phase",
+    [
+        "preparing.encode_pairs",
+        "training.run.load_chat_model",
+        "training.session.check_packing",
+        "training.run.write_report",
+    ],
 )
 def test_a_signal_before_or_after_the_steps_ends_at_once(
     phase: str, number: signal.Signals, code: int, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

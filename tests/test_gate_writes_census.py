@@ -63,7 +63,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("workflows/exporting.py", "save_file"): "in an export's scratch folder",
     ("workflows/quantizing.py", ".write_text"): "in an export's scratch folder",
     ("workflows/evaluating.py", ".unlink"): "pages of an evaluation with more temperatures, in the run's own folder",
-    ("workflows/training.py", ".unlink"): "the result of a run that is made longer",
+    ("workflows/training/run.py", ".unlink"): "the result of a run that is made longer",
     ("workflows/verifying.py", "tempfile.TemporaryDirectory"): "two runs that are compared and thrown away",
     ("reports/drawing.py", ".savefig"): "into memory",
     ("reports/svg.py", ".savefig"): "into memory",

@@ -55,7 +55,7 @@ def limited(most: int, met: list[int] | None = None) -> Callable[..., PairLogps]
 
 
 def run(
-    budget: int, known: list[MemoryLimit] | None = None, objective: Any = DPO()
+    budget: int, known: list[MemoryLimit] | None = None, objective: Any = None
 ) -> tuple[list[StepReport], list[MemoryLimit]]:
     """Five steps with a live reference, and the limits they met."""
     policy = policy_on(size=0, attn_implementation=PAIRS)
@@ -69,7 +69,9 @@ def run(
     state = TrainingState.fresh(Policy(policy), SECTION, 5)
     train_mode(policy)
     reports = list(
-        train.train(Policy(policy), steps, objective, state, live, MemoryLimits(policy, steps, known or [], met.append))
+        train.train(
+            Policy(policy), steps, objective or DPO(), state, live, MemoryLimits(policy, steps, known or [], met.append)
+        )
     )
     return reports, met
 

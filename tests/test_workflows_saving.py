@@ -23,6 +23,7 @@ from dpo_studio.learning import checkpoints, train
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.models import adapters
+from dpo_studio.policy.policy import Policy
 from dpo_studio.runs import RunFolder
 from tests.test_lock import another_holds
 from tests.tiny_runs import Said, dpo, write_recipe
@@ -187,6 +188,8 @@ def test_a_result_that_is_not_what_was_trained_finishes_no_run(
 
     def spoil(policy: Policy, folder: Path, **named: Any) -> None:
         whole(policy, folder, **named)
+        if folder.parent.name != "run":  # a checkpoint's
+            return
         tensors = load_file(folder / "adapter_model.safetensors")
         tensors[sorted(tensors)[3]][-1, -1] += 1
         save_file(tensors, folder / "adapter_model.safetensors")
