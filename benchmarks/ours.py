@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import nn
 
@@ -118,8 +117,7 @@ def _trained(job: Job, meter: Meter, shape: Shape, pairs: Sequence[EncodedPair],
         with as_reference(policy):
             return [pair_logps(policy, batch) for batch in batches]
 
-    accelerator = Accelerator(cpu=meter.device.type == "cpu")
-    state = TrainingState.fresh(Policy(policy), section, steps.total, accelerator)
+    state = TrainingState.fresh(Policy(policy), section, steps.total)
     losses = []
     meter.begin()
     for report in train(Policy(policy), steps, DPO(), state, None if cached else live):

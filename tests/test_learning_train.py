@@ -143,7 +143,7 @@ def gradients_of_a_step(model: Any, objective: Any, *, budget: int, section: Tra
     found: dict[str, Tensor] = {}
 
     def catch(self: TrainingState, policy: Any) -> None:
-        found.update({name: p.grad.clone() for name, p in policy.named_parameters() if p.requires_grad})
+        found.update({name: p.grad.clone() for name, p in policy.trained.items() if p.grad is not None})
         self.step += 1
 
     with pytest.MonkeyPatch.context() as patch:
@@ -298,7 +298,7 @@ def test_gradients_are_clipped_to_the_norm_asked_for(clip: float | None) -> None
 
     def advance(self: TrainingState, policy: Any) -> None:
         inner(self, policy)
-        averages = (self.optimizer.state[p]["exp_avg"] for p in policy.parameters() if p.requires_grad)
+        averages = (self.optimizer.state[p]["exp_avg"] for p in policy.trained.values())
         state_norms.append(10 * math.sqrt(sum(float(a.double().pow(2).sum()) for a in averages)))
 
     with pytest.MonkeyPatch.context() as patch:

@@ -518,7 +518,7 @@ def test_a_difference_is_found_where_it_is(
         return len(trainings) == 2 and state.step == step
 
     def hair(policy: Any) -> Any:
-        return next(p for name, p in policy.named_parameters() if "lora_B" in name)
+        return next(p for name, p in policy.trained.items() if "lora_B" in name)
 
     def advancing(state: TrainingState, policy: Any) -> None:
         if second(state, 1) and place == "backward":
