@@ -193,7 +193,7 @@ def test_an_adapter_on_the_bundled_model_names_it_as_the_hub_does(
         assert named == "HuggingFaceTB/SmolLM2-135M-Instruct"
     scored = []
     for folder in (run, out):
-        said = dpo("score", folder, tmp_path / "pairs.jsonl")
+        said = dpo("score", folder, tmp_path / "pairs.jsonl", "--dtype", "float32")
         assert said.code == 0, said.err
         scored.append(said.lines)
     assert scored[0] == scored[1]

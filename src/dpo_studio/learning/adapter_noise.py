@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -46,7 +45,7 @@ def noisy_adapters(model: nn.Module, *, seed: int = 0, only: Collection[str] | N
             weight.copy_(before)
 
 
-def _size_of(module: Any, name: str) -> float:
+def _size_of(module: LoraLayer, name: str) -> float:
     """What B's entries must measure for scale x B A to be `_SIZE` of the weight: its entries measure
     scale x sqrt(rank) x rms(A) times B's."""
     down = _rms(module.lora_A[name].weight.data)
@@ -55,7 +54,7 @@ def _size_of(module: Any, name: str) -> float:
     return float(_SIZE * _rms(_some_rows(module)) / (module.scaling[name] * module.r[name] ** 0.5 * down))
 
 
-def _some_rows(module: Any) -> Tensor:
+def _some_rows(module: LoraLayer) -> Tensor:
     base = module.get_base_layer()
     if isinstance(base, GPTQLinear):
         packed = base.packed

@@ -17,7 +17,6 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -93,7 +92,7 @@ def checkpoint_bytes(policy: Policy, reference: ReferenceSection) -> int:
 
 
 def _write(scratch: Path, policy: Policy, state: TrainingState, base: str, held_out_loss: float | None) -> None:
-    entries: dict[str, Future[dict[str, Any]]] = {}
+    entries: dict[str, Future[dict[str, int | str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:  # while the next file is written and synced: a third faster
 
         def hash_new_files() -> None:
@@ -179,7 +178,7 @@ def _held_out_loss(checkpoint: Path) -> float | None:
     return loss if isinstance(loss, float) and math.isfinite(loss) else None
 
 
-def _numbers(checkpoint: Path) -> dict[str, Any]:
+def _numbers(checkpoint: Path) -> dict[str, object]:
     numbers = read_json(checkpoint / _STATE, what="state of a checkpoint", limit=_LARGEST_JSON, error=RunError)
     if not isinstance(numbers, dict):
         raise RunError(f"{checkpoint / _STATE} is not a JSON object")
@@ -245,7 +244,7 @@ def sweep(folder: Path) -> None:
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def _entry(file: Path) -> dict[str, Any]:
+def _entry(file: Path) -> dict[str, int | str]:
     """A file as the manifest has it."""
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 

@@ -14,12 +14,12 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from inspect import signature
 from types import MethodType
-from typing import Any
 
 import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from dpo_studio.models.gptq import FP8Linear, GPTQLinear, QuantisedLinear, computes_in_fp8
 from dpo_studio.models.layers import causal_lm, plain_layers
@@ -66,7 +66,7 @@ def plain_model(model: nn.Module, adapter: str | None) -> Iterator[None]:
                     restored.callback(setattr, module, name, getattr(module, name))
                     setattr(module, name, [value] if isinstance(value, str) else value)
             if isinstance(module, LoraLinear):
-                _put_forward(restored, module, lora.Linear.forward)
+                _put_forward(restored, module, MethodType(lora.Linear.forward, module))
         yield
 
 
@@ -84,7 +84,7 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
     with ExitStack() as restored:
         for module in model.modules():
             if isinstance(module, GPTQLinear | FP8Linear):
-                _put_forward(restored, module, partial(_packed_in_fp32, dtype=dtype))
+                _put_forward(restored, module, MethodType(partial(_packed_in_fp32, dtype=dtype), module))
         for unit, whole in _units(model):
             widened: list[tuple[Tensor, Tensor]] = []
             before = unit.register_forward_pre_hook(partial(_widen, widened=widened, whole=whole), prepend=True)
@@ -118,7 +118,7 @@ def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
     yield from (x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None)
 
 
-def _widen(unit: nn.Module, _inputs: Any, *, widened: list[tuple[Tensor, Tensor]], whole: bool) -> None:
+def _widen(unit: nn.Module, _inputs: object, *, widened: list[tuple[Tensor, Tensor]], whole: bool) -> None:
     for module in unit.modules() if whole else [unit]:
         for tensor in _own_tensors(module):
             if tensor.dtype in _COARSE:
@@ -126,15 +126,15 @@ def _widen(unit: nn.Module, _inputs: Any, *, widened: list[tuple[Tensor, Tensor]
                 tensor.data = tensor.data.float()
 
 
-def _narrow(_unit: nn.Module, _inputs: Any, _output: Any, *, widened: list[tuple[Tensor, Tensor]]) -> None:
+def _narrow(_unit: nn.Module, _inputs: object, _output: object, *, widened: list[tuple[Tensor, Tensor]]) -> None:
     while widened:
         tensor, own = widened.pop()
         tensor.data = own
 
 
-def _configs(model: nn.Module) -> list[Any]:
+def _configs(model: nn.Module) -> list[PreTrainedConfig]:
     """Every config that a module of the model looks at, once, and those inside them."""
-    found: dict[int, Any] = {}
+    found: dict[int, PreTrainedConfig] = {}
     waiting = [config for m in model.modules() if (config := getattr(m, "config", None)) is not None]
     while waiting:
         config = waiting.pop()
@@ -144,9 +144,9 @@ def _configs(model: nn.Module) -> list[Any]:
     return list(found.values())
 
 
-def _put_forward(restored: ExitStack, module: nn.Module, forward: Any) -> None:
+def _put_forward(restored: ExitStack, module: nn.Module, forward: MethodType) -> None:
     if "forward" in module.__dict__:  # somebody else's, which stays somebody else's
         restored.callback(setattr, module, "forward", module.__dict__["forward"])
     else:
         restored.callback(module.__dict__.pop, "forward")
-    module.forward = MethodType(forward, module)
+    module.forward = forward

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 from torch import nn
 
@@ -52,7 +52,7 @@ def limits_of(model: nn.Module) -> dict[str, set[int]]:
     return found
 
 
-def _numbers_of(settings: Any) -> Iterator[tuple[str, int]]:
+def _numbers_of(settings: object) -> Iterator[tuple[str, int]]:
     if isinstance(settings, list | tuple):
         for part in settings:
             yield from _numbers_of(part)
@@ -67,7 +67,7 @@ def _numbers_of(settings: Any) -> Iterator[tuple[str, int]]:
         yield from _numbers_of(value)
 
 
-def _kinds_of_rope(settings: dict[str, Any]) -> set[str]:
+def _kinds_of_rope(settings: dict[object, object]) -> set[str]:
     kinds = set()
     for key in ("rope_scaling", "rope_parameters"):
         rope = settings.get(key)
@@ -109,14 +109,23 @@ def telling_pairs(
     chosen[shortest] = ["the shortest pair"]
     room -= sizes[shortest]
     reached = sorted({(size, name) for name, values in limits.items() for size in values if size < max(reach)})
+
+    def across(size: int, place: int) -> bool:
+        return prompts[place] <= size < reach[place]
+
+    def past(size: int, place: int) -> bool:
+        return prompts[place] > size
+
+    def inside(size: int, place: int) -> bool:
+        return reach[place] <= size
+
+    def longest_first(place: int) -> float:
+        return -reach[place]
+
     for size, name in reached:
-        take(
-            f"an answer across {name} {size}",
-            lambda place, size=size: prompts[place] <= size < reach[place],  # type: ignore[misc]
-            lambda place: -reach[place],
-        )
-        take(f"a pair past {name} {size}", lambda place, size=size: prompts[place] > size, sizes.__getitem__)  # type: ignore[misc]
+        take(f"an answer across {name} {size}", partial(across, size), longest_first)
+        take(f"a pair past {name} {size}", partial(past, size), sizes.__getitem__)
     take("the longest pair", lambda _: True, lambda place: -sizes[place])
     for size, name in reached:
-        take(f"a pair inside {name} {size}", lambda place, size=size: reach[place] <= size, lambda place: -reach[place])  # type: ignore[misc]
+        take(f"a pair inside {name} {size}", partial(inside, size), longest_first)
     return [TellingPair(place, ", ".join(why)) for place, why in chosen.items()]

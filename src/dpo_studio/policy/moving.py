@@ -12,7 +12,6 @@ Shapes: O, I = outputs and inputs of a linear layer, R = rank, K = the smaller o
 from __future__ import annotations
 
 from copy import copy
-from typing import Any
 
 import torch
 from peft import PeftModel
@@ -63,11 +62,11 @@ def put_reference(policy: PeftModel, tensors: dict[str, Tensor]) -> None:
     _make_known(policy)
 
 
-def _layers(policy: PeftModel) -> dict[str, Any]:
+def _layers(policy: PeftModel) -> dict[str, lora.LoraLayer]:
     return {name: module for name, module in policy.named_modules() if isinstance(module, lora.LoraLayer)}
 
 
-def _mixed(layer: Any, share: float) -> tuple[Tensor, Tensor]:
+def _mixed(layer: lora.LoraLayer, share: float) -> tuple[Tensor, Tensor]:
     """The stacks whose product is the mixture. B's columns carry the weights, so that one scale suits them all."""
     there = [name for name in (POLICY, REFERENCE) if name in layer.lora_A]
     if share == 1:
@@ -94,7 +93,7 @@ def _truncated(A_RI: Tensor, B_OR: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     return A.to(A_RI.dtype), B.to(B_OR.dtype), cut.item()
 
 
-def _hold(layer: Any, A_RI: Tensor, B_OR: Tensor) -> None:
+def _hold(layer: lora.LoraLayer, A_RI: Tensor, B_OR: Tensor) -> None:
     """Give a layer its reference adapter, of any rank, in place of the one it has."""
     layer.scaling[REFERENCE] = _scale(layer)
     layer.r[REFERENCE] = len(A_RI)
@@ -102,7 +101,7 @@ def _hold(layer: Any, A_RI: Tensor, B_OR: Tensor) -> None:
     layer.lora_A[REFERENCE], layer.lora_B[REFERENCE] = _frozen(A_RI), _frozen(B_OR)
 
 
-def _scale(layer: Any) -> float:
+def _scale(layer: lora.LoraLayer) -> float:
     """The scale of a moved reference: the policy's, so that a copy of the policy rounds as the policy does."""
     return float(layer.scaling[POLICY if POLICY in layer.lora_A else REFERENCE])
 

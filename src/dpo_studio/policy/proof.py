@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from copy import deepcopy
 from pathlib import Path
-from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpo_studio.errors import ModelError
@@ -89,7 +89,7 @@ def _check_loaded(loaded: PeftModel, policy: PeftModel, meant: dict[str, Tensor]
             raise _broken(f"it scales {name} by {theirs[name]}, where this training has {scale}")
 
 
-def _adapted(model: PeftModel) -> dict[str, Any]:
+def _adapted(model: PeftModel) -> dict[str, float]:
     """The adapted layers and their scales."""
     layers = model.get_base_model().named_modules()
     adapted = {name: layer.scaling for name, layer in layers if isinstance(layer, BaseTunerLayer)}
@@ -100,7 +100,7 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.detach().cpu().float(), other.detach().cpu().float())
 
 
-def _empty_like(model: Any) -> nn.Module:
+def _empty_like(model: PreTrainedModel) -> nn.Module:
     """A model of the same class and config, on the CPU, whose weights take no memory and hold nothing.
 
     On `meta`, where weights take no memory either, PEFT 0.21 loads nothing. A quantised base's layers are plain ones
