@@ -14,10 +14,10 @@ from dpo_studio.config import ModelSection, Recipe, cache_folder
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.merge import Delta, adapter_deltas
 from dpo_studio.export.verify import Comparison, compare
+from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import ReferenceCache, batched_logps, reference_logps
 from dpo_studio.models.adapters import REFERENCE, attach_existing, in_eval
-from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import Message, Pair, prompt_key

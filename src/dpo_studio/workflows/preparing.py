@@ -14,9 +14,9 @@ from peft import PeftModel
 
 from dpo_studio.config import BUNDLED, ModelSection, Recipe
 from dpo_studio.errors import DataError, ModelError
+from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.memory import Limit, plan_limit
 from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval, read_adapter_config
-from dpo_studio.models.gptq import computes_in_fp8
 from dpo_studio.models.load import (
     ChatModel,
     check_folder,
