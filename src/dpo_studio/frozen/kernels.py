@@ -38,7 +38,7 @@ def scaled_integers(integers_NK: Tensor, scales_NG: Tensor, dtype: torch.dtype) 
 
 
 def fp8_rows(x_MK: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """Activations as e4m3, (M, K), and the scales of their blocks, (M, K / block), rows next to each other in memory."""
+    """Activations as e4m3, (M, K), and their scales, (M, K / block) with rows next to each other in memory."""
     rows, inputs = x_MK.shape
     x8_MK = torch.empty_like(x_MK, dtype=torch.float8_e4m3fn)
     scales_MB = torch.empty(inputs // block, rows, dtype=torch.float32, device=x_MK.device).t()

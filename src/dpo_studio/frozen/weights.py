@@ -1,8 +1,8 @@
 """The kinds of frozen weight, and how an operator is given some of them: flat lists, and the tag of each kind.
 
-To add a kind (NF4, AWQ, FP8 by blocks), write a module with a frozen dataclass that has what `Dense` has: `tag`, `shape`,
-`formed`, `exact`, `rows`, `tensors`, `numbers`, `taken`. Name it in `Frozen` below: products, layers, adapters and checks
-then take it. If its product takes activations in FP8, give it `product`, as `Block8` has, and name it in `InFP8` too.
+A further kind (NF4, AWQ, FP8 by blocks) is a module with a frozen dataclass that has the members of `Dense`, and its name
+in `Frozen`: products, the layer, LoRA, checks and exports then take it. A product of its own with FP8 activations is a
+method `product`, as `Block8` has, and a place in `InFP8`. Whatever reads its files makes a `FrozenLinear` of each layer.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dpo_studio.frozen.dense import Dense
 from dpo_studio.frozen.fp8 import Block8
 from dpo_studio.frozen.gptq import Packed
 
-__all__ = ["Frozen", "InFP8", "flatten", "unflatten"]
+__all__ = ["KINDS", "Frozen", "InFP8", "flatten", "unflatten"]
 
 Frozen = Dense | Packed | Block8
 """What a frozen weight may be."""
 InFP8 = Block8
 """Those that are multiplied in FP8; the others are formed in the precision of the input first."""
 
-_KINDS: dict[str, type[Frozen]] = {kind.tag: kind for kind in get_args(Frozen)}
+KINDS: dict[str, type[Frozen]] = {kind.tag: kind for kind in get_args(Frozen)}
+"""By tag: what `Frozen` names."""
 
 
 def flatten(weights: Sequence[Frozen]) -> tuple[str, list[Tensor], list[int]]:
@@ -36,4 +37,4 @@ def flatten(weights: Sequence[Frozen]) -> tuple[str, list[Tensor], list[int]]:
 def unflatten(kinds: str, tensors: Sequence[Tensor], numbers: Sequence[int]) -> Iterator[Frozen]:
     """The weights that were flattened, in their order."""
     rest, rest_of_numbers = iter(tensors), iter(numbers)
-    yield from (_KINDS[tag].taken(rest, rest_of_numbers) for tag in kinds.split())
+    yield from (KINDS[tag].taken(rest, rest_of_numbers) for tag in kinds.split())
