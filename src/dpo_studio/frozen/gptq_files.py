@@ -213,9 +213,9 @@ class LayerReader:
         bias = None if bias is None else bias.to(self.device)
         if fp8:
             return FrozenLinear(fp8_weight(weight), bias)
-        return (
-            FrozenLinear(weight, bias) if self.residency == "packed" and not head else _dense(weight, bias, self.dtype)
-        )
+        if self.residency == "packed" and not head:
+            return FrozenLinear(weight, bias)
+        return _dense(weight, bias, self.dtype)
 
     def _read(self, prefix: str, part: str) -> Tensor:
         return self.shards.read(f"{prefix}.{part}")

@@ -1,8 +1,8 @@
 """The kinds of frozen weight, and how an operator is given some of them: flat lists, and the tag of each kind.
 
-A further kind (NF4, AWQ, FP8 by blocks) is a module with a frozen dataclass that has the members of `Dense`, and its name
-in `Frozen`: products, the layer, LoRA, checks and exports then take it. A product of its own with FP8 activations is a
-method `product`, as `Block8` has, and a place in `InFP8`. Whatever reads its files makes a `FrozenLinear` of each layer.
+A further kind (NF4, AWQ, FP8 by blocks) is a module with a frozen dataclass that has `Dense`'s members, and its name in
+`Frozen`: products, the layer, LoRA, checks and exports then take it. A product of its own with FP8 activations is a
+method `product`, as `Block8` has, and a place in `InFP8`. Whatever reads its files makes its layers `FrozenLinear`s.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """A model with GPTQ layers: built from its config without weights, then filled from its files, whole or not at all.
 
-Neither optimum nor gptqmodel is needed. What a layer is follows from its tensors (`frozen/gptq_files.py`) and from what the
-model's config says it reads and writes.
+Neither optimum nor gptqmodel is needed. A layer follows from its tensors (`frozen/gptq_files.py`) and from what
+the model's config says it reads and writes.
 """
 
 from __future__ import annotations
