@@ -147,7 +147,8 @@ def _slopes(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     # outside the operator, where torch.compile may form x anew instead of keeping it
     down_slope_RK = slope_TR.t() @ x_TK
     x_slope_TK = rest[count] if ctx.needs_input else None
-    return x_slope_TK, None, [None] * len(ctx.weights), None, down_slope_RK, rest[:count]
+    none = None if ctx.numbers else []  # torch takes an empty list for one of tensors, and wants its like
+    return x_slope_TK, None, [None] * len(ctx.weights), none, down_slope_RK, rest[:count]
 
 
 torch.library.register_autograd("dpo_studio::lora", _slopes, setup_context=_keep)
