@@ -2,7 +2,7 @@
 
     python benchmarks/fp8_drift.py --recipe recipes/demo.yaml --json drift.json
 
-FP8 products round nothing but activations: the weights of a 4-bit base are exact in e4m3 (`models/fp8.py`). So this
+FP8 products round nothing but activations: the weights of a 4-bit base are exact in e4m3 (`frozen/fp8.py`). So this
 rounds the input of every frozen product as the kernel does, e4m3 in blocks with a scale of their own, and multiplies by
 the base's bf16 weights; that runs anywhere, on models whose sizes are no multiples of 128 too. LoRA's own products and
 the backward pass stay in bf16, as they do in FP8.
@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from dpo_studio.config import SourceSection
-from dpo_studio.learning import logprobs
-from dpo_studio.models import fp8, products
-from dpo_studio.models.packed import Dense
+from dpo_studio.frozen import products
+from dpo_studio.frozen.dense import Dense
+from dpo_studio.learning import packing_check, plain
 from dpo_studio.workflows.scoring import score_pairs
 from dpo_studio.workflows.training import train_recipe
 
@@ -74,10 +74,11 @@ def rounded_activations(on: bool) -> Iterator[None]:
         yield
         return
     with (
-        patch.object(products, "Block8", Dense),
-        patch.object(fp8, "fp8_rows", lambda x_MK: (rounded(x_MK),)),
-        patch.object(logprobs, "computes_in_fp8", lambda model: True),
-        patch.object(fp8, "fp8_product", lambda x_MK, weight: x_MK @ weight.weight_NK.t()),
+        patch.object(products, "InFP8", Dense),
+        patch.object(products, "fp8_rows", lambda x_MK: (rounded(x_MK),)),
+        patch.object(Dense, "product", lambda weight, x_MK: x_MK @ weight.weight_NK.t(), create=True),
+        patch.object(packing_check, "computes_in_fp8", lambda model: True),
+        patch.object(plain, "computes_in_fp8", lambda model: True),
     ):
         yield
 

@@ -15,14 +15,15 @@ from peft import PeftModel
 from torch import nn
 
 from dpo_studio.config import AdapterSection, TrainingSection
+from dpo_studio.frozen.fp8 import device_obstacle, fp8_obstacle, fp8_weight
+from dpo_studio.frozen.gptq import Packed
+from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import reference_logps
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.learning.train import train
 from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.models.attention import FLEX, PAIRS
-from dpo_studio.models.fp8 import device_obstacle, fp8_obstacle
-from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.policy.policy import Policy
@@ -77,16 +78,14 @@ def gptq_linear(dense: nn.Linear, kind: str) -> nn.Linear:
         obstacle = device_obstacle(device) or fp8_obstacle(inputs, outputs, GPTQ_BITS, group, act_order=False)
         if obstacle:
             raise RuntimeError(f"FP8: {obstacle}")
-    layer = GPTQLinear(inputs, outputs, GPTQ_BITS, group, device=device)
     words_NW, scales_NG = random_gptq(dense)
-    layer.words_NW.copy_(words_NW)
-    layer.scales_NG.copy_(scales_NG)
-    layer.zeros_NG.fill_(GPTQ_ZERO)
+    zeros_NG = torch.full(scales_NG.shape, GPTQ_ZERO, dtype=torch.uint8, device=device)
+    weight = Packed(words_NW, scales_NG, zeros_NG, None, GPTQ_BITS, group)
     if kind == "fp8":
-        return FP8Linear(layer)
+        return FrozenLinear(fp8_weight(weight))
     if kind != "resident":
-        return layer
-    dense.weight.data = layer.packed.formed(dense.weight.dtype)
+        return FrozenLinear(weight)
+    dense.weight.data = weight.formed(dense.weight.dtype)
     return dense
 
 

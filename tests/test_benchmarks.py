@@ -24,9 +24,9 @@ import gptq
 import growth
 import plots
 import vs_trl
+from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.attention import PAIRS
-from dpo_studio.models.gptq import GPTQLinear
 from dpo_studio.tokens.pack import pack
 from jobs import Job, Rival, check_system, measure, on_gptq
 from meter import Meter
@@ -86,9 +86,9 @@ def test_a_gptq_base_has_the_shape_and_weights_like_a_fresh_model() -> None:
     standard deviation of 0.02; rounding to steps of 0.02 x 2.8 / 7 adds that squared over 12: 1 %."""
     model = random_model(SHAPES["tiny"], torch.device("cpu"), PAIRS, partial(gptq_linear, kind="packed"))
     linear = [module for module in model.model.modules() if isinstance(module, torch.nn.Linear)]
-    packed = [module for module in linear if isinstance(module, GPTQLinear)]
+    packed = [module for module in linear if isinstance(module, FrozenLinear)]
     assert len(packed) == len(linear) == 14
-    assert len({layer.words_NW.sum().item() for layer in packed}) == 14
+    assert len({layer.get_buffer("words_NW").sum().item() for layer in packed}) == 14
     weights = torch.cat([layer.dense_weight(torch.float32).flatten() for layer in packed])
     assert weights.std().item() == pytest.approx(0.02, rel=0.02)
     assert abs(weights.mean().item()) < 2e-4
@@ -102,7 +102,7 @@ def test_a_resident_base_holds_the_packed_ones_weights() -> None:
         torch.manual_seed(1)
         layers.append(gptq_linear(torch.nn.Linear(256, 96, bias=False, dtype=torch.bfloat16), kind))
     packed, resident = layers
-    assert isinstance(packed, GPTQLinear)
+    assert isinstance(packed, FrozenLinear)
     assert type(resident) is torch.nn.Linear
     assert torch.equal(resident.weight, packed.dense_weight(torch.bfloat16))
 

@@ -12,7 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_studio.errors import ModelError
 from dpo_studio.export.merge import Delta, adapter_deltas, merge, rounded, save_plain
-from dpo_studio.models.gptq import GPTQLinear
+from dpo_studio.frozen.gptq import Packed
+from dpo_studio.frozen.linear import FrozenLinear
 from tests.conftest import plain_peft_on, policy_on
 from tests.tiny_models import tiny_folder, tiny_model
 
@@ -95,14 +96,11 @@ def test_packed_layers_become_the_dense_ones_they_stand_for() -> None:
     assert ((model.first.weight.float() - wanted).abs() <= ULP * wanted.abs() + 1e-7).all()
 
 
-def _packed(seed: int) -> GPTQLinear:
+def _packed(seed: int) -> FrozenLinear:
     draw = torch.Generator().manual_seed(seed)
-    layer = GPTQLinear(64, 32, bits=4, group_size=32)
-    words = torch.randint(-(2**31), 2**31 - 1, layer.words_NW.shape, generator=draw)
-    layer.words_NW.copy_(words.to(torch.int32))
-    layer.scales_NG.copy_(torch.rand(layer.scales_NG.shape, generator=draw).half() / 10)
-    layer.zeros_NG.fill_(8)
-    return layer
+    words = torch.randint(-(2**31), 2**31 - 1, (32, 8), generator=draw).to(torch.int32)
+    scales = torch.rand(32, 2, generator=draw).half() / 10
+    return FrozenLinear(Packed(words, scales, torch.full((32, 2), 8).byte(), None, bits=4, group_size=32))
 
 
 def test_a_delta_for_a_layer_that_is_not_there_or_not_finite_is_refused() -> None:

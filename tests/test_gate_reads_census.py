@@ -23,7 +23,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/models/bundled.py", "open"): (3, "a part of this package, and the wheel that it is made of"),
     ("dpo_studio/models/bundled.py", "read_text"): (1, "the marker of a folder in our cache"),
     ("dpo_studio/models/bundled.py", "json.loads"): (1, "the marker of a folder in our cache"),
-    ("dpo_studio/models/gptq.py", "open"): (1, "/proc/meminfo"),
+    ("dpo_studio/frozen/linear.py", "open"): (1, "/proc/meminfo"),
     ("dpo_studio/cli.py", "open"): (3, "/dev/null in place of a stream that is closed or that nobody reads"),
     ("dpo_studio/cli.py", "read_text"): (1, "the table that a sweep has just written"),
     ("dpo_studio/disk.py", "open"): (1, "to bring to the disk what was written"),

@@ -20,6 +20,9 @@ import torch
 
 from dpo_studio.cli import set_environment
 from dpo_studio.config import AdapterSection, TrainingSection
+from dpo_studio.frozen.fp8 import fp8_rows, fp8_weight
+from dpo_studio.frozen.gptq import Packed
+from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, plan_limit
 from dpo_studio.learning.packing_check import check_packing
@@ -27,10 +30,7 @@ from dpo_studio.learning.state import TrainingState
 from dpo_studio.learning.train import train
 from dpo_studio.models.adapters import adapter_state, as_reference, attach, train_mode
 from dpo_studio.models.attention import FLEX
-from dpo_studio.models.fp8 import fp8_product, fp8_rows, fp8_weight
-from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
-from dpo_studio.models.packed import Packed
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import Steps, pack
@@ -164,11 +164,11 @@ def test_fp8_loses_nothing_of_the_weights() -> None:
     draw = torch.Generator(CUDA).manual_seed(0)
     flat = torch.randn(64, 8, 1, generator=draw, device=CUDA).expand(-1, -1, 128).reshape(64, 1024).bfloat16()
     exact = flat.double() @ dense.double().t()
-    found = fp8_product(*fp8_rows(flat), weight)[:64]
+    found = weight.product(*fp8_rows(flat))[:64]
     assert ((found.double() - exact).norm() / exact.norm()).item() < 3e-3
     x = torch.randn(77, 1024, generator=draw, device=CUDA).bfloat16()
     exact = x.double() @ dense.double().t()
-    found = fp8_product(*fp8_rows(x), weight)[:77]
+    found = weight.product(*fp8_rows(x))[:77]
     assert 5e-3 < ((found.double() - exact).norm() / exact.norm()).item() < 4e-2
 
 
@@ -178,14 +178,14 @@ def gptq_policy(*, fp8: bool = False, resident: bool = False) -> Any:
     model = tiny_model(attn_implementation=FLEX, initializer_range=0.05, **shape).bfloat16().to(CUDA)
     for name, linear in [(n, m) for n, m in model.named_modules() if n.endswith("_proj")]:
         weight = packed_weight(4, 128, act_order=False, outputs=linear.out_features, inputs=linear.in_features)
-        layer = GPTQLinear(linear.in_features, linear.out_features, 4, 128, device=CUDA)
-        layer.words_NW, layer.scales_NG = weight.words_NW.to(CUDA), weight.scales_NG.abs().to(CUDA)
-        layer.zeros_NG.fill_(8)
+        words, scales = weight.words_NW.to(CUDA), weight.scales_NG.abs().to(CUDA)
+        weight = Packed(words, scales, torch.full_like(weight.zeros_NG, 8).to(CUDA), None, 4, 128)
         parent, _, child = name.rpartition(".")
         if resident:
-            linear.weight.data = layer.packed.formed(torch.bfloat16)
+            linear.weight.data = weight.formed(torch.bfloat16)
         else:
-            setattr(model.get_submodule(parent), child, FP8Linear(layer) if fp8 else layer)
+            layer = FrozenLinear(fp8_weight(weight) if fp8 else weight)
+            setattr(model.get_submodule(parent), child, layer)
     model.requires_grad_(False)
     policy = attach(model, AdapterSection(rank=4, alpha=8), seed=0)
     for name, p in policy.named_parameters():

@@ -22,12 +22,13 @@ from transformers import AutoModelForCausalLM
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
+from dpo_studio.frozen.forming import unpack
+from dpo_studio.frozen.gptq import Packed
+from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards, read_quantization
+from dpo_studio.frozen.linear import FrozenLinear, held_dense, weight_count
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
-from dpo_studio.models.gptq import GPTQLinear, held_dense, weight_count
-from dpo_studio.models.gptq_checkpoint import Quantization, _Reader, _Shards, read_quantization
 from dpo_studio.models.load import load_chat_model, weights_fingerprint
-from dpo_studio.models.packed import Packed, unpack
 from dpo_studio.policy.proof import prove_adapter, prove_trial
 from dpo_studio.tokens.pack import pack
 from tests.conftest import SECTION, columns, gradients, moved, plain_logps, random_pairs
@@ -59,15 +60,15 @@ def packed_folder(folder: Path, *settings: str, **changes: Any) -> Path:
     return folder / "gptq"
 
 
-def read_layer(file: Path, case: dict[str, Any]) -> GPTQLinear:
+def read_layer(file: Path, case: dict[str, Any]) -> FrozenLinear:
     """A layer of the oracle's file, by the product's reader."""
     quantization = Quantization(
         case["bits"], case["group_size"], case["sym"], case["desc_act"], case["checkpoint_format"], True, False
     )
-    with _Shards(file.parent, "layers") as shards:
-        reader = _Reader(shards, quantization, CPU, torch.float16, "packed", "auto", print)
+    with Shards(file.parent, "layers") as shards:
+        reader = LayerReader(shards, quantization, CPU, torch.float16, "packed", "auto", print)
         layer = reader.linear(case_name(case), nn.Linear(INPUTS, OUTPUTS, bias=False, device="meta"))
-    assert isinstance(layer, GPTQLinear)
+    assert isinstance(layer, FrozenLinear)
     return layer
 
 
@@ -75,7 +76,7 @@ def read_layer(file: Path, case: dict[str, Any]) -> GPTQLinear:
 def test_every_format_dequantises_to_gptqmodels_weights_bit_for_bit(layers: Path, case: dict[str, Any]) -> None:
     """Law 7, in fp16; float32 compute rounds to the same, bfloat16 once from the exact product."""
     expected = load_file(layers)[f"{case_name(case)}.dense"]
-    weight = read_layer(layers, case).packed
+    weight = read_layer(layers, case).kept
     assert expected.abs().max() > 0.1
     assert torch.equal(weight.formed(torch.float16), expected)
     assert torch.equal(weight.formed(torch.float32), expected.float())
@@ -105,7 +106,7 @@ def test_three_bits_cross_the_ends_of_words() -> None:
 def test_old_zero_points_are_stored_less_one(stored: int, by_gptqmodel: bool, expected: list[int]) -> None:
     """gptqmodel added and subtracted over the whole word; older tools field by field, where 15 + 1 is 0 again."""
     quantization = Quantization(4, -1, False, False, "gptq", by_gptqmodel, False)
-    reader = _Reader(None, quantization, CPU, torch.float16, "packed", "auto", print)  # type: ignore[arg-type]
+    reader = LayerReader(None, quantization, CPU, torch.float16, "packed", "auto", print)  # type: ignore[arg-type]
     words = torch.tensor([[stored]], dtype=torch.int32)
     assert reader._zeros("layer", words, 4, 8, 1).flatten().tolist() == expected
 
@@ -119,8 +120,8 @@ def test_lora_through_a_packed_layer_is_lora_through_a_dense_one(
     name = str(dtype).removeprefix("torch.")
     packed = load_chat_model(ModelSection(path=str(gptq_base), dtype=name))
     dense = load_chat_model(ModelSection(path=str(gptq_base), dtype=name, residency="bf16"))
-    assert sum(isinstance(m, GPTQLinear) for m in packed.model.modules()) == 4 * 7
-    assert not any(isinstance(m, GPTQLinear) for m in dense.model.modules())
+    assert sum(isinstance(m, FrozenLinear) for m in packed.model.modules()) == 4 * 7
+    assert not any(isinstance(m, FrozenLinear) for m in dense.model.modules())
     found = []
     for base in (packed, dense):
         policy = moved(attach(base.model, SECTION, seed=0), size=0.1)
@@ -222,7 +223,7 @@ def test_pefts_merge_says_what_to_use_instead(gptq_base: Path) -> None:
 
 def test_weights_held_for_a_while_change_no_bit(gptq_base: Path) -> None:
     model = load_gptq_fp32(gptq_base)
-    layers = [module for module in model.modules() if isinstance(module, GPTQLinear)]
+    layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     ids = torch.arange(3, 20)[None]
     before = model(ids).logits
     with held_dense(model):
@@ -481,9 +482,9 @@ def test_modules_may_differ_where_the_config_says_so(gptq_base: Path, tmp_path: 
     config["quantization_config"]["dynamic"] = {r".*layers\.1\.mlp\.down_proj": {"bits": 8, "group_size": 64}}
     (folder / "config.json").write_text(json.dumps(config))
     layer = load_gptq_fp32(folder).get_submodule(KEY)
-    assert (layer.bits, layer.group_size) == (8, 64)
+    assert (layer.kept.bits, layer.kept.group_size) == (8, 64)
     dense = load_file(other / "dense" / "model.safetensors")[f"{KEY}.weight"]
-    assert torch.equal(layer.packed.formed(torch.float16), dense)
+    assert torch.equal(layer.kept.formed(torch.float16), dense)
 
 
 def test_a_quantised_head_is_read_as_plain_weights(gptq_base: Path, tmp_path: Path) -> None:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from dpo_studio.config import AdapterSection
+from dpo_studio.frozen.dense import Dense
+from dpo_studio.frozen.gptq import Packed
+from dpo_studio.frozen.products import base_alone, products
+from dpo_studio.frozen.weights import flatten
 from dpo_studio.models.adapters import as_reference, attach
 from dpo_studio.models.lora import LoraLinear
-from dpo_studio.models.packed import Dense, Packed, flatten
-from dpo_studio.models.products import base_alone, products
 from tests.conftest import moved, plain_logps, random_pairs
 from tests.tiny_models import tiny_model
 

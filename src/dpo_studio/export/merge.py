@@ -24,8 +24,8 @@ from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
 from dpo_studio.errors import ModelError
+from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.adapters import POLICY
-from dpo_studio.models.gptq import QuantisedLinear
 from dpo_studio.models.lora import LoraLinear
 from dpo_studio.models.scan import read_json
 
@@ -75,11 +75,11 @@ def merge(model: nn.Module, deltas: Mapping[str, Delta], dtype: torch.dtype = to
     Raises:
         ModelError: a delta is for a layer that the model has not, or the sum is not finite.
     """
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, QuantisedLinear) or name in deltas}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear) or name in deltas}
     if strange := sorted(deltas.keys() - layers.keys()):
         raise ModelError(f"the adapter is for {strange[0]}, which the base has not")
     for name, layer in layers.items():
-        weight_NK = layer.dense_weight(torch.float32) if isinstance(layer, QuantisedLinear) else layer.weight
+        weight_NK = layer.dense_weight(torch.float32) if isinstance(layer, FrozenLinear) else layer.weight
         with torch.no_grad():
             if name in deltas:
                 merged_NK = rounded(deltas[name].added_to(weight_NK), dtype, seed=_seed(name))

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
-from dpo_studio.models.gptq import FP8Linear, GPTQLinear
+from dpo_studio.frozen.linear import FrozenLinear
 
 __all__ = ["noisy_adapters"]
 
@@ -56,13 +55,8 @@ def _size_of(module: LoraLayer, name: str) -> float:
 
 def _some_rows(module: LoraLayer) -> Tensor:
     base = module.get_base_layer()
-    if isinstance(base, GPTQLinear):
-        packed = base.packed
-        first = (packed.words_NW[:_ROWS], packed.scales_NG[:_ROWS], packed.zeros_NG[:_ROWS])
-        return replace(packed, words_NW=first[0], scales_NG=first[1], zeros_NG=first[2]).exact(torch.float32)
-    if isinstance(base, FP8Linear):
-        blocks = base.integers_NK[:_ROWS].float().view(*base.scales_NG[:_ROWS].shape, -1)
-        return blocks * base.scales_NG[:_ROWS, :, None]
+    if isinstance(base, FrozenLinear):
+        return base.kept.rows(_ROWS).exact(torch.float32)
     weight: Tensor = module.get_param() if hasattr(module, "get_param") else base.weight
     return weight.detach()[:_ROWS]
 

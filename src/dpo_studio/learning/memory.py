@@ -17,8 +17,8 @@ import torch
 from torch import nn
 
 from dpo_studio.errors import RunError
+from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.layers import RUNGS, Recompute, is_compiled, set_recompute
 from dpo_studio.models.lora import forget_what_is_ready
 from dpo_studio.tokens.encode import EncodedPair

@@ -20,13 +20,13 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from dpo_studio.errors import ModelError
+from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.adapter_noise import noisy_adapters
 from dpo_studio.learning.logprobs import token_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, too_long_for_memory, unless_out_of_memory
 from dpo_studio.learning.plain import computes_in_fp32, in_fp32, plain_model, plain_token_logps
 from dpo_studio.learning.telling_pairs import TellingPair, limits_of, telling_pairs
 from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval
-from dpo_studio.models.gptq import computes_in_fp8
 from dpo_studio.models.layers import causal_lm
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.tokens.chat import ChatEncoder

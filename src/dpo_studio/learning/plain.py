@@ -21,7 +21,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from dpo_studio.models.gptq import FP8Linear, GPTQLinear, QuantisedLinear, computes_in_fp8
+from dpo_studio.frozen.linear import FrozenLinear, computes_in_fp8
 from dpo_studio.models.layers import causal_lm, plain_layers
 from dpo_studio.models.lora import LoraLinear
 from dpo_studio.tokens.encode import EncodedAnswer
@@ -83,7 +83,7 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
     dtype = causal_lm(model).dtype
     with ExitStack() as restored:
         for module in model.modules():
-            if isinstance(module, GPTQLinear | FP8Linear):
+            if isinstance(module, FrozenLinear):
                 _put_forward(restored, module, MethodType(partial(_packed_in_fp32, dtype=dtype), module))
         for unit, whole in _units(model):
             widened: list[tuple[Tensor, Tensor]] = []
@@ -94,7 +94,7 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
         yield
 
 
-def _packed_in_fp32(linear: QuantisedLinear, x: Tensor, *, dtype: torch.dtype) -> Tensor:
+def _packed_in_fp32(linear: FrozenLinear, x: Tensor, *, dtype: torch.dtype) -> Tensor:
     """The product with the weight that this run forms: rounded to bfloat16 under bfloat16, else to float16."""
     weight_NK = linear.dense_weight(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
     return nn.functional.linear(x.float(), weight_NK.float(), None if linear.bias is None else linear.bias.float())
@@ -113,7 +113,7 @@ def _units(module: nn.Module) -> Iterator[tuple[nn.Module, bool]]:
 
 
 def _own_tensors(module: nn.Module) -> Iterator[Tensor]:
-    if isinstance(module, GPTQLinear | FP8Linear):  # scales are read as they are
+    if isinstance(module, FrozenLinear):  # scales are read as they are
         return
     yield from (x for x in (*module._parameters.values(), *module._buffers.values()) if x is not None)
 

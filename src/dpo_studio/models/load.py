@@ -26,9 +26,10 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_studio.config import BUNDLED, ModelSection, cache_folder
 from dpo_studio.errors import ModelError
+from dpo_studio.frozen.gptq_files import read_quantization
 from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
-from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
+from dpo_studio.models.gptq_model import load_gptq
 from dpo_studio.models.refusals import refuse_unfit
 from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import Shapes, check_model_size, check_numbers, tensor_shapes

@@ -18,8 +18,8 @@ from peft.tuners import lora
 from torch import Tensor, nn
 
 from dpo_studio.errors import ModelError
-from dpo_studio.models.gptq import QuantisedLinear, frozen_weight
-from dpo_studio.models.products import products
+from dpo_studio.frozen.linear import FrozenLinear, frozen_weight
+from dpo_studio.frozen.products import products
 
 __all__ = ["READ_TOGETHER", "LoraLinear", "forget_what_is_ready", "link_mates"]
 
@@ -61,7 +61,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         Raises:
             ModelError: it is packed.
         """
-        if isinstance(self.base_layer, QuantisedLinear):
+        if isinstance(self.base_layer, FrozenLinear):
             raise ModelError(
                 "an adapter cannot be merged into GPTQ's packed integers",
                 hint="`dpo export RUN OUT --to merged` (or gptq) forms the weights, adds the adapter, checks it",

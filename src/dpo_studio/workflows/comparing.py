@@ -13,11 +13,11 @@ from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.merge import Delta, adapter_deltas
 from dpo_studio.export.verify import Comparison, compare
+from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, tokens_without_gradient
 from dpo_studio.learning.reference import ReferenceChoice
 from dpo_studio.models.adapters import in_eval
-from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps
 from dpo_studio.policy.policy import Policy

@@ -28,10 +28,10 @@ from dpo_studio.export.requantise import (
 )
 from dpo_studio.export.verify import BARS, Comparison
 from dpo_studio.export.whole import Making, check_new, making
+from dpo_studio.frozen.gptq_files import read_quantization
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.bundled import BUNDLED_MODEL, published_name
 from dpo_studio.models.finite import check_finite_adapter
-from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import load_chat_model, locate
 from dpo_studio.models.scan import read_json, template_text
 from dpo_studio.paths import user_path

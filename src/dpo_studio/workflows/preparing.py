@@ -13,11 +13,11 @@ import torch
 
 from dpo_studio.config import BUNDLED, ModelSection, Recipe, cache_folder
 from dpo_studio.errors import DataError, ModelError
+from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.memory import MemoryLimit, plan_limit
 from dpo_studio.learning.reference import Reference, ReferenceChoice
 from dpo_studio.learning.reference_cache import ReferenceCache
 from dpo_studio.models.adapters import attach_existing, in_eval, read_adapter_config
-from dpo_studio.models.gptq import computes_in_fp8
 from dpo_studio.models.load import (
     ChatModel,
     check_folder,

@@ -26,8 +26,8 @@ from dpo_studio.export.requantise import (
     settled,
 )
 from dpo_studio.export.whole import check_new, making
+from dpo_studio.frozen.gptq_files import read_quantization
 from dpo_studio.learning.batched import batched_logps
-from dpo_studio.models.gptq_checkpoint import read_quantization
 from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import prompt_key

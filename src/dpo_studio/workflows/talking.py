@@ -11,7 +11,7 @@ from typing import Any
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.evaluation.generation import generate, stream
 from dpo_studio.evaluation.judges import Completion
-from dpo_studio.models.gptq import held_dense
+from dpo_studio.frozen.linear import held_dense
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reading import input_text, parse_json
 from dpo_studio.reports.progress import Progress

@@ -1,7 +1,7 @@
 """Triton kernels for packed weights: integers to bfloat16 or FP8 near the memory's own rate, activations to FP8.
 
 Each reads what it needs once and writes its result once: a 7B's weights are formed in 5 ms on an H200, where its
-products over 8,192 tokens take 160. Imported only where there is a GPU.
+products over 8,192 tokens take 160. Imported only where there is a GPU; they know tensors, and no kind of weight.
 
 Shapes: N = outputs, K = inputs, W = words of a row, G = groups of inputs, M = rows of activations.
 """
@@ -13,72 +13,75 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from dpo_studio.models.fp8 import FP8_BLOCK
-from dpo_studio.models.packed import Block8, Packed
-
 __all__ = ["dequantise", "fp8_integers", "fp8_rows", "scaled_integers"]
 
 _ROWS = 64
 _FP8_LARGEST = 448.0
 
 
-def dequantise(weight: Packed, dtype: torch.dtype) -> Tensor:
-    """scale x (integer - zero point) in `dtype`, (N, K)."""
-    return _launch(weight, dtype)
-
-
-def fp8_integers(weight: Packed) -> Tensor:
+def fp8_integers(
+    words_NW: Tensor, scales_NG: Tensor, zeros_NG: Tensor, group_K: Tensor | None, bits: int, group_size: int
+) -> Tensor:
     """integer - zero point as e4m3, (N, K): at most 15 in size, so exact."""
-    return _launch(weight, torch.float8_e4m3fn)
+    return dequantise(words_NW, scales_NG, zeros_NG, group_K, bits, group_size, torch.float8_e4m3fn)
 
 
-def scaled_integers(weight: Block8, dtype: torch.dtype) -> Tensor:
+def scaled_integers(integers_NK: Tensor, scales_NG: Tensor, dtype: torch.dtype) -> Tensor:
     """scale x integer in `dtype`, (N, K)."""
-    outputs, inputs = weight.integers_NK.shape
-    out_NK = torch.empty(outputs, inputs, dtype=dtype, device=weight.integers_NK.device)
-    grid = (inputs // FP8_BLOCK, triton.cdiv(outputs, _ROWS))
+    outputs, inputs = integers_NK.shape
+    block = inputs // scales_NG.shape[1]
+    out_NK = torch.empty(outputs, inputs, dtype=dtype, device=integers_NK.device)
+    grid = (inputs // block, triton.cdiv(outputs, _ROWS))
     with torch.cuda.device(out_NK.device):
-        _scaled[grid](weight.integers_NK, weight.scales_NG, out_NK, outputs, inputs, _ROWS, FP8_BLOCK)
+        _scaled[grid](integers_NK, scales_NG, out_NK, outputs, inputs, _ROWS, block)
     return out_NK
 
 
-def fp8_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """Activations as e4m3, (M, K), and their scales, (M, K / 128) with rows next to each other in memory."""
+def fp8_rows(x_MK: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """Activations as e4m3, (M, K), and their scales, (M, K / block) with rows next to each other in memory."""
     rows, inputs = x_MK.shape
     x8_MK = torch.empty_like(x_MK, dtype=torch.float8_e4m3fn)
-    scales_MB = torch.empty(inputs // FP8_BLOCK, rows, dtype=torch.float32, device=x_MK.device).t()
-    grid = (triton.cdiv(rows, _ROWS), inputs // FP8_BLOCK)
+    scales_MB = torch.empty(inputs // block, rows, dtype=torch.float32, device=x_MK.device).t()
+    grid = (triton.cdiv(rows, _ROWS), inputs // block)
     with torch.cuda.device(x_MK.device):
-        _rows_to_fp8[grid](x_MK, x8_MK, scales_MB, rows, inputs, _ROWS, FP8_BLOCK, _FP8_LARGEST)
+        _rows_to_fp8[grid](x_MK, x8_MK, scales_MB, rows, inputs, _ROWS, block, _FP8_LARGEST)
     return x8_MK, scales_MB
 
 
-def _launch(weight: Packed, dtype: torch.dtype) -> Tensor:
-    outputs, inputs = weight.shape
-    out_NK = torch.empty(outputs, inputs, dtype=dtype, device=weight.words_NW.device)
+def dequantise(
+    words_NW: Tensor,
+    scales_NG: Tensor,
+    zeros_NG: Tensor,
+    group_K: Tensor | None,
+    bits: int,
+    group_size: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """scale x (integer - zero point) in `dtype`, (N, K); the scale left out if that is e4m3."""
+    outputs, inputs = words_NW.shape[0], words_NW.shape[1] * 32 // bits
+    out_NK = torch.empty(outputs, inputs, dtype=dtype, device=words_NW.device)
     columns = 128  # or what divides a group, for a tile then has one scale a row
-    while weight.group_K is None and weight.group_size % columns:
+    while group_K is None and group_size % columns:
         columns //= 2
     grid = (triton.cdiv(inputs, columns), triton.cdiv(outputs, _ROWS))
-    act_order = weight.group_K is not None
     with torch.cuda.device(out_NK.device):
         _dequantise[grid](
-            weight.words_NW,
-            weight.scales_NG,
-            weight.zeros_NG,
-            weight.group_K if act_order else weight.words_NW,
+            words_NW,
+            scales_NG,
+            zeros_NG,
+            words_NW if group_K is None else group_K,
             out_NK,
             outputs,
             inputs,
-            weight.words_NW.shape[1],
-            weight.scales_NG.shape[1],
-            weight.group_size,
-            weight.bits,
-            act_order,
+            words_NW.shape[1],
+            scales_NG.shape[1],
+            group_size,
+            bits,
+            group_K is not None,
             dtype != torch.float8_e4m3fn,
             _ROWS,
             columns,
-            columns * weight.bits // 32,
+            columns * bits // 32,
         )
     return out_NK
 

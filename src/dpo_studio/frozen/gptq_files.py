@@ -1,6 +1,6 @@
-"""GPTQ checkpoints: looked over tensor by tensor and loaded straight into our own linear, whole or not at all.
+"""GPTQ checkpoints: their settings, and their layers, looked over tensor by tensor and read into our own linear.
 
-Neither optimum nor gptqmodel is needed. What a module is follows from its tensors and from what the model's config says
+Neither optimum nor gptqmodel is needed. What a layer is follows from its tensors and from what the model's config says
 it reads and writes; the quantisation's own config is held against that, never trusted.
 
 Shapes: N = outputs, K = inputs, W = words of a row, G = groups of inputs.
@@ -15,25 +15,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import init_empty_weights
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_studio.errors import ModelError
-from dpo_studio.models.fp8 import device_obstacle, fp8_obstacle
-from dpo_studio.models.gptq import FP8Linear, GPTQLinear
-from dpo_studio.models.packed import unpack
+from dpo_studio.frozen.forming import unpack
+from dpo_studio.frozen.fp8 import fp8_obstacle, fp8_weight
+from dpo_studio.frozen.gptq import Packed
+from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.scan import read_json, weights_of
-from dpo_studio.models.sizes import check_model_size, tensor_shapes
 
-__all__ = ["Quantization", "load_gptq", "read_quantization"]
+__all__ = ["LayerReader", "Quantization", "Shards", "read_quantization"]
 
 BITS = (2, 3, 4, 8)
 _FORMATS = ("gptq", "gptq_v2")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 _WORD_INPUTS = 32
 """Inputs are packed in thirty-twos, so that whole words are filled whatever the bits."""
+_AGAIN = "is the download complete? fetch the model again"
 
 
 @dataclass(frozen=True)
@@ -100,39 +99,6 @@ def read_quantization(folder: Path) -> Quantization | None:
     )
 
 
-def load_gptq(
-    folder: Path,
-    config: Any,
-    quantization: Quantization,
-    *,
-    name: str,
-    dtype: torch.dtype,
-    attention: str,
-    device: torch.device,
-    residency: str = "packed",
-    compute: str = "auto",
-    say: Callable[[str], None] = lambda _: None,
-) -> PreTrainedModel:
-    """The model on `device`: quantised layers as `GPTQLinear`, or dense by `residency`; everything else in `dtype`.
-
-    Raises:
-        ModelError: a file or tensor is missing, left over, damaged, or not what the config says; nothing is filled in.
-    """
-    if compute == "fp8" and (obstacle := device_obstacle(device) or _not_in_fp8(residency, dtype)):
-        raise ModelError(f"model.compute: fp8 {obstacle}", hint="compute: auto works everywhere")
-    if quantization.checkpoint_format == "gptq" and not quantization.sym:
-        say(f"{name}: asymmetric zero points in the old gptq format; tools have not agreed on it, gptq_v2 is safer")
-    with _Shards(folder, name) as shards:
-        config.__dict__.pop("quantization_config", None)  # else transformers would build its own packed layers
-        check_model_size(AutoModelForCausalLM, config, tensor_shapes(weights_of(folder, name), name), name)
-        model = _skeleton(config, dtype, attention, name)
-        reader = _Reader(shards, quantization, device, dtype, residency, compute, say)
-        for prefix in sorted(key.removesuffix(".qweight") for key in shards.files if key.endswith(".qweight")):
-            _place(model, prefix, reader.linear(prefix, _dense_twin(model, prefix, name, shards)))
-        _fill_in_the_rest(model, shards, reader, name)
-    return model.to(device)
-
-
 def _settings(folder: Path) -> dict[str, Any] | None:
     """The quantisation's config: in config.json, or, as older tools have it, in a file of its own."""
     for file, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
@@ -148,13 +114,7 @@ def _settings(folder: Path) -> dict[str, Any] | None:
     return None
 
 
-def _not_in_fp8(residency: str, dtype: torch.dtype) -> str | None:
-    if residency != "packed":
-        return "reads the packed integers, so it needs model.residency: packed"
-    return None if dtype == torch.bfloat16 else "needs model.dtype: bfloat16"
-
-
-class _Shards:
+class Shards:
     """The tensors of a folder's safetensors files, opened once and read one by one."""
 
     def __init__(self, folder: Path, name: str) -> None:
@@ -165,7 +125,7 @@ class _Shards:
         for file in weights_of(folder, name):
             self.files |= dict.fromkeys(self._opened(file).keys(), file)
 
-    def __enter__(self) -> _Shards:
+    def __enter__(self) -> Shards:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -184,6 +144,29 @@ class _Shards:
             raise ModelError(f"{self._name}: {file.name} has no readable tensor {key}: {error}", hint=_AGAIN) from None
         return tensor
 
+    def layers(self) -> list[str]:
+        """The names of the quantised layers, sorted."""
+        return sorted(key.removesuffix(".qweight") for key in self.files if key.endswith(".qweight"))
+
+    def plain(self) -> list[str]:
+        """The tensors that are no part of a quantised layer."""
+        quantised = {f"{layer}.{part}" for layer in self.layers() for part in _PARTS}
+        # old checkpoints kept what a config implies
+        return [key for key in self.files if key not in quantised and not key.endswith("rotary_emb.inv_freq")]
+
+    def read_shaped(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """A tensor, on the CPU, that has the shape of the model's own.
+
+        Raises:
+            ModelError: it has another, or cannot be read.
+        """
+        tensor = self.read(key)
+        if tensor.shape != shape:
+            raise ModelError(
+                f"{self.files[key].name}: tensor {key} is {_look(tensor)}, the model's is {shape}", hint=_AGAIN
+            )
+        return tensor
+
     def _opened(self, file: Path) -> Any:
         if file not in self._open:
             if not file.is_file():
@@ -195,43 +178,11 @@ class _Shards:
         return self._open[file]
 
 
-_AGAIN = "is the download complete? fetch the model again"
-
-
-def _skeleton(config: Any, dtype: torch.dtype, attention: str, name: str) -> PreTrainedModel:
-    """The model without weights: what it computes from its config alone (rotations) is there."""
-    try:
-        with init_empty_weights(include_buffers=False):
-            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ModelError(f"{name}: transformers cannot build this model: {error}") from None
-
-
-def _dense_twin(model: nn.Module, prefix: str, name: str, shards: _Shards) -> nn.Linear:
-    """The layer of the skeleton that the quantised tensors are for."""
-    try:
-        layer = model.get_submodule(prefix)
-    except AttributeError:
-        layer = None
-    if not isinstance(layer, nn.Linear):
-        file = shards.files[f"{prefix}.qweight"].name
-        raise ModelError(
-            f"{name}: {file} has quantised weights for {prefix}, which is no linear layer of this model",
-            hint="the weights are not this model's; nothing is ever filled in at random",
-        )
-    return layer
-
-
-def _place(model: nn.Module, prefix: str, layer: nn.Module) -> None:
-    parent, _, child = prefix.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer)
-
-
 @dataclass(frozen=True)
-class _Reader:
+class LayerReader:
     """Reads and checks one quantised layer at a time."""
 
-    shards: _Shards
+    shards: Shards
     quantization: Quantization
     device: torch.device
     dtype: torch.dtype
@@ -255,25 +206,16 @@ class _Reader:
         if fp8 and (obstacle := fp8_obstacle(inputs, outputs, bits, group_size, group_K is not None)):
             raise ModelError(f"model.compute: fp8 cannot be used for {prefix}: {obstacle}", hint="use compute: auto")
         bias = self._bias(prefix, tensors.get("bias"), twin)
-        layer = GPTQLinear(
-            inputs,
-            outputs,
-            bits,
-            group_size,
-            bias=bias is not None,
-            act_order=group_K is not None,
-            device=torch.device("meta"),
-            dtype=self.dtype,
-        )
-        layer.words_NW = tensors["qweight"].to(self.device).t().contiguous()
-        layer.scales_NG = scales_NG.to(self.device)
-        layer.zeros_NG = self._zeros(prefix, tensors["qzeros"], bits, outputs, groups).to(self.device)
-        layer.group_K = None if group_K is None else group_K.to(self.device)
-        if bias is not None:
-            layer.bias = nn.Parameter(bias.to(self.device), requires_grad=False)
+        words_NW = tensors["qweight"].to(self.device).t().contiguous()
+        zeros_NG = self._zeros(prefix, tensors["qzeros"], bits, outputs, groups).to(self.device)
+        group_K = None if group_K is None else group_K.to(self.device)
+        weight = Packed(words_NW, scales_NG.to(self.device), zeros_NG, group_K, bits, group_size)
+        bias = None if bias is None else bias.to(self.device)
         if fp8:
-            return FP8Linear(layer)
-        return layer if self.residency == "packed" and not head else _dense(layer, self.dtype)
+            return FrozenLinear(fp8_weight(weight), bias)
+        if self.residency == "packed" and not head:
+            return FrozenLinear(weight, bias)
+        return _dense(weight, bias, self.dtype)
 
     def _read(self, prefix: str, part: str) -> Tensor:
         return self.shards.read(f"{prefix}.{part}")
@@ -346,17 +288,18 @@ class _Reader:
             zeros_GN = (zeros_GN.int() + 1 & 2**bits - 1).to(torch.uint8)
         return zeros_GN.t().contiguous()
 
-    def _bias(self, prefix: str, bias: Tensor | None, twin: Any) -> Tensor | None:
+    def _bias(self, prefix: str, bias: Tensor | None, twin: nn.Linear) -> Tensor | None:
         """AutoGPTQ wrote zeros for every layer: a bias the model has no place for is kept only if it says something."""
+        has_bias = twin._parameters["bias"] is not None
         if bias is None:
-            if twin.bias is not None:
+            if has_bias:
                 raise self._wrong(prefix, "bias", "is missing")
             return None
         if bias.shape != (twin.out_features,):
             raise self._wrong(prefix, "bias", f"is {_look(bias)}, not ({twin.out_features},)")
         if not bias.isfinite().all():
             raise self._wrong(prefix, "bias", "has values that are not finite")
-        return bias.to(self.dtype) if twin.bias is not None or bias.any() else None
+        return bias.to(self.dtype) if has_bias or bias.any() else None
 
 
 def _three_bit_fields(words_GW: Tensor, outputs: int) -> Tensor:
@@ -365,43 +308,13 @@ def _three_bit_fields(words_GW: Tensor, outputs: int) -> Tensor:
     return unpack(nn.functional.pad(words_GW, (0, missing)), 3)[:, :outputs]
 
 
-def _dense(layer: GPTQLinear, dtype: torch.dtype) -> nn.Linear:
+def _dense(weight: Packed, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
     """A plain layer that holds the weights, formed once."""
-    dense = nn.Linear(layer.in_features, layer.out_features, bias=False, device=torch.device("meta"))
-    dense.weight = nn.Parameter(layer.packed.formed(dtype), requires_grad=False)
-    dense.bias = layer.bias
+    outputs, inputs = weight.shape
+    dense = nn.Linear(inputs, outputs, bias=False, device=torch.device("meta"))
+    dense.weight = nn.Parameter(weight.formed(dtype), requires_grad=False)
+    dense.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return dense
-
-
-def _fill_in_the_rest(model: PreTrainedModel, shards: _Shards, reader: _Reader, name: str) -> None:
-    """Embeddings, norms, head and whatever was left as it was: every tensor used, every parameter found."""
-    prefixes = [key.removesuffix(".qweight") for key in shards.files if key.endswith(".qweight")]
-    quantised = {f"{prefix}.{part}" for prefix in prefixes for part in _PARTS}
-    places = dict(model.named_parameters(remove_duplicate=False))
-    unexpected = []
-    for key in shards.files:
-        if key in quantised or key.endswith("rotary_emb.inv_freq"):  # old checkpoints kept what a config implies
-            continue
-        if key not in places:
-            unexpected.append(key)
-            continue
-        tensor, wanted = shards.read(key), places[key]
-        if tensor.shape != wanted.shape:
-            file = shards.files[key].name
-            raise ModelError(
-                f"{file}: tensor {key} is {_look(tensor)}, the model's is {tuple(wanted.shape)}", hint=_AGAIN
-            )
-        value = nn.Parameter(tensor.to(reader.device, wanted.dtype), requires_grad=False)
-        parent, _, child = key.rpartition(".")
-        setattr(model.get_submodule(parent), child, value)
-    model.tie_weights()
-    missing = sorted(key for key, p in model.named_parameters() if p.is_meta)
-    for kind, keys in (("missing", missing), ("unexpected", sorted(unexpected))):
-        if keys:
-            raise ModelError(
-                f"{name}: {len(keys)} {kind} tensors, the first is {keys[0]}",
-                hint="the weights are not this model's; nothing is ever filled in at random",
-            )
 
 
 def _look(tensor: Tensor) -> str:

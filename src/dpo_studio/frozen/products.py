@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dpo_studio.models.packed import Block8, Frozen, flatten, unflatten
+from dpo_studio.frozen.fp8 import fp8_rows
+from dpo_studio.frozen.weights import Frozen, InFP8, flatten, unflatten
 
 __all__ = ["base_alone", "products"]
 
@@ -46,14 +47,13 @@ def base_alone() -> Iterator[None]:
 
 def products(x: Tensor, weights: Sequence[Frozen], down_RK: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:
     """W x + up down x for each of `weights`, x of any shape (..., K); differentiable in all but the weights."""
-    tensors, numbers = flatten(weights)
-    *outputs, _ = torch.ops.dpo_studio.lora(x.flatten(0, -2), tensors, numbers, down_RK, ups_Nr)
+    *outputs, _ = torch.ops.dpo_studio.lora(x.flatten(0, -2), *flatten(weights), down_RK, ups_Nr)
     return [y_TN.view(*x.shape[:-1], -1) for y_TN in outputs]
 
 
 @torch.library.custom_op("dpo_studio::lora", mutates_args=())
 def _lora(
-    x_TK: Tensor, weights: list[Tensor], numbers: list[int], down_RK: Tensor, ups_Nr: list[Tensor]
+    x_TK: Tensor, kinds: str, weights: list[Tensor], numbers: list[int], down_RK: Tensor, ups_Nr: list[Tensor]
 ) -> list[Tensor]:
     """[y of each layer (T, N)], and x A^T (T, R) for the backward pass; NaN, if the adapter was left out."""
     rank = len(down_RK)
@@ -62,12 +62,11 @@ def _lora(
     low_TR = x_TK @ down_RK.t()
     outputs = []
     in_fp8: tuple[Tensor, Tensor] | None = None  # the input, once for all its readers
-    for weight, up_Nr, low_Tr in zip(unflatten(weights, numbers), ups_Nr, _by_layer(low_TR, ups_Nr), strict=True):
-        if isinstance(weight, Block8):
-            from dpo_studio.models.fp8 import fp8_product, fp8_rows
-
+    frozen = unflatten(kinds, weights, numbers)
+    for weight, up_Nr, low_Tr in zip(frozen, ups_Nr, _by_layer(low_TR, ups_Nr), strict=True):
+        if isinstance(weight, InFP8):
             in_fp8 = in_fp8 or fp8_rows(x_TK)
-            y_TN = fp8_product(*in_fp8, weight)[: len(x_TK)]
+            y_TN = weight.product(*in_fp8)[: len(x_TK)]
             outputs.append(y_TN.addmm_(low_Tr, up_Nr.t()) if up_Nr.shape[1] else y_TN)
         else:
             outputs.append((low_Tr @ up_Nr.t()).addmm_(x_TK, weight.formed(x_TK.dtype).t()))
@@ -75,7 +74,9 @@ def _lora(
 
 
 @_lora.register_fake
-def _(x_TK: Tensor, weights: list[Tensor], numbers: list[int], down_RK: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:
+def _(
+    x_TK: Tensor, kinds: str, weights: list[Tensor], numbers: list[int], down_RK: Tensor, ups_Nr: list[Tensor]
+) -> list[Tensor]:
     # shape[0], not len(): that would fix the row's length in compiled code
     return [x_TK.new_empty(x_TK.shape[0], matrix.shape[0]) for matrix in (*ups_Nr, down_RK)]
 
@@ -83,6 +84,7 @@ def _(x_TK: Tensor, weights: list[Tensor], numbers: list[int], down_RK: Tensor, 
 @torch.library.custom_op("dpo_studio::lora_backward", mutates_args=())
 def _lora_backward(
     gradients_TN: list[Tensor],
+    kinds: str,
     weights: list[Tensor],
     numbers: list[int],
     down_RK: Tensor,
@@ -101,7 +103,7 @@ def _lora_backward(
     if not needs_input:
         return [slope_TR, *ups_slopes]
     x_slope_TK = slope_TR @ down_RK
-    for gradient_TN, weight in zip(gradients_TN, unflatten(weights, numbers), strict=True):
+    for gradient_TN, weight in zip(gradients_TN, unflatten(kinds, weights, numbers), strict=True):
         x_slope_TK.addmm_(gradient_TN, weight.formed(gradient_TN.dtype))
     return [slope_TR, *ups_slopes, x_slope_TK]
 
@@ -109,6 +111,7 @@ def _lora_backward(
 @_lora_backward.register_fake
 def _(
     gradients_TN: list[Tensor],
+    kinds: str,
     weights: list[Tensor],
     numbers: list[int],
     down_RK: Tensor,
@@ -121,9 +124,9 @@ def _(
 
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x_TK, weights, numbers, down_RK, ups_Nr = inputs
+    x_TK, kinds, weights, numbers, down_RK, ups_Nr = inputs
     ctx.save_for_backward(x_TK, down_RK, output[-1], *ups_Nr)
-    ctx.weights, ctx.numbers = weights, numbers  # frozen, and part of the model: nothing to save
+    ctx.kinds, ctx.weights, ctx.numbers = kinds, weights, numbers  # frozen, and part of the model: nothing to save
     ctx.needs_input = x_TK.requires_grad
 
 
@@ -133,6 +136,7 @@ def _slopes(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     count = len(ups_Nr)
     slope_TR, *rest = torch.ops.dpo_studio.lora_backward(
         [gradient_TN.contiguous() for gradient_TN in outputs],
+        ctx.kinds,
         ctx.weights,
         ctx.numbers,
         down_RK,
@@ -142,7 +146,11 @@ def _slopes(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     )
     # outside the operator, where torch.compile may form x anew instead of keeping it
     down_slope_RK = slope_TR.t() @ x_TK
-    return rest[count] if ctx.needs_input else None, [None] * len(ctx.weights), None, down_slope_RK, rest[:count]
+    x_slope_TK = rest[count] if ctx.needs_input else None
+    none: list[None] | None = (
+        None if ctx.numbers else []
+    )  # torch takes an empty list for one of tensors, and wants its like
+    return x_slope_TK, None, [None] * len(ctx.weights), none, down_slope_RK, rest[:count]
 
 
 torch.library.register_autograd("dpo_studio::lora", _slopes, setup_context=_keep)

@@ -1,0 +1,111 @@
+"""The linear layer that holds a frozen weight of any kind: it computes as a dense one of the same values.
+
+To PEFT it is an `nn.Linear` without a weight: `all-linear` finds it, LoRA attaches to it, nothing can merge into it.
+
+Shapes: N = outputs, K = inputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from dpo_studio.frozen.dense import Dense
+from dpo_studio.frozen.products import products
+from dpo_studio.frozen.weights import Frozen, InFP8
+
+__all__ = ["FrozenLinear", "computes_in_fp8", "frozen_weight", "held_dense", "weight_count"]
+
+_SPARE = 0.8
+"""Share of the free memory that weights formed for a while may take."""
+
+
+class FrozenLinear(nn.Linear):
+    """y = W x + b with a W that is formed whenever it is needed, or multiplied as it is kept."""
+
+    def __init__(self, weight: Frozen, bias: Tensor | None = None) -> None:
+        """Its buffers are the tensors of `weight`, by their names."""
+        nn.Module.__init__(self)  # nn.Linear's own would make a weight
+        self.out_features, self.in_features = weight.shape
+        self.register_parameter("weight", None)
+        for name, tensor in weight.tensors().items():
+            self.register_buffer(name, tensor)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self._kind, self._names, self._numbers = type(weight), list(weight.tensors()), weight.numbers()
+        self.held: Tensor | None = None
+        """The weight while `held_dense` keeps it, (N, K)."""
+
+    @property
+    def kept(self) -> Frozen:
+        """The weight as it is kept."""
+        return self._kind.taken(iter([getattr(self, name) for name in self._names]), iter(self._numbers))
+
+    @property
+    def frozen(self) -> Frozen:
+        """What a product needs."""
+        return self.kept if self.held is None else Dense(self.held)
+
+    @property
+    def qweight(self) -> Tensor:
+        """PEFT asks by this name where a layer without a weight is."""
+        return self.get_buffer(self._names[0])
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """(N, K), exact in fp32, rounded once to `dtype` (float32: not at all)."""
+        return self.kept.exact(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x W^T + b, (..., N), in the precision of `x`; its gradient goes on to `x`."""
+        no_adapter = x.new_empty(0, self.in_features), [x.new_empty(self.out_features, 0)]
+        (y,) = products(x, [self.frozen], *no_adapter)
+        return y if self.bias is None else y + self.bias
+
+    def extra_repr(self) -> str:
+        """As it is printed."""
+        return f"{super().extra_repr()}, kind={self._kind.tag}"
+
+
+def computes_in_fp8(model: nn.Module) -> bool:
+    """Whether products of this model round their inputs to FP8."""
+    return any(isinstance(module, FrozenLinear) and isinstance(module.kept, InFP8) for module in model.modules())
+
+
+def frozen_weight(linear: nn.Linear) -> Frozen:
+    """What a product with this base layer needs."""
+    return linear.frozen if isinstance(linear, FrozenLinear) else Dense(linear.weight)
+
+
+@contextmanager
+def held_dense(model: nn.Module) -> Iterator[None]:
+    """Inside, weights that are formed for a product are formed once and kept if there is room: sampling reads each for
+    every token."""
+    layers = [m for m in model.modules() if isinstance(m, FrozenLinear) and not isinstance(m.kept, InFP8)]
+    dtype: torch.dtype = getattr(model, "dtype", torch.bfloat16)
+    size = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
+    if layers and size > _SPARE * _free_bytes(layers[0].qweight.device):
+        layers = []
+    for layer in layers:
+        layer.held = layer.kept.formed(dtype)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.held = None
+
+
+def weight_count(model: nn.Module) -> int:
+    """Weights of a model, packed ones counted as what they stand for."""
+    packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
+    return packed + sum(p.numel() for p in model.parameters())
+
+
+def _free_bytes(device: torch.device) -> int:
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    with open("/proc/meminfo") as lines:  # noqa: PTH123 - no path of ours
+        facts = dict(line.split(":", 1) for line in lines)
+    return int(facts["MemAvailable"].split()[0]) * 1024

@@ -1,0 +1,113 @@
+"""A model with GPTQ layers: built from its config without weights, then filled from its files, whole or not at all.
+
+Neither optimum nor gptqmodel is needed. A layer follows from its tensors (`frozen/gptq_files.py`) and from what
+the model's config says it reads and writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from dpo_studio.errors import ModelError
+from dpo_studio.frozen.fp8 import device_obstacle
+from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards
+from dpo_studio.models.scan import weights_of
+from dpo_studio.models.sizes import check_model_size, tensor_shapes
+
+__all__ = ["load_gptq"]
+
+
+def load_gptq(
+    folder: Path,
+    config: PreTrainedConfig,
+    quantization: Quantization,
+    *,
+    name: str,
+    dtype: torch.dtype,
+    attention: str,
+    device: torch.device,
+    residency: str = "packed",
+    compute: str = "auto",
+    say: Callable[[str], None] = lambda _: None,
+) -> PreTrainedModel:
+    """The model on `device`: quantised layers as `FrozenLinear`, or dense by `residency`; everything else in `dtype`.
+
+    Raises:
+        ModelError: a file or tensor is missing, left over, damaged, or not what the config says; nothing is filled in.
+    """
+    if compute == "fp8" and (obstacle := device_obstacle(device) or _not_in_fp8(residency, dtype)):
+        raise ModelError(f"model.compute: fp8 {obstacle}", hint="compute: auto works everywhere")
+    if quantization.checkpoint_format == "gptq" and not quantization.sym:
+        say(f"{name}: asymmetric zero points in the old gptq format; tools have not agreed on it, gptq_v2 is safer")
+    with Shards(folder, name) as shards:
+        config.__dict__.pop("quantization_config", None)  # else transformers would build its own packed layers
+        check_model_size(AutoModelForCausalLM, config, tensor_shapes(weights_of(folder, name), name), name)
+        model = _skeleton(config, dtype, attention, name)
+        reader = LayerReader(shards, quantization, device, dtype, residency, compute, say)
+        for prefix in shards.layers():
+            _place(model, prefix, reader.linear(prefix, _dense_twin(model, prefix, name, shards)))
+        _fill_in_the_rest(model, shards, device, name)
+    return model.to(device)
+
+
+def _not_in_fp8(residency: str, dtype: torch.dtype) -> str | None:
+    if residency != "packed":
+        return "reads the packed integers, so it needs model.residency: packed"
+    return None if dtype == torch.bfloat16 else "needs model.dtype: bfloat16"
+
+
+def _skeleton(config: PreTrainedConfig, dtype: torch.dtype, attention: str, name: str) -> PreTrainedModel:
+    """The model without weights: what it computes from its config alone (rotations) is there."""
+    try:
+        with init_empty_weights(include_buffers=False):
+            return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ModelError(f"{name}: transformers cannot build this model: {error}") from None
+
+
+def _dense_twin(model: nn.Module, prefix: str, name: str, shards: Shards) -> nn.Linear:
+    """The layer of the skeleton that the quantised tensors are for."""
+    try:
+        layer = model.get_submodule(prefix)
+    except AttributeError:
+        layer = None
+    if not isinstance(layer, nn.Linear):
+        file = shards.files[f"{prefix}.qweight"].name
+        raise ModelError(
+            f"{name}: {file} has quantised weights for {prefix}, which is no linear layer of this model",
+            hint="the weights are not this model's; nothing is ever filled in at random",
+        )
+    return layer
+
+
+def _place(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, part)
+
+
+def _fill_in_the_rest(model: PreTrainedModel, shards: Shards, device: torch.device, name: str) -> None:
+    """Embeddings, norms, head and whatever was left as it was: every tensor used, every parameter found."""
+    places = dict(model.named_parameters(remove_duplicate=False))
+    unexpected = []
+    for key in shards.plain():
+        if key not in places:
+            unexpected.append(key)
+            continue
+        wanted = places[key]
+        tensor = shards.read_shaped(key, tuple(wanted.shape))
+        value = nn.Parameter(tensor.to(device, wanted.dtype), requires_grad=False)
+        _place(model, key, value)
+    model.tie_weights()
+    missing = sorted(key for key, p in model.named_parameters() if p.is_meta)
+    for kind, keys in (("missing", missing), ("unexpected", sorted(unexpected))):
+        if keys:
+            raise ModelError(
+                f"{name}: {len(keys)} {kind} tensors, the first is {keys[0]}",
+                hint="the weights are not this model's; nothing is ever filled in at random",
+            )
