@@ -178,7 +178,9 @@ def train(
     room = room or Room(policy, steps)
     started = time.perf_counter()
     for micro_batches in steps(after=state.step):
-        formula = objective.given(state.mean_log_ratio)  # BCO's threshold moves; every other objective is itself
+        formula = objective.with_running_mean(
+            state.mean_log_ratio
+        )  # BCO's threshold moves; every other objective is itself
         seen = None
         while seen is None:
             micro_batches = room.packed(micro_batches, state.step + 1)

@@ -24,7 +24,7 @@ from dpo_studio.evaluation.diversity import distinct_n, repetition
 from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, summary
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
-from dpo_studio.objectives import Objective, margin
+from dpo_studio.objectives import Formula, margin
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
@@ -260,7 +260,7 @@ def _other_side(
     return _ask(Speaker(other, completions, "against", tuned=True), chats, asked, progress)
 
 
-def _held_out(loaded: Loaded, objective: Objective, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
+def _held_out(loaded: Loaded, objective: Formula, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
     """Accuracy and margin on the labelled pairs, and whether the margins mean what they say, if they say anything."""
     if loaded.other_reference is not None:
         progress.warn(f"no margins and no KL: the run's reference, {loaded.other_reference}, is not loaded beside it")

@@ -461,7 +461,7 @@ class _Session:
                 self.policy,
                 pairs,
                 self.held_out_reference,
-                self.recipe.objective.given(self.state.mean_log_ratio),
+                self.recipe.objective.with_running_mean(self.state.mean_log_ratio),
                 budget=budget,
                 progress=lambda done, tokens: advance(done),
             )
