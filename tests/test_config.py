@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 import dpo_studio
 from dpo_studio.config import (
     AdapterSection,
-    LoadedRecipe,
     Recipe,
+    RecipeFile,
     TrainingSection,
     cache_folder,
     load_recipe,
@@ -51,14 +51,14 @@ run: {folder: null, tracker: null}               # folder: runs/<recipe's name>
 """The defaults as scripts and people have been promised them, word for word."""
 
 
-def recipe(text: str, folder: Path, *overrides: str) -> LoadedRecipe:
+def recipe(text: str, folder: Path, *overrides: str) -> RecipeFile:
     """The recipe in `text`, from a file."""
     file = folder / "r.yaml"
     file.write_text(text)
     return load_recipe(file, list(overrides))
 
 
-def minimal(folder: Path, *overrides: str) -> LoadedRecipe:
+def minimal(folder: Path, *overrides: str) -> RecipeFile:
     """The least a recipe says, with overrides."""
     return recipe("{model: {path: some/model}, data: {train: {source: some/pairs}}}", folder, *overrides)
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dpo_studio.config import LoadedRecipe, RecipeLike, load_recipe, parse_override
+from dpo_studio.config import RecipeFile, RecipeLike, load_recipe, parse_override
 from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.reading import read_json
@@ -41,7 +41,7 @@ class Member:
     name: str
     """`objective.beta=0.1`, several settings joined by a comma."""
     values: dict[str, Any]
-    loaded: LoadedRecipe
+    loaded: RecipeFile
 
 
 def run_sweep(

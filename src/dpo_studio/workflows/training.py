@@ -21,7 +21,7 @@ import torch
 from accelerate import Accelerator
 from peft import PeftModel
 
-from dpo_studio.config import LoadedRecipe, Recipe, RecipeLike, cache_folder, load_recipe
+from dpo_studio.config import Recipe, RecipeFile, RecipeLike, cache_folder, load_recipe
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
 from dpo_studio.learning.checkpoints import restore
@@ -147,7 +147,7 @@ def check_recipe(
 
 
 def run_training(
-    loaded: LoadedRecipe,
+    loaded: RecipeFile,
     progress: Progress,
     result_extra: dict[str, Any] | None = None,
     *,
@@ -176,7 +176,7 @@ def run_training(
 def _train_in(
     run: RunFolder,
     hold: Held,
-    loaded: LoadedRecipe,
+    loaded: RecipeFile,
     progress: Progress,
     result_extra: dict[str, Any],
     anyway: bool,
