@@ -194,7 +194,8 @@ def qa(row):
 add_format("qa", ["q", "good", "bad"], qa)
 assert formats_help().endswith("argilla-2, qa")
 file = Path(sys.argv[1]) / "rows.jsonl"
-file.write_text("".join(json.dumps({"q": f"What is {n}?", "good": f"It is {n}.", "bad": "No"}) + "\\n" for n in range(9)))
+rows = [json.dumps({"q": f"What is {n}?", "good": f"It is {n}.", "bad": "No"}) for n in range(9)]
+file.write_text("\\n".join(rows))
 for how in ("auto", "qa"):
     read = read_pairs(SourceSection(source=str(file), format=how))
     assert (read.format, len(read.pairs)) == ("qa", 9), read
