@@ -210,6 +210,15 @@ def test_every_key_is_read_somewhere() -> None:
         assert {field.name for field in dataclasses.fields(kind)} - {"kind"} <= own
 
 
+def test_what_is_loaded_is_not_read_again_and_takes_no_more_overrides(tmp_path: Path) -> None:
+    """The file may be gone by then: a run reads it once."""
+    loaded = minimal(tmp_path, "training.seed=3")
+    (tmp_path / "r.yaml").unlink()
+    assert load_recipe(loaded) is loaded
+    with pytest.raises(UsageError, match="loaded already"):
+        load_recipe(loaded, ["training.seed=4"])
+
+
 # What is refused
 
 

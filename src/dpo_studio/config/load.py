@@ -44,20 +44,27 @@ class RecipeFile:
         return inside(Path("runs"), self.name, hint="name the run's folder: --set run.folder=NAME")
 
 
-RecipeLike = str | Path | Mapping[str, object] | Recipe
-"""A recipe's file, its content as a dict, or a `Recipe`."""
+RecipeLike = str | Path | Mapping[str, object] | Recipe | RecipeFile
+"""A recipe's file, its content as a dict, a `Recipe`, or what `load_recipe` made of one of them."""
 
 
 def load_recipe(recipe: RecipeLike, overrides: Sequence[str] | None = None) -> RecipeFile:
     """Read, override, validate and resolve a recipe.
 
     Paths in a file are relative to the file, others and those in `overrides` (`a.b=c`) to the working directory. A
-    recipe that is no file is named `recipe`, and so is its run unless `run.folder` says otherwise.
+    recipe that is no file is named `recipe`, and so is its run unless `run.folder` says otherwise. What is loaded already
+    is not read again.
 
     Raises:
         RecipeError: the file cannot be read, or holds something that is not a recipe.
-        UsageError: an override is not of the form `a.b=c`.
+        UsageError: an override is not of the form `a.b=c`, or the recipe is loaded already.
     """
+    if isinstance(recipe, RecipeFile):
+        if overrides:
+            raise UsageError(
+                f"{recipe.name} is loaded already: --set comes too late", hint="load it with its overrides"
+            )
+        return recipe
     typed, where, folder = _typed(recipe)
     absolute = _with_absolute_paths(typed, folder)
     for text in overrides or []:

@@ -120,6 +120,7 @@ def _swept(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
     for text in overrides:
         name, _, listed = text.partition("=")
         keys, values = parse_override(f"{name}=[{listed}]")
+        assert isinstance(values, list)  # what stands in brackets is one, or no YAML
         key = ".".join(keys)
         if key == "run.folder":
             raise UsageError("run.folder is each run's own in a sweep", hint="--out names the sweep's folder")
