@@ -52,8 +52,8 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] | None = None) -> R
     """Read, override, validate and resolve a recipe.
 
     Paths in a file are relative to the file, others and those in `overrides` (`a.b=c`) to the working directory. A
-    recipe that is no file is named `recipe`, and so is its run unless `run.folder` says otherwise. What is loaded already
-    is not read again.
+    recipe that is no file is named `recipe`, and so is its run unless `run.folder` says otherwise. What is loaded
+    already is not read again.
 
     Raises:
         RecipeError: the file cannot be read, or holds something that is not a recipe.
