@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, assert_type
 
 import dpo_studio
-from dpo_studio import Completion, LoadedRecipe, Recipe, SourceSection
+from dpo_studio import Completion, Recipe, RecipeFile, SourceSection
 
 
 def use(base: Path, pairs: Path, folder: Path) -> dict[str, Any]:
@@ -19,7 +19,7 @@ def use(base: Path, pairs: Path, folder: Path) -> dict[str, Any]:
         "training": {"pairs_per_step": 4, "max_steps": 1, "learning_rate": 1e-2},
         "run": {"folder": str(folder / "run")},
     }
-    loaded = assert_type(dpo_studio.load_recipe(plain), LoadedRecipe)
+    loaded = assert_type(dpo_studio.load_recipe(plain), RecipeFile)
     recipe = assert_type(loaded.recipe, Recipe)
     trained = assert_type(dpo_studio.train_recipe(plain), dict[str, Any])
     again = dpo_studio.train_recipe(recipe)

@@ -15,8 +15,8 @@ from pydantic import BaseModel, ValidationError
 import dpo_studio
 from dpo_studio.config import (
     AdapterSection,
-    LoadedRecipe,
     Recipe,
+    RecipeFile,
     TrainingSection,
     cache_folder,
     load_recipe,
@@ -51,14 +51,14 @@ run: {folder: null, tracker: null}               # folder: runs/<recipe's name>
 """The defaults as scripts and people have been promised them, word for word."""
 
 
-def recipe(text: str, folder: Path, *overrides: str) -> LoadedRecipe:
+def recipe(text: str, folder: Path, *overrides: str) -> RecipeFile:
     """The recipe in `text`, from a file."""
     file = folder / "r.yaml"
     file.write_text(text)
     return load_recipe(file, list(overrides))
 
 
-def minimal(folder: Path, *overrides: str) -> LoadedRecipe:
+def minimal(folder: Path, *overrides: str) -> RecipeFile:
     """The least a recipe says, with overrides."""
     return recipe("{model: {path: some/model}, data: {train: {source: some/pairs}}}", folder, *overrides)
 
@@ -110,7 +110,7 @@ def test_a_recipe_is_frozen() -> None:
 
 def test_every_field_is_described_in_the_schema() -> None:
     """Editors show these texts. An objective's tag is described by its class."""
-    schema = recipe_schema()
+    schema: Any = recipe_schema()
     sections = schema["$defs"] | {"recipe": schema}
     bare = [
         f"{name}.{key}"
@@ -126,12 +126,12 @@ def test_every_field_is_described_in_the_schema() -> None:
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.stem)
 def test_the_schema_holds_for_the_shipped_recipes(file: Path) -> None:
     """By a small reader of the keywords our schema uses: an editor must not underline what `dpo train` takes."""
-    schema = recipe_schema()
+    schema: Any = recipe_schema()
     assert list(violations(yaml.safe_load(file.read_text()), schema, schema["$defs"])) == []
 
 
 def test_the_schema_refuses_what_the_recipe_refuses() -> None:
-    schema = recipe_schema()
+    schema: Any = recipe_schema()
     for bad in (
         {"training": {"epoch": 1}},
         {"training": {"epochs": 0}},
@@ -208,6 +208,15 @@ def test_every_key_is_read_somewhere() -> None:
     for kind in OBJECTIVES:
         own = {node.attr for node in ast.walk(formulas[kind.__name__]) if isinstance(node, ast.Attribute)}
         assert {field.name for field in dataclasses.fields(kind)} - {"kind"} <= own
+
+
+def test_what_is_loaded_is_not_read_again_and_takes_no_more_overrides(tmp_path: Path) -> None:
+    """The file may be gone by then: a run reads it once."""
+    loaded = minimal(tmp_path, "training.seed=3")
+    (tmp_path / "r.yaml").unlink()
+    assert load_recipe(loaded) is loaded
+    with pytest.raises(UsageError, match="loaded already"):
+        load_recipe(loaded, ["training.seed=4"])
 
 
 # What is refused
@@ -524,7 +533,7 @@ def test_paths_in_a_file_are_relative_to_it_and_those_on_the_command_line_to_the
     assert typed.recipe.model.path == str(here / "model")
     assert typed.recipe.data.train.source == str(here / "pairs.jsonl")
     assert typed.recipe.model.chat_template == str(here / "t.jinja")
-    assert typed.typed["model"]["path"] == "model"
+    assert typed.typed["model"] == {"path": "model"}
 
 
 def test_hub_ids_and_bundled_names_are_no_paths(tmp_path: Path) -> None:

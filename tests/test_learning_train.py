@@ -210,9 +210,9 @@ class ListeningBCO(BCO):
 
     heard: ClassVar[list[float]] = []
 
-    def given(self, mean_log_ratio: float) -> BCO:  # type: ignore[override]
+    def with_running_mean(self, mean_log_ratio: float) -> BCO:  # type: ignore[override]
         self.heard.append(mean_log_ratio)
-        return BCO(beta=self.beta).given(mean_log_ratio)
+        return BCO(beta=self.beta).with_running_mean(mean_log_ratio)
 
 
 def test_bco_s_threshold_is_the_mean_reward_of_the_steps_before() -> None:

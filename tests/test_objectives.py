@@ -378,12 +378,12 @@ def test_rewards_are_log_ratios_or_without_a_reference_log_probs_a_token() -> No
 
 def test_bco_s_threshold_is_beta_times_the_mean_log_ratio_unless_it_is_a_number() -> None:
     """Mean log-ratio 2 nats at beta 0.5: threshold 1, l(0.5 - 1) + l(1 + 1) = 0.974077 + 0.126928. In a mixture too."""
-    after = BCO(beta=0.5).given(2.0)
+    after = BCO(beta=0.5).with_running_mean(2.0)
     assert after == BCO(beta=0.5, shift=1.0)
     assert after(POLICY, REFERENCE).tolist() == [pytest.approx(1.101005, abs=1e-6)]
-    assert BCO(shift=0.3).given(2.0) == BCO(shift=0.3)
-    assert Mixture().given(2.0).terms == (DPO(), BCO(shift=0.2), SFT())
-    assert DPO().given(2.0) == DPO()
+    assert BCO(shift=0.3).with_running_mean(2.0) == BCO(shift=0.3)
+    assert Mixture().with_running_mean(2.0).terms == (DPO(), BCO(shift=0.2), SFT())
+    assert DPO().with_running_mean(2.0) == DPO()
 
 
 def test_mpo_is_the_mixture_that_needs_no_words() -> None:

@@ -191,7 +191,7 @@ def test_a_shorter_run_is_refused_and_nothing_is_lost(finished: Path) -> None:
     run = RunFolder(finished.parent / "run")
     recipe = run.recipe()
     assert recipe is not None
-    halved = recipe.to_plain()
+    halved: Any = recipe.to_plain()
     halved["training"] |= {"max_steps": None, "epochs": 0.5}
     run.write_yaml("recipe.yaml", halved)  # as if it had been begun so
     said = train(finished, "training.max_steps=null", "training.epochs=0.5001")

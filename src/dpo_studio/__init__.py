@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # what a type checker sees; `_HOMES` is the same list, for the moment each is used
-    from dpo_studio.config import LoadedRecipe, Recipe, SourceSection, load_recipe
+    from dpo_studio.config import Recipe, RecipeFile, SourceSection, load_recipe
     from dpo_studio.errors import DPOStudioError
     from dpo_studio.evaluation.judges import Completion
     from dpo_studio.objectives import DPO
@@ -38,7 +38,7 @@ _HOMES = {
     "DPOStudioError": "errors",
     "Evaluation": "workflows.evaluating",
     "LLMOptions": "workflows.judging",
-    "LoadedRecipe": "config",
+    "RecipeFile": "config",
     "Message": "preferences.pair",
     "Pair": "preferences.pair",
     "Quantising": "workflows.exporting",
@@ -70,11 +70,11 @@ __all__ = [
     "DPOStudioError",
     "Evaluation",
     "LLMOptions",
-    "LoadedRecipe",
     "Message",
     "Pair",
     "Quantising",
     "Recipe",
+    "RecipeFile",
     "Sampling",
     "SourceSection",
     "__version__",

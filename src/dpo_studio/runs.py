@@ -32,7 +32,7 @@ from typing import Any
 import yaml
 
 from dpo_studio import __version__
-from dpo_studio.config import LoadedRecipe, Recipe, parse_yaml, validate_recipe
+from dpo_studio.config import Recipe, RecipeFile, parse_yaml, validate_recipe
 from dpo_studio.disk import sync
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.lock import LOCK
@@ -182,7 +182,7 @@ class RunFolder:
         """Whether it has learned anything that a later start goes on from."""
         return any(self.checkpoints.glob("step-*"))
 
-    def start(self, loaded: LoadedRecipe, recipe: Recipe) -> None:
+    def start(self, loaded: RecipeFile, recipe: Recipe) -> None:
         """Make the folder and write down what is run, before anything long begins."""
         with _writing(self.path):
             make_folder(self.path)

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 import importlib.util
 import math
+import re
 import sys
 import traceback
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, cast, get_args
+from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 from dpo_studio.errors import JudgeError, NonFiniteError, UsageError
 from dpo_studio.paths import user_path
@@ -28,14 +29,18 @@ __all__ = [
     "Completion",
     "Judge",
     "Opinion",
+    "PricedJudge",
     "Progress",
     "RuleJudge",
     "Verdict",
     "Winner",
+    "add_judge",
+    "added_judge",
     "as_text",
     "check_some_finite",
     "higher_wins",
     "in_both_orders",
+    "judges_help",
     "longer_wins",
     "not_judged",
     "summary",
@@ -112,6 +117,14 @@ class Judge(Protocol):
         Raises:
             JudgeError: the judge cannot be asked. Whatever it can keep of what it has judged, it keeps.
         """
+
+
+@runtime_checkable
+class PricedJudge(Judge, Protocol):
+    """A judge that costs money."""
+
+    def cost(self, comparisons: Sequence[Comparison]) -> Mapping[str, float]:
+        """What judging them would take, by name: `{"requests": 40, "dollars": 0.12}`."""
 
 
 @dataclass(frozen=True)
@@ -206,6 +219,58 @@ def summary(verdicts: Sequence[Verdict]) -> dict[str, Any]:
         "refused": opinions["refused"],
         "too_long": opinions["too long"],
     }
+
+
+_OWN = {
+    "everyday": "everyday",
+    "length": "length",
+    "implicit": "implicit:MODEL_OR_RUN",
+    "reward": "reward:MODEL",
+    "llm": "llm:MODEL@BASE_URL",
+}
+"""The package's judges, and how each is written. `FILE.py:function` is the other way to bring one's own."""
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class _Added:
+    usage: str
+    make: Callable[[str], Judge]
+
+
+_added: dict[str, _Added] = {}
+
+
+def add_judge(name: str, make: Callable[[str], Judge], *, usage: str | None = None) -> None:
+    """Let `--judge NAME` or `--judge NAME:MORE` mean a judge that is not of this package.
+
+    `make` gets MORE ("" where there is none) and returns the judge; it raises `UsageError` where MORE names none.
+    `usage` is how help texts write it, such as `panel:MODEL,MODEL`. A judge that costs money is a
+    `PricedJudge`: `dpo judge check --estimate` prints what it would cost and judges nothing.
+
+    Raises:
+        UsageError: the name is taken or none, or `usage` is of another judge.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r:.80} is no name of a judge", hint="small letters, digits, - and _")
+    if name in _OWN or name in _added:
+        raise UsageError(f"the judge {name!r} is there already", hint=f"taken are {judges_help()}")
+    if usage is not None and usage.partition(":")[0] != name:
+        raise UsageError(f"{usage!r:.80} is not how the judge {name!r} is written", hint=f"{name} or {name}:MORE")
+    _added[name] = _Added(usage or name, make)
+
+
+def added_judge(spec: str) -> Judge | None:
+    """The judge that `spec` names, if it is one that was added."""
+    name, _, more = spec.partition(":")
+    return _added[name].make(more) if name in _added else None
+
+
+def judges_help() -> str:
+    """How judges are named, in one line, for help texts and hints."""
+    own = [_OWN["everyday"], _OWN["length"], "FILE.py:function", _OWN["implicit"], _OWN["reward"]]
+    names = [*own, *(added.usage for added in _added.values()), _OWN["llm"]]
+    return f"{', '.join(names[:-1])} or {names[-1]}"
 
 
 def as_text(prompt: Sequence[Message]) -> str:

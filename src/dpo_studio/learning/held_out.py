@@ -6,8 +6,7 @@ from collections.abc import Callable, Sequence
 
 from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.metrics import StepMetrics
-from dpo_studio.objectives import PairLogps
-from dpo_studio.objectives.logps import Formula
+from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.encode import EncodedPair
 

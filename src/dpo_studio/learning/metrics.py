@@ -11,8 +11,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from dpo_studio.objectives import PairLogps, log_ratios, wins
-from dpo_studio.objectives.logps import Formula
+from dpo_studio.objectives import Formula, PairLogps, log_ratios, wins
 from dpo_studio.tokens.encode import EncodedPair
 
 __all__ = ["StepMetrics"]

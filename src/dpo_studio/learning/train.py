@@ -16,8 +16,7 @@ from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimits, unless_out_of_memory
 from dpo_studio.learning.metrics import StepMetrics
 from dpo_studio.learning.state import TrainingState
-from dpo_studio.objectives import PairLogps
-from dpo_studio.objectives.logps import Formula
+from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import MicroBatch, Steps
 
@@ -69,7 +68,7 @@ def train(
     limits = limits or MemoryLimits(policy.model, steps)
     started = time.perf_counter()
     for micro_batches in steps(after=state.step, token_budget=limits.token_budget):
-        formula = objective.given(state.mean_log_ratio)  # BCO's threshold moves; every other objective is itself
+        formula = objective.with_running_mean(state.mean_log_ratio)  # BCO's threshold moves, nothing else
         numbers = None
         while numbers is None:
             micro_batches = limits.packed(micro_batches, state.step + 1)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
-from dpo_studio.objectives.logps import Formula, PairLogps, Positive, log_sigmoid, per_token
+from dpo_studio.objectives.formula import Formula, Positive
+from dpo_studio.objectives.logps import PairLogps, log_sigmoid, per_token
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ class SFT(_Alone):
     beta: ClassVar[float] = 1.0
 
     @property
-    def whole_step(self) -> bool:  # type: ignore[override]
+    def whole_step(self) -> bool:
         """How many tokens a token shares its weight with, only the step knows."""
         return self.average == "token"
 

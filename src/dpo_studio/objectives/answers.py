@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field
 
-from dpo_studio.objectives.logps import Formula, PairLogps, Positive, log_ratios, log_sigmoid, margin
+from dpo_studio.objectives.formula import Formula, Positive
+from dpo_studio.objectives.logps import PairLogps, log_ratios, log_sigmoid, margin
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +28,7 @@ class NCA(Formula):
     beta: Positive = 0.01
     """The paper's alpha."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         chosen_P, rejected_P = _rewards(self.beta, policy, reference)
         return -log_sigmoid(chosen_P) - 0.5 * log_sigmoid(-chosen_P) - 0.5 * log_sigmoid(-rejected_P)
@@ -48,13 +49,13 @@ class BCO(Formula):
     shift: Annotated[float, Field(strict=True)] | Literal["running"] = "running"
     """The threshold, in reward units, or `running`: the mean reward of the steps before."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,). Before any step the running mean is 0."""
         shift = 0.0 if self.shift == "running" else self.shift
         chosen_P, rejected_P = _rewards(self.beta, policy, reference)
         return -log_sigmoid(chosen_P - shift) - log_sigmoid(shift - rejected_P)
 
-    def given(self, mean_log_ratio: float) -> Self:
+    def with_running_mean(self, mean_log_ratio: float) -> Self:
         """With the running mean as a number."""
         return replace(self, shift=self.beta * mean_log_ratio) if self.shift == "running" else self
 
@@ -68,7 +69,7 @@ class SPPO(Formula):
     beta: Positive = 0.1
     """One over the paper's eta."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         chosen_P, rejected_P = log_ratios(policy, reference)
         return (chosen_P - 0.5 / self.beta) ** 2 + (rejected_P + 0.5 / self.beta) ** 2
@@ -83,7 +84,7 @@ class APOZero(Formula):
     beta: Positive = 0.1
     """As DPO's."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,), between 0 and 2."""
         chosen_P, rejected_P = _rewards(self.beta, policy, reference)
         return (-chosen_P).sigmoid() + rejected_P.sigmoid()
@@ -98,12 +99,12 @@ class APODown(Formula):
     beta: Positive = 0.1
     """As DPO's."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,), between 0 and 2."""
         chosen_P, _ = _rewards(self.beta, policy, reference)
         return chosen_P.sigmoid() + (-self.beta * margin(policy, reference)).sigmoid()
 
 
-def _rewards(beta: float, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+def _rewards(beta: float, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
     chosen_P, rejected_P = log_ratios(policy, reference)
     return beta * chosen_P, beta * rejected_P

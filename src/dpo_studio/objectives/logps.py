@@ -1,4 +1,4 @@
-"""Log-probs of a step's pairs, and what every objective is besides its own formula.
+"""Log-probs of a step's pairs, and the arithmetic that several objectives share.
 
 Torch is imported when a formula is called, never before: a recipe must load without it.
 
@@ -8,18 +8,13 @@ Shapes: P = pairs. Log-probs are fp32 sums over the answer's tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self
-
-from pydantic import ConfigDict, Field
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Formula", "PairLogps", "Positive", "Share", "log_ratios", "log_sigmoid", "margin", "per_token", "wins"]
-
-Positive = Annotated[float, Field(gt=0, strict=True)]
-Share = Annotated[float, Field(ge=0, lt=0.5, strict=True)]
+__all__ = ["PairLogps", "log_ratios", "log_sigmoid", "margin", "per_token", "required", "smoothed_logistic", "wins"]
 
 
 @dataclass(frozen=True)
@@ -44,56 +39,62 @@ class PairLogps:
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
         """Every tensor changed alike: `logps.map(Tensor.detach)`."""
-        columns = (getattr(self, field.name) for field in fields(self))
-        changed: list[Any] = [None if column is None else change(column) for column in columns]
-        return PairLogps(*changed)
+
+        def of(column: Tensor | None) -> Tensor | None:
+            return None if column is None else change(column)
+
+        return PairLogps(
+            change(self.chosen_P),
+            change(self.rejected_P),
+            change(self.chosen_tokens_P),
+            change(self.rejected_tokens_P),
+            of(self.chosen_shared_P),
+            of(self.rejected_shared_P),
+            of(self.agreement_P),
+        )
 
     @staticmethod
     def cat(parts: Sequence[PairLogps]) -> PairLogps:
         """The pairs of all `parts`, in order."""
         import torch
 
-        columns = ([getattr(part, field.name) for part in parts] for field in fields(PairLogps))
-        joined: list[Any] = [None if column[0] is None else torch.cat(column) for column in columns]
-        return PairLogps(*joined)
+        def joined(columns: list[Tensor | None]) -> Tensor | None:
+            known = [column for column in columns if column is not None]
+            return torch.cat(known) if len(known) == len(columns) else None
+
+        return PairLogps(
+            torch.cat([part.chosen_P for part in parts]),
+            torch.cat([part.rejected_P for part in parts]),
+            torch.cat([part.chosen_tokens_P for part in parts]),
+            torch.cat([part.rejected_tokens_P for part in parts]),
+            joined([part.chosen_shared_P for part in parts]),
+            joined([part.rejected_shared_P for part in parts]),
+            joined([part.agreement_P for part in parts]),
+        )
 
 
-class Formula:
-    """What an objective may say of itself. Each is a frozen dataclass, also the recipe's section, and callable:
-    (policy, reference) -> the loss of each pair, (P,), averaged over the step's pairs."""
+def required(reference: PairLogps | None) -> PairLogps:
+    """The reference of an objective that reads one.
 
-    needs_reference: ClassVar[bool] = True
-    """Whether the loss reads the reference; where not, none is computed for training pairs and None is given."""
-    whole_step: ClassVar[bool] = False
-    """Whether a pair's loss depends on the step's other pairs."""
-    needs_agreement: ClassVar[bool] = False
-    """Whether the loss reads `agreement_P`."""
-    saturates: ClassVar[bool] = False
-    """Whether a pair's loss is flat once its reward margin in the metrics is wide, however that came about: from there
-    on it only drifts. Not where the margin is of log-probs a token, is pulled to a target, or counts each answer by
-    itself."""
-    log_odds: ClassVar[bool] = False
-    """Whether beta times the margin is the log-odds that the chosen answer is the preferred one: the loss is the log
-    loss of sigmoid(beta x margin), and least where that is the share of people who prefer it."""
-    __pydantic_config__: ClassVar[ConfigDict] = ConfigDict(
-        extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
-    )
-
-    def scores(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-        """Of the chosen and the rejected answers, (P,) each, in nats: beta times these are the metrics' rewards."""
-        return log_ratios(policy, reference)
-
-    def given(self, mean_log_ratio: float) -> Self:
-        """The objective of the next step, after steps whose log-ratios were `mean_log_ratio` on average."""
-        return self
+    Raises:
+        ValueError: there is none.
+    """
+    if reference is None:
+        raise ValueError("this objective compares the policy with a reference, and got None for its log-probs")
+    return reference
 
 
-def log_ratios(policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
-    """How much likelier than its reference the policy finds the chosen and the rejected answers, in nats, (P,) each."""
+def log_ratios(policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
+    """How much likelier than its reference the policy finds the chosen and the rejected answers, in nats, (P,) each.
+
+    Raises:
+        ValueError: there is no reference.
+    """
+    reference = required(reference)
     return policy.chosen_P - reference.chosen_P, policy.rejected_P - reference.rejected_P
 
 
-def margin(policy: PairLogps, reference: PairLogps) -> Tensor:
+def margin(policy: PairLogps, reference: PairLogps | None) -> Tensor:
     """How much more than its reference the policy prefers the chosen answer, in nats, (P,)."""
     chosen_P, rejected_P = log_ratios(policy, reference)
     return chosen_P - rejected_P

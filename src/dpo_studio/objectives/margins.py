@@ -11,15 +11,14 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from dpo_studio.objectives.formula import Formula, Positive, Share
 from dpo_studio.objectives.logps import (
-    Formula,
     PairLogps,
-    Positive,
-    Share,
     log_ratios,
     log_sigmoid,
     margin,
     per_token,
+    required,
     smoothed_logistic,
 )
 
@@ -45,11 +44,11 @@ class DPO(Formula):
     log_odds: ClassVar[bool] = True
 
     @property
-    def saturates(self) -> bool:  # type: ignore[override]
+    def saturates(self) -> bool:
         """Unless some pairs count the other way round: those cost more the wider the margin."""
         return self.label_smoothing == 0
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,). Equal to ln 2 while policy and reference agree."""
         return smoothed_logistic(self.beta * margin(policy, reference), self.label_smoothing)
 
@@ -63,7 +62,7 @@ class DPONorm(Formula):
     beta: Positive = 5.0
     """As DPO's, for log-ratios that are some hundred times smaller: Tülu 3 takes 5."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         return -log_sigmoid(self.beta * _margin_per_token(policy, reference))
 
@@ -80,7 +79,7 @@ class IPO(Formula):
     beta: Positive = 0.1
     """The paper's tau."""
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         return (_margin_per_token(policy, reference) - 1 / (2 * self.beta)) ** 2
 
@@ -94,7 +93,7 @@ class Hinge(Formula):
     """Reward units per nat: the margin asked for is 1/beta nats."""
     saturates: ClassVar[bool] = True
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         return (1 - self.beta * margin(policy, reference)).relu()
 
@@ -113,11 +112,11 @@ class Robust(Formula):
     log_odds: ClassVar[bool] = True
 
     @property
-    def saturates(self) -> bool:  # type: ignore[override]
+    def saturates(self) -> bool:
         """Where this is DPO; else the loss falls without end."""
         return self.label_smoothing == 0
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,); below 0 where the margin is large."""
         reward_P, flipped = self.beta * margin(policy, reference), self.label_smoothing
         return (flipped * log_sigmoid(-reward_P) - (1 - flipped) * log_sigmoid(reward_P)) / (1 - 2 * flipped)
@@ -137,7 +136,7 @@ class EXO(Formula):
     """Probability the label gives to the rejected answer. At 0 the divergence would be infinite."""
     saturates: ClassVar[bool] = True
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,): KL(q || p) with q = sigmoid(reward margin) and p = 1 - label_smoothing."""
         reward_P = self.beta * margin(policy, reference)
         for_chosen_P = reward_P.sigmoid() * (log_sigmoid(reward_P) - log1p(-self.label_smoothing))
@@ -157,7 +156,7 @@ class DiscoPOP(Formula):
     """Width of the blend, in reward units. Beyond 1 the exponential would grow where the policy is wrong."""
     saturates: ClassVar[bool] = True
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         reward_P = self.beta * margin(policy, reference)
         logistic_P = -log_sigmoid(reward_P) * (-reward_P / self.tau).sigmoid()
@@ -181,16 +180,16 @@ class FDPO(Formula):
     """Of `divergence: alpha`: 0 is the forward KL, 1 the reverse."""
 
     @property
-    def saturates(self) -> bool:  # type: ignore[override]
+    def saturates(self) -> bool:
         """Where this is DPO; the rewards of other divergences are not beta times the log-ratio."""
         return self.divergence == "reverse_kl"
 
     @property
-    def log_odds(self) -> bool:  # type: ignore[override]
+    def log_odds(self) -> bool:
         """As above."""
         return self.divergence == "reverse_kl"
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         chosen_P, rejected_P = map(self._slope_of_f, log_ratios(policy, reference))
         return -log_sigmoid(self.beta * (chosen_P - rejected_P))
@@ -216,14 +215,14 @@ class LDDPO(Formula):
     """Weight of those tokens: 1 is DPO, 0 leaves them out. TRL's `ld_alpha`."""
     saturates: ClassVar[bool] = True
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
         chosen_P, rejected_P = self.scores(policy, reference)
         return -log_sigmoid(self.beta * (chosen_P - rejected_P))
 
-    def scores(self, policy: PairLogps, reference: PairLogps) -> tuple[Tensor, Tensor]:
+    def scores(self, policy: PairLogps, reference: PairLogps | None) -> tuple[Tensor, Tensor]:
         """Log-ratios in which the longer answer's further tokens count `alpha`, (P,) each."""
-        return log_ratios(self._desensitised(policy), self._desensitised(reference))
+        return log_ratios(self._desensitised(policy), self._desensitised(required(reference)))
 
     def _desensitised(self, logps: PairLogps) -> PairLogps:
         assert logps.chosen_shared_P is not None
@@ -245,12 +244,12 @@ class WPO(Formula):
     saturates: ClassVar[bool] = True
     log_odds: ClassVar[bool] = True
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,). The weight is 1 where every token is as likely as a sampled one is on average."""
         assert policy.agreement_P is not None
         return -log_sigmoid(self.beta * margin(policy, reference)) * policy.agreement_P.exp()
 
 
-def _margin_per_token(policy: PairLogps, reference: PairLogps) -> Tensor:
+def _margin_per_token(policy: PairLogps, reference: PairLogps | None) -> Tensor:
     chosen_P, rejected_P = per_token(policy, *log_ratios(policy, reference))
     return chosen_P - rejected_P

@@ -30,6 +30,7 @@ import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 
+from dpo_studio.errors import UsageError
 from dpo_studio.preferences.arena import arena, arena_55k
 from dpo_studio.preferences.contents import is_empty, strange_in_row
 from dpo_studio.preferences.exports import argilla_2, is_flat_argilla, label_studio, majority
@@ -56,7 +57,7 @@ from dpo_studio.preferences.turns import (
     with_system,
 )
 
-__all__ = ["FORMATS", "Format", "Parser", "scores_of", "shape_of", "trl_implicit"]
+__all__ = ["FORMATS", "Format", "Parser", "add_format", "formats_help", "scores_of", "shape_of", "trl_implicit"]
 
 Parser = Callable[[Row], Pair | list[Pair]]
 
@@ -261,46 +262,86 @@ class Format:
     """A row -> its pair, or its pairs; raises RowError."""
 
 
-def _format(columns: str, parse: Parser) -> Format:
+def _format(columns: Iterable[str], parse: Parser) -> Format:
     def parsed(row: Row) -> Pair | list[Pair]:
         pairs = parse(row)
         return [under_system(row, pair) for pair in pairs] if isinstance(pairs, list) else under_system(row, pairs)
 
-    return Format(frozenset(columns.split()), parsed)
+    return Format(frozenset(columns), parsed)
 
 
 FORMATS: dict[str, Format] = {
-    "trl": _format("chosen rejected", _trl),
-    "ultrafeedback": _format("prompt chosen rejected", _ultrafeedback),
-    "hh": _format("chosen rejected", _hh),
-    "sharegpt-ranking": _format("conversations chosen rejected", _sharegpt_ranking),
-    "alpaca-ranking": _format("instruction chosen rejected", _alpaca_ranking),
-    "openai": _format("preferred_output non_preferred_output", _openai),
-    "orca": _format("chosen rejected", _orca),
-    "argilla": _format("instruction chosen_response rejected_response", _argilla),
-    "alpaca-eval": _format("instruction output_1 output_2 preference", _alpaca_eval),
-    "pandalm": _format("instruction response1 response2 annotator1", _pandalm),
-    "helpsteer2": _format("prompt response_1 response_2 preference_strength", _helpsteer2),
-    "helpsteer3": _format("context response1 response2 overall_preference", _helpsteer3),
-    "shp": _format("history human_ref_A human_ref_B labels", _shp),
-    "webgpt": _format("question answer_0 answer_1 score_0 score_1", _webgpt),
-    "arena": _format("conversation_a conversation_b winner", arena),
-    "arena-55k": _format("prompt response_a response_b winner_model_a winner_model_b winner_tie", arena_55k),
-    "nectar": _format("prompt answers", nectar),
-    "nectar-all": _format("prompt answers", nectar_all),
-    "ultrafeedback-raw": _format("instruction models completions", raw_ultrafeedback),
-    "label-studio": _format("data annotations", label_studio),
-    "argilla-2": _format("fields responses", argilla_2),
+    "trl": _format(["chosen", "rejected"], _trl),
+    "ultrafeedback": _format(["prompt", "chosen", "rejected"], _ultrafeedback),
+    "hh": _format(["chosen", "rejected"], _hh),
+    "sharegpt-ranking": _format(["conversations", "chosen", "rejected"], _sharegpt_ranking),
+    "alpaca-ranking": _format(["instruction", "chosen", "rejected"], _alpaca_ranking),
+    "openai": _format(["preferred_output", "non_preferred_output"], _openai),
+    "orca": _format(["chosen", "rejected"], _orca),
+    "argilla": _format(["instruction", "chosen_response", "rejected_response"], _argilla),
+    "alpaca-eval": _format(["instruction", "output_1", "output_2", "preference"], _alpaca_eval),
+    "pandalm": _format(["instruction", "response1", "response2", "annotator1"], _pandalm),
+    "helpsteer2": _format(["prompt", "response_1", "response_2", "preference_strength"], _helpsteer2),
+    "helpsteer3": _format(["context", "response1", "response2", "overall_preference"], _helpsteer3),
+    "shp": _format(["history", "human_ref_A", "human_ref_B", "labels"], _shp),
+    "webgpt": _format(["question", "answer_0", "answer_1", "score_0", "score_1"], _webgpt),
+    "arena": _format(["conversation_a", "conversation_b", "winner"], arena),
+    "arena-55k": _format(
+        ["prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"], arena_55k
+    ),
+    "nectar": _format(["prompt", "answers"], nectar),
+    "nectar-all": _format(["prompt", "answers"], nectar_all),
+    "ultrafeedback-raw": _format(["instruction", "models", "completions"], raw_ultrafeedback),
+    "label-studio": _format(["data", "annotations"], label_studio),
+    "argilla-2": _format(["fields", "responses"], argilla_2),
 }
 
 
+_OWN = frozenset(FORMATS)
+_OTHER_NAMES = frozenset({"auto", "mapped"})
+"""What `format` may say besides the name of a format."""
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
+
+
+def add_format(name: str, columns: Iterable[str], parse: Parser) -> None:
+    """Read a shape of rows that is not of this package: `format: NAME` in a recipe, `--format NAME`.
+
+    `parse` makes a pair, or several, of a row that has all the `columns`, and raises `RowError` where it cannot. A file
+    whose columns fit is also found by `format: auto`, unless one of the package's own formats fits it.
+
+    Raises:
+        UsageError: the name is taken or none, or no column is named.
+    """
+    if not _NAME.fullmatch(name):
+        raise UsageError(f"{name!r:.80} is no name of a format", hint="small letters, digits, - and _")
+    if name in FORMATS or name in _OTHER_NAMES:
+        raise UsageError(f"the format {name!r} is there already", hint=f"taken are {formats_help()}")
+    named = [columns] if isinstance(columns, str) else list(columns)
+    if not named or not all(named):
+        raise UsageError(f"the format {name!r} names no columns", hint="the columns that every row of it has")
+    FORMATS[name] = _format(named, parse)
+
+
+def formats_help() -> str:
+    """What `format` may be, in one line, for help texts and hints."""
+    return ", ".join([*sorted(_OTHER_NAMES), *FORMATS])
+
+
 def shape_of(row: Row) -> str | None:
-    """The format this one row looks like."""
+    """The format this one row looks like: one of ours, else one that was added."""
+    known = _own_shape(row)
+    if known is not None:
+        return known
+    added = (name for name in FORMATS if name not in _OWN)
+    return next((name for name in added if FORMATS[name].columns <= row.keys()), None)
+
+
+def _own_shape(row: Row) -> str | None:
     if {"chosen", "rejected"} <= row.keys():
         return _chosen_shape(row)
     if is_flat_argilla(row):
         return "argilla-2"
-    return next((name for name, format_ in FORMATS.items() if format_.columns <= row.keys()), None)
+    return next((name for name in FORMATS if name in _OWN and FORMATS[name].columns <= row.keys()), None)
 
 
 def _chosen_shape(row: Row) -> str | None:

@@ -17,7 +17,7 @@ from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.bounds import BadRow
 from dpo_studio.preferences.contents import strange_in_row
-from dpo_studio.preferences.formats import FORMATS, Parser, scores_of, shape_of, trl_implicit
+from dpo_studio.preferences.formats import FORMATS, Parser, formats_help, scores_of, shape_of, trl_implicit
 from dpo_studio.preferences.guesses import other_kind, suggested_map
 from dpo_studio.preferences.mapping import columns_of, mapped_parser
 from dpo_studio.preferences.pair import Pair
@@ -169,7 +169,7 @@ def _format(section: SourceSection, first: list[object]) -> tuple[str, Parser]:
     known = ["auto", "mapped", *FORMATS]
     if section.format not in known:
         near = difflib.get_close_matches(section.format, known, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"the formats are {', '.join(known)}"
+        hint = f"did you mean {near[0]}?" if near else f"the formats are {formats_help()}"
         raise DataError(f"{section.source}: unknown format {section.format!r}", hint=hint)
     rows = [row for row in first if isinstance(row, dict)]
     if bad := [row.reason for row in first if isinstance(row, BadRow)] if not rows else []:

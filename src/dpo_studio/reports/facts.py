@@ -9,17 +9,15 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import TypeAdapter, ValidationError
 
 from dpo_studio.config import parse_yaml
 from dpo_studio.errors import DPOStudioError, RunError
-from dpo_studio.objectives import DPO, Objective
+from dpo_studio.objectives import DPO, to_objective
 from dpo_studio.reading import parse_json, read_bytes
 from dpo_studio.runs import RunFolder
 
 __all__ = ["ALL_ANSWERS", "ANSWERS", "RunFacts", "Series", "finite", "interval", "read_run", "share"]
 
-_OBJECTIVE: TypeAdapter[Objective] = TypeAdapter(Objective)
 _LARGEST = 128 * 2**20
 """Bytes of a run's file: metrics.jsonl of a hundred thousand steps has half."""
 Row = dict[str, Any]
@@ -66,8 +64,8 @@ class RunFacts:
     def saturates(self) -> bool:
         """What the recipe's objective says of itself; as plain DPO where there is none to read."""
         try:
-            return _OBJECTIVE.validate_python(self.recipe.get("objective") or {}).saturates
-        except ValidationError:
+            return to_objective(self.recipe.get("objective") or {}).saturates
+        except ValueError:
             return DPO().saturates
 
     def series(self, key: str) -> Series:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from dpo_studio.config import LoadedRecipe, load_recipe
+from dpo_studio.config import RecipeFile, load_recipe
 from dpo_studio.evaluation.everyday import EverydayRule
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
@@ -69,7 +69,7 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
         return result
 
 
-def demo_recipe(out: str | Path) -> LoadedRecipe:
+def demo_recipe(out: str | Path) -> RecipeFile:
     """The shipped `demo.yaml`, run into `out`."""
     return load_recipe(Path(__file__).parent.parent / "recipes" / "demo.yaml", [f"run.folder={json.dumps(str(out))}"])
 

@@ -21,10 +21,10 @@ from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite_pairs
 from dpo_studio.evaluation.calibration import calibration
 from dpo_studio.evaluation.diversity import distinct_n, repetition
-from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, summary
+from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, judges_help, summary
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
-from dpo_studio.objectives import Objective, margin
+from dpo_studio.objectives import Formula, margin
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
@@ -36,7 +36,7 @@ from dpo_studio.runs import RunFolder, is_run
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
-from dpo_studio.workflows.judging import JUDGES, judge_from
+from dpo_studio.workflows.judging import judge_from
 from dpo_studio.workflows.kept import recipe_of
 from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
@@ -169,7 +169,7 @@ def default_judge(run: str) -> str:
     """
     if _recipe(run).data.train.source.startswith("bundled:everyday"):
         return "everyday"
-    raise UsageError(f"{run}: name a judge of its answers with --judge", hint=f"one of {JUDGES}")
+    raise UsageError(f"{run}: name a judge of its answers with --judge", hint=f"one of {judges_help()}")
 
 
 def _recipe(run: str) -> Recipe:
@@ -260,7 +260,7 @@ def _other_side(
     return _ask(Speaker(other, completions, "against", tuned=True), chats, asked, progress)
 
 
-def _held_out(loaded: Loaded, objective: Objective, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
+def _held_out(loaded: Loaded, objective: Formula, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
     """Accuracy and margin on the labelled pairs, and whether the margins mean what they say, if they say anything."""
     if loaded.other_reference is not None:
         progress.warn(f"no margins and no KL: the run's reference, {loaded.other_reference}, is not loaded beside it")

@@ -18,7 +18,19 @@ from dpo_studio.errors import DataError, JudgeError, UsageError
 from dpo_studio.evaluation.agreement import agreement, leave_one_out, majority
 from dpo_studio.evaluation.endpoint import Asking, Endpoint
 from dpo_studio.evaluation.everyday import everyday_judge
-from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, Winner, longer_wins, summary, user_rule
+from dpo_studio.evaluation.judges import (
+    Comparison,
+    Completion,
+    Judge,
+    PricedJudge,
+    Verdict,
+    Winner,
+    added_judge,
+    judges_help,
+    longer_wins,
+    summary,
+    user_rule,
+)
 from dpo_studio.evaluation.llm_judge import LLMJudge, check_replies, cost_line
 from dpo_studio.evaluation.llm_parameters import check_parameters
 from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
@@ -28,10 +40,8 @@ from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.reports.progress import Progress
 from dpo_studio.writing import check_outputs, write_output
 
-__all__ = ["JUDGES", "LLMOptions", "check_judge", "judge_from"]
+__all__ = ["LLMOptions", "check_judge", "judge_from"]
 
-JUDGES = "everyday, length, FILE.py:function, implicit:MODEL_OR_RUN, reward:MODEL or llm:MODEL@BASE_URL"
-"""How a judge is named."""
 _LLM = re.compile(r"llm:(?P<model>.+?)@(?P<url>https?://.*)")
 
 
@@ -71,6 +81,8 @@ def judge_from(
         return longer_wins()
     if spec.rpartition(":")[0].endswith(".py"):
         return user_rule(spec)
+    if (added := added_judge(spec)) is not None:
+        return added
     if kind == "implicit" and (rest or (loaded is not None and not colon)):
         return _implicit(rest, loaded, dtype, say)
     if kind == "reward" and rest:
@@ -79,7 +91,7 @@ def judge_from(
         return load_reward_model(rest, dtype=dtype or "auto", say=say)
     if found := _LLM.fullmatch(spec):
         return _llm(found["model"], found["url"], llm or LLMOptions(), say)
-    raise UsageError(f"--judge {spec!r} names no judge", hint=f"one of {JUDGES}")
+    raise UsageError(f"--judge {spec!r} names no judge", hint=f"one of {judges_help()}")
 
 
 def _implicit(name: str, loaded: Any, dtype: str | None, say: Callable[[str], None]) -> Judge:
@@ -225,6 +237,8 @@ def _measured(
 
 
 def _estimate(judge: Judge, comparisons: Sequence[Comparison], progress: Progress) -> dict[str, Any]:
+    if isinstance(judge, PricedJudge):
+        return {"judge": judge.name, **judge.cost(comparisons)}
     if not isinstance(judge, LLMJudge):
         raise UsageError(f"{judge.name} costs nothing but time", hint="--estimate is for llm:MODEL@BASE_URL")
     cost = judge.estimate(comparisons)

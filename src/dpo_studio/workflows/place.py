@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from dpo_studio.cache import limit_bytes
-from dpo_studio.config import LoadedRecipe
+from dpo_studio.config import RecipeFile
 from dpo_studio.writing import check_run_place
 
 __all__ = ["check_place"]
 
 
-def check_place(loaded: LoadedRecipe) -> None:
+def check_place(loaded: RecipeFile) -> None:
     """Before anything is read or made.
 
     Raises:

@@ -7,7 +7,7 @@ from typing import Any
 
 from accelerate.tracking import get_available_trackers
 
-from dpo_studio.config import LoadedRecipe, Recipe
+from dpo_studio.config import Recipe, RecipeFile
 from dpo_studio.errors import RunError, install_hint
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.schedule import learning_rate, warmup_steps
@@ -16,7 +16,7 @@ from dpo_studio.runs import RunFolder
 __all__ = ["check_not_shorter", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
 
 
-def typed_model(loaded: LoadedRecipe) -> str:
+def typed_model(loaded: RecipeFile) -> str:
     """The base as the recipe's author named it."""
     typed = loaded.typed.get("model")
     return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from dpo_studio.config import LoadedRecipe, RecipeLike, load_recipe, parse_override
+from dpo_studio.config import RecipeFile, RecipeLike, load_recipe, parse_override
 from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.reading import read_json
@@ -41,7 +41,7 @@ class Member:
     name: str
     """`objective.beta=0.1`, several settings joined by a comma."""
     values: dict[str, Any]
-    loaded: LoadedRecipe
+    loaded: RecipeFile
 
 
 def run_sweep(
@@ -120,6 +120,7 @@ def _swept(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
     for text in overrides:
         name, _, listed = text.partition("=")
         keys, values = parse_override(f"{name}=[{listed}]")
+        assert isinstance(values, list)  # what stands in brackets is one, or no YAML
         key = ".".join(keys)
         if key == "run.folder":
             raise UsageError("run.folder is each run's own in a sweep", hint="--out names the sweep's folder")

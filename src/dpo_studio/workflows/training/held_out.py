@@ -8,8 +8,7 @@ from typing import Any
 
 from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
 from dpo_studio.learning.held_out import evaluate, held_out_metrics
-from dpo_studio.objectives import PairLogps
-from dpo_studio.objectives.logps import Formula
+from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.preparing import RunData
@@ -42,7 +41,7 @@ class HeldOut:
                 self.policy,
                 pairs,
                 self.reference,
-                self.objective.given(mean_log_ratio),
+                self.objective.with_running_mean(mean_log_ratio),
                 token_budget=self.token_budget,
                 progress=advance,
             )

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dpo_studio.config import LoadedRecipe, RecipeLike, load_recipe
+from dpo_studio.config import RecipeFile, RecipeLike, load_recipe
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.lock import Held, held
@@ -122,7 +122,7 @@ def check_recipe(
 
 
 def run_training(
-    loaded: LoadedRecipe,
+    loaded: RecipeFile,
     progress: Progress,
     result_extra: dict[str, Any] | None = None,
     *,
@@ -152,7 +152,7 @@ def run_training(
 def _train_in(
     run: RunFolder,
     hold: Held,
-    loaded: LoadedRecipe,
+    loaded: RecipeFile,
     progress: Progress,
     result_extra: dict[str, Any],
     anyway: bool,

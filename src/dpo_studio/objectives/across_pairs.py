@@ -1,4 +1,4 @@
-"""Objectives that compare distributions over the whole step, rank by rank.
+"""Objectives that compare distributions across all pairs of the step: sorted, then rank by rank.
 
 Shapes: P = pairs.
 """
@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from dpo_studio.objectives.logps import Formula, PairLogps, Positive, Share, log_ratios, smoothed_logistic
+from dpo_studio.objectives.formula import Formula, Positive, Share
+from dpo_studio.objectives.logps import PairLogps, log_ratios, required, smoothed_logistic
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -32,13 +33,14 @@ class AOT(Formula):
     whole_step: ClassVar[bool] = True
 
     @property
-    def saturates(self) -> bool:  # type: ignore[override]
+    def saturates(self) -> bool:
         """Unless some pairs count the other way round: those cost more the wider the margin."""
         return self.label_smoothing == 0
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each rank, (P,)."""
         policy_P = (policy.chosen_P - policy.rejected_P).sort().values
+        reference = required(reference)
         reference_P = (reference.chosen_P - reference.rejected_P).sort().values
         return smoothed_logistic(self.beta * (policy_P - reference_P), self.label_smoothing)
 
@@ -58,11 +60,11 @@ class AOTUnpaired(Formula):
     whole_step: ClassVar[bool] = True
 
     @property
-    def saturates(self) -> bool:  # type: ignore[override]
+    def saturates(self) -> bool:
         """Unless some pairs count the other way round: those cost more the wider the margin."""
         return self.label_smoothing == 0
 
-    def __call__(self, policy: PairLogps, reference: PairLogps) -> Tensor:
+    def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each rank, (P,)."""
         chosen_P, rejected_P = (ratios_P.sort().values for ratios_P in log_ratios(policy, reference))
         return smoothed_logistic(self.beta * (chosen_P - rejected_P), self.label_smoothing)

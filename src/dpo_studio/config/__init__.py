@@ -1,0 +1,64 @@
+"""The recipe: its sections, the one reader of recipe files and `--set`, and what it says of mistakes.
+
+Importing it imports neither torch nor numpy.
+"""
+
+from dpo_studio.config.load import (
+    RecipeFile,
+    RecipeLike,
+    cache_folder,
+    load_recipe,
+    parse_override,
+    validate_recipe,
+)
+from dpo_studio.config.sections import (
+    BUNDLED,
+    MINUTES,
+    AdapterSection,
+    DataSection,
+    HeldOutSection,
+    LabelValue,
+    ModelSection,
+    ReadingSection,
+    Recipe,
+    ReferenceSection,
+    RunSection,
+    Section,
+    SourceLike,
+    SourceSection,
+    TooLong,
+    TrainingSection,
+    add_objective,
+    as_source,
+    recipe_schema,
+)
+from dpo_studio.config.yaml_text import parse_yaml
+
+__all__ = [
+    "BUNDLED",
+    "MINUTES",
+    "AdapterSection",
+    "DataSection",
+    "HeldOutSection",
+    "LabelValue",
+    "ModelSection",
+    "ReadingSection",
+    "Recipe",
+    "RecipeFile",
+    "RecipeLike",
+    "ReferenceSection",
+    "RunSection",
+    "Section",
+    "SourceLike",
+    "SourceSection",
+    "TooLong",
+    "TrainingSection",
+    "add_objective",
+    "as_source",
+    "cache_folder",
+    "load_recipe",
+    "parse_override",
+    "parse_yaml",
+    "recipe_schema",
+    "validate_recipe",
+]

@@ -1,0 +1,312 @@
+"""The recipe's sections: what is trained, on what, how.
+
+Every key is documented under its definition (the text becomes the JSON Schema that editors show), every section is
+frozen, and a key nobody knows is refused.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from dpo_studio.errors import UsageError
+from dpo_studio.objectives import DPO, Formula, Objective, check_objective, register
+
+__all__ = [
+    "BUNDLED",
+    "MINUTES",
+    "AdapterSection",
+    "DataSection",
+    "HeldOutSection",
+    "LabelValue",
+    "ModelSection",
+    "ReadingSection",
+    "Recipe",
+    "ReferenceSection",
+    "RunSection",
+    "Section",
+    "SourceLike",
+    "SourceSection",
+    "TooLong",
+    "TrainingSection",
+    "add_objective",
+    "as_source",
+    "recipe_schema",
+]
+
+BUNDLED = "bundled:"
+LabelValue = str | int | float | bool
+_LARGEST_WHOLE = 2**53
+"""Whole numbers beyond it are no numbers of steps, tokens or rows, and some are not kept by JSON, float or torch."""
+MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
+TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
+
+
+class Section(BaseModel):
+    """A part of the recipe: frozen, strict about names, documented field by field."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _plain_value(cls, value: object) -> object:
+        """No key of the recipe is a yes or no, which pydantic would take for 1 or 0, or a number beyond all use."""
+        if isinstance(value, bool):
+            raise ValueError("is no yes or no (a text that YAML reads as one stands in quotes)")
+        if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
+            raise ValueError(f"is a number beyond {_LARGEST_WHOLE:,}")
+        return value
+
+
+class ModelSection(Section):
+    """The base model."""
+
+    path: Annotated[str, Field(min_length=1)]
+    """A Hub id, a folder, or `bundled:smollm2-135m-instruct`."""
+    revision: str | None = None
+    """Branch, tag or commit on the Hub."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Precision of the frozen base. auto: bfloat16 on CUDA; on a CPU, whichever a timed product finds faster."""
+    attention: Literal["auto", "sdpa"] = "auto"
+    """Attention implementation. auto: the fastest that honours the pack's mask on this device."""
+    adapter: str | None = None
+    """Continue training this LoRA adapter. It is then also the reference, frozen as it was."""
+    chat_template: str | None = None
+    """A Jinja file used in place of the tokenizer's own chat template."""
+    residency: Literal["packed", "bf16"] = "packed"
+    """GPTQ bases: keep the 4-bit words and dequantise on the fly, or dequantise once."""
+    compute: Literal["auto", "fp8"] = "auto"
+    """GPTQ bases: the precision of the forward products."""
+
+
+class ReadingSection(Section):
+    """How a source of pairs is read."""
+
+    split: str | None = None
+    """Which split of a folder or Hub dataset."""
+    revision: str | None = None
+    """Hub datasets: branch, tag or commit."""
+    data_dir: str | None = None
+    """Hub datasets: a sub-folder of the repository."""
+    format: str = "auto"
+    """Name of the shape of a row; auto looks at the first rows."""
+    rows: Annotated[int, Field(gt=0)] | None = None
+    """Take a seeded sample of this many: of the rows, or of the held-out pairs."""
+    map: dict[str, str] = {}
+    """The column (dots reach into nested ones) of prompt, chosen, rejected; first, second, label; answers, scores."""
+    label: dict[str, LabelValue | list[LabelValue]] = {}
+    """What the label's values mean: {first: 1, second: [2, 3], tie: 0, both_bad: -1}. Compared as text."""
+
+
+class SourceSection(ReadingSection):
+    """Where pairs come from."""
+
+    source: Annotated[str, Field(min_length=1)]
+    """File (.jsonl .json .jsonl.gz .parquet .csv .tsv), folder, `bundled:everyday`, Hub id `name[/config][:split]`."""
+
+
+SourceLike = str | Path | SourceSection
+"""A source of pairs by its name, or with how it is read."""
+
+
+def as_source(source: SourceLike) -> SourceSection:
+    """The source with how it is read; of a name alone, as its first rows look.
+
+    Raises:
+        UsageError: the name is empty.
+    """
+    if isinstance(source, SourceSection):
+        return source
+    if not str(source):
+        raise UsageError("the name of a source is empty", hint="give a file, a folder, bundled:everyday or a Hub id")
+    return SourceSection(source=str(source))
+
+
+class HeldOutSection(ReadingSection):
+    """Pairs that are never trained on: a share of the training prompts, or a source of their own."""
+
+    fraction: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """Share of prompts (not rows) held out of the training source. Not used when `source` is given."""
+    source: str | None = None
+    """A source of its own. Training pairs that share a prompt with it are dropped and counted."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> HeldOutSection:
+        given = self.model_fields_set
+        if self.source is not None and "fraction" in given and self.fraction != 0:
+            raise ValueError("give either fraction or source, not both")
+        if self.source is None:
+            stray = sorted(given & {"split", "revision", "data_dir", "format", "map", "label"})
+            stray = [name for name in stray if getattr(self, name) != HeldOutSection.model_fields[name].default]
+            if stray:
+                raise ValueError(f"{', '.join(stray)} describe a held_out source, and none is given")
+        return self
+
+    def as_source(self) -> SourceSection | None:
+        """The held-out source in the words of `data.train`, if there is one."""
+        if self.source is None:
+            return None
+        return SourceSection(**self.model_dump(exclude={"fraction"}))
+
+
+class DataSection(Section):
+    """Preference pairs, and how long they may be."""
+
+    train: SourceSection
+    """Pairs to learn from."""
+    held_out: HeldOutSection = HeldOutSection()
+    """Pairs to measure on."""
+    split_seed: int = 0
+    """Seed of the split by prompt and of `rows` samples."""
+    max_length: Annotated[int, Field(ge=8)] = 1024
+    """Most tokens a prompt and one of its answers may have together."""
+    too_long: TooLong = "drop"
+    """Pairs over `max_length` are dropped, or lose their answers' ends (no end of turn is learned) or oldest turns."""
+
+
+class AdapterSection(Section):
+    """The LoRA adapter (Hu et al. 2021, arXiv 2106.09685)."""
+
+    rank: Annotated[int, Field(gt=0)] = 16
+    """Rank of the update."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """The update is scaled by alpha / rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """Dropout on the adapter's input while training."""
+    targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
+    """Which linear layers: all of them but the head, or a list of name endings such as [q_proj, v_proj]."""
+
+
+class ReferenceSection(Section):
+    """What the policy is held close to: the base with the adapter off, unless another is named."""
+
+    mode: Literal["cached", "live"] = "cached"
+    """cached: log-probs are computed once and kept on disk. live: computed in every step."""
+    model: str | None = None
+    """Another model as the reference: a folder or Hub id with the same tokenizer."""
+    adapter: str | None = None
+    """Another adapter as the reference, on `reference.model` or on the base."""
+    update_every: Annotated[int, Field(gt=0)] | None = None
+    """Move the reference towards the policy after every so many steps (TR-DPO, arXiv 2404.09656); needs mode: live."""
+    update_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """How much of the policy the moving reference takes; what it was keeps the rest. 1: it becomes the policy."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _what_moves_is_live(cls, raw: object) -> object:
+        if isinstance(raw, dict) and raw.get("update_every") is not None and "mode" not in raw:
+            return raw | {"mode": "live"}
+        return raw
+
+    @model_validator(mode="after")
+    def _what_moves_is_an_adapter_on_the_base(self) -> ReferenceSection:
+        if self.update_every is None and self.update_share != 1:
+            raise ValueError("update_share says how far the reference moves: say when, with update_every")
+        if self.update_every is not None and self.mode == "cached":
+            raise ValueError("log-probs of a reference that moves (update_every) grow stale: use mode: live")
+        if self.update_every is not None and self.model is not None:
+            raise ValueError("only the base with an adapter can move (update_every): remove reference.model")
+        return self
+
+
+class TrainingSection(Section):
+    """How the adapter is fitted."""
+
+    pairs_per_step: Annotated[int, Field(gt=0)] = 32
+    """Pairs an optimizer step learns from, over all devices. The batch size of the mathematics."""
+    tokens_per_micro_batch: Annotated[int, Field(gt=0)] | Literal["auto"] = "auto"
+    """Tokens in memory at once. Changes speed and memory, never what is learned."""
+    epochs: Annotated[float, Field(gt=0)] = 1
+    """Passes over the pairs; may be fractional."""
+    max_steps: Annotated[int, Field(gt=0)] | None = None
+    """Stop after this many steps; wins over `epochs`."""
+    learning_rate: Annotated[float, Field(gt=0)] = 5e-5
+    """Peak learning rate of AdamW."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up."""
+    warmup: Annotated[float, Field(ge=0)] = 0.1
+    """Below 1: share of all steps (rounded up). From 1 on: a number of steps."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's decoupled weight decay."""
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    """AdamW's averaging coefficients."""
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    """AdamW's epsilon."""
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    """Largest gradient norm; null turns clipping off."""
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = 0
+    """Seed of the adapter's start, the order of the pairs and dropout."""
+    evaluate_every: Annotated[int, Field(gt=0)] = 50
+    """Steps between held-out evaluations; there is always one at the start and one at the end."""
+    save_every: Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=MINUTES)] = 50
+    """Steps between checkpoints, or minutes: `10min`. There is always one at the end. Never changes what is learned."""
+
+
+class RunSection(Section):
+    """Where the run is kept and who else is told."""
+
+    folder: str | None = None
+    """The run folder, relative to the working directory. Default: runs/<recipe's name>."""
+    tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
+    """Also send metrics to this tracker, through accelerate."""
+
+
+class Recipe(Section):
+    """Everything a run depends on."""
+
+    model: ModelSection
+    """The base model."""
+    data: DataSection
+    """Preference pairs, and how long they may be."""
+    adapter: AdapterSection = AdapterSection()
+    """The LoRA adapter."""
+    objective: Objective = DPO()
+    """What is minimised: its kind and its parameters."""
+    reference: ReferenceSection = ReferenceSection()
+    """What the policy is held close to."""
+    training: TrainingSection = TrainingSection()
+    """How the adapter is fitted."""
+    run: RunSection = RunSection()
+    """Where the run is kept and who else is told."""
+
+    @model_validator(mode="after")
+    def _an_adapter_brings_its_own_shape(self) -> Recipe:
+        if self.model.adapter is not None and (conflicting := self.adapter.model_fields_set):
+            keys = ", ".join(f"adapter.{name}" for name in sorted(conflicting))
+            raise ValueError(f"model.adapter brings its own rank, alpha, dropout and targets; remove {keys}")
+        return self
+
+    @model_validator(mode="after")
+    def _an_objective_without_a_reference_has_none(self) -> Recipe:
+        named = [name for name in ("model", "adapter", "update_every") if getattr(self.reference, name) is not None]
+        if named and not self.objective.needs_reference:
+            keys = ", ".join(f"reference.{name}" for name in named)
+            raise ValueError(f"objective.kind {self.objective.kind} holds the policy to no reference; remove {keys}")
+        return self
+
+    def to_plain(self) -> dict[str, object]:
+        """Every setting as plain data that reads back as the same recipe."""
+        plain = self.model_dump(mode="json")
+        if self.model.adapter is not None:
+            del plain["adapter"]
+        if self.data.held_out.source is not None:
+            del plain["data"]["held_out"]["fraction"]
+        return plain
+
+
+def add_objective(formula: type[Formula]) -> None:
+    """Let recipes name an objective that is not of this package: `objective: {kind: my_loss}`, or a mixture's term.
+
+    Raises:
+        UsageError: it is no concrete `Formula`, no frozen dataclass, lacks a kind or a default, or its kind is taken.
+    """
+    check_objective(formula)
+    register(formula)
+    Recipe.model_rebuild(force=True)
+
+
+def recipe_schema() -> dict[str, object]:
+    """The recipe's JSON Schema, for editors and forms."""
+    return Recipe.model_json_schema()
