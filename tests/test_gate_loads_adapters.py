@@ -227,6 +227,7 @@ def test_what_is_left_of_the_settings_computes_what_plain_peft_computes(adapter:
         ("exclude_modules", 7),
         ("layers_to_transform", "x"),
         ("layers_to_transform", [1.5]),
+        ("layers_to_transform", [0, True]),
         ("layers_pattern", [1]),
         ("init_lora_weights", ["x"]),
         ("init_lora_weights", 1),

@@ -248,6 +248,30 @@ def test_a_saved_set_of_huge_or_broken_rows(tmp_path: Path) -> None:
         read_pairs(SourceSection(source=str(tmp_path / "saved")))
 
 
+def test_a_saved_set_of_too_many_columns_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "saved", pa.table({f"c{n}": [1] for n in range(MAX_COLUMNS + 1)}))
+    with pytest.raises(DataError, match="has 10,001 columns"):
+        read_pairs(SourceSection(source=str(tmp_path / "saved")))
+
+
+def test_a_value_that_python_has_none_for_costs_only_the_rows_that_need_it(tmp_path: Path) -> None:
+    """A time of nanoseconds, of which Arrow makes no datetime: its column says of what type it is."""
+    times = pa.array([1, 2], pa.timestamp("ns"))
+    pq.write_table(pa.table({"prompt": ["p", "q"], "at": times}), tmp_path / "x.parquet")
+    with pytest.raises(ValueError, match="[Nn]anosecond"):
+        times.to_pylist()
+    rows = list(file_rows(tmp_path / "x.parquet"))
+    assert rows == [{"prompt": "p", "at": times.type}, {"prompt": "q", "at": times.type}]
+
+
+@pytest.mark.parametrize("row", ["[" * 101 + "]" * 101, '{"prompt": ' + '{"a": ' * 101 + "1" + "}" * 102])
+def test_rows_of_too_many_levels_are_refused_rows(row: str) -> None:
+    """And rows that are only full of brackets are not."""
+    assert bounds.checked(json.loads(row), row.count("[") + row.count("{")) is bounds.TOO_DEEP
+    flat = {"prompt": "[" * 200}
+    assert bounds.checked(flat, 200) is flat
+
+
 # gzip
 
 

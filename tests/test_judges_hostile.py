@@ -192,6 +192,28 @@ def test_redirects_that_lead_to_the_same_host_or_nowhere_are_refused_too(tmp_pat
 # How much, and how long
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"concurrency": 0}, {"attempts": 0}, {"timeout_s": 0.0}, {"timeout_s": -1.0}, {"first_wait_s": -0.1}),
+        *({"timeout_s": float("inf")}, {"timeout_s": float("nan")}),
+    ],
+)
+def test_patience_without_a_bound_or_below_none_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match="a judge (needs at least one|cannot wait)"):
+        Asking(**settings)
+
+
+@pytest.mark.parametrize(("body", "encoding"), [(b"", "gzip"), (b"", "deflate"), (b"x", "deflate")])
+def test_a_compressed_reply_of_a_byte_or_none_is_no_traceback(tmp_path: Path, body: bytes, encoding: str) -> None:
+    """Of nothing there is nothing to unfold: it is a reply that is no JSON, and asked for again."""
+    with stub_server(lambda number, request: Reply(body, headers={"Content-Encoding": encoding})) as stub:
+        words = "that is not JSON" if not body else "says it is deflate and is not|breaks off"
+        with pytest.raises(JudgeError, match=f"a reply (that is not JSON|{words}|whose deflate breaks off)") as told:
+            judge_at(stub, tmp_path)[0].judge_all([comparison()])
+        assert ("not JSON" in str(told.value)) == (not body)
+
+
 def big(size: int) -> bytes:
     return json.dumps(GOOD | {"padding": " " * size}).encode()
 
@@ -223,7 +245,12 @@ def test_a_reply_without_a_bound_is_one_line_of_error(tmp_path: Path, bomb: Call
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # kB
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress, lambda data: zlib.compress(data)[2:-4]])
+STORED = (b"\x08" + len(json.dumps(GOOD)).to_bytes(2, "little") + (0xFFFF - len(json.dumps(GOOD))).to_bytes(2, "little")
+          + json.dumps(GOOD).encode() + b"\x01\x00\x00\xff\xff")
+"""deflate without a header, whose first byte looks like one: a stored block of which nobody reads the last five bits."""
+
+
+@pytest.mark.parametrize("compress", [lambda data: STORED, gzip.compress, zlib.compress, lambda data: zlib.compress(data)[2:-4]])
 def test_an_honest_compressed_reply_is_read(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     name = "gzip" if compress is gzip.compress else "deflate"
     body = Reply(compress(json.dumps(GOOD).encode()), headers={"Content-Encoding": name})
