@@ -18,7 +18,7 @@ import pytest
 from dpo_studio import cache
 from dpo_studio.cache import clear, held, limit_bytes, sizes, trim
 from dpo_studio.errors import UsageError
-from tests.tiny_runs import dpo
+from tests.tiny_runs import dpo, write_recipe
 
 DAY = 86_400
 
@@ -243,6 +243,26 @@ def test_a_limit_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: 
     with pytest.raises(UsageError, match=r"DPO_STUDIO_CACHE_GIB=.* is not a number of GiB"):
         limit_bytes()
     assert dpo("cache").code == 2
+
+
+def test_a_limit_that_is_none_is_told_before_a_training_looks_for_its_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DPO_STUDIO_CACHE_GIB", "plenty")
+    said = dpo("train", write_recipe(tmp_path / "r.yaml", tmp_path / "no_model"))
+    assert said.code == 2 and "DPO_STUDIO_CACHE_GIB=plenty" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_link_counts_as_itself(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "large").write_bytes(b"x" * 100_000)
+    models = folder.parent / "models"
+    models.mkdir()
+    for name, target in (("folder", "elsewhere"), ("file", "elsewhere/large"), ("nothing", "nothing")):
+        (models / name).symlink_to(tmp_path / target)
+    taken = sum(path.lstat().st_size for path in models.iterdir())
+    assert sizes(folder.parent)["models"] == (3, taken) and taken < 1000
 
 
 def test_a_cache_that_is_a_link_or_read_only_is_no_traceback(

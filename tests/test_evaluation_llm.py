@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import openai
 import pytest
 
 from dpo_studio.errors import JudgeError, UsageError
@@ -305,7 +307,16 @@ def test_a_template_that_cannot_work_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "localhost:8000", "ftp://host/v1", "http:///v1", "http://host:99999/v1", "http://host:x/v1", "http://host:0/v1"]
+    "address",
+    [
+        "",
+        "localhost:8000",
+        "ftp://host/v1",
+        "http:///v1",
+        "http://host:99999/v1",
+        "http://host:x/v1",
+        "http://host:0/v1",
+    ],
 )
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(UsageError, match="no address of a server"):
@@ -376,3 +387,16 @@ def test_a_reply_without_choices_is_asked_for_again_and_said(tmp_path: Path, cho
         with pytest.raises(JudgeError, match="a reply without choices"):
             judge_at(stub, tmp_path).judge_all([comparison(0)])
         assert len(stub.requests) > 2
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), openai.APITimeoutError(httpx2.Request("POST", "http://a/v1"))])
+def test_a_time_that_runs_out_is_told_as_one_whoever_notices(failure: Exception) -> None:
+    """Our clock for a whole reply, or the client's for a piece of it."""
+
+    class Client:
+        async def post(self, *_: object, **__: object) -> None:
+            raise failure
+
+    endpoint = Endpoint("http://localhost:1/v1", Asking(attempts=1, timeout_s=7), print)
+    with pytest.raises(JudgeError, match="in 1 attempts: no answer within 7 s"):
+        asyncio.run(endpoint.complete(Client(), {}))  # type: ignore[arg-type]

@@ -165,6 +165,29 @@ def test_a_tokenizer_that_is_its_own_code_is_refused_and_nobody_asked(
     assert "tokenizer_config.json asks to run code" in error.message
 
 
+def test_no_file_that_a_tokenizer_s_settings_name_is_handed_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None stands for the folder's own; a vocabulary that is written out is no file."""
+    rewrite(model / "tokenizer_config.json", vocab_file="/a", merges_file="b", vocab="/c", merges="d", unk_token="e")  # noqa: S106
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda folder, **given: given)
+    assert read_tokenizer(model, "m") == dict.fromkeys(("vocab_file", "merges_file", "vocab", "merges"))
+    rewrite(model / "tokenizer_config.json", vocab={"a": 0}, merges=["a b"])
+    assert read_tokenizer(model, "m") == dict.fromkeys(("vocab_file", "merges_file"))
+
+
+@pytest.mark.parametrize("failure", [ValueError, TypeError, ZeroDivisionError, KeyError, IndexError, AttributeError])
+def test_whatever_a_config_s_values_make_of_it_is_told_in_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+) -> None:
+    """What is computed from them is transformers' code as much as ours, and raises what it likes."""
+
+    def check(*_: object) -> None:
+        raise failure("of a\nvalue")
+
+    monkeypatch.setattr("dpo_studio.models.load.check_architecture", check)
+    error = refusal(lambda: check_folder(model, ModelSection(path=str(model))))
+    assert "config.json has a value of the wrong kind: " in error.message
+
+
 def test_a_tokenizer_with_code_beside_it_that_fails_for_another_reason_says_that(model: Path) -> None:
     rewrite(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.Evil", None]})
     (model / "tokenizer.json").write_text("{}")
@@ -378,6 +401,12 @@ def test_buffers_count_too() -> None:
     assert "describes a model" in refusal(lambda: check_model_size(AutoModelForCausalLM, large, few, "m")).message
 
 
+def test_weights_that_are_no_file_are_told_of_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    error = refusal(lambda: tensor_shapes([tmp_path / "model.safetensors"], "m"))
+    assert "m cannot be loaded: model.safetensors is damaged" in error.message
+
+
 def test_headers_that_lie_are_no_sizes(tmp_path: Path) -> None:
     file = tmp_path / "model.safetensors"
     head = json.dumps({"a": {"dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 4]}}).encode()
@@ -444,6 +473,8 @@ def test_no_value_of_any_setting_is_a_traceback(
         ("tokenizer_config.json", {"added_tokens_decoder": {"\u0661\u0662": {"content": "x"}}}),  # Arabic digits
         ("tokenizer_config.json", {"added_tokens_decoder": {"1" * 5000: {"content": "x"}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": ["x"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [7]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 7}),
         ("added_tokens.json", {"x": 1000000000}),
         ("added_tokens.json", {"x": "1"}),
         ("added_tokens.json", {"x": None}),
@@ -468,7 +499,8 @@ def test_a_token_s_id_is_one_that_a_vocabulary_has(model: Path, file: str, conte
         ("chat_template", ["x", {"default": "x"}, [{"name": "a", "template": "x"}]], [7, ["x"], {"a": 7}]),
         ("chat_template", [None], [[{"name": "a"}], [{"template": "x"}], [{"name": 7, "template": "x"}]]),
         ("tokenizer_class", ["TokenizersBackend", None], [7, ["x"]]),
-        *((f"{kind}_token", ["a", None, {"content": "a", "__type": "AddedToken"}], [7, ["x"], {}, True]) for kind in ("eos", "bos", "pad", "unk")),
+        ("mask_token", [{"content": "a", "__type": "AddedToken"}], [{"content": 7}]),
+        *((f"{kind}_token", ["a", None], [7, ["x"], {}, True]) for kind in ("eos", "bos", "pad", "unk")),
     ],
 )
 def test_a_tokenizer_s_values_are_of_their_kinds(model: Path, key: str, sound: list[Any], wrong: list[Any]) -> None:

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -45,6 +46,7 @@ def odd_files(folder: Path) -> dict[str, str]:
     (folder / "twice").symlink_to(folder / "to-zero")
     (folder / "to-tty").symlink_to("/dev/ptmx")
     (folder / "folder").mkdir()
+    (folder / "plain").write_text("{}")
     (folder / "to-nothing").symlink_to(folder / "nothing")
     (folder / "loop").symlink_to(folder / "loop")
     bound = socket.socket(socket.AF_UNIX)
@@ -57,6 +59,7 @@ def odd_files(folder: Path) -> dict[str, str]:
         "socket": "is a socket",
         "to-nothing": "no such file",
         "nothing/below": "no such file",
+        "plain/below": "no such file",
         "loop": "symbolic links",
         "a\0b": "cannot be read",
         "x" * 300: "cannot be read",
@@ -108,7 +111,7 @@ def test_a_terminal_that_is_looked_at_does_not_become_ours(tmp_path: Path) -> No
         "import os; from dpo_studio.reading import open_regular\n"
         "_, terminal = os.openpty()\n"
         "try: open_regular(os.ttyname(terminal), what='thing')\n"
-        "except Exception as error: print(error)\n"
+        "except Exception as error: print(error.message)\n"
         "try: os.open('/dev/tty', os.O_RDWR)\n"
         "except OSError as error: print(error.strerror)\n"
     )
@@ -133,7 +136,7 @@ def test_a_file_that_has_nothing_to_say_yet_is_not_an_empty_one(
 
     (tmp_path / "x").write_bytes(b"")
     monkeypatch.setattr(reading, "open_regular", lambda path, **_: Silent(path))
-    with pytest.raises(DataError, match="thing: .*x has no content to read now"):
+    with pytest.raises(DataError, match=r"thing: .*x has no content to read now"):
         read_bytes(tmp_path / "x", what="thing", limit=9)
 
 
@@ -315,6 +318,14 @@ def test_sockets_and_terminals_that_we_were_given_are_read_to_their_end(streams:
     ours.close()
     os.close(master)
     os.close(terminal)
+
+
+def test_a_disk_is_no_device_that_ends() -> None:
+    """A block device (a RAM disk) may have the number that /dev/null has among character devices."""
+    null = os.stat("/dev/null")  # noqa: PTH116
+    assert reading._ends(0, null)
+    disk = os.stat_result((null.st_mode ^ stat.S_IFCHR | stat.S_IFBLK, *null[1:]), {"st_rdev": null.st_rdev})
+    assert disk.st_rdev == null.st_rdev and not reading._ends(0, disk)
 
 
 def test_only_our_own_streams_are_streams(tmp_path: Path) -> None:

@@ -421,6 +421,7 @@ def test_a_file_of_somebody_else_s_is_not_continued(tmp_path: Path, content: byt
     ("file", "words"),
     [
         ("/dev/null", "not a file"),
+        ("-", "not a file"),
         ("ours", "not a file"),
         ("pipe", "not a file"),
         ("model/new", "which is a model"),
@@ -460,6 +461,18 @@ def test_a_run_lies_in_nothing_that_is_read_and_in_no_other_run(
     monkeypatch.chdir(furnished(tmp_path))
     with pytest.raises(RunError, match=f"^run.folder {folder} is"):
         check_run_place(Path(folder), ["model", "source", "pairs.jsonl"])
+
+
+def test_a_run_in_a_folder_that_is_read_and_one_in_the_place_of_a_file_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "pairs").write_text("{}")
+    for folder in ("source", "source/run"):
+        with pytest.raises(RunError) as told:
+            check_run_place(tmp_path / folder, [tmp_path / "source"])
+        assert told.value.message == f"run.folder {tmp_path / folder} is in {tmp_path / 'source'}, which is read"
+    with pytest.raises(RunError) as told:
+        check_run_place(tmp_path / "pairs", [tmp_path / "pairs"])
+    assert told.value.message == f"run.folder {tmp_path / 'pairs'} is a file that is read"
 
 
 def test_a_run_beside_its_source_or_in_a_project_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from dpo_studio.evaluation.endpoint import Asking, Endpoint
 from dpo_studio.evaluation.judges import Comparison, Completion, higher_wins
 from dpo_studio.evaluation.llm_judge import LLMJudge
 from dpo_studio.evaluation.llm_template import TEMPLATE
+from dpo_studio.evaluation.replies import LARGEST_REPLY
 from dpo_studio.evaluation.secret import Secret
 from dpo_studio.preferences.pair import Message
 from dpo_studio.workflows.judging import LLMOptions, check_judge
@@ -200,8 +201,25 @@ def test_redirects_that_lead_to_the_same_host_or_nowhere_are_refused_too(tmp_pat
     ],
 )
 def test_patience_without_a_bound_or_below_none_is_refused(settings: dict[str, Any]) -> None:
-    with pytest.raises(UsageError, match="a judge (needs at least one|cannot wait)"):
+    with pytest.raises(UsageError, match=r"a judge (needs at least one|cannot wait)"):
         Asking(**settings)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress])
+def test_a_reply_that_unfolds_to_one_byte_too_many_is_refused(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    padding = LARGEST_REPLY - len(big(0))
+    name = "gzip" if compress is gzip.compress else "deflate"
+    for size in (padding, padding + 1):
+        reply = Reply(compress(big(size)), headers={"Content-Encoding": name})
+        with stub_server(lambda number, request, reply=reply: reply) as stub:  # type: ignore[misc]
+            judge = judge_at(stub, tmp_path / str(size))[0]
+            if size == padding:
+                assert judge.judge_all([comparison()])[0].by_order == ("a", "b")
+            else:
+                with pytest.raises(JudgeError, match="a reply of more than 4 MiB, unfolded"):
+                    judge.judge_all([comparison()])
 
 
 @pytest.mark.parametrize(("body", "encoding"), [(b"", "gzip"), (b"", "deflate"), (b"x", "deflate")])
@@ -245,12 +263,19 @@ def test_a_reply_without_a_bound_is_one_line_of_error(tmp_path: Path, bomb: Call
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # kB
 
 
-STORED = (b"\x08" + len(json.dumps(GOOD)).to_bytes(2, "little") + (0xFFFF - len(json.dumps(GOOD))).to_bytes(2, "little")
-          + json.dumps(GOOD).encode() + b"\x01\x00\x00\xff\xff")
-"""deflate without a header, whose first byte looks like one: a stored block of which nobody reads the last five bits."""
+STORED = (
+    b"\x08"
+    + len(json.dumps(GOOD)).to_bytes(2, "little")
+    + (0xFFFF - len(json.dumps(GOOD))).to_bytes(2, "little")
+    + json.dumps(GOOD).encode()
+    + b"\x01\x00\x00\xff\xff"
+)
+"""deflate without a header, whose first byte looks like one: a stored block, whose last five bits nobody reads."""
 
 
-@pytest.mark.parametrize("compress", [lambda data: STORED, gzip.compress, zlib.compress, lambda data: zlib.compress(data)[2:-4]])
+@pytest.mark.parametrize(
+    "compress", [lambda data: STORED, gzip.compress, zlib.compress, lambda data: zlib.compress(data)[2:-4]]
+)
 def test_an_honest_compressed_reply_is_read(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     name = "gzip" if compress is gzip.compress else "deflate"
     body = Reply(compress(json.dumps(GOOD).encode()), headers={"Content-Encoding": name})

@@ -210,7 +210,10 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(path: str) -> N
     assert "Hub id" in str(refused.value.hint)
 
 
-def test_a_file_is_no_folder(folder: Path) -> None:
+def test_a_file_is_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ModelError, match="no such model folder"):
+        locate("config.json")
     with pytest.raises(ModelError, match="no such model folder"):
         locate(str(folder / "config.json"))
 
@@ -440,7 +443,7 @@ def test_what_the_hub_answers_is_told_in_one_line(
 
 
 def test_what_can_be_no_name_of_the_hub_s_is_neither_that_nor_a_folder() -> None:
-    with pytest.raises(ModelError, match="'no--such..name' is neither a folder nor a Hub id"):
+    with pytest.raises(ModelError, match=r"'no--such\.\.name' is neither a folder nor a Hub id"):
         locate("no--such..name")
 
 

@@ -10,7 +10,7 @@ import pytest
 from tests import removed_checks
 from tests.removed_checks import EQUIVALENT, MODULES, checks_of
 
-SOURCE = '''
+SOURCE = """
 import os
 
 def look(path, size):
@@ -25,7 +25,7 @@ def look(path, size):
 def check_name(path):
     if not 0 < len(path) < 5:
         raise KeyError(path)
-'''
+"""
 
 
 def given(path: Any, size: int, raised: type[Exception]) -> Callable[[Callable[..., Any]], bool]:

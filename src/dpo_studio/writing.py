@@ -322,7 +322,7 @@ def _check_file(there: Path, option: str, path: Path) -> None:
 
 def _refuse_what_is_read(there: Path, read: Sequence[Path], option: str, path: Path) -> None:
     for place in read:
-        if place.is_dir() and place in there.parents:
+        if place in there.parents:
             raise UsageError(f"{option} {path} is in {place}, which is read", hint=_BESIDE)
         if _same(there, place):
             raise UsageError(f"{option} {path} is what is read: it would be replaced", hint="choose another name")
