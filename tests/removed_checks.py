@@ -571,7 +571,7 @@ def _who_reaches(files: Sequence[str], place: Path, jobs: int) -> Reached:
 def _chosen(check: Check, reached: Reached, refusing: Collection[str]) -> tuple[list[str], float]:
     """The fastest of those that are to notice, first where something near by was refused: flags are passed by all."""
     files = tuple(f"tests/{name}" for name in MODULES[check.module])
-    tests, total = [], 0.0
+    tests, total = list[str](), 0.0
     for _, seconds, test in sorted((one[1] not in refusing, *one) for one in reached.get(check.key, ())):
         if test.startswith(files) and (not tests or total + seconds <= _SECONDS):
             tests.append(test)

@@ -399,4 +399,4 @@ def test_a_time_that_runs_out_is_told_as_one_whoever_notices(failure: Exception)
 
     endpoint = Endpoint("http://localhost:1/v1", Asking(attempts=1, timeout_s=7), print)
     with pytest.raises(JudgeError, match="in 1 attempts: no answer within 7 s"):
-        asyncio.run(endpoint.complete(Client(), {}))  # type: ignore[arg-type]
+        asyncio.run(endpoint.complete(Client(), {}))

@@ -26,6 +26,7 @@ from dpo_studio.models import bundled, load
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.bundled import BUNDLED_MODEL, bundled_folder
 from dpo_studio.models.load import choose_dtype, load_chat_model, locate, weights_fingerprint
+from dpo_studio.models.scan import INDEX
 from tests.tiny_models import tiny_folder, tiny_model
 
 CPU = torch.device("cpu")
@@ -457,7 +458,7 @@ def test_a_part_of_a_model_in_the_cache_is_fetched_again(
     if kept != "all":
         (cached / "model.safetensors").unlink()
     if kept == "half":
-        (cached / load.INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+        (cached / INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
     asked: list[bool] = []
 
     def download(*_: object, local_files_only: bool = False, **__: object) -> str:

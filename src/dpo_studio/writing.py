@@ -138,7 +138,7 @@ def check_continued(
         DataError: somebody else's file.
     """
     there = resolved(path, option)
-    if stream_of(path) is not None or (there.exists() and not there.is_file()):
+    if stream_of(path) is not None:
         raise UsageError(f"{option} {path} is not a file")
     _refuse_what_is_read(there, _places(reads), option, path)
     refuse_place(there.parent, f"{option} {path}")
