@@ -171,7 +171,7 @@ class _Switched(ast.NodeTransformer):
     def visit_AsyncFunctionDef(self, node: ast.AsyncFunctionDef) -> ast.AST:
         return self._in_function(node)
 
-    def _in_function(self, node: Any) -> ast.AST:
+    def _in_function(self, node: ast.FunctionDef | ast.AsyncFunctionDef) -> ast.AST:
         outer, self._function = self._function, node
         node.body = [made for statement in node.body for made in _listed(self.visit(statement))]
         self._function = outer
