@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import sqlite3
 import subprocess
@@ -16,7 +18,7 @@ import pytest
 from dpo_studio import cache
 from dpo_studio.cache import clear, held, limit_bytes, sizes, trim
 from dpo_studio.errors import UsageError
-from tests.tiny_runs import dpo
+from tests.tiny_runs import dpo, write_recipe
 
 DAY = 86_400
 
@@ -175,6 +177,43 @@ def test_a_hold_that_comes_while_an_entry_is_removed_is_a_hold_on_the_next(folde
         assert left(folder) == ["0"]
 
 
+def test_a_lock_that_is_another_by_now_is_no_leave_to_remove(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between opening and locking it, the entry was removed and made again, and its new lock is somebody's."""
+    opened = cache._open
+
+    def replaced(path: Path) -> int:
+        descriptor = opened(path)
+        path.unlink()
+        path.touch()
+        return descriptor
+
+    monkeypatch.setattr(cache, "_open", replaced)
+    assert clear(folder) == cache.Cleared(0, 0, held=4, newer=0)
+    assert left(folder) == ["0", "1", "2", "3"]
+
+
+def test_a_lock_that_is_a_link_is_not_followed(folder: Path, tmp_path: Path) -> None:
+    entry(folder, 0).with_suffix(".lock").symlink_to(tmp_path / "elsewhere")
+    with held(entry(folder, 0)):
+        done = clear(folder)
+    assert (done.removed, done.held) == (3, 1)
+    assert left(folder) == ["0"] and not (tmp_path / "elsewhere").exists()
+
+
+def test_where_files_cannot_be_locked_nothing_is_held_and_nothing_left_open(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    before = len(os.listdir("/proc/self/fd"))  # noqa: PTH208
+    with held(entry(folder, 0)), held(entry(folder, 1)):
+        assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+    assert clear(folder).held == 4
+    assert len(os.listdir("/proc/self/fd")) == before  # noqa: PTH208
+
+
 def test_the_oldest_go_first_until_the_rest_fits(folder: Path) -> None:
     size = entry(folder, 0).stat().st_size
     trim(folder, 4 * size)
@@ -204,6 +243,26 @@ def test_a_limit_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: 
     with pytest.raises(UsageError, match=r"DPO_STUDIO_CACHE_GIB=.* is not a number of GiB"):
         limit_bytes()
     assert dpo("cache").code == 2
+
+
+def test_a_limit_that_is_none_is_told_before_a_training_looks_for_its_model(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("DPO_STUDIO_CACHE_GIB", "plenty")
+    said = dpo("train", write_recipe(tmp_path / "r.yaml", tmp_path / "no_model"))
+    assert said.code == 2 and "DPO_STUDIO_CACHE_GIB=plenty" in said.err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_link_counts_as_itself(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "large").write_bytes(b"x" * 100_000)
+    models = folder.parent / "models"
+    models.mkdir()
+    for name, target in (("folder", "elsewhere"), ("file", "elsewhere/large"), ("nothing", "nothing")):
+        (models / name).symlink_to(tmp_path / target)
+    taken = sum(path.lstat().st_size for path in models.iterdir())
+    assert sizes(folder.parent)["models"] == (3, taken) and taken < 1000
 
 
 def test_a_cache_that_is_a_link_or_read_only_is_no_traceback(

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
+import openai
 import pytest
 
 from dpo_studio.errors import JudgeError, UsageError
@@ -134,6 +137,10 @@ UNREADABLE: list[tuple[str, Callable[[], Reply], str]] = [
     ("an apology", lambda: says("I'm sorry, I can't judge that."), "refused"),
     ("a refusal", lambda: says(None, refusal="no"), "refused"),
     ("a filter", lambda: Reply('{"error": {"code": "content_filter", "message": "blocked"}}', 400), "refused"),
+    (
+        *("a policy", lambda: Reply('{"error": {"message": "by our content management policy"}}', 422)),
+        "refused",
+    ),
     ("too long", lambda: Reply('{"error": {"message": "maximum context length is 4096"}}', 400), "too_long"),
 ]
 
@@ -300,14 +307,29 @@ def test_a_template_that_cannot_work_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "address", ["", "localhost:8000", "ftp://host/v1", "http:///v1", "http://host:99999/v1", "http://host:x/v1"]
+    "address",
+    [
+        "",
+        "localhost:8000",
+        "ftp://host/v1",
+        "http:///v1",
+        "http://host:99999/v1",
+        "http://host:x/v1",
+        "http://host:0/v1",
+    ],
 )
 def test_an_address_that_is_none_is_refused(address: str) -> None:
     with pytest.raises(UsageError, match="no address of a server"):
         Endpoint(address, QUICK, print)
 
 
-@pytest.mark.parametrize("address", ["https://me:secret@host/v1", "https://host/v1?api_key=secret"])
+@pytest.mark.parametrize(
+    "address",
+    [
+        *("https://me:secret@host/v1", "https://secret@host/v1", "https://:secret@host/v1"),
+        *("https://host/v1?api_key=secret", "https://host/v1#secret"),
+    ],
+)
 def test_an_address_with_a_secret_in_it_is_refused_without_repeating_it(address: str) -> None:
     with pytest.raises(UsageError) as caught:
         Endpoint(address, QUICK, print)
@@ -336,3 +358,45 @@ def test_a_key_that_is_missing_or_broken_is_said_without_showing_it(monkeypatch:
     with pytest.raises(UsageError, match="OPENAI_API_KEY holds a character") as caught:
         Endpoint("https://judge.example/v1", Asking(), print)
     assert "secret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["sk-half\x7f", "sk-\u00fc", "sk half", "\u2713"])
+def test_a_key_is_of_characters_that_a_header_may_hold(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", key)
+    with pytest.raises(UsageError, match="OPENAI_API_KEY holds a character that no key has"):
+        Endpoint("https://judge.example/v1", Asking(), print)
+
+
+def test_without_a_key_there_is_none_to_speak_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY")
+    said: list[str] = []
+    assert asyncio.run(_key_sent(Endpoint("http://judge.example/v1", Asking(), said.append))) == "none"
+    assert said == []
+
+
+def test_without_the_package_the_way_to_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(JudgeError, match="needs the openai package") as told:
+        asyncio.run(_key_sent(Endpoint("https://judge.example/v1", Asking(), print)))
+    assert "judge" in str(told.value.hint)
+
+
+@pytest.mark.parametrize("choices", [None, [], {}, "x", [7], [None], ["x"]])
+def test_a_reply_without_choices_is_asked_for_again_and_said(tmp_path: Path, choices: Any) -> None:
+    with stub_server(lambda number, request: Reply(json.dumps({"choices": choices}))) as stub:
+        with pytest.raises(JudgeError, match="a reply without choices"):
+            judge_at(stub, tmp_path).judge_all([comparison(0)])
+        assert len(stub.requests) > 2
+
+
+@pytest.mark.parametrize("failure", [TimeoutError(), openai.APITimeoutError(httpx2.Request("POST", "http://a/v1"))])
+def test_a_time_that_runs_out_is_told_as_one_whoever_notices(failure: Exception) -> None:
+    """Our clock for a whole reply, or the client's for a piece of it."""
+
+    class Client:
+        async def post(self, *_: object, **__: object) -> None:
+            raise failure
+
+    endpoint = Endpoint("http://localhost:1/v1", Asking(attempts=1, timeout_s=7), print)
+    with pytest.raises(JudgeError, match="in 1 attempts: no answer within 7 s"):
+        asyncio.run(endpoint.complete(Client(), {}))

@@ -16,12 +16,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.evaluation.reward_model import load_reward_model
 from dpo_studio.export.merge import save_plain
-from dpo_studio.models.load import load_chat_model, load_encoder, locate, weights_fingerprint
+from dpo_studio.models.load import check_folder, load_chat_model, load_encoder, locate, weights_fingerprint
 from dpo_studio.models.scan import scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import check_model_size, check_numbers, tensor_shapes
 from dpo_studio.models.tokenizer_settings import read_tokenizer
@@ -97,8 +98,16 @@ def test_such_a_setting_is_named_wherever_it_stands(model: Path) -> None:
 
 def test_where_they_say_nothing_they_are_fine(model: Path) -> None:
     rewrite(model / "config.json", transformers_weights=None, configuration_files=[], kernel_config={})
+    rewrite(model / "config.json", text_config={"quantization_config": {}, "compression_config": None})
+    scan_folder(model, "m")
+    rewrite(model / "config.json", text_config=None)
     rewrite(model / "tokenizer_config.json", init_inputs=[], fast_tokenizer_files=[], sp_model_kwargs={})
     assert load(model)
+
+
+def test_a_link_to_itself_is_named_and_no_traceback(model: Path) -> None:
+    (model / "circle.json").symlink_to(model / "circle.json")
+    assert "m: circle.json cannot be read: Too many levels" in refusal(lambda: scan_folder(model, "m")).message
 
 
 def test_what_most_finetunes_carry_is_ignored(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +145,8 @@ def test_a_model_that_is_its_own_code_is_refused_and_nobody_asked(
     error = refusal(lambda: load(model))
     assert "config.json asks to run code from the model's folder (auto_map)" in error.message
     assert "never runs code" in str(error.hint)
+    rewrite(model / "config.json", model_type=["its_own"])
+    assert "(auto_map)" in refusal(lambda: check_folder(model, ModelSection(path=str(model)))).message
 
 
 def test_a_tokenizer_that_is_its_own_code_is_refused_and_nobody_asked(
@@ -152,6 +163,35 @@ def test_a_tokenizer_that_is_its_own_code_is_refused_and_nobody_asked(
     )
     error = refusal(lambda: load_encoder(model, ModelSection(path=str(model))))
     assert "tokenizer_config.json asks to run code" in error.message
+
+
+def test_no_file_that_a_tokenizer_s_settings_name_is_handed_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """None stands for the folder's own; a vocabulary that is written out is no file."""
+    rewrite(model / "tokenizer_config.json", vocab_file="/a", merges_file="b", vocab="/c", merges="d", unk_token="e")  # noqa: S106
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda folder, **given: given)
+    assert read_tokenizer(model, "m") == dict.fromkeys(("vocab_file", "merges_file", "vocab", "merges"))
+    rewrite(model / "tokenizer_config.json", vocab={"a": 0}, merges=["a b"])
+    assert read_tokenizer(model, "m") == dict.fromkeys(("vocab_file", "merges_file"))
+
+
+@pytest.mark.parametrize("failure", [ValueError, TypeError, ZeroDivisionError, KeyError, IndexError, AttributeError])
+def test_whatever_a_config_s_values_make_of_it_is_told_in_one_line(
+    model: Path, monkeypatch: pytest.MonkeyPatch, failure: type[Exception]
+) -> None:
+    """What is computed from them is transformers' code as much as ours, and raises what it likes."""
+
+    def check(*_: object) -> None:
+        raise failure("of a\nvalue")
+
+    monkeypatch.setattr("dpo_studio.models.load.check_architecture", check)
+    error = refusal(lambda: check_folder(model, ModelSection(path=str(model))))
+    assert "config.json has a value of the wrong kind: " in error.message
+
+
+def test_a_tokenizer_with_code_beside_it_that_fails_for_another_reason_says_that(model: Path) -> None:
+    rewrite(model / "tokenizer_config.json", auto_map={"AutoTokenizer": ["tokenization_evil.Evil", None]})
+    (model / "tokenizer.json").write_text("{}")
+    assert "its tokenizer cannot be loaded" in refusal(lambda: read_tokenizer(model, "m")).message
 
 
 def test_a_reward_model_s_code_is_not_asked_for_either(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,6 +383,12 @@ def test_a_whole_model_is_counted_before_it_is_made(model: Path) -> None:
     assert "never filled in" in str(error.hint) or "ever filled in" in str(error.hint)
 
 
+def test_a_model_that_transformers_cannot_build_is_told_in_one_line() -> None:
+    config = LlamaConfig(vocab_size=8, hidden_size=8, num_attention_heads=1, num_hidden_layers=1, hidden_act="no\nsuch")
+    error = refusal(lambda: check_model_size(AutoModelForCausalLM, config, {}, "m"))
+    assert error.message.startswith("m: transformers cannot build this model: ")
+
+
 def test_buffers_count_too() -> None:
     """Some models have a mask of every two positions."""
     from transformers import AutoModelForCausalLM, GPTNeoConfig
@@ -353,6 +399,12 @@ def test_buffers_count_too() -> None:
     check_model_size(AutoModelForCausalLM, small, few, "m")
     large = GPTNeoConfig(attention_types=[[["global"], 1]], max_position_embeddings=1 << 20, **sizes)
     assert "describes a model" in refusal(lambda: check_model_size(AutoModelForCausalLM, large, few, "m")).message
+
+
+def test_weights_that_are_no_file_are_told_of_by_name(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").mkdir()
+    error = refusal(lambda: tensor_shapes([tmp_path / "model.safetensors"], "m"))
+    assert "m cannot be loaded: model.safetensors is damaged" in error.message
 
 
 def test_headers_that_lie_are_no_sizes(tmp_path: Path) -> None:
@@ -418,8 +470,11 @@ def test_no_value_of_any_setting_is_a_traceback(
         ("tokenizer_config.json", {"added_tokens_decoder": {"10000001": {"content": "x"}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"-1": {"content": "x"}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": {"x": {"content": "x"}}}),
+        ("tokenizer_config.json", {"added_tokens_decoder": {"\u0661\u0662": {"content": "x"}}}),  # Arabic digits
         ("tokenizer_config.json", {"added_tokens_decoder": {"1" * 5000: {"content": "x"}}}),
         ("tokenizer_config.json", {"added_tokens_decoder": ["x"]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": [7]}),
+        ("tokenizer_config.json", {"added_tokens_decoder": 7}),
         ("added_tokens.json", {"x": 1000000000}),
         ("added_tokens.json", {"x": "1"}),
         ("added_tokens.json", {"x": None}),
@@ -444,6 +499,7 @@ def test_a_token_s_id_is_one_that_a_vocabulary_has(model: Path, file: str, conte
         ("chat_template", ["x", {"default": "x"}, [{"name": "a", "template": "x"}]], [7, ["x"], {"a": 7}]),
         ("chat_template", [None], [[{"name": "a"}], [{"template": "x"}], [{"name": 7, "template": "x"}]]),
         ("tokenizer_class", ["TokenizersBackend", None], [7, ["x"]]),
+        ("mask_token", [{"content": "a", "__type": "AddedToken"}], [{"content": 7}]),
         *((f"{kind}_token", ["a", None], [7, ["x"], {}, True]) for kind in ("eos", "bos", "pad", "unk")),
     ],
 )

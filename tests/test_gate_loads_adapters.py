@@ -227,6 +227,7 @@ def test_what_is_left_of_the_settings_computes_what_plain_peft_computes(adapter:
         ("exclude_modules", 7),
         ("layers_to_transform", "x"),
         ("layers_to_transform", [1.5]),
+        ("layers_to_transform", [0, True]),
         ("layers_pattern", [1]),
         ("init_lora_weights", ["x"]),
         ("init_lora_weights", 1),
@@ -245,6 +246,18 @@ def test_a_value_of_the_wrong_kind_is_named(adapter: Path, key: str, value: Any)
     rewrite(adapter, **{key: value})
     refused = refusal(lambda: attach(adapter))
     assert str(adapter) in refused.message
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("modules_to_save", ["lm_head"], "adapts whole modules, as a rule the head or the embedding"),
+        ("trainable_token_indices", [1], "adapts rows of the embedding"),
+    ],
+)
+def test_what_is_adapted_beside_the_layers_is_said(adapter: Path, key: str, value: Any, words: str) -> None:
+    rewrite(adapter, **{key: value})
+    assert words in refusal(lambda: attach(adapter)).message
 
 
 @pytest.mark.parametrize("value", ["Infinity", "NaN", "1e999", "1" + "0" * 400])
@@ -276,6 +289,34 @@ def test_each_type_is_looked_at_on_its_own() -> None:
         settings = sound | {key: 1.5 if key != "lora_alpha" else "x"}
         error = refusal(partial(refuse_strange_lora, settings, KNOWN, "a"))
         assert f"adapter_config.json has {key}: " in error.message and words in error.message
+
+
+@pytest.mark.parametrize(
+    ("key", "sound", "wrong"),
+    [
+        ("r", [1, 64], [0, -1, True, 2.0, "2", None, [2]]),
+        ("lora_alpha", [4, 0.5, -1], [True, "4", None, float("inf"), float("nan"), [4]]),
+        ("lora_dropout", [0, 0.5, 0.999], [1, -0.1, True, "0", None, float("nan")]),
+        ("use_rslora", [True, False], [1, "yes", None]),
+        ("rank_pattern", [None, {}, {"q": 2}], [{"q": 0}, {"q": True}, {"q": 2.0}, ["q"], 7, True, 0]),
+        ("alpha_pattern", [None, {}, {"q": 0.5, "k": 2}], [{"q": "x"}, {"q": None}, {"q": True}, ["q"], 7]),
+        ("target_modules", [None, "q", ["q", "k"], []], [7, [7], ["q", None], {"q": 1}, True]),
+        ("layers_to_transform", [None, 0, [0, 1], []], ["x", [1.5], [0, True], True, ["x"], {"a": 1}]),
+        ("task_type", [None, "CAUSAL_LM"], [7, ["CAUSAL_LM"], True]),
+        ("init_lora_weights", [None, True, False, "gaussian", "orthogonal"], [1, 0, ["x"], {"a": 1}, "pissa", "x"]),
+        ("some_later_kind", [None, [], {}, False, ""], [True, 1, 0, 0.0, "x", [0], {"a": None}]),
+        ("bias", ["none"], ["all", 7, None]),
+        ("use_dora", [False, None, 0, ""], [True, "x", [0]]),
+        ("megatron_core", ["megatron.core", None, ""], ["another.module", True]),
+    ],
+)
+def test_what_a_setting_may_be(key: str, sound: list[Any], wrong: list[Any]) -> None:
+    """Each alone, beside a rank and a target that are sound."""
+    base = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q"]}
+    for value in sound:
+        refuse_strange_lora(base | {key: value}, KNOWN, "a")
+    for value in wrong:
+        assert key in refusal(partial(refuse_strange_lora, base | {key: value}, KNOWN, "a")).message, value
 
 
 def test_a_rank_must_be_the_tensors() -> None:

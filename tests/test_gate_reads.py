@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
 import socket
+import stat
 import subprocess
 import sys
 import threading
@@ -43,6 +46,7 @@ def odd_files(folder: Path) -> dict[str, str]:
     (folder / "twice").symlink_to(folder / "to-zero")
     (folder / "to-tty").symlink_to("/dev/ptmx")
     (folder / "folder").mkdir()
+    (folder / "plain").write_text("{}")
     (folder / "to-nothing").symlink_to(folder / "nothing")
     (folder / "loop").symlink_to(folder / "loop")
     bound = socket.socket(socket.AF_UNIX)
@@ -55,6 +59,7 @@ def odd_files(folder: Path) -> dict[str, str]:
         "socket": "is a socket",
         "to-nothing": "no such file",
         "nothing/below": "no such file",
+        "plain/below": "no such file",
         "loop": "symbolic links",
         "a\0b": "cannot be read",
         "x" * 300: "cannot be read",
@@ -98,6 +103,41 @@ def test_a_file_is_opened_once_and_not_inherited(tmp_path: Path) -> None:
         file.unlink()
         os.mkfifo(file)
         assert opened.read() == b"first"
+
+
+def test_a_terminal_that_is_looked_at_does_not_become_ours(tmp_path: Path) -> None:
+    """A process without one, as daemons are: /dev/tty is there only for a process that has one."""
+    code = (
+        "import os; from dpo_studio.reading import open_regular\n"
+        "_, terminal = os.openpty()\n"
+        "try: open_regular(os.ttyname(terminal), what='thing')\n"
+        "except Exception as error: print(error.message)\n"
+        "try: os.open('/dev/tty', os.O_RDWR)\n"
+        "except OSError as error: print(error.strerror)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, start_new_session=True
+    )
+    refused, looked = done.stdout.splitlines()
+    assert "is a device, not a file" in refused
+    assert looked == os.strerror(errno.ENXIO)
+
+
+def test_a_file_that_has_nothing_to_say_yet_is_not_an_empty_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """/proc/kmsg is one, and for root alone: of a file that is not waited for, Python then reads None."""
+
+    class Silent(io.FileIO):
+        def readinto(self, buffer: object) -> None:
+            return None
+
+        readall = read = readinto  # type: ignore[assignment]
+
+    (tmp_path / "x").write_bytes(b"")
+    monkeypatch.setattr(reading, "open_regular", lambda path, **_: Silent(path))
+    with pytest.raises(DataError, match=r"thing: .*x has no content to read now"):
+        read_bytes(tmp_path / "x", what="thing", limit=9)
 
 
 def test_names_of_any_bytes_are_shown_as_text(tmp_path: Path) -> None:
@@ -263,6 +303,29 @@ def test_a_stream_has_limits(monkeypatch: pytest.MonkeyPatch, streams: Streams) 
     with pytest.raises(DataError, match="is a folder"):
         open_input(f"/dev/fd/{descriptor}", what="thing")
     os.close(descriptor)
+
+
+def test_sockets_and_terminals_that_we_were_given_are_read_to_their_end(streams: Streams) -> None:
+    """A terminal ends by Ctrl-D."""
+    ours, theirs = socket.socketpair()
+    theirs.sendall(b"over a socket")
+    theirs.close()
+    master, terminal = os.openpty()
+    os.write(master, b"typed\n\x04")
+    for descriptor, content in ((ours.fileno(), b"over a socket"), (terminal, b"typed\n")):
+        with open_input(f"/dev/fd/{descriptor}", what="thing") as opened:
+            assert opened.read() == content
+    ours.close()
+    os.close(master)
+    os.close(terminal)
+
+
+def test_a_disk_is_no_device_that_ends() -> None:
+    """A block device (a RAM disk) may have the number that /dev/null has among character devices."""
+    null = os.stat("/dev/null")  # noqa: PTH116
+    assert reading._ends(0, null)
+    disk = os.stat_result((null.st_mode ^ stat.S_IFCHR | stat.S_IFBLK, *null[1:]), {"st_rdev": null.st_rdev})
+    assert disk.st_rdev == null.st_rdev and not reading._ends(0, disk)
 
 
 def test_only_our_own_streams_are_streams(tmp_path: Path) -> None:

@@ -248,6 +248,48 @@ def test_a_saved_set_of_huge_or_broken_rows(tmp_path: Path) -> None:
         read_pairs(SourceSection(source=str(tmp_path / "saved")))
 
 
+def test_a_saved_set_of_too_many_columns_is_refused(tmp_path: Path) -> None:
+    saved(tmp_path / "saved", pa.table({f"c{n}": [1] for n in range(MAX_COLUMNS + 1)}))
+    with pytest.raises(DataError) as refused:
+        read_pairs(SourceSection(source=str(tmp_path / "saved")))
+    assert refused.value.message == f"{tmp_path / 'saved' / 'data.arrow'} has 10,001 columns"
+
+
+def test_a_parquet_of_too_many_columns_is_called_that_and_not_unreadable(tmp_path: Path) -> None:
+    file = tmp_path / "x.parquet"
+    pq.write_table(pa.table({f"c{n}": [1] for n in range(MAX_COLUMNS + 1)}), file)
+    with pytest.raises(DataError) as refused:
+        list(file_rows(file))
+    assert refused.value.message == f"{file} has 10,001 columns; the most is 10,000"
+
+
+@pytest.mark.parametrize("content", [b"\xff" * 100, b"", b"\0" * 100, gzip.compress(GOOD * 9)[10:20] + b"\xff" * 9])
+def test_a_gz_with_a_fault_in_it_cannot_be_read(tmp_path: Path, content: bytes) -> None:
+    """After a header that is sound: a block of no known kind, an end that comes too early, a sum that is another."""
+    file = tmp_path / "x.jsonl.gz"
+    file.write_bytes(gzip.compress(b"")[:10] + content)
+    with pytest.raises(DataError, match=r"x\.jsonl\.gz cannot be read"):
+        list(file_rows(file))
+
+
+def test_a_value_that_python_has_none_for_costs_only_the_rows_that_need_it(tmp_path: Path) -> None:
+    """A time of a zone that is nowhere, of which Arrow makes no datetime: its column says of what type it is."""
+    times = pa.array([1, 2], pa.timestamp("us", tz="Nowhere/None"))
+    pq.write_table(pa.table({"prompt": ["p", "q"], "at": times}), tmp_path / "x.parquet")
+    with pytest.raises(pa.ArrowInvalid):
+        times.to_pylist()
+    rows = list(file_rows(tmp_path / "x.parquet"))
+    assert rows == [{"prompt": "p", "at": times.type}, {"prompt": "q", "at": times.type}]
+
+
+@pytest.mark.parametrize("row", ["[" * 101 + "]" * 101, '{"prompt": ' + '{"a": ' * 101 + "1" + "}" * 102])
+def test_rows_of_too_many_levels_are_refused_rows(row: str) -> None:
+    """And rows that are only full of brackets are not."""
+    assert bounds.checked(json.loads(row), row.count("[") + row.count("{")) is bounds.TOO_DEEP
+    flat = {"prompt": "[" * 200}
+    assert bounds.checked(flat, 200) is flat
+
+
 # gzip
 
 

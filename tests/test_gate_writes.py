@@ -162,6 +162,20 @@ def test_a_folder_that_cannot_be_written_is_told_of_before(tmp_path: Path, monke
         check_outputs({"--to": tmp_path / "new"})
 
 
+def test_replies_that_cannot_be_written_are_told_of_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "there").write_text("")
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    for name in ("there", "new", "deep/new"):
+        with pytest.raises(UsageError, match="cannot be written"):
+            check_replies(tmp_path / name, [])
+
+
+def test_a_disk_that_is_memory_is_a_disk_like_any_other() -> None:
+    check_outputs({"--to": Path("/dev/shm/an-output-of-the-tests")})  # noqa: S108
+    with pytest.raises(UsageError, match="which is the system's"):
+        check_outputs({"--to": Path("/dev/an-output-of-the-tests")})
+
+
 @pytest.mark.parametrize(
     ("name", "kind"),
     [("-", "stdout"), ("/dev/stdout", "stdout"), ("/dev/fd/1", "stdout"), ("//dev/../dev/null", "null"), ("x", None)],
@@ -212,6 +226,30 @@ def test_a_disk_that_fails_leaves_the_old_file_and_nothing_else(
             write(tmp_path / "out")
         assert "free some space" in (told.value.hint or "")
         assert state(tmp_path) == {"out": b"old"}
+
+
+def test_an_error_that_is_no_full_disk_s_stays_what_it_is(tmp_path: Path) -> None:
+    """Whoever writes the rows may fail in ways of their own; and a full disk where nothing of ours is written."""
+    with pytest.raises(PermissionError, match="theirs"), appearing([tmp_path / "out"], overwrite=True):
+        raise PermissionError(errno.EACCES, "theirs")
+    with pytest.raises(OSError, match="No space") as told, appearing([Path("-")], overwrite=True):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    assert told.value.errno == errno.ENOSPC
+    assert state(tmp_path) == {}
+
+
+def test_a_file_system_without_links_has_the_file_and_keeps_another_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def link(*_: object) -> None:
+        raise OSError(errno.EPERM, os.strerror(errno.EPERM))
+
+    monkeypatch.setattr(os, "link", link)
+    write_output(tmp_path / "out", "first", overwrite=False)
+    assert state(tmp_path) == {"out": b"first"}
+    with pytest.raises(DataError, match="out has come to exist meanwhile"):
+        write_output(tmp_path / "out", "second", overwrite=False)
+    assert state(tmp_path) == {"out": b"first"}
 
 
 def _whole(file: Path) -> None:
@@ -383,6 +421,7 @@ def test_a_file_of_somebody_else_s_is_not_continued(tmp_path: Path, content: byt
     ("file", "words"),
     [
         ("/dev/null", "not a file"),
+        ("-", "not a file"),
         ("ours", "not a file"),
         ("pipe", "not a file"),
         ("model/new", "which is a model"),
@@ -422,6 +461,18 @@ def test_a_run_lies_in_nothing_that_is_read_and_in_no_other_run(
     monkeypatch.chdir(furnished(tmp_path))
     with pytest.raises(RunError, match=f"^run.folder {folder} is"):
         check_run_place(Path(folder), ["model", "source", "pairs.jsonl"])
+
+
+def test_a_run_in_a_folder_that_is_read_and_one_in_the_place_of_a_file_are_told_apart(tmp_path: Path) -> None:
+    (tmp_path / "source").mkdir()
+    (tmp_path / "pairs").write_text("{}")
+    for folder in ("source", "source/run"):
+        with pytest.raises(RunError) as told:
+            check_run_place(tmp_path / folder, [tmp_path / "source"])
+        assert told.value.message == f"run.folder {tmp_path / folder} is in {tmp_path / 'source'}, which is read"
+    with pytest.raises(RunError) as told:
+        check_run_place(tmp_path / "pairs", [tmp_path / "pairs"])
+    assert told.value.message == f"run.folder {tmp_path / 'pairs'} is a file that is read"
 
 
 def test_a_run_beside_its_source_or_in_a_project_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,6 +21,7 @@ from dpo_studio.evaluation.endpoint import Asking, Endpoint
 from dpo_studio.evaluation.judges import Comparison, Completion, higher_wins
 from dpo_studio.evaluation.llm_judge import LLMJudge
 from dpo_studio.evaluation.llm_template import TEMPLATE
+from dpo_studio.evaluation.replies import LARGEST_REPLY
 from dpo_studio.evaluation.secret import Secret
 from dpo_studio.preferences.pair import Message
 from dpo_studio.workflows.judging import LLMOptions, check_judge
@@ -192,6 +193,45 @@ def test_redirects_that_lead_to_the_same_host_or_nowhere_are_refused_too(tmp_pat
 # How much, and how long
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        *({"concurrency": 0}, {"attempts": 0}, {"timeout_s": 0.0}, {"timeout_s": -1.0}, {"first_wait_s": -0.1}),
+        *({"timeout_s": float("inf")}, {"timeout_s": float("nan")}),
+    ],
+)
+def test_patience_without_a_bound_or_below_none_is_refused(settings: dict[str, Any]) -> None:
+    with pytest.raises(UsageError, match=r"a judge (needs at least one|cannot wait)"):
+        Asking(**settings)
+
+
+@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress])
+def test_a_reply_that_unfolds_to_one_byte_too_many_is_refused(
+    tmp_path: Path, compress: Callable[[bytes], bytes]
+) -> None:
+    padding = LARGEST_REPLY - len(big(0))
+    name = "gzip" if compress is gzip.compress else "deflate"
+    for size in (padding, padding + 1):
+        reply = Reply(compress(big(size)), headers={"Content-Encoding": name})
+        with stub_server(lambda number, request, reply=reply: reply) as stub:  # type: ignore[misc]
+            judge = judge_at(stub, tmp_path / str(size))[0]
+            if size == padding:
+                assert judge.judge_all([comparison()])[0].by_order == ("a", "b")
+            else:
+                with pytest.raises(JudgeError, match="a reply of more than 4 MiB, unfolded"):
+                    judge.judge_all([comparison()])
+
+
+@pytest.mark.parametrize(("body", "encoding"), [(b"", "gzip"), (b"", "deflate"), (b"x", "deflate")])
+def test_a_compressed_reply_of_a_byte_or_none_is_no_traceback(tmp_path: Path, body: bytes, encoding: str) -> None:
+    """Of nothing there is nothing to unfold: it is a reply that is no JSON, and asked for again."""
+    with stub_server(lambda number, request: Reply(body, headers={"Content-Encoding": encoding})) as stub:
+        words = "that is not JSON" if not body else "says it is deflate and is not|breaks off"
+        with pytest.raises(JudgeError, match=f"a reply (that is not JSON|{words}|whose deflate breaks off)") as told:
+            judge_at(stub, tmp_path)[0].judge_all([comparison()])
+        assert ("not JSON" in str(told.value)) == (not body)
+
+
 def big(size: int) -> bytes:
     return json.dumps(GOOD | {"padding": " " * size}).encode()
 
@@ -223,7 +263,26 @@ def test_a_reply_without_a_bound_is_one_line_of_error(tmp_path: Path, bomb: Call
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 150_000  # kB
 
 
-@pytest.mark.parametrize("compress", [gzip.compress, zlib.compress, lambda data: zlib.compress(data)[2:-4]])
+def stored(data: bytes, first: int, *, remainder: int) -> bytes:
+    """deflate without a header that looks as if it had one: a stored block, whose first byte's last five bits nobody
+    reads. Blanks make the two bytes that would be the header leave a remainder, of 31: 0 where it is sound."""
+    while (first * 256 + len(data) % 256) % 31 != remainder:
+        data += b" "
+    size = len(data).to_bytes(2, "little") + (0xFFFF - len(data)).to_bytes(2, "little")
+    return bytes([first]) + size + data + b"\x01\x00\x00\xff\xff"
+
+
+def of_no_method(data: bytes) -> bytes:
+    return stored(data, 0x10, remainder=0)
+
+
+def of_no_sum(data: bytes) -> bytes:
+    return stored(data, 0x08, remainder=1)
+
+
+@pytest.mark.parametrize(
+    "compress", [of_no_method, of_no_sum, gzip.compress, zlib.compress, lambda data: zlib.compress(data)[2:-4]]
+)
 def test_an_honest_compressed_reply_is_read(tmp_path: Path, compress: Callable[[bytes], bytes]) -> None:
     name = "gzip" if compress is gzip.compress else "deflate"
     body = Reply(compress(json.dumps(GOOD).encode()), headers={"Content-Encoding": name})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -9,11 +10,14 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
 import torch
+from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
 from safetensors.torch import load_file, save_file
 
 from dpo_studio.config import ModelSection
@@ -22,6 +26,7 @@ from dpo_studio.models import bundled, load
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.bundled import BUNDLED_MODEL, bundled_folder
 from dpo_studio.models.load import choose_dtype, load_chat_model, locate, weights_fingerprint
+from dpo_studio.models.scan import INDEX
 from tests.tiny_models import tiny_folder, tiny_model
 
 CPU = torch.device("cpu")
@@ -206,7 +211,10 @@ def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(path: str) -> N
     assert "Hub id" in str(refused.value.hint)
 
 
-def test_a_file_is_no_folder(folder: Path) -> None:
+def test_a_file_is_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ModelError, match="no such model folder"):
+        locate("config.json")
     with pytest.raises(ModelError, match="no such model folder"):
         locate(str(folder / "config.json"))
 
@@ -403,3 +411,67 @@ def test_the_right_file_is_converted_once(fresh_cache: Path, tmp_path: Path, mon
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert "damaged" in said[0]
     assert converted == [data, data]
+
+
+# What the Hub says
+
+
+def answered(status: int) -> Any:
+    return {"response": httpx2.Response(status, request=httpx2.Request("GET", "https://huggingface.co/a/b"))}
+
+
+@pytest.mark.parametrize(
+    ("failure", "says", "hint"),
+    [
+        (lambda: RevisionNotFoundError("no", **answered(404)), "a/b has no revision 'r' on the Hub", ""),
+        (lambda: RepositoryNotFoundError("no", **answered(404)), "no such model on the Hub", "hf auth login"),
+        (lambda: OSError(errno.ENOSPC, "No space left"), "a/b cannot be fetched: No space left", "HF_HOME"),
+        (lambda: OSError(errno.EACCES, "not yours"), "not on this machine, and the Hub cannot be reached", "network"),
+        (lambda: ValueError("whatever"), "the Hub cannot be reached (ValueError)", "network"),
+    ],
+)
+def test_what_the_hub_answers_is_told_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, failure: Callable[[], Exception], says: str, hint: str
+) -> None:
+    def download(*_: object, **__: object) -> str:
+        raise failure()
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+    with pytest.raises(ModelError) as refused:
+        locate("a/b", "r")
+    assert says in refused.value.message and hint in str(refused.value.hint or "")
+
+
+def test_what_can_be_no_name_of_the_hub_s_is_neither_that_nor_a_folder() -> None:
+    with pytest.raises(ModelError, match=r"'no--such\.\.name' is neither a folder nor a Hub id"):
+        locate("no--such..name")
+
+
+@pytest.mark.parametrize(("kept", "fetches"), [("nothing", 2), ("half", 2), ("all", 1)])
+def test_a_part_of_a_model_in_the_cache_is_fetched_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kept: str, fetches: int
+) -> None:
+    """A download that broke off leaves a snapshot without weights, or with an index and some of its files."""
+    cached = tmp_path / "cached"
+    shutil.copytree(folder, cached)
+    if kept != "all":
+        (cached / "model.safetensors").unlink()
+    if kept == "half":
+        (cached / INDEX).write_text(json.dumps({"weight_map": {"a": "model-1.safetensors"}}))
+    asked: list[bool] = []
+
+    def download(*_: object, local_files_only: bool = False, **__: object) -> str:
+        asked.append(local_files_only)
+        return str(cached if local_files_only else folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    assert locate("a/b") == (cached if kept == "all" else folder)
+    assert asked == [True, False][:fetches]
+
+
+def test_rope_that_depends_on_what_came_before_is_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
+    assert "rope_type: dynamic" in refusal(folder).message

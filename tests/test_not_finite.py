@@ -12,10 +12,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_studio.config import TrainingSection
-from dpo_studio.errors import NonFiniteError
+from dpo_studio.errors import ModelError, NonFiniteError
 from dpo_studio.evaluation.judges import check_some_finite
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.attention import PAIRS
+from dpo_studio.models.finite import check_finite_adapter
 from dpo_studio.objectives import DPO
 from dpo_studio.policy.policy import Policy
 from tests.conftest import policy_on, random_pairs, take_steps
@@ -132,6 +133,17 @@ def test_an_adapter_that_is_not_finite_is_not_exported(broken: Path, tmp_path: P
     assert said.code == 3, said.err
     assert "infinity" in said.err and "lora" in said.err
     assert not (tmp_path / "out").exists()
+
+
+def test_an_adapter_whose_weights_cannot_be_read_is_no_traceback(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
+        check_finite_adapter(tmp_path)
+    file = tmp_path / "adapter_model.safetensors"
+    file.write_bytes(b"no")
+    with pytest.raises(ModelError, match=r"adapter_model\.safetensors cannot be read"):
+        check_finite_adapter(tmp_path)
+    save_file({"numbers": torch.tensor([1, 2]), "shares": torch.tensor([0.5])}, file)
+    check_finite_adapter(tmp_path)
 
 
 @pytest.mark.parametrize("verb", [("score",), ("eval", "--judge", "length")])

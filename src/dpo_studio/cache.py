@@ -123,7 +123,7 @@ def _shared(lock: Path) -> int:
 
 
 def _open(lock: Path) -> int:
-    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o644)
+    return os.open(lock, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o644)
 
 
 def _remove(file: Path) -> bool:

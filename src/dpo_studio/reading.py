@@ -80,7 +80,7 @@ def open_regular(path: str | os.PathLike[str], *, what: str, error: type[DPOStud
         DPOStudioError: there is no such file, it may not be read, or it is a pipe, device, socket or folder.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as failure:  # ValueError: a NUL in the name
         _refuse(path, what, failure, error)
     kind = os.fstat(descriptor).st_mode

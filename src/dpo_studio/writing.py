@@ -11,6 +11,7 @@ import errno
 import os
 import secrets
 import shutil
+import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -77,9 +78,11 @@ def resolved(path: Path, option: str) -> Path:
     Raises:
         UsageError: no file can have this name, or its links go in a circle.
     """
+    circle = False
     try:
         there = Path(path).resolve()
-        circle = there.is_symlink()
+        with suppress(FileNotFoundError, NotADirectoryError):
+            circle = stat.S_ISLNK(there.lstat().st_mode)
     except RuntimeError:  # what Python 3.11 makes of a circle
         circle = True
     except (OSError, ValueError) as error:
@@ -135,7 +138,7 @@ def check_continued(
         DataError: somebody else's file.
     """
     there = resolved(path, option)
-    if stream_of(path) is not None or (there.exists() and not there.is_file()):
+    if stream_of(path) is not None:
         raise UsageError(f"{option} {path} is not a file")
     _refuse_what_is_read(there, _places(reads), option, path)
     refuse_place(there.parent, f"{option} {path}")
@@ -308,24 +311,18 @@ def append_line(file: Path, line: bytes) -> None:
 
 
 def _check_file(there: Path, option: str, path: Path) -> None:
-    """A name that a file can have, in a folder that can be written; nothing but a regular file is ever replaced."""
-    try:
-        if not there.name or (there.exists() and not there.is_file()):
-            raise UsageError(f"{option} {path} is not a file")
-        if not there.parent.is_dir():
-            raise UsageError(f"{option} {path}: no such folder")
-        there.lstat()
-    except FileNotFoundError:
-        pass
-    except OSError as error:
-        raise UsageError(f"{option} {path} is not the name of a file: {error.strerror}") from None
+    """In a folder that can be written; nothing but a regular file is ever replaced."""
+    if there.exists() and not there.is_file():
+        raise UsageError(f"{option} {path} is not a file")
+    if not there.parent.is_dir():
+        raise UsageError(f"{option} {path}: no such folder")
     if not os.access(there.parent, os.W_OK | os.X_OK):
         raise UsageError(f"{option} {path}: nothing can be written into its folder")
 
 
 def _refuse_what_is_read(there: Path, read: Sequence[Path], option: str, path: Path) -> None:
     for place in read:
-        if place.is_dir() and place in there.parents:
+        if place in there.parents:
             raise UsageError(f"{option} {path} is in {place}, which is read", hint=_BESIDE)
         if _same(there, place):
             raise UsageError(f"{option} {path} is what is read: it would be replaced", hint="choose another name")
@@ -367,7 +364,7 @@ def _scratch(file: Path) -> Iterator[tuple[Path, FileIO]]:
     """A new file beside `file` whose name no other process can have, gone at the end of the block."""
     name = os.fsencode(file.name)[:100].decode("utf-8", "ignore")
     scratch = file.with_name(f".{name}{UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     with FileIO(descriptor, "w") as written:
         try:
             yield scratch, written

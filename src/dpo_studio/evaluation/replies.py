@@ -96,7 +96,7 @@ def _unfolded(body: bytes, encodings: str) -> bytes:
         return body
     if len(named) > 1 or named[0] not in ("gzip", "x-gzip", "deflate"):
         raise ReplyRefusedError(f"a reply compressed as {', '.join(named)[:80]!r}, where gzip or deflate was asked for")
-    zlib_header = body[:1] and body[0] & 0x0F == 8 and len(body) > 1 and (body[0] * 256 + body[1]) % 31 == 0
+    zlib_header = len(body) > 1 and body[0] & 0x0F == 8 and (body[0] * 256 + body[1]) % 31 == 0
     window = 31 if "gzip" in named[0] else 15 if zlib_header else -15  # some send deflate without its header
     reader = zlib.decompressobj(window)
     try:

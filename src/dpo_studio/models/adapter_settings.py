@@ -149,7 +149,7 @@ def base_named_by(raw: Any, revision: Any, name: str) -> str:
     if not raw:
         raise ModelError(f"{name}: its adapter_config.json names no base model")
     bare = raw.removeprefix("bundled:") if isinstance(raw, str) else ""
-    if not isinstance(raw, str) or not _NAME.fullmatch(bare) or ".." in Path(bare).parts:
+    if not _NAME.fullmatch(bare) or ".." in Path(bare).parts:
         raise ModelError(
             f"{name}: the base that its adapter_config.json names leads elsewhere: {_shown(repr(raw))}",
             hint="if you trust it: name the base as model.path and this folder as model.adapter in a recipe",
@@ -158,7 +158,7 @@ def base_named_by(raw: Any, revision: Any, name: str) -> str:
         raise ModelError(
             f"{name}: its adapter_config.json names a revision that is no branch or commit: {_shown(repr(revision))}"
         )
-    return raw
+    return str(raw)
 
 
 def _wrong(name: str, key: str, value: Any, words: str) -> ModelError:

@@ -24,7 +24,7 @@ def check_finite_adapter(folder: Path) -> None:
         with safe_open(file, framework="pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 - safe_open is no dict
                 tensor = tensors.get_tensor(name)
-                if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                if not torch.isfinite(tensor.float()).all():
                     what = "NaN" if tensor.float().isnan().any() else "infinity"
                     raise NonFiniteError(
                         f"{folder} is no result: tensor {name} has {what}",

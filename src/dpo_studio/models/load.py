@@ -231,7 +231,7 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
         refuse_unfit(config, name)
         text = config.get_text_config()
         check_architecture(text, name)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise ModelError(
             f"{name}: config.json has a value of the wrong kind: {_one_line(error)}",
             hint="is it as its author saved it? compare it with the original",

@@ -74,7 +74,7 @@ def check_numbers(config: Mapping[str, Any], shapes: Shapes | None, name: str) -
     """
     layers, counts, sizes = _UNSEEN if shapes is None else _limits(shapes)
     for key, value in _leaves(config):
-        if isinstance(value, bool) or value is None or value == "auto" or _NO_SIZES.search(key):
+        if value is None or value == "auto" or _NO_SIZES.search(key):
             continue
         if not isinstance(value, int):
             if _WHOLE.search(key):

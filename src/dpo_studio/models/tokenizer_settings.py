@@ -92,7 +92,7 @@ def read_tokenizer(folder: Path, name: str) -> Any:
     try:
         return AutoTokenizer.from_pretrained(folder, **files)
     except Exception as error:
-        if raw.get("auto_map") and "custom code" in str(error):
+        if "custom code" in str(error):  # what transformers says of an auto_map
             message = f"{name}: tokenizer_config.json asks to run code from the model's folder (auto_map)"
             raise ModelError(message, hint=NO_CODE) from None
         raise ModelError(
