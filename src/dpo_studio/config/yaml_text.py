@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            peek: Callable[[], yaml.Event] = self.peek_event
+            peek: Callable[[], yaml.AliasEvent] = self.peek_event
             mark = peek().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed: write the value out", mark)
         self.depth += 1
