@@ -183,6 +183,7 @@ _INDEX: list[Draw] = [
     ("weight_map", {"a": "../outside/weights.safetensors"}, r"weight file that is none"),
     ("weight_map", {"a": "pytorch_model.bin"}, r"weight file that is none"),
     ("weight_map", {"a": 1}, r"weight file that is none"),
+    ("weight_map", {"a": "9" * 5000 + ".safetensors"}, r"5,012 characters"),
     ("weight_map", ["a"], r"damaged"),
     ("weight_map", {"a": "not-there.safetensors"}, r"missing|not-there|cannot be loaded"),
 ]

@@ -371,10 +371,15 @@ def _read(case: Path, its: Sequence[Reader], says: str) -> str:
         except _Hung:
             return f"hangs\n{traceback.format_exc()[-1500:]}"
         except BaseException:
-            return traceback.format_exc()[-2500:]
+            return _traceback()
     if says and not any(re.search(says, one) for one in heard):
         return f"is not refused with the words {says!r}, but: {heard}"
     return ""
+
+
+def _traceback() -> str:
+    """The end of it, its lines cut: a message may hold five thousand digits."""
+    return "\n".join(line[:300] for line in traceback.format_exc().splitlines())[-2500:]
 
 
 _MAY_BE_LINKS = ("r.yaml", "pairs.jsonl", "model/model.safetensors", "adapter/adapter_model.safetensors")
@@ -441,7 +446,7 @@ def _verb(ground: Ground, seed: int, number: int, told: Path) -> None:
     except _Hung:
         wrong = f"hangs after {time.monotonic() - started:.0f} s\n{traceback.format_exc()[-1500:]}"
     except BaseException:
-        wrong = traceback.format_exc()[-2500:]
+        wrong = _traceback()
     if "Traceback (most recent call last)" in err.getvalue():
         wrong = f"a traceback: {err.getvalue()[-2500:]}"
     if watch.seen:
@@ -524,7 +529,7 @@ def run_readers(ground: Ground, seed: int, numbers: Sequence[int], stop_at: int)
         )
         its, last = _outcome(told, died)
         found += _said(its, seed)
-        left = left[(batch.index(last) + 1 if last in batch else len(batch)) if died else len(batch) :]
+        left = left[(batch.index(last) + 1 if last in batch else 1) if died else len(batch) :]
     return found
 
 

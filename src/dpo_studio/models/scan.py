@@ -41,6 +41,8 @@ _LARGEST_CONFIG = 20_000_000
 """Bytes. The largest tokenizer_config.json of a known model has one million."""
 _LARGEST_TEMPLATE = 4_000_000
 """Bytes; `tokens.template` allows 256,000 characters, and says so by itself."""
+_LONGEST_NAME = 255
+"""Bytes of a file's name: what a file system takes."""
 TEMPLATES = "additional_chat_templates"
 """The one folder inside a model's that transformers reads from."""
 _CODE_KEYS = ("trust_remote_code", "custom_generate")
@@ -157,7 +159,9 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         raise ModelError(f"{name}: {index.name} is damaged", hint="is the download complete? fetch the model again")
     for file in found.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(f"{name}: {index.name} names a weight file that is none: {file!r}")
+            raise ModelError(f"{name}: {index.name} names a weight file that is none: {file!r:.200}")
+        if len(file.encode()) > _LONGEST_NAME:  # to ask whether it is there would be an error of the system's
+            raise ModelError(f"{name}: {index.name} names a weight file of {len(file):,} characters")
     return {key: folder / file for key, file in found.items()}
 
 
