@@ -13,7 +13,8 @@ import os
 import pickle
 import random
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -44,26 +45,34 @@ Draw = tuple[str, Any, str]
 """(what, a key's value or a whole file, what the refusal must say)."""
 
 
-def attacked(draw: random.Random, name: str, content: bytes, outside: Path) -> Mutation | None:
-    """One of the attacks on a file of this name; None where its list is empty."""
-    if draw.random() < 0.4 and (kinds := _no_files(name, outside)):
-        what, special, says = draw.choice(kinds)
-        return Mutation(what, special=special, says=says)
-    if (make := _WHOLE.get(Path(name).name)) is not None:
-        what, made, says = draw.choice(make(content))
-        return Mutation(what, made() if callable(made) else made, says=says)
-    groups = _SETTINGS.get(Path(name).name)
-    if groups is None:
-        return None
-    if draw.random() < 0.3:
-        text, says = draw.choice(_JSON + (_STRICT if name in _NUMBERS else []))
-        return Mutation(f"JSON {text[:20]}", text.encode(), says=says)
-    if not groups:
-        return None
-    key, value, says = draw.choice(draw.choice(groups))
+def attacked(draw: random.Random, name: str, content: bytes, outside: Path, turn: int) -> Mutation:
+    """One of the attacks on a file of this name, of each kind in turn."""
+    kinds = list(_kinds(name, content, outside))
+    kind = turn % len(kinds)
+    what, made, says = draw.choice(kinds[kind])
+    if kind == len(kinds) - 1:
+        return Mutation(what, special=made, says=says)
+    return Mutation(what, made() if callable(made) else made, says=says)
+
+
+def _kinds(name: str, content: bytes, outside: Path) -> Iterator[list[Draw]]:
+    """Lists of (what, the file's content or what makes it, the words that are owed)."""
+    short = Path(name).name
+    if (whole := _WHOLE.get(short)) is not None:
+        yield whole(content)
+    for group in _SETTINGS.get(short, ()):
+        yield [
+            (f"{key} = {value!r:.60}", partial(_with, content, key, value, outside), says) for key, value, says in group
+        ]
+    if short in _SETTINGS:
+        texts = _JSON + (_STRICT if name in _NUMBERS else [])
+        yield [(f"JSON {text[:20]}", text.encode(), says) for text, says in texts]
+    yield list(_no_files(name, outside))
+
+
+def _with(content: bytes, key: str, value: Any, outside: Path) -> bytes:
     value = value(outside) if callable(value) else value
-    settings = json.loads(content) | {key: value}
-    return Mutation(f"{key} = {value!r:.60}", json.dumps(settings).encode(), says=says)
+    return json.dumps(json.loads(content) | {key: value}).encode()
 
 
 _NUMBERS = {"run/result.json"}

@@ -50,8 +50,6 @@ PATIENCE = 60
 """Seconds of one case that waits, for a pipe say; it is killed a little later where no signal reaches it."""
 MEMORY = 4 * 2**30
 """Bytes of address space beyond what the imports have taken."""
-ATTACKS = 0.3
-"""Share of the mutations that are known attacks; the others are drawn from everything that can be written."""
 BATCH = 500
 """Cases of readers that share a process: what one leaves behind in it, the next meet."""
 
@@ -347,12 +345,13 @@ def _limits() -> Iterator[None]:
 
 
 def _of_number(ground: Ground, seed: int, number: int, files: Sequence[str]) -> tuple[str, Mutation]:
-    """The file that is mutated, each in turn, and how."""
+    """The file that is mutated, each in turn, and how: every other time by an attack, of each kind in turn."""
     draw = random.Random(f"{seed}:{number}")
-    name = files[number % len(files)]
+    name, turn = files[number % len(files)], number // len(files)
     content = (ground.seeds / name).read_bytes()
-    known = attacked(draw, name, content, ground.outside) if draw.random() < ATTACKS else None
-    return name, known or mutated(draw, name, content, ground.outside)
+    if turn % 2:
+        return name, mutated(draw, name, content, ground.outside)
+    return name, attacked(draw, name, content, ground.outside, turn // 2)
 
 
 def _read(case: Path, its: Sequence[Reader], says: str) -> str:
@@ -418,8 +417,8 @@ def _verb(ground: Ground, seed: int, number: int, told: Path) -> None:
     from dpo_studio.cli import main as dpo
 
     table = verbs()
-    file, verb = table[number % len(table)]
-    name, mutation = _of_number(ground, seed, number, [file])
+    _, verb = table[number % len(table)]
+    name, mutation = _of_number(ground, seed, number, [file for file, _ in table])
     case = ground.case()
     if "checkpoints" in name or name == "run/data.json":  # a run that goes on: there is no result yet
         (case / "run" / "result.json").unlink()
