@@ -60,9 +60,14 @@ def _kinds(name: str, content: bytes, outside: Path) -> Iterator[list[Draw]]:
     short = Path(name).name
     if (whole := _WHOLE.get(short)) is not None:
         yield whole(content)
-    for group in _SETTINGS.get(short, ()):
+    for group in _SETTINGS.get(name, _SETTINGS.get(short, ())):
         yield [
-            (f"{key} = {value!r:.60}", partial(_with, content, key, value, outside), says) for key, value, says in group
+            (
+                f"{key} = {'a path outside' if callable(value) else value!r:.60}",
+                partial(_with, content, key, value, outside),
+                says,
+            )
+            for key, value, says in group
         ]
     if short in _SETTINGS:
         texts = _JSON + (_STRICT if name in _NUMBERS else [])
@@ -87,14 +92,14 @@ def _no_files(name: str, outside: Path) -> list[tuple[str, Callable[[Path], None
         ("a pipe", os.mkfifo, _PIPE),
         ("a link to a pipe", lambda file: file.symlink_to(outside / "pipe.json"), f"{_PIPE}|{_LEADS_OUT}"),
         ("a link to /dev/zero", lambda file: file.symlink_to("/dev/zero"), _DEVICE),
-        ("a link to itself", lambda file: file.symlink_to(file.name), r"cannot be read|leads out|not a kind"),
+        ("a link to itself", lambda file: file.symlink_to(file.name), r"cannot be read|leads out|no such"),
     ]
     if not weights and not typed:
         kinds.append(("a link out", lambda file: file.symlink_to(outside / "secret.json"), _LEADS_OUT))
     if not weights and not name.startswith(("pairs.jsonl", *_QUIET)):
         kinds.append(("an endless file", endless, _OVER))
     if name == "r.yaml":
-        kinds += [("nothing", lambda file: None, r"no such file"), ("a folder", Path.mkdir, r"a folder")]
+        kinds += [("nothing", lambda file: None, r"no such"), ("a folder", Path.mkdir, r"a folder")]
     return kinds
 
 
@@ -178,7 +183,7 @@ _ADAPTER: list[list[Draw]] = [
         ("target_modules", [f"m{n}" for n in range(100_000)], r"target modules"),
         ("alpha_pattern", {f"m{n}": 1 for n in range(1000)}, r"entries"),
     ],
-    [
+    [  # read of an adapter alone: a run knows its base
         ("base_model_name_or_path", "../../outside", r"leads elsewhere"),
         ("base_model_name_or_path", "https://somewhere/model", r"leads elsewhere"),
         ("base_model_name_or_path", "~/model", r"leads elsewhere"),
@@ -201,7 +206,8 @@ _SETTINGS: dict[str, list[list[Draw]]] = {
     "generation_config.json": [_redirects(), _CODE],
     "tokenizer_config.json": [_redirects(), _CODE, _TOKENIZER, _TOKEN_IDS],
     "added_tokens.json": [_ADDED],
-    "adapter_config.json": [*_ADAPTER, _redirects(), _CODE],
+    "adapter_config.json": [*_ADAPTER[:2], _redirects(), _CODE],
+    "adapter/adapter_config.json": [*_ADAPTER, _redirects(), _CODE],
     "model.safetensors.index.json": [_INDEX],
     "result.json": [],
 }
