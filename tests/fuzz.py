@@ -577,10 +577,13 @@ def _checks(named: str) -> list[str]:
     if ":" in named:
         return [named]
     tree = ast.parse(inspect.getsource(importlib.import_module(named)))
-    owners = [("", tree), *((f"{one.name}.", one) for one in tree.body if isinstance(one, ast.ClassDef))]
-    functions = (
+    owners: list[tuple[str, ast.Module | ast.ClassDef]] = [
+        ("", tree),
+        *((f"{one.name}.", one) for one in tree.body if isinstance(one, ast.ClassDef)),
+    ]
+    functions = [
         (where + one.name, one) for where, owner in owners for one in owner.body if isinstance(one, ast.FunctionDef)
-    )  # type: ignore[attr-defined]
+    ]
     return [f"{named}:{name}" for name, one in functions if _raises(one)]
 
 
