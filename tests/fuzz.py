@@ -1,28 +1,33 @@
 """Files of strangers, mutated: every reader answers with a value or an error of ours, and touches nothing else.
 
-    python -m tests.fuzz [--readers 20000] [--verbs 600] [--seed N] [--only NUMBER] [--without MODULE:FUNCTION]
+    python -m tests.fuzz [--readers 20000] [--verbs 600] [--seed N] [--only NUMBER] [--without MODULE[:FUNCTION]]
 
 Each number is a mutation: of one file of a small model or a run, by a generator that the seed and the number decide.
 It is read by our readers in a process that is forked every 500 numbers from one that has imported everything; or a
 whole verb runs on it in a fork of its own. What counts as found: an exception that is none of ours (or a traceback), 20
-seconds, 4 GB, a process that dies, and whatever is opened, changed, connected to or started outside the case's folder,
-as Python's audit events tell. What a library's own Rust code opens makes no such event; for that there are pipes
-outside, on which it hangs.
+seconds, 4 GB, a process that dies, a known attack that is not refused by name, and whatever is opened, changed,
+connected to or started outside the case's folder, as Python's audit events tell. What a library's own Rust code opens
+makes no such event; for that there are pipes outside, on which it hangs.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
+import gzip
 import importlib
+import inspect
 import json
 import os
 import pkgutil
 import random
+import re
 import resource
 import shutil
 import signal
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -30,10 +35,11 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppres
 from dataclasses import dataclass, field
 from io import StringIO
 from pathlib import Path
-from types import FrameType
+from types import CodeType, FrameType, FunctionType
 from typing import Any
 
 import dpo_studio
+from tests.attacks import attacked
 from tests.mutations import Mutation, mutated
 
 __all__ = ["Found", "Ground", "main"]
@@ -70,7 +76,7 @@ class Ground:
 
     @property
     def seeds(self) -> Path:
-        """As they were made: `model`, `sharded`, `run`, `r.yaml`, `pairs.jsonl`."""
+        """As they were made: `model`, `sharded`, `run`, `adapter`, `r.yaml`, `pairs.jsonl` and the same as a .gz."""
         return self.place / "seeds"
 
     def case(self) -> Path:
@@ -90,6 +96,9 @@ class Ground:
         recipe = write_recipe(self.seeds / "r.yaml", model)
         said = dpo("train", recipe)
         assert said.code == 0, said.err
+        (model / "added_tokens.json").write_text("{}")
+        shutil.copytree(self.seeds / "run" / "adapter", self.seeds / "adapter")
+        (self.seeds / "pairs.jsonl.gz").write_bytes(gzip.compress((self.seeds / "pairs.jsonl").read_bytes()))
         self._move_paths()
         sharded = self.seeds / "sharded"
         shutil.copytree(model, sharded)
@@ -102,8 +111,9 @@ class Ground:
             os.mkfifo(self.outside / name)
 
     def _move_paths(self) -> None:
-        """Recipes name the case's own copy, not the seeds."""
-        for file in (self.seeds / "r.yaml", *(self.seeds / "run").glob("recipe*.yaml")):
+        """Recipes and adapters name the case's own copy, not the seeds."""
+        configs = (self.seeds / folder / "adapter_config.json" for folder in ("adapter", "run/adapter"))
+        for file in (self.seeds / "r.yaml", *(self.seeds / "run").glob("recipe*.yaml"), *configs):
             file.write_text(file.read_text().replace(str(self.seeds), str(self.place / "case")))
 
 
@@ -136,7 +146,22 @@ def _model(name: str) -> list[Reader]:
         load.load_encoder(folder, section)
         return load._is_whole(folder) and load.weights_fingerprint(folder)
 
-    return [look]
+    def load_it(case: Path) -> object:
+        load.load_chat_model(ModelSection(path=str(case / name), dtype="float32"))
+        return None
+
+    return [look, load_it]
+
+
+def _pairs(name: str) -> list[Reader]:
+    from dpo_studio.config import SourceSection
+    from dpo_studio.preferences.sources import read_pairs
+
+    def read(case: Path) -> object:
+        source = read_pairs(SourceSection(source=str(case / name)))
+        return "\n".join(refusal.reason for refusal in source.refused)
+
+    return [read]
 
 
 def _run_readers() -> dict[str, list[Reader]]:
@@ -177,17 +202,26 @@ def readers() -> dict[str, list[Reader]]:
     from dpo_studio.config import load_recipe
     from dpo_studio.models.adapters import read_adapter_config
     from dpo_studio.models.scan import scan_folder
+    from dpo_studio.workflows.loading import load_any
 
     adapter: list[Reader] = [
         lambda case: scan_folder(case / "run" / "adapter", "adapter"),
         lambda case: read_adapter_config(case / "run" / "adapter"),
     ]
+    alone: list[Reader] = [lambda case: load_any(str(case / "adapter"), dtype="float32") and None]
     return {
         "model/config.json": _model("model"),
-        "model/generation_config.json": _model("model"),
-        "model/tokenizer_config.json": _model("model"),
+        "model/generation_config.json": _model("model")[:1],
+        "model/tokenizer_config.json": _model("model")[:1],
+        "model/added_tokens.json": _model("model")[:1],
+        "model/chat_template.jinja": _model("model")[:1],
+        "model/model.safetensors": _model("model"),
         "sharded/model.safetensors.index.json": _model("sharded"),
         "run/adapter/adapter_config.json": adapter,
+        "adapter/adapter_config.json": alone,
+        "adapter/adapter_model.safetensors": alone,
+        "pairs.jsonl": _pairs("pairs.jsonl"),
+        "pairs.jsonl.gz": _pairs("pairs.jsonl.gz"),
         "r.yaml": [lambda case: load_recipe(case / "r.yaml")],
         **_run_readers(),
     }
@@ -311,32 +345,48 @@ def _limits() -> Iterator[None]:
 
 
 def _of_number(ground: Ground, seed: int, number: int, files: Sequence[str]) -> tuple[str, Mutation]:
-    """The file that is mutated, each in turn, and how."""
+    """The file that is mutated, each in turn, and how: every other time by an attack, of each kind in turn."""
     draw = random.Random(f"{seed}:{number}")
-    name = files[number % len(files)]
-    return name, mutated(draw, name, (ground.seeds / name).read_bytes(), ground.outside)
+    name, turn = files[number % len(files)], number // len(files)
+    content = (ground.seeds / name).read_bytes()
+    if turn % 2:
+        return name, mutated(draw, name, content, ground.outside)
+    return name, attacked(draw, name, content, ground.outside, turn // 2)
 
 
-def _read(case: Path, its: Sequence[Reader]) -> str:
-    """What is wrong with how the readers take it; empty if nothing is."""
+def _read(case: Path, its: Sequence[Reader], says: str) -> str:
+    """What is wrong with how the readers take it; empty if nothing is. One of them owes the words of `says`."""
     from dpo_studio.errors import DPOStudioError
 
+    heard = []
     for read in its:
         try:
             with _limits(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
-                read(case)
+                heard.append(str(read(case) or ""))
         except DPOStudioError as error:
             if "Traceback" in str(error):
                 return f"a traceback in a message: {error}"
+            heard.append(str(error))
         except _Hung:
             return f"hangs\n{traceback.format_exc()[-1500:]}"
         except BaseException:
-            return traceback.format_exc()[-2500:]
+            return _traceback()
+    if says and not any(re.search(says, one) for one in heard):
+        return f"is not refused with the words {says!r}, but: {heard}"
     return ""
 
 
-def _readers_batch(ground: Ground, seed: int, numbers: Sequence[int], told: Path) -> None:
-    """In a process of its own: read each case, tell of it in a line."""
+def _traceback() -> str:
+    """The end of it, its lines cut: a message may hold five thousand digits."""
+    return "\n".join(line[:300] for line in traceback.format_exc().splitlines())[-2500:]
+
+
+_MAY_BE_LINKS = ("r.yaml", "pairs.jsonl", "model/model.safetensors", "adapter/adapter_model.safetensors")
+"""What its user names may be a link to anywhere, and weights one to another disk: only numbers are read from them."""
+
+
+def _readers_batch(ground: Ground, seed: int, numbers: Sequence[int], told: Path, stop_at: int) -> None:
+    """In a process of its own: read each case, tell of it in a line; what is found may end it."""
     table = readers()
     watch = Watch(ground)
     sys.addaudithook(watch.hook)
@@ -347,14 +397,17 @@ def _readers_batch(ground: Ground, seed: int, numbers: Sequence[int], told: Path
         _tell(told, number, f"{name}: {mutation.what}", None)
         mutation.put(case / name)
         watch.on = True
-        wrong = _read(case, table[name])
-        if name == "r.yaml" and mutation.what.startswith("a link"):  # what its user names may be a link to anywhere
+        wrong = _read(case, table[name], mutation.says)
+        if name.startswith(_MAY_BE_LINKS) and mutation.what.startswith("a link"):
             watch.seen.clear()
         watch.on = False
         outside, watch.seen[:] = list(watch.seen), []
         if outside:
             wrong = f"touches what is outside: {outside[:3]}\n{wrong}"
         _tell(told, number, f"{name}: {mutation.what}", wrong)
+        stop_at -= bool(wrong)
+        if not stop_at:
+            return
         if mutation.put_back(case / name, ground.seeds / name):
             case = ground.case()
 
@@ -364,8 +417,8 @@ def _verb(ground: Ground, seed: int, number: int, told: Path) -> None:
     from dpo_studio.cli import main as dpo
 
     table = verbs()
-    file, verb = table[number % len(table)]
-    name, mutation = _of_number(ground, seed, number, [file])
+    _, verb = table[number % len(table)]
+    name, mutation = _of_number(ground, seed, number, [file for file, _ in table])
     case = ground.case()
     if "checkpoints" in name or name == "run/data.json":  # a run that goes on: there is no result yet
         (case / "run" / "result.json").unlink()
@@ -392,7 +445,7 @@ def _verb(ground: Ground, seed: int, number: int, told: Path) -> None:
     except _Hung:
         wrong = f"hangs after {time.monotonic() - started:.0f} s\n{traceback.format_exc()[-1500:]}"
     except BaseException:
-        wrong = traceback.format_exc()[-2500:]
+        wrong = _traceback()
     if "Traceback (most recent call last)" in err.getvalue():
         wrong = f"a traceback: {err.getvalue()[-2500:]}"
     if watch.seen:
@@ -467,10 +520,15 @@ def run_readers(ground: Ground, seed: int, numbers: Sequence[int], stop_at: int)
     told, left = ground.place / "told", list(numbers)
     while left and len(found) < stop_at:
         batch = left[:BATCH]
-        died = _forked(lambda batch=batch: _readers_batch(ground, seed, batch, told), told, 1.5 * PATIENCE)  # type: ignore[misc]
+        more = stop_at - len(found)
+        died = _forked(
+            lambda batch=batch, more=more: _readers_batch(ground, seed, batch, told, more),  # type: ignore[misc]
+            told,
+            1.5 * PATIENCE,
+        )
         its, last = _outcome(told, died)
         found += _said(its, seed)
-        left = left[(batch.index(last) + 1 if last in batch else len(batch)) if died else len(batch) :]
+        left = left[(batch.index(last) + 1 if last in batch else 1) if died else len(batch) :]
     return found
 
 
@@ -514,28 +572,75 @@ def _prepare(place: Path) -> Ground:
     return ground
 
 
+def _checks(named: str) -> list[str]:
+    """MODULE:FUNCTION of one check; of a module alone, each of its functions that raises something."""
+    if ":" in named:
+        return [named]
+    tree = ast.parse(inspect.getsource(importlib.import_module(named)))
+    owners: list[tuple[str, ast.Module | ast.ClassDef]] = [
+        ("", tree),
+        *((f"{one.name}.", one) for one in tree.body if isinstance(one, ast.ClassDef)),
+    ]
+    functions = [
+        (where + one.name, one) for where, owner in owners for one in owner.body if isinstance(one, ast.FunctionDef)
+    ]
+    return [f"{named}:{name}" for name, one in functions if _raises(one)]
+
+
+def _raises(tree: ast.AST) -> bool:
+    return any(isinstance(one, ast.Raise) for one in ast.walk(tree))
+
+
+class _Silent(ast.NodeTransformer):
+    """What a check raises is passed over, and it goes on."""
+
+    def visit_Raise(self, node: ast.Raise) -> ast.AST:
+        return ast.Pass()
+
+
+def _nothing(*given: Any, **more: Any) -> None:
+    """In the place of a check that raises nothing itself."""
+
+
+def _without_raising(check: FunctionType) -> CodeType:
+    tree = ast.parse(textwrap.dedent(inspect.getsource(check)))
+    if not _raises(tree):
+        return _nothing.__code__
+    function = _Silent().visit(tree).body[0]
+    function.decorator_list = []
+    made: dict[str, Any] = {}
+    silent = compile(ast.fix_missing_locations(tree), check.__code__.co_filename, "exec")
+    exec(silent, check.__globals__, made)  # noqa: S102 - our own source, less what it raises
+    code: CodeType = made[function.name].__code__
+    return code
+
+
 @contextmanager
 def _without(named: str) -> Iterator[None]:
-    """Nothing in the place of a check."""
+    """A check taken out, for whoever has imported it: its code is replaced by the same that raises nothing."""
     module, _, path = named.partition(":")
-    *owners, name = path.split(".")
-    there: Any = importlib.import_module(module)
-    for owner in owners:
-        there = getattr(there, owner)
-    check = getattr(there, name)
-    setattr(there, name, lambda *given, **more: None)
+    check: Any = importlib.import_module(module)
+    for name in path.split("."):
+        check = getattr(check, name)
+    check = inspect.unwrap(check)
+    kept = check.__code__, check.__defaults__, check.__kwdefaults__
+    code = _without_raising(check)
+    if code is _nothing.__code__:
+        check.__defaults__ = check.__kwdefaults__ = None
+    check.__code__ = code
     try:
         yield
     finally:
-        setattr(there, name, check)
+        check.__code__, check.__defaults__, check.__kwdefaults__ = kept
 
 
 def _notices(ground: Ground, named: str, seed: int, numbers: Sequence[int]) -> bool:
     """Whether the same mutations tell that a check is gone."""
-    with _without(named):
-        noticed = bool(run_readers(ground, seed, numbers, stop_at=1))
-    print(f"without {named}: {'found' if noticed else 'NOT FOUND'}", flush=True)
-    return noticed
+    with _without(named), redirect_stdout(StringIO()):
+        noticed = run_readers(ground, seed, numbers, stop_at=1)
+    about = f"found by {noticed[0].number}, {noticed[0].case:.90}" if noticed else "NOT FOUND"
+    print(f"without {named}: {about}", flush=True)
+    return bool(noticed)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -545,7 +650,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--verbs", type=int, default=600)
     parser.add_argument("--seed", type=int, default=None, help="default: another one every day, printed")
     parser.add_argument("--only", type=int, default=None, help="one number again")
-    parser.add_argument("--without", action="append", default=[], help="then again without this check")
+    parser.add_argument("--without", action="append", default=[], help="then again without it")
     parser.add_argument("--stop-at", type=int, default=50, help="so many findings end it")
     asked = parser.parse_args(arguments)
     seed = asked.seed if asked.seed is not None else int(time.time() // 86_400)
@@ -557,7 +662,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         found = run_readers(ground, seed, one or range(asked.readers), asked.stop_at) if asked.readers else []
         if asked.verbs:
             found += run_verbs(ground, seed, one or range(asked.verbs), asked.stop_at)
-        noticed = [_notices(ground, named, seed, range(asked.readers)) for named in asked.without]
+        noticed = [
+            _notices(ground, named, seed, range(asked.readers)) for given in asked.without for named in _checks(given)
+        ]
     print(f"{len(found)} found in {time.monotonic() - started:.0f} s (seed {seed})")
     return 1 if found else 0 if all(noticed) else 2
 

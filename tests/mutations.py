@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from typing import Any
 
 import yaml
 
-__all__ = ["Mutation", "mutated"]
+__all__ = ["Mutation", "endless", "mutated"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Mutation:
     content: bytes | None = None
     special: Callable[[Path], None] | None = None
     """Makes something that is no regular file."""
+    says: str = ""
+    """An expression for what its refusal must name; empty where none is promised."""
 
     def put(self, file: Path) -> None:
         """In the place of a file."""
@@ -239,6 +242,8 @@ def mutated(draw: random.Random, name: str, content: bytes, outside: Path) -> Mu
         return _no_file(draw, outside)
     if kind < 0.22:
         return _broken(draw, content)
+    if name.endswith((".safetensors", ".gz", ".jinja")):
+        return _broken(draw, content)
     if name.endswith(".yaml"):
         return _yaml(draw, content, outside)
     if name.endswith(".jsonl"):
@@ -247,7 +252,17 @@ def mutated(draw: random.Random, name: str, content: bytes, outside: Path) -> Mu
     what = "; ".join(_change(draw, value, outside) for _ in range(draw.choice([1, 1, 1, 2, 4])))
     if draw.random() < 0.03:
         value, what = _value(draw, outside), "another value altogether"
-    return Mutation(what, json.dumps(value).encode())
+    return Mutation(what, _json(value))
+
+
+def _json(value: Any) -> bytes:
+    """Two mutations may put something deep into something deep: deeper than Python writes unasked."""
+    allowed = sys.getrecursionlimit()
+    sys.setrecursionlimit(20_000)
+    try:
+        return json.dumps(value).encode()
+    finally:
+        sys.setrecursionlimit(allowed)
 
 
 def _no_file(draw: random.Random, outside: Path) -> Mutation:
@@ -259,13 +274,14 @@ def _no_file(draw: random.Random, outside: Path) -> Mutation:
         ("a link to /dev/zero", lambda file: file.symlink_to("/dev/zero")),
         ("a link to itself", lambda file: file.symlink_to(file.name)),
         ("nothing", lambda file: None),
-        ("an endless file", _sparse),
+        ("an endless file", endless),
     ]
     what, special = draw.choice(kinds)
     return Mutation(what, special=special)
 
 
-def _sparse(file: Path) -> None:
+def endless(file: Path) -> None:
+    """A terabyte of nothing, which takes no room on a disk."""
     with file.open("wb") as made:
         made.truncate(2**40)
 
@@ -279,7 +295,7 @@ def _broken(draw: random.Random, content: bytes) -> Mutation:
             noise = draw.choice(_NOISE)
             return Mutation(f"{noise[:12]!r} at {at}", content[:at] + noise + content[at:])
         case 2:
-            return Mutation("UTF-16", content.decode().encode("utf-16"))
+            return Mutation("UTF-16", content.decode("utf-8", "replace").encode("utf-16"))
         case 3:
             damaged = bytearray(content)
             for _ in range(draw.randint(1, 8)):
@@ -302,7 +318,7 @@ def _yaml(draw: random.Random, content: bytes, outside: Path) -> Mutation:
             what, yaml.safe_dump(value, sort_keys=False, allow_unicode=True).encode("utf-8", "surrogatepass")
         )
     except (yaml.YAMLError, RecursionError, ValueError):
-        return Mutation(what, json.dumps(value).encode())
+        return Mutation(what, _json(value))
 
 
 def _lines(draw: random.Random, content: bytes, outside: Path) -> Mutation:
@@ -312,7 +328,7 @@ def _lines(draw: random.Random, content: bytes, outside: Path) -> Mutation:
     what = _change(draw, value, outside) if isinstance(value, dict) and value else "no object"
     if draw.random() < 0.1:
         value, what = _value(draw, outside), "another value altogether"
-    lines[at] = json.dumps(value).encode()
+    lines[at] = _json(value)
     if draw.random() < 0.1:
         lines.insert(at, lines[at])
     return Mutation(f"line {at}: {what}", b"\n".join(lines) + b"\n" * draw.randint(0, 1))

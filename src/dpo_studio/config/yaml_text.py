@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Hashable
+from typing import Protocol
 
 import yaml
 
@@ -19,6 +20,12 @@ _TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float"
 """Plain data. All other tags make objects, merge mappings, or are ways to write a date."""
 
 
+class _Event(Protocol):
+    """What PyYAML's parser comes across; its own stubs leave it untyped."""
+
+    start_mark: yaml.error.Mark
+
+
 class _Loader(yaml.SafeLoader):
     """YAML as people mean it, where YAML 1.1 surprises them or a file could do harm.
 
@@ -30,7 +37,7 @@ class _Loader(yaml.SafeLoader):
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
-            peek: Callable[[], yaml.AliasEvent] = self.peek_event
+            peek: Callable[[], _Event] = self.peek_event
             mark = peek().start_mark
             raise yaml.composer.ComposerError(None, None, "aliases (*name) are not allowed: write the value out", mark)
         self.depth += 1

@@ -133,12 +133,12 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         inside = (folder / "adapter" / "adapter_config.json").is_file()
         hint = f"{folder / 'adapter'} does" if inside else "an adapter folder has adapter_config.json in it"
         raise ModelError(f"{folder} holds no adapter", hint=hint)
+    scan_folder(folder, str(folder))
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
             f"{folder}: no adapter_model.safetensors",
             hint="pickle files (adapter_model.bin) are never loaded; save the adapter again as safetensors",
         )
-    scan_folder(folder, str(folder))
     raw = read_json(folder / "adapter_config.json")
     refuse_strange_lora(raw, LoraConfig().to_dict(), str(folder))
     settings = lora_settings(raw, _ranks(folder), str(folder))

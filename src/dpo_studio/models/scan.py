@@ -41,6 +41,12 @@ _LARGEST_CONFIG = 20_000_000
 """Bytes. The largest tokenizer_config.json of a known model has one million."""
 _LARGEST_TEMPLATE = 4_000_000
 """Bytes; `tokens.template` allows 256,000 characters, and says so by itself."""
+_LONGEST_NAME = 255
+"""Bytes of a file's name: what a file system takes."""
+_LARGEST_TOKENIZER = 400_000_000
+"""Bytes; Gemma 3's tokenizer.json has 33 million."""
+_TOKENIZER = re.compile(r"(added_tokens|vocab|merges|tokenizer|special_tokens).*\.(json|txt)$|.*\.(model|tiktoken)$")
+"""Files that a tokenizer is made of."""
 TEMPLATES = "additional_chat_templates"
 """The one folder inside a model's that transformers reads from."""
 _CODE_KEYS = ("trust_remote_code", "custom_generate")
@@ -101,13 +107,19 @@ def where_files_may_be(folder: Path) -> tuple[Path, ...]:
 def _check_file(file: Path, inside: tuple[Path, ...], name: str) -> None:
     """Weights alone may be links to another disk: only numbers are read from them, and no export copies them."""
     try:
-        kind = file.stat().st_mode
+        status = file.stat()
     except FileNotFoundError:  # a link to nothing: missing, like any other file
         return
     except OSError as error:
         raise ModelError(f"{name}: {file.name} cannot be read: {error.strerror}") from None
+    kind = status.st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
         raise ModelError(f"{name}: {file.name} is no file", hint="a device or a pipe in a model folder is no accident")
+    limit = (
+        _LARGEST_TEMPLATE if file.suffix == ".jinja" else _LARGEST_TOKENIZER if _TOKENIZER.match(file.name) else None
+    )
+    if limit is not None and status.st_size > limit:  # libraries read it whole
+        raise ModelError(f"{name}: {file.name} is over {limit:,} bytes", hint="is this the file that was meant?")
     if file.suffix != ".safetensors":
         target = file.resolve()
         if not any(target.is_relative_to(place) for place in inside):
@@ -157,7 +169,9 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         raise ModelError(f"{name}: {index.name} is damaged", hint="is the download complete? fetch the model again")
     for file in found.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(f"{name}: {index.name} names a weight file that is none: {file!r}")
+            raise ModelError(f"{name}: {index.name} names a weight file that is none: {file!r:.200}")
+        if len(file.encode()) > _LONGEST_NAME:  # to ask whether it is there would be an error of the system's
+            raise ModelError(f"{name}: {index.name} names a weight file of {len(file):,} characters")
     return {key: folder / file for key, file in found.items()}
 
 
