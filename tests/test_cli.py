@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from dpo_studio.cli.app import set_environment
 
 import dpo_studio
-from dpo_studio.cli import set_environment
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.workflows.training import run as training_run
 from tests.tiny_models import tiny_folder

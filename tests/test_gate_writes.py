@@ -13,18 +13,11 @@ from typing import Any
 import pytest
 
 from dpo_studio import writing
+from dpo_studio.disk import append_line, write_atomically
 from dpo_studio.errors import DataError, DPOStudioError, RunError, UsageError
 from dpo_studio.evaluation.llm_judge import check_replies
 from dpo_studio.paths import user_path
-from dpo_studio.writing import (
-    appearing,
-    append_line,
-    check_outputs,
-    check_run_place,
-    stream_of,
-    write_atomically,
-    write_output,
-)
+from dpo_studio.writing import appearing, check_outputs, check_run_place, stream_of, write_output
 from tests.stub_server import better_says_good, stub_server
 from tests.tiny_runs import dpo, tiny_rows, write_rows
 

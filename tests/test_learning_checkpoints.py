@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from dpo_studio.console.progress import Progress
 from safetensors.torch import load_file
 
 from dpo_studio.config import load_recipe
@@ -24,7 +25,6 @@ from dpo_studio.errors import Interrupted
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore
 from dpo_studio.learning.held_out import evaluate
 from dpo_studio.learning.state import TrainingState
-from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.training import held_out, run_training, session
 from dpo_studio.workflows.training.run_log import RunLog
 from tests.conftest import write_pairs

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from dpo_studio.console.progress import Progress
 
 from dpo_studio.config import load_recipe
 from dpo_studio.learning import reference
@@ -25,7 +26,6 @@ from dpo_studio.learning.reference_cache import ReferenceCache
 from dpo_studio.models.adapters import as_reference
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import PairLogps
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import micro_batches
 from dpo_studio.workflows import preparing

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from dpo_studio.runs.folder import RunFolder
 from safetensors.torch import load_file, save_file
 
 from dpo_studio.learning import checkpoints, train
@@ -24,7 +25,6 @@ from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.models import adapters
 from dpo_studio.policy.policy import Policy
-from dpo_studio.runs import RunFolder
 from tests.test_lock import another_holds
 from tests.tiny_runs import Said, dpo, write_recipe
 

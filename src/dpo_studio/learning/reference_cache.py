@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpo_studio.cache import held, limit_bytes, trim
+from dpo_studio.disk import make_folder
 from dpo_studio.learning.batched import COLUMNS
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.writing import make_folder
 
 __all__ = ["ReferenceCache"]
 

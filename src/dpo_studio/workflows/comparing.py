@@ -10,9 +10,10 @@ from pathlib import Path
 from torch import nn
 
 from dpo_studio.config import ModelSection, Recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.merge import Delta, adapter_deltas
-from dpo_studio.export.verify import Comparison, compare
+from dpo_studio.export.verify import ExportCheck, compare
 from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, tokens_without_gradient
@@ -22,7 +23,6 @@ from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
 from dpo_studio.workflows.loading import Loaded
@@ -90,7 +90,7 @@ def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress, *, today: dat
 
 def look_again(
     known: RunModel, recipe: Recipe, folder: Path, progress: Progress, *, today: datetime.date | None = None
-) -> tuple[Comparison, list[Completion]]:
+) -> tuple[ExportCheck, list[Completion]]:
     """The exported folder, loaded as anyone would load it, asked what the run's own model was asked."""
     back = load_chat_model(
         ModelSection(path=str(folder), dtype=recipe.model.dtype, attention=recipe.model.attention),

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dpo_studio.console.progress import Progress
 from dpo_studio.frozen.linear import weight_count
 from dpo_studio.models.attention import FLEX, can_compile
 from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.models.load import ChatModel
 from dpo_studio.policy.policy import Policy
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.pack import Steps, packed_tokens
 
 __all__ = ["accelerated"]

@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_studio.config import RecipeFile, load_recipe
+from dpo_studio.console.progress import Progress
+from dpo_studio.disk import make_folder, write_atomically
 from dpo_studio.evaluation.everyday import EverydayRule
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message, Pair
-from dpo_studio.reports.facts import ALL_ANSWERS
-from dpo_studio.reports.health import lengthening
 from dpo_studio.reports.html import write_report
-from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.side_by_side import render_answers
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.facts import ALL_ANSWERS
+from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.health import lengthening
 from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
 from dpo_studio.workflows.training import run_training
-from dpo_studio.writing import make_folder, write_atomically
 
 __all__ = ["SHOWCASE", "demo_recipe", "run_demo"]
 
@@ -64,7 +64,7 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
             shown.warn(finding.words())
             result["health"] = [*result.get("health", ()), finding.to_plain()]
         result["seconds"] = round(time.perf_counter() - started, 1)
-        trained.folder.write_json("result.json", result)
+        trained.folder.write_json(RunFolder.RESULT, result)
         write_report(trained.folder.path)
         return result
 
@@ -128,6 +128,6 @@ def _about(side: str, answered: Sequence[Completion]) -> dict[str, Any]:
 def _write_answers(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
     make_folder(folder.evaluation)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(folder.evaluation / "answers.jsonl", text)
+    write_atomically(folder.evaluation / RunFolder.ANSWERS, text)
     whole = render_answers(folder.path.resolve().name, lines, _SAMPLING.max_new_tokens)
     write_atomically(folder.evaluation / ALL_ANSWERS, whole)

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import numpy as np
 
 from dpo_studio.config import Recipe, SourceLike, as_source
+from dpo_studio.console.progress import Progress
+from dpo_studio.disk import make_folder, write_atomically
 from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite_pairs
 from dpo_studio.evaluation.calibration import calibration
@@ -29,10 +31,9 @@ from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report
-from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.side_by_side import render_comparisons
 from dpo_studio.reports.winrates import MOST_RUNS, figure_files, save_winrate_figure, winrate_markdown
-from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
@@ -41,7 +42,7 @@ from dpo_studio.workflows.kept import recipe_of
 from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
-from dpo_studio.writing import check_outputs, make_folder, write_atomically
+from dpo_studio.writing import check_outputs
 
 __all__ = ["REFERENCE", "Evaluation", "check_figure", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
 
@@ -384,7 +385,7 @@ def _leave(folder: RunFolder, rates: dict[str, Any], rows: Sequence[dict[str, An
     there = folder.evaluation
     make_folder(there)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(there / "comparisons.jsonl", lines)
+    write_atomically(there / RunFolder.COMPARISONS, lines)
     write_atomically(there / "winrate.md", winrate_markdown(name, rates))
     save_winrate_figure([(name, rates)], there / "winrate", overwrite=True)
     svg = (there / "winrate.svg").read_text(encoding="utf-8")
@@ -394,5 +395,5 @@ def _leave(folder: RunFolder, rates: dict[str, Any], rows: Sequence[dict[str, An
     for earlier in there.glob("answers-*.html"):  # of an evaluation with more temperatures
         if earlier.name not in pages:
             earlier.unlink()
-    write_atomically(there / "winrate.json", json.dumps(rates, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(there / RunFolder.WIN_RATES, json.dumps(rates, indent=2, ensure_ascii=False) + "\n")
     write_report(folder.path)

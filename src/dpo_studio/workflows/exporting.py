@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_studio.config import ModelSection, Recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.disk import check_space
 from dpo_studio.errors import RunError
 from dpo_studio.evaluation.judges import Completion
@@ -26,7 +27,7 @@ from dpo_studio.export.requantise import (
     quantise,
     settled,
 )
-from dpo_studio.export.verify import BARS, Comparison
+from dpo_studio.export.verify import BARS, ExportCheck
 from dpo_studio.export.whole import Making, check_new, making
 from dpo_studio.frozen.gptq_files import read_quantization
 from dpo_studio.models.adapters import read_adapter_config
@@ -36,8 +37,7 @@ from dpo_studio.models.load import load_chat_model, locate
 from dpo_studio.models.scan import read_json, template_text
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
-from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.cards import adapter_card, tuned_card
 from dpo_studio.workflows.comparing import RunModel, ask_the_run, look_again, stop_rate
@@ -214,7 +214,7 @@ class _Export:
             quantise(merged, place.result, rows, settings, place.work, name=str(self.run.path), progress=advance)
 
     def _result(
-        self, known: RunModel, comparison: Comparison, told: Sequence[Completion], misses: Sequence[str]
+        self, known: RunModel, comparison: ExportCheck, told: Sequence[Completion], misses: Sequence[str]
     ) -> dict[str, Any]:
         quantised = vars(self.settings) if self.to == "gptq" else {}
         packages = ("torch", "transformers", *(("gptqmodel",) if self.to == "gptq" else ()))

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from dpo_studio.config import BUNDLED, ModelSection, Recipe, cache_folder
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.memory import MemoryLimit, plan_limit
@@ -32,7 +33,6 @@ from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
 from dpo_studio.preferences.split import Split, split_pairs
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
 from dpo_studio.tokens.pack import Steps

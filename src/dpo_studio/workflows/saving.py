@@ -11,13 +11,13 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_studio.config import MINUTES, ReferenceSection
-from dpo_studio.disk import check_space, sync_folder
+from dpo_studio.disk import check_space, scratch_folder, sweep, sync_folder
 from dpo_studio.errors import RunError
-from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint, sweep
+from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint
 from dpo_studio.learning.state import TrainingState
-from dpo_studio.lock import Held
 from dpo_studio.policy.policy import Policy
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.lock import Held
 
 __all__ = ["Saver", "find_checkpoint"]
 
@@ -75,7 +75,7 @@ class Saver:
             RunError: it cannot be written.
         """
         try:
-            with self.run.scratch("trial") as scratch:
+            with scratch_folder(self.run.adapter) as scratch:
                 policy.prove_trial(scratch, base=self.base)
         except (OSError, SafetensorError) as error:
             raise _unwritable("the adapter", self.run.path, error) from None
@@ -109,7 +109,7 @@ def find_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Path | None:
     if ahead > 60:
         warn(f"{checkpoint} was written {ahead:,.0f} s in the future: was the clock set back? Nothing here hangs on it")
     step = int(checkpoint.name.removeprefix("step-"))
-    steps = [line["step"] for line in run.lines("metrics.jsonl") if 0 < line["step"] <= step]
+    steps = [line["step"] for line in run.lines(RunFolder.METRICS) if 0 < line["step"] <= step]
     if steps != list(range(1, step + 1)):
         warn(f"metrics.jsonl lacks the lines of {step - len(set(steps))} steps before {checkpoint.name}: they are lost")
     return checkpoint

@@ -6,11 +6,11 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
+from dpo_studio.console.progress import Progress
 from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
 from dpo_studio.learning.held_out import evaluate, held_out_metrics
 from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
-from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.preparing import RunData
 
 __all__ = ["HeldOut"]

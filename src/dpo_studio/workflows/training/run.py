@@ -11,19 +11,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from dpo_studio.config import RecipeFile, RecipeLike, load_recipe
+from dpo_studio.console.progress import Progress
+from dpo_studio.disk import sweep
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
 from dpo_studio.learning.state import TrainingState
-from dpo_studio.lock import Held, held
 from dpo_studio.models.bundled import published_name
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.ranks import Ranks
-from dpo_studio.reports.facts import read_run
 from dpo_studio.reports.html import write_report
-from dpo_studio.reports.progress import Progress
-from dpo_studio.reports.verdict import pass_verdict
-from dpo_studio.runs import RunFolder
+from dpo_studio.reports.verdict import headline_of
+from dpo_studio.runs.facts import read_run
+from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.lock import Held, held
 from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.compiling import accelerated
 from dpo_studio.workflows.forecasting import forecast
@@ -78,7 +79,7 @@ def train_recipe(
 
 def _closing(trained: TrainedRun) -> list[str]:
     """What a finished training ends with: how many pairs, the report's own verdict, and what to type next."""
-    verdict, name = pass_verdict(read_run(trained.folder.path)), shlex.quote(str(trained.folder.path))
+    verdict, name = headline_of(read_run(trained.folder.path)), shlex.quote(str(trained.folder.path))
     pairs, held_out = (trained.result.get(key, 0) for key in ("pairs", "held_out_pairs"))
     return [
         f"{pairs:,} pairs learned from, {held_out:,} held out",
@@ -140,8 +141,8 @@ def run_training(
     recipe = run.settle(loaded.recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
-        if not (run.path / "report.html").exists():  # it is the last thing that is written
-            run.sweep()
+        if not (run.path / RunFolder.REPORT).exists():  # it is the last thing that is written
+            sweep(run.path)
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done)
     check_tracker(recipe)
@@ -196,6 +197,6 @@ def _train_in(
         session = Session(recipe, base, policy, data, steps, state, saver, log, progress)
         held_out = session.fit(stop_after)
     result = session.finish(held_out, time.perf_counter() - started) | result_extra
-    run.write_json("result.json", result)
+    run.write_json(RunFolder.RESULT, result)
     progress.say(f"report: {write_report(run.path)}")
     return TrainedRun(run, result, base, policy, split.held_out)

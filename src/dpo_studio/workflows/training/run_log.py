@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
+from dpo_studio.console.progress import Progress
+from dpo_studio.console.text import percent
 from dpo_studio.learning.memory import MemoryLimit
 from dpo_studio.learning.train import StepReport
-from dpo_studio.lock import Held
-from dpo_studio.reports.health import HealthWatch
-from dpo_studio.reports.progress import Progress
-from dpo_studio.reports.text import percent
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.health import HealthWatch
+from dpo_studio.runs.lock import Held
 
 __all__ = ["RunLog", "figures"]
 
@@ -41,12 +41,12 @@ class RunLog:
             )
             self._accelerator.init_trackers("dpo-studio", config={})
         self._health = HealthWatch(total_steps, saturates=saturates)
-        for line in self.run.lines("metrics.jsonl"):  # whatever these show was reported before the run was stopped
+        for line in self.run.lines(RunFolder.METRICS):  # whatever these show was reported before the run was stopped
             self._health.see(line)
 
     def write_start(self, held_out: dict[str, float]) -> None:
         """The held-out numbers before the first step."""
-        self.run.append("metrics.jsonl", {"step": 0} | held_out)
+        self.run.append(RunFolder.METRICS, {"step": 0} | held_out)
 
     def write(self, report: StepReport, held_out: dict[str, float]) -> None:
         """What a step did, with the held-out numbers after it where they were measured."""
@@ -54,7 +54,7 @@ class RunLog:
         if report.skipped:
             self.progress.warn(f"step {report.step} was not taken: {report.skipped}; the weights stay as they were")
         line = {"step": report.step} | report.metrics | held_out
-        self.run.append("metrics.jsonl", line)
+        self.run.append(RunFolder.METRICS, line)
         for finding in self._health.see(line):
             self.progress.warn(finding.words())
         timing = {
@@ -66,17 +66,17 @@ class RunLog:
             "tokens_per_second": _rate(report.tokens, report.seconds),
             "memory_gib": round(_peak_memory(self.device), 3),
         }
-        self.run.append("timing.jsonl", timing)
+        self.run.append(RunFolder.TIMING, timing)
         if self._accelerator is not None:
             self._accelerator.log(report.metrics | held_out, step=report.step)
 
     def write_limit(self, limit: MemoryLimit) -> None:
         """A memory limit that the run has met: it is known when the run is continued."""
-        self.run.append("memory.jsonl", asdict(limit))
+        self.run.append(RunFolder.MEMORY, asdict(limit))
 
     def limits(self) -> list[MemoryLimit]:
         """The memory limits that this start and earlier ones have met."""
-        return [MemoryLimit(**line) for line in self.run.lines("memory.jsonl")]
+        return [MemoryLimit(**line) for line in self.run.lines(RunFolder.MEMORY)]
 
     def end(self) -> None:
         """Let the tracker write what it has."""
@@ -85,10 +85,10 @@ class RunLog:
 
     def numbers(self) -> dict[str, Any]:
         """Of the whole run, all its starts together: what `result.json` says of steps and speed."""
-        timing = list(self.run.lines("timing.jsonl"))
+        timing = list(self.run.lines(RunFolder.TIMING))
         seconds = sum(line["seconds"] for line in timing)
         return {
-            "skipped_steps": sum("skipped" in line for line in self.run.lines("metrics.jsonl")),
+            "skipped_steps": sum("skipped" in line for line in self.run.lines(RunFolder.METRICS)),
             "training_seconds": round(seconds, 2),
             "pairs_per_second": _rate(sum(line["pairs"] for line in timing), seconds),
             "tokens_per_second": _rate(sum(line["tokens"] for line in timing), seconds),

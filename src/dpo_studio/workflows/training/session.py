@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dpo_studio.config import Recipe, cache_folder
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.checkpoints import restore
@@ -27,8 +28,7 @@ from dpo_studio.models.adapters import POLICY, REFERENCE
 from dpo_studio.models.load import ChatModel
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.policy.policy import Policy
-from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import environment
+from dpo_studio.runs.folder import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 from dpo_studio.workflows.preparing import RunData, make_reference
@@ -112,7 +112,7 @@ class Session:
         self.saver.save_result(self.policy)
         device = self.base.device
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-        self.saver.run.write_json("environment.json", environment(name, precision=self.base.dtype_reason))
+        self.saver.run.write_json(RunFolder.ENVIRONMENT, environment(name, precision=self.base.dtype_reason))
         result: dict[str, Any] = {
             "kind": "train",
             "steps": self.state.step,
