@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 import dpo_studio
-from dpo_studio.cli import set_environment
+from dpo_studio.cli.app import set_environment
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.workflows import training
 from tests.tiny_models import tiny_folder
@@ -570,9 +570,9 @@ def test_a_gpu_s_memory_grows_unless_the_user_has_chosen(
 
 def test_another_interrupt_while_an_error_is_told_leaves_no_traceback() -> None:
     code = (
-        "import os, signal; from dpo_studio import cli; from dpo_studio.reports import text\n"
+        "import os, signal; from dpo_studio.cli import app; from dpo_studio.reports import text\n"
         "text.printable = lambda message: os.kill(os.getpid(), signal.SIGINT)\n"
-        "cli._die('stopped by SIGINT after step 4', 130)"
+        "app._die('stopped by SIGINT after step 4', 130)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")

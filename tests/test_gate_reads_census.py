@@ -24,8 +24,8 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/models/bundled.py", "read_text"): (1, "the marker of a folder in our cache"),
     ("dpo_studio/models/bundled.py", "json.loads"): (1, "the marker of a folder in our cache"),
     ("dpo_studio/models/gptq.py", "open"): (1, "/proc/meminfo"),
-    ("dpo_studio/cli.py", "open"): (3, "/dev/null in place of a stream that is closed or that nobody reads"),
-    ("dpo_studio/cli.py", "read_text"): (1, "the table that a sweep has just written"),
+    ("dpo_studio/cli/app.py", "open"): (3, "/dev/null in place of a stream that is closed or that nobody reads"),
+    ("dpo_studio/cli/sweep.py", "read_text"): (1, "the table that a sweep has just written"),
     ("dpo_studio/disk.py", "open"): (1, "to bring to the disk what was written"),
     ("dpo_studio/lock.py", "open"): (1, "a lock, opened without following a link"),
     # To write.
@@ -42,7 +42,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
         "a text of a row, which has a row's limits",
     ),
     ("dpo_studio/preferences/contents.py", "json.loads"): (2, "a text of a row, which has a row's limits"),
-    ("dpo_studio/cli_judge.py", "json.loads"): (1, "typed by the user: a value of --judge-param"),
+    ("dpo_studio/cli/options.py", "json.loads"): (1, "typed by the user: a value of --judge-param"),
     # Expressions of constants, or of text that is escaped.
     ("dpo_studio/tokens/rendering.py", "re.compile"): (1, "special tokens, escaped"),
     ("dpo_studio/tokens/rendering.py", "re.split"): (1, "a range of two characters of ours"),

@@ -13,7 +13,7 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from dpo_studio.cli import _refuse_names_that_are_no_text
+from dpo_studio.cli.app import _refuse_names_that_are_no_text
 from dpo_studio.config import Recipe, SourceSection, load_recipe, parse_yaml
 from dpo_studio.errors import DPOStudioError, RecipeError, UsageError
 from dpo_studio.preferences.sources import read_pairs

@@ -19,7 +19,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from dpo_studio.cli import set_environment
+from dpo_studio.cli.app import set_environment
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import Limit, Room, plan_limit

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from dpo_studio.cli import _print_stream
+from dpo_studio.cli.speaking import print_stream
 from dpo_studio.config import load_recipe, parse_override, parse_yaml
 from dpo_studio.errors import DPOStudioError, RecipeError, RunError, UsageError
 from dpo_studio.export.card import Card, license_of, quoted
@@ -517,6 +517,6 @@ def test_an_answer_as_it_streams_to_a_terminal_cannot_rewrite_the_screen(
 
     for stream, clean in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stdout", stream)
-        _print_stream(iter(text))
+        print_stream(iter(text))
         assert stream.getvalue() == (printable(text.replace("\r", "\\x0d")) if clean else text) + "\n"
         assert not clean or not UNSEEN.search(stream.getvalue())

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_studio.cli_talk import wrapped
+from dpo_studio.cli.speaking import wrapped
 from dpo_studio.errors import UsageError
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reports.progress import Progress

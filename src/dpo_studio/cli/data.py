@@ -1,4 +1,4 @@
-"""`dpo data ...`: pairs are looked at, converted and split. It routes and prints, as cli.py does."""
+"""`dpo data ...`: pairs are looked at, converted and split."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dpo_studio.cli_choices import TooLong
-from dpo_studio.cli_source import Format, Labels, Map, Overwrite, Revision, Rows, Source, Split, source_section
+from dpo_studio.cli.options import (
+    Format,
+    Labels,
+    Map,
+    Overwrite,
+    Revision,
+    Rows,
+    Source,
+    Split,
+    TooLong,
+    source_section,
+)
 
 __all__ = ["app"]
 

@@ -8,18 +8,26 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dpo_studio.cli_judge import (
+from dpo_studio.cli.options import (
     JUDGE_HELP,
     Concurrency,
+    Format,
     KeyEnv,
+    Labels,
+    Map,
+    Overwrite,
     Param,
     Price,
     Replies,
+    Revision,
+    Rows,
+    Seed,
+    Split,
     Template,
     Timeout,
     llm_options,
+    source_section_of,
 )
-from dpo_studio.cli_source import Format, Labels, Map, Overwrite, Revision, Rows, Split, source_section_of
 
 __all__ = ["evaluate"]
 
@@ -35,7 +43,7 @@ def evaluate(
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts, at most.")] = 80,
     samples: Annotated[int, typer.Option(min=1, help="Answers to a prompt at each temperature above 0.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    seed: Seed = 0,
     source: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Pairs to measure on instead of those the run held out."),
