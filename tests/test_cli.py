@@ -570,7 +570,7 @@ def test_a_gpu_s_memory_grows_unless_the_user_has_chosen(
 
 def test_another_interrupt_while_an_error_is_told_leaves_no_traceback() -> None:
     code = (
-        "import os, signal; from dpo_studio.cli import app; from dpo_studio.reports import text\n"
+        "import os, signal; from dpo_studio.cli import app; from dpo_studio.console import text\n"
         "text.printable = lambda message: os.kill(os.getpid(), signal.SIGINT)\n"
         "app._die('stopped by SIGINT after step 4', 130)"
     )

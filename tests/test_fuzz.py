@@ -10,7 +10,7 @@ from pathlib import Path
 
 from tests.mutations import mutated
 
-CHECKS = ("dpo_studio.runs:RunFolder.refuse_what_leads_out",)
+CHECKS = ("dpo_studio.runs.folder:RunFolder.refuse_what_leads_out",)
 """Taken out, each in turn: without it a run's file may be a link to any other."""
 
 

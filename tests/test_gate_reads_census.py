@@ -27,10 +27,10 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/cli/app.py", "open"): (3, "/dev/null in place of a stream that is closed or that nobody reads"),
     ("dpo_studio/cli/sweep.py", "read_text"): (1, "the table that a sweep has just written"),
     ("dpo_studio/disk.py", "open"): (1, "to bring to the disk what was written"),
-    ("dpo_studio/lock.py", "open"): (1, "a lock, opened without following a link"),
+    ("dpo_studio/runs/lock.py", "open"): (1, "a lock, opened without following a link"),
     # To write.
     ("dpo_studio/writing.py", "open"): (3, "to write"),
-    ("dpo_studio/runs.py", "open"): (1, "to write"),
+    ("dpo_studio/runs/folder.py", "open"): (1, "to write"),
     ("dpo_studio/cache.py", "open"): (1, "a lock, opened without following a link"),
     ("dpo_studio/export/requantise.py", "open"): (1, "to write the log of a process of ours"),
     ("dpo_studio/export/gptq_job.py", "fdopen"): (1, "a pipe of ours"),

@@ -18,13 +18,13 @@ from rich.console import Console
 
 from dpo_studio.cli.speaking import print_stream
 from dpo_studio.config import load_recipe, parse_override, parse_yaml
+from dpo_studio.console.progress import Progress
+from dpo_studio.console.text import one_line, printable
 from dpo_studio.errors import DPOStudioError, RecipeError, RunError, UsageError
 from dpo_studio.export.card import Card, license_of, quoted
 from dpo_studio.paths import inside, plain_name
 from dpo_studio.reports.markup import block, esc, table
-from dpo_studio.reports.progress import Progress
-from dpo_studio.reports.text import one_line, printable
-from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.runs.folder import RunFolder, is_run
 from tests.guard_words import words_of
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 

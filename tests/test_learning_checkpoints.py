@@ -20,10 +20,10 @@ import yaml
 from safetensors.torch import load_file
 
 from dpo_studio.config import load_recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import Interrupted
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore
 from dpo_studio.learning.train import TrainingState, evaluate
-from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows import training
 from dpo_studio.workflows.training import run_training
 from tests.conftest import write_pairs

@@ -17,13 +17,13 @@ import pytest
 import torch
 
 from dpo_studio.config import load_recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.learning import reference
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import COLUMNS, ReferenceCache, batched_logps, reference_logps
 from dpo_studio.models.adapters import as_reference
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import PairLogps
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import micro_batches
 from dpo_studio.workflows import preparing

@@ -15,7 +15,6 @@ import pytest
 import yaml
 
 from dpo_studio.errors import RunError
-from dpo_studio.reports.facts import read_run
 from dpo_studio.reports.figures import CHARTS
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.sections import (
@@ -26,6 +25,7 @@ from dpo_studio.reports.sections import (
     showcase_section,
     verdict_panel,
 )
+from dpo_studio.runs.facts import read_run
 
 RECIPE: dict[str, Any] = {
     "model": {"path": "bundled:smollm2-135m-instruct", "revision": None, "dtype": "float32", "attention": "sdpa"},

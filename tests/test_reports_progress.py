@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from dpo_studio.reports import progress as module
-from dpo_studio.reports.progress import Progress
+from dpo_studio.console import progress as module
+from dpo_studio.console.progress import Progress
 
 
 class Clock:

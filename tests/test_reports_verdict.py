@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpo_studio.reports.facts import RunFacts
 from dpo_studio.reports.verdict import cautions, pass_verdict
+from dpo_studio.runs.facts import RunFacts
 
 TRAINED: dict[str, Any] = {
     "held_out_pairs": 120,

@@ -11,7 +11,7 @@ from accelerate.tracking import get_available_trackers
 
 from dpo_studio.errors import RunError
 from dpo_studio.learning.train import evaluate
-from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.workflows import training
 from dpo_studio.writing import write_atomically
 from tests.tiny_runs import Said, dpo, write_recipe

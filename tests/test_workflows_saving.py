@@ -24,7 +24,7 @@ from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models import adapters
 from dpo_studio.models.adapters import save_adapter
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 from dpo_studio.workflows import saving
 from tests.test_lock import another_holds
 from tests.tiny_runs import Said, dpo, write_recipe

@@ -190,7 +190,7 @@ def _die(message: str, code: int) -> None:
         signal.SIGHUP,
     ):  # it is ending already: another Ctrl-C is no news, and no traceback
         signal.signal(number, lambda *_: os._exit(code))
-    from dpo_studio.reports.text import printable
+    from dpo_studio.console.text import printable
 
     try:
         sys.stdout.flush()  # what is data goes first

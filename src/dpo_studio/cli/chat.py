@@ -85,7 +85,7 @@ def _answer(talk: Chat, text: str) -> None:
 
 
 def _what_is_loaded(loaded: Loaded, name: str) -> str:
-    from dpo_studio.reports.text import printable
+    from dpo_studio.console.text import printable
 
     dtype = str(loaded.base.model.dtype).removeprefix("torch.")
     adapter = f", adapter {loaded.adapter}" if loaded.adapter is not None else ", no adapter: both sides are the same"

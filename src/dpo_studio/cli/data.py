@@ -79,7 +79,7 @@ def split(
 
 def _report(summary: dict[str, Any], as_json: bool) -> None:
     """The names of the files (or everything, as JSON) on stdout, the counts on stderr."""
-    from dpo_studio.reports.text import one_line
+    from dpo_studio.console.text import one_line
     from dpo_studio.writing import stream_of
 
     if as_json:

@@ -70,10 +70,10 @@ def evaluate(
     llm = llm_options(template, key_env, param, price, replies, concurrency, timeout)
     section = source_section_of("--source", source, format_, map_, label, split, rows, revision)
     asked = _numbers(temperatures)
+    from dpo_studio.console.progress import Progress
+    from dpo_studio.console.text import percent, printable
     from dpo_studio.evaluation.llm_judge import check_replies
     from dpo_studio.paths import user_path
-    from dpo_studio.reports.progress import Progress
-    from dpo_studio.reports.text import percent, printable
     from dpo_studio.workflows.evaluating import Evaluation, check_figure, compare_runs, evaluate_run, judges_of
     from dpo_studio.workflows.judging import judge_from
 

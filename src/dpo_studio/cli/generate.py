@@ -111,8 +111,8 @@ def _answer_all(
 
     A line names its `sample` where a number of them is asked for, and its `model`, base or tuned, where both are.
     """
+    from dpo_studio.console.progress import Progress
     from dpo_studio.preferences.pair import Message
-    from dpo_studio.reports.progress import Progress
     from dpo_studio.workflows.talking import answers
 
     first = [Message("system", system)] if system else []

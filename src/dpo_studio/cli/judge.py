@@ -90,7 +90,7 @@ def check(
 
 
 def _print(result: dict[str, Any]) -> None:
-    from dpo_studio.reports.text import printable
+    from dpo_studio.console.text import printable
 
     if "agreement" not in result:
         print("\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -125,7 +125,7 @@ def _table(result: dict[str, Any]) -> list[str]:
 
 
 def _share(value: float | None) -> str:
-    from dpo_studio.reports.text import percent
+    from dpo_studio.console.text import percent
 
     return "-" if value is None else percent(value)
 

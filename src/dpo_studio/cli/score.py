@@ -66,7 +66,7 @@ def _summary(summary: dict[str, Any], as_json: bool) -> None:
     if as_json:
         print(json.dumps(summary), file=sys.stderr)
         return
-    from dpo_studio.reports.text import percent
+    from dpo_studio.console.text import percent
 
     for name, value in summary.items():
         shown = value

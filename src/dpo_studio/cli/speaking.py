@@ -15,7 +15,7 @@ __all__ = ["cut_note", "load", "print_stream", "wrapped"]
 
 
 def load(model: str, dtype: str | None, *, with_reference: bool = False) -> Loaded:
-    from dpo_studio.reports.progress import Progress
+    from dpo_studio.console.progress import Progress
     from dpo_studio.workflows.loading import load_any
 
     with Progress() as progress:
@@ -24,7 +24,7 @@ def load(model: str, dtype: str | None, *, with_reference: bool = False) -> Load
 
 def print_stream(pieces: Iterable[str]) -> None:
     """Model text to a terminal: control characters made visible, so that no answer can rewrite the screen."""
-    from dpo_studio.reports.text import printable
+    from dpo_studio.console.text import printable
 
     if sys.stdout.isatty():
         pieces = wrapped(map(printable, pieces), shutil.get_terminal_size().columns)

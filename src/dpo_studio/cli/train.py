@@ -38,7 +38,7 @@ def train(
         verdict = verify_recipe(recipe, changes, anyway=anyway)
         print(verdict.text)
         sys.exit(0 if verdict.deterministic else 3)
-    from dpo_studio.reports.text import percent
+    from dpo_studio.console.text import percent
 
     result = train_recipe(recipe, changes, anyway=anyway)
     if "accuracy" in result:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dpo_studio.reports.detectors import RECENT_PAIRS
-from dpo_studio.reports.facts import RunFacts
-from dpo_studio.reports.health import Finding, detectors_of, health_of
+from dpo_studio.console.text import count
 from dpo_studio.reports.markup import esc, section
-from dpo_studio.reports.text import count
+from dpo_studio.runs.detectors import RECENT_PAIRS
+from dpo_studio.runs.facts import RunFacts
+from dpo_studio.runs.health import Finding, detectors_of, health_of
 
 __all__ = ["health_section"]
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dpo_studio.reports.facts import RunFacts, read_run
 from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.glossary import glossary_section
 from dpo_studio.reports.markup import cell_words, clipped, esc
@@ -25,6 +24,7 @@ from dpo_studio.reports.sections import (
     verdict_panel,
 )
 from dpo_studio.reports.winrates_section import win_rates_section
+from dpo_studio.runs.facts import RunFacts, read_run
 from dpo_studio.writing import write_atomically
 
 __all__ = ["page", "render_report", "write_report"]

@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from dpo_studio.console.text import count, duration, percent, significant
 from dpo_studio.reports.drawing import styled
-from dpo_studio.reports.facts import ALL_ANSWERS, RunFacts, finite, interval, share
 from dpo_studio.reports.figures import CHARTS
 from dpo_studio.reports.markup import block, cell_words, clipped, esc, flattened, page_link, section, table
 from dpo_studio.reports.svg import inline_svg
-from dpo_studio.reports.text import count, duration, percent, significant
 from dpo_studio.reports.verdict import Verdict, cautions, interval_words, pass_verdict
+from dpo_studio.runs.facts import ALL_ANSWERS, RunFacts, finite, interval, share
 
 __all__ = [
     "answers_section",

@@ -10,10 +10,10 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from dpo_studio.console.text import count, percent
 from dpo_studio.reports.html import page
 from dpo_studio.reports.markup import block, clipped, esc, section, table
 from dpo_studio.reports.sections import comparison_card, verdict_html
-from dpo_studio.reports.text import count, percent
 from dpo_studio.reports.verdict import evaluation_verdict
 from dpo_studio.reports.winrates_section import winrate_figure
 

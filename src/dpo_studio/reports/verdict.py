@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_studio.reports.facts import RunFacts, interval, share
-from dpo_studio.reports.health import health_of
-from dpo_studio.reports.text import count, percent
+from dpo_studio.console.text import count, percent
+from dpo_studio.runs.facts import RunFacts, interval, share
+from dpo_studio.runs.health import health_of
 
 __all__ = ["Verdict", "cautions", "evaluation_verdict", "interval_words", "pass_verdict"]
 

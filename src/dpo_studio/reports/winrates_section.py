@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpo_studio.reports.facts import ANSWERS, RunFacts, finite, interval, share
+from dpo_studio.console.text import count, percent, significant
 from dpo_studio.reports.markup import clipped, esc, page_link, section, table
 from dpo_studio.reports.svg import embedded_svg
-from dpo_studio.reports.text import count, percent, significant
+from dpo_studio.runs.facts import ANSWERS, RunFacts, finite, interval, share
 
 __all__ = ["win_rates_section", "winrate_figure"]
 

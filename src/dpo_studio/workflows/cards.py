@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_studio.config import BUNDLED, Recipe
+from dpo_studio.console.text import percent, printable
 from dpo_studio.export.card import (
     Card,
     adapter_code,
@@ -20,8 +21,7 @@ from dpo_studio.export.card import (
 from dpo_studio.export.requantise import Quantising
 from dpo_studio.export.verify import Comparison
 from dpo_studio.models.bundled import BUNDLED_MODEL
-from dpo_studio.reports.facts import interval, share
-from dpo_studio.reports.text import percent, printable
+from dpo_studio.runs.facts import interval, share
 
 __all__ = ["adapter_card", "perplexity_line", "quantised_card", "tuned_card"]
 

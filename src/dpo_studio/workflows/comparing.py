@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import nn
 
 from dpo_studio.config import ModelSection, Recipe, cache_folder
+from dpo_studio.console.progress import Progress
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.merge import Delta, adapter_deltas
 from dpo_studio.export.verify import Comparison, compare
@@ -21,7 +22,6 @@ from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
 from dpo_studio.workflows.loading import Loaded

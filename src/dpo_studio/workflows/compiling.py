@@ -8,12 +8,12 @@ from contextlib import contextmanager
 from peft import PeftModel
 
 from dpo_studio.config import Recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.learning.memory import CPU_TOKENS
 from dpo_studio.models.attention import FLEX, can_compile
 from dpo_studio.models.gptq import weight_count
 from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.models.load import ChatModel
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.pack import packed_tokens
 from dpo_studio.workflows.preparing import RunData, steps_of
 

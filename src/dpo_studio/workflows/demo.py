@@ -9,16 +9,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dpo_studio.config import LoadedRecipe, load_recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.evaluation.everyday import EverydayRule
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message, Pair
-from dpo_studio.reports.facts import ALL_ANSWERS
-from dpo_studio.reports.health import lengthening
 from dpo_studio.reports.html import write_report
-from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.side_by_side import render_answers
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.facts import ALL_ANSWERS
+from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.health import lengthening
 from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.talking import Sampling, answers

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from dpo_studio.config import Recipe, SourceLike, as_source
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite_pairs
 from dpo_studio.evaluation.calibration import calibration
@@ -29,10 +30,9 @@ from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report
-from dpo_studio.reports.progress import Progress
 from dpo_studio.reports.side_by_side import render_comparisons
 from dpo_studio.reports.winrates import MOST_RUNS, figure_files, save_winrate_figure, winrate_markdown
-from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker

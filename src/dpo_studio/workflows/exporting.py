@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from dpo_studio.config import ModelSection, Recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.disk import check_space
 from dpo_studio.errors import RunError
 from dpo_studio.evaluation.judges import Completion
@@ -36,8 +37,7 @@ from dpo_studio.models.load import load_chat_model, locate
 from dpo_studio.models.scan import read_json, template_text
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
-from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.cards import adapter_card, tuned_card
 from dpo_studio.workflows.comparing import RunModel, ask_the_run, look_again, stop_rate

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_studio.config import SourceLike, as_source, cache_folder
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, JudgeError, UsageError
 from dpo_studio.evaluation.agreement import agreement, leave_one_out, majority
 from dpo_studio.evaluation.endpoint import Asking, Endpoint
@@ -25,7 +26,6 @@ from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.labelled import Label, Labelled, LabelledSource, read_labelled
 from dpo_studio.preferences.pair import prompt_key
-from dpo_studio.reports.progress import Progress
 from dpo_studio.writing import check_outputs, write_output
 
 __all__ = ["JUDGES", "LLMOptions", "check_judge", "judge_from"]

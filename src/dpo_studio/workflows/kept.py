@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from dpo_studio.errors import RunError
 from dpo_studio.models.scan import template_text
 from dpo_studio.reading import read_json
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 from dpo_studio.writing import write_atomically
 
 if TYPE_CHECKING:

@@ -13,6 +13,7 @@ import torch
 from peft import PeftModel
 
 from dpo_studio.config import BUNDLED, ModelSection, Recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.learning.memory import Limit, plan_limit
 from dpo_studio.models.adapters import REFERENCE, as_reference, attach, attach_existing, in_eval, read_adapter_config
@@ -31,7 +32,6 @@ from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
 from dpo_studio.preferences.split import Split, split_pairs
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
 from dpo_studio.tokens.pack import Steps

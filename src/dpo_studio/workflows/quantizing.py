@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from dpo_studio.config import BUNDLED, ModelSection, SourceLike, as_source
+from dpo_studio.console.progress import Progress
 from dpo_studio.disk import check_space
 from dpo_studio.errors import DataError, ModelError, RunError, UsageError
 from dpo_studio.export.card import public_name, versions
@@ -35,8 +36,7 @@ from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.rows import sample
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.preferences.split import is_held_out
-from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import is_run
+from dpo_studio.runs.folder import is_run
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
 from dpo_studio.workflows.cards import quantised_card
 

@@ -16,10 +16,10 @@ from dpo_studio.disk import check_space, sync_folder
 from dpo_studio.errors import RunError
 from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint, sweep
 from dpo_studio.learning.train import TrainingState
-from dpo_studio.lock import Held
 from dpo_studio.models.adapter_proof import prove_adapter, prove_trial
 from dpo_studio.models.adapters import save_adapter
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.lock import Held
 
 __all__ = ["Saver", "find_checkpoint"]
 

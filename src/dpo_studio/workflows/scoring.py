@@ -11,6 +11,7 @@ from typing import Any, TextIO
 import torch
 
 from dpo_studio.config import SourceLike, TooLong, as_source
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, NonFiniteError, UsageError
 from dpo_studio.evaluation.accuracy import finite_pairs, finite_summary
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
@@ -19,7 +20,6 @@ from dpo_studio.learning.reference import batched_logps
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
-from dpo_studio.reports.progress import Progress
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
 from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.writing import check_outputs, write_output

@@ -11,7 +11,7 @@ from dpo_studio.config import LoadedRecipe, Recipe
 from dpo_studio.errors import RunError, install_hint
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.train import learning_rate, warmup_steps
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 
 __all__ = ["check_not_shorter", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
 

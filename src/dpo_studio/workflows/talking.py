@@ -8,13 +8,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.evaluation.generation import generate, stream
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.gptq import held_dense
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reading import input_text, parse_json
-from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.loading import Loaded, load_any
 
 __all__ = ["Chat", "Sampling", "answers", "check_batched", "generate_answers", "read_prompts", "stream_answer"]

@@ -22,6 +22,8 @@ from accelerate import Accelerator
 from peft import PeftModel
 
 from dpo_studio.config import LoadedRecipe, Recipe, RecipeLike, cache_folder, load_recipe
+from dpo_studio.console.progress import Progress
+from dpo_studio.console.text import percent
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
 from dpo_studio.learning.checkpoints import restore
@@ -30,19 +32,17 @@ from dpo_studio.learning.memory import CPU_TOKENS, Limit, Room, tokens_without_g
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.reference import ReferenceCache, batched_logps, reference_logps
 from dpo_studio.learning.train import Reference, StepReport, TrainingState, evaluate, held_out_metrics, train, whole
-from dpo_studio.lock import Held, held
 from dpo_studio.models.adapters import POLICY, REFERENCE, in_eval, train_mode
 from dpo_studio.models.bundled import published_name
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
-from dpo_studio.reports.facts import read_run
-from dpo_studio.reports.health import HealthWatch
 from dpo_studio.reports.html import write_report
-from dpo_studio.reports.progress import Progress
-from dpo_studio.reports.text import percent
 from dpo_studio.reports.verdict import pass_verdict
-from dpo_studio.runs import RunFolder, environment
+from dpo_studio.runs.facts import read_run
+from dpo_studio.runs.folder import RunFolder, environment
+from dpo_studio.runs.health import HealthWatch
+from dpo_studio.runs.lock import Held, held
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
 from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs

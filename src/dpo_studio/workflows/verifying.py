@@ -15,9 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_studio.config import RecipeLike, load_recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.learning.checkpoints import newest_checkpoint
-from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 from dpo_studio.workflows.training import run_training
 
 __all__ = ["Verdict", "verify_recipe"]

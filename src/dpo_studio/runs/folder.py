@@ -35,9 +35,9 @@ from dpo_studio import __version__
 from dpo_studio.config import LoadedRecipe, Recipe, parse_yaml, validate_recipe
 from dpo_studio.disk import sync
 from dpo_studio.errors import DataError, RunError
-from dpo_studio.lock import LOCK
 from dpo_studio.models.scan import where_files_may_be
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
+from dpo_studio.runs.lock import LOCK
 from dpo_studio.writing import UNFINISHED, make_folder, write_atomically
 
 __all__ = ["RunFolder", "is_run"]

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from dpo_studio.reports.detectors import DETECTORS, Curve, Detector, Row
-from dpo_studio.reports.facts import RunFacts, finite
-from dpo_studio.reports.text import count
+from dpo_studio.console.text import count
+from dpo_studio.runs.detectors import DETECTORS, Curve, Detector, Row
+from dpo_studio.runs.facts import RunFacts, finite
 
 __all__ = ["Finding", "HealthWatch", "detectors_of", "health_of", "judge", "lengthening"]
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
-from dpo_studio.reports.text import clock, one_line, printable
+from dpo_studio.console.text import clock, one_line, printable
 
 if TYPE_CHECKING:  # rich costs 50 ms, and `dpo --help` needs none of it
     from rich.console import Console

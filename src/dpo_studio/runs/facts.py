@@ -15,7 +15,7 @@ from dpo_studio.config import parse_yaml
 from dpo_studio.errors import DPOStudioError, RunError
 from dpo_studio.objectives import DPO, Objective
 from dpo_studio.reading import parse_json, read_bytes
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 
 __all__ = ["ALL_ANSWERS", "ANSWERS", "RunFacts", "Series", "finite", "interval", "read_run", "share"]
 
