@@ -26,10 +26,10 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/models/gptq.py", "open"): (1, "/proc/meminfo"),
     ("dpo_studio/cli/app.py", "open"): (3, "/dev/null in place of a stream that is closed or that nobody reads"),
     ("dpo_studio/cli/sweep.py", "read_text"): (1, "the table that a sweep has just written"),
-    ("dpo_studio/disk.py", "open"): (1, "to bring to the disk what was written"),
+    ("dpo_studio/disk.py", "open"): (3, "to write, and to bring to the disk what was written"),
     ("dpo_studio/runs/lock.py", "open"): (1, "a lock, opened without following a link"),
     # To write.
-    ("dpo_studio/writing.py", "open"): (3, "to write"),
+    ("dpo_studio/writing.py", "open"): (1, "to write"),
     ("dpo_studio/runs/folder.py", "open"): (1, "to write"),
     ("dpo_studio/cache.py", "open"): (1, "a lock, opened without following a link"),
     ("dpo_studio/export/requantise.py", "open"): (1, "to write the log of a process of ours"),

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from dpo_studio.reports.findings import health_section
+from dpo_studio.runs import detectors, health
 from dpo_studio.runs.detectors import DETECTORS, Curve
 from dpo_studio.runs.facts import read_run
-from dpo_studio.runs.folder import RunFolder, detectors, health
+from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.health import Finding, HealthWatch, health_of, judge
 from tests.tiny_runs import dpo, write_recipe
 

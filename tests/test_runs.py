@@ -9,11 +9,11 @@ import pytest
 import yaml
 from accelerate.tracking import get_available_trackers
 
+from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
 from dpo_studio.learning.train import evaluate
 from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.workflows import training
-from dpo_studio.writing import write_atomically
 from tests.tiny_runs import Said, dpo, write_recipe
 
 

@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -26,14 +25,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_studio.config import ReferenceSection
-from dpo_studio.disk import check_space, sync, sync_folder
+from dpo_studio.disk import check_space, drop_folder, put_folder, scratch_folder, sweep, sync, sync_folder
 from dpo_studio.errors import RunError
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models.adapters import adapter_state, save_adapter
 from dpo_studio.models.moving import put_reference, reference_state
 from dpo_studio.reading import read_json, sha256_of
 
-__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint", "sweep"]
+__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint"]
 
 KEPT = 2
 """Newest checkpoints that stay, and with them the one of the lowest held-out loss; a 7B run's takes half a gigabyte."""
@@ -46,7 +45,6 @@ _FILES = {*_ADAPTER, "optimizer.safetensors", _REFERENCE, _STATE, _MANIFEST}
 """All that a checkpoint is made of: whatever else lies in its folder is somebody's, and stays."""
 _LARGEST_JSON = 1_000_000
 """Bytes; a manifest has a thousand."""
-_WRITING, _DROPPING = ".writing-", ".dropping-"
 
 
 def save_checkpoint(
@@ -66,16 +64,11 @@ def save_checkpoint(
         return final
     sweep(folder)
     check_space(folder, checkpoint_bytes(policy, state.reference), f"the checkpoint of step {state.step}")
-    scratch = folder / f"{_WRITING}{final.name}"
-    try:
+    with scratch_folder(final) as scratch:
         _write(scratch, policy, state, base, held_out_loss)
         if not _drop(final):
             raise RunError(f"{final} holds files that are no checkpoint's", hint="move them to another place")
-        scratch.replace(final)
-    except BaseException:  # a full disk needs the room that half a checkpoint takes
-        shutil.rmtree(scratch, ignore_errors=True)
-        raise
-    sync(folder)
+        put_folder(scratch, final)
     sync(folder.parent)  # which may not know of `folder` yet
     so_far = [path for step, path in _by_step(folder) if step <= state.step]
     later = [path for step, path in _by_step(folder) if step > state.step]
@@ -223,30 +216,15 @@ def _inside(folder: Path) -> Iterator[str]:
 
 
 def _drop(checkpoint: Path) -> bool:
-    """Remove a checkpoint; first its name, so that no half of it is ever taken for one.
-
-    A folder that holds anything a checkpoint does not consist of is left alone, and the answer is False.
-    """
+    """Remove a checkpoint. A folder that holds anything else is left alone, and the answer is False."""
     if checkpoint.is_symlink():
         return False
     if not checkpoint.exists():
         return True
     if not checkpoint.is_dir() or not _FILES.issuperset(_inside(checkpoint)):
         return False
-    doomed = checkpoint.with_name(f"{_DROPPING}{checkpoint.name}")
-    checkpoint.rename(doomed)
-    shutil.rmtree(doomed, ignore_errors=True)  # follows no link
+    drop_folder(checkpoint)
     return True
-
-
-def sweep(folder: Path) -> None:
-    """Remove what a killed process was writing or dropping; a link of such a name goes too, not what it leads to."""
-    for unfinished in (_WRITING, _DROPPING):
-        for path in folder.glob(f"{unfinished}*"):
-            if path.is_symlink():
-                path.unlink()
-            else:
-                shutil.rmtree(path, ignore_errors=True)
 
 
 def _entry(file: Path) -> dict[str, Any]:

@@ -24,12 +24,12 @@ import torch
 from torch import Tensor, nn
 
 from dpo_studio.cache import held, limit_bytes, trim
+from dpo_studio.disk import make_folder
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import too_long_for_memory, unless_out_of_memory
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import micro_batches
-from dpo_studio.writing import make_folder
 
 __all__ = ["ReferenceCache", "batched_logps", "reference_logps"]
 

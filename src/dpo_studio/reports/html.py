@@ -10,6 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
+from dpo_studio.disk import write_atomically
 from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.glossary import glossary_section
 from dpo_studio.reports.markup import cell_words, clipped, esc
@@ -25,7 +26,6 @@ from dpo_studio.reports.sections import (
 )
 from dpo_studio.reports.winrates_section import win_rates_section
 from dpo_studio.runs.facts import RunFacts, read_run
-from dpo_studio.writing import write_atomically
 
 __all__ = ["page", "render_report", "write_report"]
 

@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,12 +32,11 @@ import yaml
 
 from dpo_studio import __version__
 from dpo_studio.config import LoadedRecipe, Recipe, parse_yaml, validate_recipe
-from dpo_studio.disk import sync
+from dpo_studio.disk import UNFINISHED, make_folder, sweep, sync, write_atomically
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.models.scan import where_files_may_be
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
 from dpo_studio.runs.lock import LOCK
-from dpo_studio.writing import UNFINISHED, make_folder, write_atomically
 
 __all__ = ["RunFolder", "is_run"]
 
@@ -186,29 +184,11 @@ class RunFolder:
         """Make the folder and write down what is run, before anything long begins."""
         with _writing(self.path):
             make_folder(self.path)
-            self.sweep()
+            sweep(self.path)
         if not self._has_begun():  # of a start that got no further, with other numbers perhaps
             (self.path / "memory.jsonl").unlink(missing_ok=True)
         self.write_yaml("recipe.yaml", recipe.to_plain())
         self.write_yaml("recipe.typed.yaml", loaded.typed)
-
-    def sweep(self) -> None:
-        """Remove what a process that was killed had not finished writing."""
-        for unfinished in self.path.glob(f".*{UNFINISHED}*"):
-            if unfinished.is_dir() and not unfinished.is_symlink():
-                shutil.rmtree(unfinished, ignore_errors=True)
-            else:
-                unfinished.unlink()
-
-    @contextmanager
-    def scratch(self, name: str) -> Iterator[Path]:
-        """A folder of the run that is there inside the block only."""
-        folder = self.path / f".{name}{UNFINISHED}{os.getpid()}"
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
 
     def _refuse_links(self) -> None:
         """A run writes, and removes old checkpoints, in its own folder only.

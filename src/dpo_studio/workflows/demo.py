@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from dpo_studio.config import LoadedRecipe, load_recipe
 from dpo_studio.console.progress import Progress
+from dpo_studio.disk import make_folder, write_atomically
 from dpo_studio.evaluation.everyday import EverydayRule
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
@@ -23,7 +24,6 @@ from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
 from dpo_studio.workflows.training import run_training
-from dpo_studio.writing import make_folder, write_atomically
 
 __all__ = ["SHOWCASE", "demo_recipe", "run_demo"]
 

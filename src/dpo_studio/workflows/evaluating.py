@@ -18,6 +18,7 @@ import numpy as np
 
 from dpo_studio.config import Recipe, SourceLike, as_source
 from dpo_studio.console.progress import Progress
+from dpo_studio.disk import make_folder, write_atomically
 from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite_pairs
 from dpo_studio.evaluation.calibration import calibration
@@ -41,7 +42,7 @@ from dpo_studio.workflows.kept import recipe_of
 from dpo_studio.workflows.loading import Loaded, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
-from dpo_studio.writing import check_outputs, make_folder, write_atomically
+from dpo_studio.writing import check_outputs
 
 __all__ = ["REFERENCE", "Evaluation", "check_figure", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
 

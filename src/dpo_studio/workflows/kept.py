@@ -18,11 +18,11 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
 from dpo_studio.models.scan import template_text
 from dpo_studio.reading import read_json
 from dpo_studio.runs.folder import RunFolder
-from dpo_studio.writing import write_atomically
 
 if TYPE_CHECKING:
     from dpo_studio.config import Recipe

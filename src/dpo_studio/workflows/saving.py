@@ -12,9 +12,9 @@ from peft import PeftModel
 from safetensors import SafetensorError
 
 from dpo_studio.config import MINUTES, ReferenceSection
-from dpo_studio.disk import check_space, sync_folder
+from dpo_studio.disk import check_space, scratch_folder, sweep, sync_folder
 from dpo_studio.errors import RunError
-from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint, sweep
+from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models.adapter_proof import prove_adapter, prove_trial
 from dpo_studio.models.adapters import save_adapter
@@ -77,7 +77,7 @@ class Saver:
             RunError: it cannot be written.
         """
         try:
-            with self.run.scratch("trial") as scratch:
+            with scratch_folder(self.run.adapter) as scratch:
                 prove_trial(policy, scratch, base=self.base)
         except (OSError, SafetensorError) as error:
             raise _unwritable("the adapter", self.run.path, error) from None

@@ -20,6 +20,7 @@ from urllib.parse import quote
 
 from dpo_studio.config import LoadedRecipe, RecipeLike, load_recipe, parse_override
 from dpo_studio.console.progress import Progress
+from dpo_studio.disk import UNFINISHED, make_folder, write_atomically
 from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.reading import read_json
@@ -27,7 +28,7 @@ from dpo_studio.reports.frontier import Measured, draw_frontier, frontier_table,
 from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.workflows.kept import date_of
 from dpo_studio.workflows.place import check_place
-from dpo_studio.writing import UNFINISHED, make_folder, resolved, write_atomically
+from dpo_studio.writing import resolved
 
 __all__ = ["Member", "plan_sweep", "run_sweep"]
 

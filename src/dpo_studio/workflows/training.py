@@ -24,6 +24,7 @@ from peft import PeftModel
 from dpo_studio.config import LoadedRecipe, Recipe, RecipeLike, cache_folder, load_recipe
 from dpo_studio.console.progress import Progress
 from dpo_studio.console.text import percent
+from dpo_studio.disk import sweep
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
 from dpo_studio.learning.checkpoints import restore
@@ -165,7 +166,7 @@ def run_training(
     if (done := run.result()) is not None and is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
         if not (run.path / "report.html").exists():  # it is the last thing that is written
-            run.sweep()
+            sweep(run.path)
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done)
     check_tracker(recipe)
