@@ -21,6 +21,7 @@ from dpo_studio.disk import OVERWRITE, ROOM, finish, give_name, scratch_file, un
 from dpo_studio.errors import DataError, RunError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.reading import open_regular
+from dpo_studio.runs.folder import was_begun
 
 __all__ = [
     "appearing",
@@ -35,8 +36,6 @@ __all__ = [
 
 _STDOUT = frozenset({"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 _SYSTEM = ("/dev", "/proc", "/sys")
-_RUN_MARKS = ("recipe.typed.yaml", "metrics.jsonl", "result.json", "environment.json")
-"""One of them beside `recipe.yaml` makes a run; that file alone may be anybody's recipe."""
 _MODEL_MARKS = ("adapter_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _CONFIG_MARKS = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")
 """One of them beside `config.json` makes a model; that file alone may be any program's."""
@@ -167,7 +166,7 @@ def refuse_place(folder: Path, what: str) -> None:
     for place in (folder, *folder.parents):
         if str(place) in _SYSTEM and not folder.is_relative_to("/dev/shm"):  # noqa: S108 - a disk like any other
             raise UsageError(f"{what} is in {place}, which is the system's", hint="choose another folder")
-        kind = "a run" if _is_run(place) else "a model" if _is_model(place) else None
+        kind = "a run" if was_begun(place) else "a model" if _is_model(place) else None
         if kind is not None:
             raise UsageError(
                 f"{what} is in {place}, which is {kind}: nothing else is written there",
@@ -283,10 +282,6 @@ def _same(one: Path, other: Path) -> bool:
         return one == other or one.samefile(other)
     except OSError:
         return False
-
-
-def _is_run(folder: Path) -> bool:
-    return (folder / "recipe.yaml").is_file() and any((folder / name).exists() for name in _RUN_MARKS)
 
 
 def _is_model(folder: Path) -> bool:

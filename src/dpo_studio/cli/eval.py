@@ -74,6 +74,7 @@ def evaluate(
     from dpo_studio.console.text import percent, printable
     from dpo_studio.evaluation.llm_judge import check_replies
     from dpo_studio.paths import user_path
+    from dpo_studio.runs.folder import RunFolder
     from dpo_studio.workflows.evaluating import Evaluation, check_figure, compare_runs, evaluate_run, judges_of
     from dpo_studio.workflows.judging import judge_from
 
@@ -101,7 +102,7 @@ def evaluate(
                 f"temperature {row['temperature']:g}: win rate {percent(row['win_rate'])} "
                 f"({percent(low)} to {percent(high)}), at equal length {percent(row['length_controlled'])}"
             )
-        print(printable(str(user_path(run) / "evaluation" / "answers.html")))
+        print(printable(str(RunFolder(user_path(run)).evaluation / RunFolder.ANSWERS_PAGE)))
     if len(measured) > 1:
         print(compare_runs(measured, figure, overwrite=overwrite))
 

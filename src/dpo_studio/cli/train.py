@@ -35,9 +35,9 @@ def train(
     if verify:
         from dpo_studio.workflows.verifying import verify_recipe
 
-        verdict = verify_recipe(recipe, changes, anyway=anyway)
-        print(verdict.text)
-        sys.exit(0 if verdict.deterministic else 3)
+        found = verify_recipe(recipe, changes, anyway=anyway)
+        print(found.text)
+        sys.exit(0 if found.deterministic else 3)
     from dpo_studio.console.text import percent
 
     result = train_recipe(recipe, changes, anyway=anyway)

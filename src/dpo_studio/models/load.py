@@ -36,6 +36,7 @@ from dpo_studio.models.tokenizer_settings import read_tokenizer
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.paths import user_path
 from dpo_studio.reading import open_regular, sha256_of
+from dpo_studio.runs.folder import is_run
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = [
@@ -407,7 +408,7 @@ def _check_config(folder: Path, name: str) -> None:
         hint = None
         if (folder / "adapter_config.json").is_file():
             hint = "this is an adapter folder: give its base as model.path and this as model.adapter"
-        elif (folder / "recipe.yaml").is_file():
+        elif is_run(folder):
             hint = f"this is a run: give its base as model.path and {folder / 'adapter'} as model.adapter"
         raise ModelError(f"{name} has no config.json: not a model folder", hint=hint)
 

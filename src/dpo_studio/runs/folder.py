@@ -9,7 +9,7 @@ timing.jsonl        pairs/s, tokens/s, memory; may differ
 memory.jsonl        where memory ran out, and what was done; not there if it did not
 checkpoints/        step-N/, whole or not there
 adapter/            the result, in PEFT's format
-evaluation/         answers and their verdicts
+evaluation/         answers and their verdicts: `answers.jsonl` of the demo, `comparisons.jsonl` of `dpo eval`
 result.json, report.html, environment.json
 """
 
@@ -38,19 +38,12 @@ from dpo_studio.models.scan import where_files_may_be
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
 from dpo_studio.runs.lock import LOCK
 
-__all__ = ["RunFolder", "is_run"]
+__all__ = ["RunFolder", "environment", "is_run", "was_begun"]
 
 _MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", "run.folder")
 _MAY_GROW = ("training.epochs", "training.max_steps")
 _SETTLED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
 """Keys whose `auto` is decided once and written into the run."""
-_LINES = ("metrics.jsonl", "timing.jsonl", "memory.jsonl")
-_FILES = (
-    *_LINES,
-    *("recipe.yaml", "recipe.typed.yaml", "data.json", "result.json", "environment.json", "report.html", "status.json"),
-)
-_FOLDERS = ("checkpoints", "adapter", "evaluation")
-"""What a run is made of. Whatever else lies in its folder is its user's, and is not opened."""
 _LARGEST_RECIPE = 200_000
 _LARGEST_JSON = 20_000_000
 _LARGEST_LINES = 1_000_000_000
@@ -60,36 +53,57 @@ _MORE_ROOM = "free some space and run the same command, or choose another folder
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder."""
+    """One run's folder, and the names of all that is in it."""
 
     path: Path
 
+    RECIPE, TYPED_RECIPE, DATA = "recipe.yaml", "recipe.typed.yaml", "data.json"
+    METRICS, TIMING, MEMORY = "metrics.jsonl", "timing.jsonl", "memory.jsonl"
+    RESULT, ENVIRONMENT, REPORT, STATUS = "result.json", "environment.json", "report.html", "status.json"
+    CHECKPOINTS, ADAPTER, EVALUATION = "checkpoints", "adapter", "evaluation"
+
+    # in `evaluation`
+    ANSWERS, ALL_ANSWERS_PAGE = "answers.jsonl", "all-answers.html"
+    COMPARISONS, ANSWERS_PAGE = "comparisons.jsonl", "answers.html"
+    WIN_RATES, WIN_RATES_FIGURE, WIN_RATES_TABLE = "winrate.json", "winrate.svg", "winrate.md"
+    COMPLETIONS = "completions"
+
+    LINES = (METRICS, TIMING, MEMORY)
+    PARTS = (
+        *LINES,
+        *(RECIPE, TYPED_RECIPE, DATA, RESULT, ENVIRONMENT, REPORT, STATUS),
+        *(CHECKPOINTS, ADAPTER, EVALUATION),
+    )
+    """What a run is made of. Whatever else lies in its folder is its user's, and is not opened."""
+    TRACES = (TYPED_RECIPE, METRICS, RESULT, ENVIRONMENT)
+    """Files beside a recipe that only a run has."""
+
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / self.CHECKPOINTS
 
     @property
     def adapter(self) -> Path:
-        return self.path / "adapter"
+        return self.path / self.ADAPTER
 
     @property
     def evaluation(self) -> Path:
-        return self.path / "evaluation"
+        return self.path / self.EVALUATION
 
     @property
     def result_file(self) -> Path:
-        return self.path / "result.json"
+        return self.path / self.RESULT
 
     def recipe(self) -> Recipe | None:
         """The resolved recipe this folder was made by, None in a folder that is new."""
         self.refuse_what_leads_out()
-        file = self.path / "recipe.yaml"
+        file = self.path / self.RECIPE
         raw = self._yaml(file)
         return None if raw is None else validate_recipe(raw if isinstance(raw, dict) else {}, where=str(file))
 
     def typed(self) -> dict[str, Any]:
         """The recipe as its author gave it."""
-        raw = self._yaml(self.path / "recipe.typed.yaml")
+        raw = self._yaml(self.path / self.TYPED_RECIPE)
         return raw if isinstance(raw, dict) else {}
 
     def _yaml(self, file: Path) -> Any:
@@ -111,7 +125,7 @@ class RunFolder:
             RunError: a link that leads out of the run, or something that is no file, among what a run is made of.
         """
         inside = where_files_may_be(self.path)
-        waiting = [self.path / name for name in (*_FILES, *_FOLDERS)]
+        waiting = [self.path / name for name in self.PARTS]
         while waiting:
             path = waiting.pop()
             if path.is_symlink() and not any(_target(path).is_relative_to(place) for place in inside):
@@ -171,9 +185,7 @@ class RunFolder:
     def _has_begun(self) -> bool:
         """Whether anything is here that a run with other settings would spoil."""
         return (
-            self.result_file.exists()
-            or self.checkpoints.exists()
-            or next(self.lines("metrics.jsonl"), None) is not None
+            self.result_file.exists() or self.checkpoints.exists() or next(self.lines(self.METRICS), None) is not None
         )
 
     def has_checkpoint(self) -> bool:
@@ -186,9 +198,9 @@ class RunFolder:
             make_folder(self.path)
             sweep(self.path)
         if not self._has_begun():  # of a start that got no further, with other numbers perhaps
-            (self.path / "memory.jsonl").unlink(missing_ok=True)
-        self.write_yaml("recipe.yaml", recipe.to_plain())
-        self.write_yaml("recipe.typed.yaml", loaded.typed)
+            (self.path / self.MEMORY).unlink(missing_ok=True)
+        self.write_yaml(self.RECIPE, recipe.to_plain())
+        self.write_yaml(self.TYPED_RECIPE, loaded.typed)
 
     def _refuse_links(self) -> None:
         """A run writes, and removes old checkpoints, in its own folder only.
@@ -196,7 +208,7 @@ class RunFolder:
         Raises:
             RunError: something in it leads elsewhere.
         """
-        for path in (self.checkpoints, self.adapter, self.evaluation, *(self.path / name for name in _LINES)):
+        for path in (self.checkpoints, self.adapter, self.evaluation, *(self.path / name for name in self.LINES)):
             if path.is_symlink():
                 raise RunError(
                     f"{path} is a link; a run keeps to its own folder",
@@ -220,7 +232,7 @@ class RunFolder:
 
     def sync_lines(self) -> None:
         """Bring the .jsonl files to the disk: a checkpoint must not outlive the lines up to its step."""
-        for name in _LINES:
+        for name in self.LINES:
             with _writing(self.path / name), suppress(FileNotFoundError):
                 sync(self.path / name)
         with _writing(self.path):
@@ -243,7 +255,7 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Forget what came after `step`: a resumed run writes those lines again."""
-        for name in ("metrics.jsonl", "timing.jsonl"):
+        for name in (self.METRICS, self.TIMING):
             kept = [line for line in self.lines(name) if line["step"] <= step]
             if (self.path / name).exists():
                 text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -251,8 +263,13 @@ class RunFolder:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a path is a run folder."""
-    return (Path(path) / "recipe.yaml").is_file()
+    """Whether a MODEL_OR_RUN is read as a run: it has a recipe."""
+    return (Path(path) / RunFolder.RECIPE).is_file()
+
+
+def was_begun(folder: Path) -> bool:
+    """Whether a command has begun a run here; a recipe alone may be anybody's, in a folder of anything."""
+    return is_run(folder) and any((folder / name).exists() for name in RunFolder.TRACES)
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from dpo_studio.export.card import (
     quoted,
 )
 from dpo_studio.export.requantise import Quantising
-from dpo_studio.export.verify import Comparison
+from dpo_studio.export.verify import ExportCheck
 from dpo_studio.models.bundled import BUNDLED_MODEL
 from dpo_studio.runs.facts import interval, share
 
@@ -51,7 +51,7 @@ def tuned_card(
     base_folder: Path,
     recipe: Recipe,
     settings: Quantising | None,
-    comparison: Comparison,
+    comparison: ExportCheck,
     result: Mapping[str, Any],
 ) -> Card:
     """Of a merged model, quantised by `settings` if there are any; `result` is its `export.json`."""

@@ -14,7 +14,7 @@ from dpo_studio.config import ModelSection, Recipe, cache_folder
 from dpo_studio.console.progress import Progress
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.merge import Delta, adapter_deltas
-from dpo_studio.export.verify import Comparison, compare
+from dpo_studio.export.verify import ExportCheck, compare
 from dpo_studio.learning.memory import CPU_TOKENS, tokens_without_gradient
 from dpo_studio.learning.reference import ReferenceCache, batched_logps, reference_logps
 from dpo_studio.models.adapters import REFERENCE, attach_existing, in_eval
@@ -90,7 +90,7 @@ def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress, *, today: dat
 
 def look_again(
     known: RunModel, recipe: Recipe, folder: Path, progress: Progress, *, today: datetime.date | None = None
-) -> tuple[Comparison, list[Completion]]:
+) -> tuple[ExportCheck, list[Completion]]:
     """The exported folder, loaded as anyone would load it, asked what the run's own model was asked."""
     back = load_chat_model(
         ModelSection(path=str(folder), dtype=recipe.model.dtype, attention=recipe.model.attention),

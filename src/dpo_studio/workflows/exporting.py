@@ -27,7 +27,7 @@ from dpo_studio.export.requantise import (
     quantise,
     settled,
 )
-from dpo_studio.export.verify import BARS, Comparison
+from dpo_studio.export.verify import BARS, ExportCheck
 from dpo_studio.export.whole import Making, check_new, making
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.bundled import BUNDLED_MODEL, published_name
@@ -214,7 +214,7 @@ class _Export:
             quantise(merged, place.result, rows, settings, place.work, name=str(self.run.path), progress=advance)
 
     def _result(
-        self, known: RunModel, comparison: Comparison, told: Sequence[Completion], misses: Sequence[str]
+        self, known: RunModel, comparison: ExportCheck, told: Sequence[Completion], misses: Sequence[str]
     ) -> dict[str, Any]:
         quantised = vars(self.settings) if self.to == "gptq" else {}
         packages = ("torch", "transformers", *(("gptqmodel",) if self.to == "gptq" else ()))

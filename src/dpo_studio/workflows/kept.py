@@ -193,7 +193,7 @@ def _listed(rows: Sequence[int]) -> str:
 
 
 def _file(run: RunFolder) -> Path:
-    return run.path / "data.json"
+    return run.path / run.DATA
 
 
 def _read(run: RunFolder) -> KeptData | None:

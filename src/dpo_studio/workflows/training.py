@@ -39,7 +39,7 @@ from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.reports.html import write_report
-from dpo_studio.reports.verdict import pass_verdict
+from dpo_studio.reports.verdict import headline_of
 from dpo_studio.runs.facts import read_run
 from dpo_studio.runs.folder import RunFolder, environment
 from dpo_studio.runs.health import HealthWatch
@@ -104,7 +104,7 @@ def train_recipe(
 
 def _closing(trained: TrainedRun) -> list[str]:
     """What a finished training ends with: how many pairs, the report's own verdict, and what to type next."""
-    verdict, name = pass_verdict(read_run(trained.folder.path)), shlex.quote(str(trained.folder.path))
+    verdict, name = headline_of(read_run(trained.folder.path)), shlex.quote(str(trained.folder.path))
     pairs, held_out = (trained.result.get(key, 0) for key in ("pairs", "held_out_pairs"))
     return [
         f"{pairs:,} pairs learned from, {held_out:,} held out",

@@ -20,7 +20,7 @@ from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.workflows.training import run_training
 
-__all__ = ["Verdict", "verify_recipe"]
+__all__ = ["Determinism", "verify_recipe"]
 
 _CHANGES = ("reference.mode=live", "data.held_out.rows=8", "run.tracker=null")
 """The reference is computed in the step, where the two trainings can differ in it; of held-out pairs a few will do."""
@@ -28,7 +28,7 @@ _TENSORS = ("adapter/adapter_model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Determinism:
     """Whether two trainings were one and the same."""
 
     deterministic: bool
@@ -43,7 +43,7 @@ def verify_recipe(
     steps: int = 3,
     anyway: bool = False,
     progress: Progress | None = None,
-) -> Verdict:
+) -> Determinism:
     """Train the recipe's first `steps` steps twice, from loading the model on, into folders that are removed again.
 
     `anyway`: on pairs that make a training worthless, too.
@@ -61,7 +61,7 @@ def verify_recipe(
         return _verdict(*runs)
 
 
-def _verdict(first: RunFolder, second: RunFolder) -> Verdict:
+def _verdict(first: RunFolder, second: RunFolder) -> Determinism:
     environment = json.loads((first.path / "environment.json").read_text(encoding="utf-8"))
     recipe = first.recipe()
     assert recipe is not None
@@ -73,8 +73,8 @@ def _verdict(first: RunFolder, second: RunFolder) -> Verdict:
     where = _first_number(first, second, unless=weights)
     if not where and not weights:
         same = "every number and every weight is the same bits"
-        return Verdict(True, f"deterministic ({setting}): {steps} steps trained twice, {same}")
-    return Verdict(False, f"not deterministic ({setting}): the two trainings first differ in {where or weights}")
+        return Determinism(True, f"deterministic ({setting}): {steps} steps trained twice, {same}")
+    return Determinism(False, f"not deterministic ({setting}): the two trainings first differ in {where or weights}")
 
 
 def _first_number(first: RunFolder, second: RunFolder, *, unless: str) -> str:
