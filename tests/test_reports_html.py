@@ -293,9 +293,8 @@ def hostile_run(folder: Path) -> Path:
     row = {"prompt": plain, "base": answer, "tuned": answer, "winner": plain, "reason": plain}
     dialogue = row | {"prompt": [{"role": plain, "content": plain}]}
     (folder / "evaluation" / "answers.jsonl").write_text(lines([row, dialogue]))
-    (folder / "evaluation" / "comparisons.jsonl").write_text(
-        lines([one | {"temperature": plain} for one in (row, dialogue)])
-    )
+    evaluated = lines([row | {"temperature": plain}, dialogue | {"temperature": plain}])
+    (folder / "evaluation" / "comparisons.jsonl").write_text(evaluated)
     (folder / "evaluation" / "winrate.json").write_text(json.dumps({"against": plain, "temperatures": plain}))
     (folder / "metrics.jsonl").write_text(lines([{"step": 0, plain: 1.0, "loss": 0.6}, {"step": 1, plain: 2.0}]))
     recipe = {

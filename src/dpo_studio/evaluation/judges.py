@@ -19,7 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args
 
-from dpo_studio.errors import JudgeError, NonFiniteError, UsageError
+from dpo_studio.errors import JudgeError, NonFiniteError, UsageError, reason_of
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message
 
@@ -278,7 +278,7 @@ def _where(error: BaseException, path: Path) -> str:
     """The error and the line of the user's file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     at = f"line {lines[-1]}: " if lines else ""
-    return f"{at}{type(error).__name__}: {' '.join(str(error).split())}"
+    return f"{at}{type(error).__name__}: {reason_of(error)}"
 
 
 def _about(comparison: Comparison) -> str:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 from transformers.utils import logging as transformers_logging
 
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.adapters import POLICY
 from dpo_studio.models.gptq import QuantisedLinear
 from dpo_studio.models.lora import LoraLinear
@@ -132,7 +132,7 @@ def save_plain(model: Any, folder: Path, *, source: Path, template: str | None) 
     try:
         model.save_pretrained(folder)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = reason_of(error)
         raise ModelError(f"{source}: transformers does not save a model with this config: {reason}") from None
     finally:
         transformers_logging.enable_progress_bar()

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from dpo_studio.config import ReferenceSection
 from dpo_studio.disk import check_space, drop_folder, put_folder, scratch_folder, sweep, sync, sync_folder
-from dpo_studio.errors import RunError
+from dpo_studio.errors import RunError, reason_of
 from dpo_studio.learning.train import TrainingState
 from dpo_studio.models.adapters import adapter_state, save_adapter
 from dpo_studio.models.moving import put_reference, reference_state
@@ -142,7 +142,7 @@ def restore(checkpoint: Path, policy: PeftModel, state: TrainingState) -> None:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError) as error:
         raise RunError(
-            f"{checkpoint} is not of this run's adapter: {type(error).__name__}: {' '.join(str(error).split())[:200]}",
+            f"{checkpoint} is not of this run's adapter: {type(error).__name__}: {reason_of(error)}",
             hint="remove it: the run continues from the checkpoint before it",
         ) from None
 

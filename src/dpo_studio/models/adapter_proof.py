@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from transformers.utils import logging as transformers_logging
 
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.adapters import POLICY, quiet_peft, save_adapter, saved_tensors
 
 __all__ = ["prove_adapter", "prove_trial"]
@@ -69,7 +69,7 @@ def _loaded(policy: PeftModel, folder: Path) -> PeftModel:
         try:
             return PeftModel.from_pretrained(base, folder, torch_device="cpu")
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise _broken(f"it refuses the adapter: {' '.join(str(error).split())[:300]}") from None
+            raise _broken(f"it refuses the adapter: {reason_of(error)}") from None
 
 
 def _check_loaded(loaded: PeftModel, policy: PeftModel, meant: dict[str, Tensor]) -> None:

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from dpo_studio.config import AdapterSection
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.adapter_settings import lora_settings, refuse_strange_lora
 from dpo_studio.models.lora import LoraLinear, link_mates
 from dpo_studio.models.products import base_alone
@@ -112,7 +112,7 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
         raise
     except (RuntimeError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise ModelError(
-            f"{folder}: this adapter does not fit the model: {' '.join(str(error).split())[:300]}",
+            f"{folder}: this adapter does not fit the model: {reason_of(error)}",
             hint="was it trained on another base? adapter_config.json names it",
         ) from None
     _check_every_tensor_was_used(policy, folder, name)

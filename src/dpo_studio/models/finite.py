@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpo_studio.errors import ModelError, NonFiniteError
+from dpo_studio.errors import ModelError, NonFiniteError, reason_of
 
 __all__ = ["check_finite_adapter"]
 
@@ -31,4 +31,4 @@ def check_finite_adapter(folder: Path) -> None:
                         hint="the training that made it had failed: train again with a lower training.learning_rate",
                     )
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{file} cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise ModelError(f"{file} cannot be read: {reason_of(error)}") from None

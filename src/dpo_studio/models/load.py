@@ -25,7 +25,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.utils import logging as transformers_logging
 
 from dpo_studio.config import BUNDLED, ModelSection, cache_folder
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.attention import check_architecture, choose_attention
 from dpo_studio.models.bundled import bundled_folder
 from dpo_studio.models.gptq_checkpoint import load_gptq, read_quantization
@@ -233,7 +233,7 @@ def check_folder(folder: Path, section: ModelSection) -> Any:
         check_architecture(text, name)
     except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
         raise ModelError(
-            f"{name}: config.json has a value of the wrong kind: {_one_line(error)}",
+            f"{name}: config.json has a value of the wrong kind: {reason_of(error)}",
             hint="is it as its author saved it? compare it with the original",
         ) from None
     return text
@@ -252,7 +252,7 @@ def _read_config(folder: Path, name: str) -> Any:
     try:
         return AutoConfig.from_pretrained(folder)
     except Exception as error:
-        raise ModelError(f"{name}: transformers does not know this model: {_one_line(error)}") from None
+        raise ModelError(f"{name}: transformers does not know this model: {reason_of(error)}") from None
 
 
 def check_files(folder: Path, name: str) -> None:
@@ -380,7 +380,7 @@ def load_weights(kind: Any, folder: Path, dtype: torch.dtype, attention: str | N
             output_loading_info=True,
         )
     except Exception as error:
-        raise ModelError(f"{name} cannot be loaded: {_one_line(error)}", hint="is the download complete?") from None
+        raise ModelError(f"{name} cannot be loaded: {reason_of(error)}", hint="is the download complete?") from None
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
@@ -411,7 +411,3 @@ def _check_config(folder: Path, name: str) -> None:
         elif is_run(folder):
             hint = f"this is a run: give its base as model.path and {folder / 'adapter'} as model.adapter"
         raise ModelError(f"{name} has no config.json: not a model folder", hint=hint)
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:400] or type(error).__name__

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import ModelError, reason_of
 
 __all__ = ["Shapes", "check_model_size", "check_numbers", "tensor_shapes"]
 
@@ -105,7 +105,7 @@ def check_model_size(kind: Any, config: Any, shapes: Shapes, name: str) -> None:
         with torch.device("meta"):
             model = kind.from_config(config)
     except Exception as error:
-        raise ModelError(f"{name}: transformers cannot build this model: {_one_line(error)}") from None
+        raise ModelError(f"{name}: transformers cannot build this model: {reason_of(error)}") from None
     tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     wanted, there = sum(tensor.numel() for tensor in tensors.values()), _numbers_in(shapes)
     if wanted > 2 * there + _ROOM:
@@ -139,7 +139,3 @@ def _refused(name: str, key: str, value: Any, why: str) -> ModelError:
         f"{name}: config.json has {key:.60}: {shown:.60}, {why}",
         hint="the config is not that of these weights, or damaged",
     )
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__

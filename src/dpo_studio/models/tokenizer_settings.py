@@ -8,7 +8,7 @@ from typing import Any
 
 from transformers import AutoTokenizer
 
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.scan import NO_CODE, read_json
 
 __all__ = ["read_tokenizer"]
@@ -95,9 +95,7 @@ def read_tokenizer(folder: Path, name: str) -> Any:
         if raw.get("auto_map") and "custom code" in str(error):
             message = f"{name}: tokenizer_config.json asks to run code from the model's folder (auto_map)"
             raise ModelError(message, hint=NO_CODE) from None
-        raise ModelError(
-            f"{name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:400] or type(error).__name__}"
-        ) from None
+        raise ModelError(f"{name}: its tokenizer cannot be loaded: {reason_of(error)}") from None
 
 
 def _check_added_tokens(decoder: Any, where: str) -> None:

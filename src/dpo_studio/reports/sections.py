@@ -191,8 +191,9 @@ def evaluated_section(facts: RunFacts) -> str:
     sides = None if facts.against_reference else (f"{against} (A)", "Tuned model (B)")
     longest = finite(facts.win_rates, "max_new_tokens")
     cards = "".join(comparison_card(i, row, longest, sides) for i, row in enumerate(here[:_SHOWN], 1))
+    at = "?" if (known := finite(here[0], "temperature")) is None else f"{known:g}"
     lead = (
-        f"The first {len(here[:_SHOWN])} of {count(len(here))} comparisons at temperature {clipped(_as_text(temperature), 20)}, "
+        f"The first {len(here[:_SHOWN])} of {count(len(here))} comparisons at temperature {at}, "
         "in the order they were made: nobody picked them."
     )
     return section("evaluated", "The evaluation’s answers, side by side", cards, lead)

@@ -44,8 +44,8 @@ _MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", 
 _MAY_GROW = ("training.epochs", "training.max_steps")
 _SETTLED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
 """Keys whose `auto` is decided once and written into the run."""
-_LARGEST_RECIPE = 200_000
-_LARGEST_JSON = 20_000_000
+_LARGEST = 20_000_000
+"""Bytes of a file that is read whole; of a recipe, `parse_yaml` takes less."""
 _LARGEST_LINES = 1_000_000_000
 """Bytes. A million steps have half of that."""
 _MORE_ROOM = "free some space and run the same command, or choose another folder: --set run.folder=NAME"
@@ -110,7 +110,7 @@ class RunFolder:
         """None where there is no such file."""
         if not file.exists():
             return None
-        text = read_text(file, what="the run's recipe", limit=4 * _LARGEST_RECIPE, error=RunError)
+        text = read_text(file, what="the run's recipe", limit=_LARGEST, error=RunError)
         try:
             return parse_yaml(text)
         except yaml.YAMLError as error:
@@ -145,7 +145,7 @@ class RunFolder:
         """What the finished run reported, None before that."""
         if not self.result_file.exists():
             return None
-        content = read_bytes(self.result_file, what="the run's result", limit=_LARGEST_JSON, error=RunError)
+        content = read_bytes(self.result_file, what="the run's result", limit=_LARGEST, error=RunError)
         try:
             raw = parse_json(content, what=f"{self.result_file} is not valid JSON", error=RunError)
         except RunError as error:
