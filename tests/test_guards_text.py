@@ -18,7 +18,7 @@ from rich.console import Console
 
 from dpo_studio.cli.speaking import print_stream
 from dpo_studio.config import load_recipe, parse_override, parse_yaml
-from dpo_studio.console.progress import Progress
+from dpo_studio.console.progress import Plain, Progress
 from dpo_studio.console.text import one_line, printable
 from dpo_studio.errors import DPOStudioError, RecipeError, RunError, UsageError
 from dpo_studio.export.card import Card, license_of, quoted
@@ -411,7 +411,7 @@ def test_text_in_a_page_is_text(text: str) -> None:
 def test_text_on_a_terminal_is_text(text: str) -> None:
     """In what is said, warned of, and in an error's message and hint."""
     shown = io.StringIO()
-    with Progress(console=Console(file=shown)) as progress:
+    with Progress(Plain(Console(file=shown))) as progress:
         progress.say(text)
         progress.warn(text)
     error = dpo("train", f"no-such-{text[:100]}.yaml") if "\0" not in text and "\ud800" not in text else None
