@@ -55,6 +55,11 @@ def test_help_costs_less_than_three_tenths_of_a_second() -> None:
     assert min(cost() for _ in range(5)) < 0.3
 
 
+def test_the_package_can_be_run_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "dpo_studio", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == dpo_studio.__version__
+
+
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["nonsense"]])
 def test_help_and_wrong_usage_load_nothing_heavy(arguments: list[str]) -> None:
     said = loaded_by(f"import sys; sys.argv = ['dpo', *{arguments}]; import dpo_studio.cli\ntry: dpo_studio.cli.main()")
