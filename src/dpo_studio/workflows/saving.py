@@ -111,7 +111,7 @@ def find_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Path | None:
     if ahead > 60:
         warn(f"{checkpoint} was written {ahead:,.0f} s in the future: was the clock set back? Nothing here hangs on it")
     step = int(checkpoint.name.removeprefix("step-"))
-    steps = [line["step"] for line in run.lines("metrics.jsonl") if 0 < line["step"] <= step]
+    steps = [line["step"] for line in run.lines(RunFolder.METRICS) if 0 < line["step"] <= step]
     if steps != list(range(1, step + 1)):
         warn(f"metrics.jsonl lacks the lines of {step - len(set(steps))} steps before {checkpoint.name}: they are lost")
     return checkpoint

@@ -165,7 +165,7 @@ def run_training(
     recipe = run.settle(loaded.recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
-        if not (run.path / "report.html").exists():  # it is the last thing that is written
+        if not (run.path / RunFolder.REPORT).exists():  # it is the last thing that is written
             sweep(run.path)
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done)
@@ -213,11 +213,11 @@ def _train_in(
         write_data(run, kept)
         run.result_file.unlink(missing_ok=True)
         if limit.recompute != "nothing":
-            run.append("memory.jsonl", asdict(limit))
+            run.append(RunFolder.MEMORY, asdict(limit))
         session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"), saver)
         session.fit(stop_after)
     result = session.finish(time.perf_counter() - started) | result_extra
-    run.write_json("result.json", result)
+    run.write_json(RunFolder.RESULT, result)
     progress.say(f"report: {write_report(run.path)}")
     return TrainedRun(run, result, base, policy, split.held_out)
 
@@ -262,7 +262,7 @@ class _Session:
         self._resume_or_begin(state, steps, live, at_once)
         self._track()
         self.health = HealthWatch(steps.total, saturates=self.recipe.objective.saturates)
-        for line in self.run.lines("metrics.jsonl"):  # whatever these show was told of before the run was stopped
+        for line in self.run.lines(RunFolder.METRICS):  # whatever these show was told of before the run was stopped
             self.health.see(line)
         room = self._room(steps)
         with stopping_signals(self.progress) as asked, self.progress.task("train", steps.total, "steps") as advance:
@@ -288,14 +288,14 @@ class _Session:
         self._check_finite()
         self.saver.save_result(self.policy)
         self.run.write_json(
-            "environment.json", environment(_device_name(self.base.device), precision=self.base.dtype_reason)
+            RunFolder.ENVIRONMENT, environment(_device_name(self.base.device), precision=self.base.dtype_reason)
         )
-        timing = list(self.run.lines("timing.jsonl"))
+        timing = list(self.run.lines(RunFolder.TIMING))
         trained_seconds = sum(line["seconds"] for line in timing)
         result: dict[str, Any] = {
             "kind": "train",
             "steps": self.state.step if self.state is not None else 0,
-            "skipped_steps": sum("skipped" in line for line in self.run.lines("metrics.jsonl")),
+            "skipped_steps": sum("skipped" in line for line in self.run.lines(RunFolder.METRICS)),
             "pairs": len(self.data.train.pairs),
             "held_out_pairs": len(self.data.held_out.pairs),
             "seconds": round(seconds, 2),
@@ -403,7 +403,7 @@ class _Session:
             first = min(steps.micro_batches_of(1), key=len)  # whatever else does not fit, this row does or none will
             unless_out_of_memory(self.policy, partial(self._check_start, first, live))
             if self.data.held_out.pairs:
-                self.run.append("metrics.jsonl", {"step": 0} | self._evaluate_start(budget))
+                self.run.append(RunFolder.METRICS, {"step": 0} | self._evaluate_start(budget))
         elif state.step >= steps.total and self.data.held_out.pairs:
             self._evaluate(budget)
 
@@ -471,10 +471,10 @@ class _Session:
 
     def _room(self, steps: Steps) -> Room:
         """The run's memory limits: this start's, and what it ran into before."""
-        known = [Limit(**line) for line in self.run.lines("memory.jsonl")]
+        known = [Limit(**line) for line in self.run.lines(RunFolder.MEMORY)]
 
         def tell(limit: Limit) -> None:
-            self.run.append("memory.jsonl", asdict(limit))
+            self.run.append(RunFolder.MEMORY, asdict(limit))
             again = f", each {limit.recompute} formed anew in the backward pass" if limit.recompute != "nothing" else ""
             self.progress.warn(
                 f"step {limit.step} ran out of GPU memory: {limit.tokens} tokens a micro-batch from here on{again}; "
@@ -502,7 +502,7 @@ class _Session:
         if report.skipped:
             self.progress.warn(f"step {report.step} was not taken: {report.skipped}; the weights stay as they were")
         line = {"step": report.step} | report.metrics | held_out
-        self.run.append("metrics.jsonl", line)
+        self.run.append(RunFolder.METRICS, line)
         for finding in self.health.see(line):
             self.progress.warn(finding.words())
         timing = {
@@ -514,7 +514,7 @@ class _Session:
             "tokens_per_second": _rate(report.tokens, report.seconds),
             "memory_gib": round(_peak_memory(self.base.device), 3),
         }
-        self.run.append("timing.jsonl", timing)
+        self.run.append(RunFolder.TIMING, timing)
         if self.recipe.run.tracker is not None:
             self.accelerator.log(report.metrics | held_out, step=report.step)
 

@@ -62,11 +62,11 @@ def verify_recipe(
 
 
 def _verdict(first: RunFolder, second: RunFolder) -> Determinism:
-    environment = json.loads((first.path / "environment.json").read_text(encoding="utf-8"))
+    environment = json.loads((first.path / RunFolder.ENVIRONMENT).read_text(encoding="utf-8"))
     recipe = first.recipe()
     assert recipe is not None
     setting = f"{environment['device']}, {recipe.model.dtype}, {torch.get_num_threads()} threads"
-    steps = sum(line["step"] > 0 for line in first.lines("metrics.jsonl"))
+    steps = sum(line["step"] > 0 for line in first.lines(RunFolder.METRICS))
     one, other = (newest_checkpoint(run.checkpoints) for run in (first, second))
     assert one is not None and other is not None and one.name == other.name  # both stopped after the same step
     weights = _first_tensor(one, other)
@@ -82,7 +82,7 @@ def _first_number(first: RunFolder, second: RunFolder, *, unless: str) -> str:
 
     Nothing `unless` a held-out number after training is the first, which other weights explain.
     """
-    for one, other in zip_longest(*(run.lines("metrics.jsonl") for run in (first, second)), fillvalue={}):
+    for one, other in zip_longest(*(run.lines(RunFolder.METRICS) for run in (first, second)), fillvalue={}):
         for key in one | other:
             if one.get(key) != other.get(key):
                 if unless and key.startswith("eval_") and one.get("step"):
