@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-# Threads that wait give way to other processes (the reason stands in cli.py).
+# Threads that wait give way to other processes (the reason stands in cli/app.py).
 export GOMP_SPINCOUNT ?= 2000
 
 .PHONY: install demo test slow faults mutants check format benchmark clean

@@ -238,12 +238,12 @@ def few_blows(bench: Bench) -> Iterator[Blow]:
     def place(pattern: str) -> int:
         return next(number for number, name in enumerate(names, 1) if re.fullmatch(pattern, name))
 
-    writing = r"RUN/checkpoints/\.writing-step-4"
+    writing = r"RUN/checkpoints/\.step-4\.writing-[^/]+"
     for pattern in (
         rf"half {writing}/optimizer\.safetensors",
         rf"empty {writing}/manifest\.json",
         rf"os\.rename {writing}",
-        r"os\.rmdir RUN/checkpoints/\.dropping-step-2",
+        r"os\.rmdir RUN/checkpoints/\.step-2\.writing-[^/]+",
         r"os\.rename RUN/\.result\.json.*",
     ):
         yield Blow(AT_EVENT, "cached", place(pattern))

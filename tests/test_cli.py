@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from dpo_studio.cli.app import set_environment
 
 import dpo_studio
+from dpo_studio.cli.app import set_environment
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.workflows.training import run as training_run
 from tests.tiny_models import tiny_folder
@@ -53,6 +53,11 @@ def test_help_costs_less_than_three_tenths_of_a_second() -> None:
         return after.children_user + after.children_system - before.children_user - before.children_system
 
     assert min(cost() for _ in range(5)) < 0.3
+
+
+def test_the_package_can_be_run_as_a_module() -> None:
+    done = subprocess.run([sys.executable, "-m", "dpo_studio", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == dpo_studio.__version__
 
 
 @pytest.mark.parametrize("arguments", [["--help"], ["train", "--help"], ["--version"], ["nonsense"]])
@@ -576,9 +581,9 @@ def test_a_gpu_s_memory_grows_unless_the_user_has_chosen(
 
 def test_another_interrupt_while_an_error_is_told_leaves_no_traceback() -> None:
     code = (
-        "import os, signal; from dpo_studio import cli; from dpo_studio.reports import text\n"
+        "import os, signal; from dpo_studio.cli import app; from dpo_studio.console import text\n"
         "text.printable = lambda message: os.kill(os.getpid(), signal.SIGINT)\n"
-        "cli._die('stopped by SIGINT after step 4', 130)"
+        "app._die('stopped by SIGINT after step 4', 130)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (130, "")

@@ -12,7 +12,7 @@ import pytest
 import typer
 
 import dpo_studio.preferences
-from dpo_studio.cli import app
+from dpo_studio.cli.app import app
 from tests.tiny_runs import dpo, tiny_rows, write_rows
 
 HOW = {"--map", "--label", "--format", "--split", "--rows", "--revision"}

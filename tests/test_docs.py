@@ -18,7 +18,7 @@ import pytest
 import typer
 import yaml
 
-from dpo_studio.cli import app
+from dpo_studio.cli.app import app
 from dpo_studio.config import load_recipe, parse_override, validate_recipe
 from dpo_studio.errors import install_hint
 from dpo_studio.objectives import OBJECTIVES, Mixture

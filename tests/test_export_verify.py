@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from dpo_studio.export.verify import BARS, Bar, Comparison, compare
+from dpo_studio.export.verify import BARS, Bar, ExportCheck, compare
 from dpo_studio.objectives import PairLogps
 
 
@@ -19,7 +19,7 @@ def logps(chosen: list[float], rejected: list[float]) -> PairLogps:
 ZERO = logps([0.0] * 4, [0.0] * 4)
 
 
-def compared(before: PairLogps, after: PairLogps, reference: PairLogps = ZERO, *, beta: float = 0.5) -> Comparison:
+def compared(before: PairLogps, after: PairLogps, reference: PairLogps = ZERO, *, beta: float = 0.5) -> ExportCheck:
     return compare(before, after, reference, ["a", "b", "c", "d"][: len(before)], beta=beta)
 
 

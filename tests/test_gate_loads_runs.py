@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import yaml
-from dpo_studio.runs.folder import RunFolder
 from safetensors.torch import load_file
 
 from dpo_studio.errors import DPOStudioError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.reports.html import write_report
+from dpo_studio.runs.folder import RunFolder
 from dpo_studio.workflows.cards import adapter_card
 from dpo_studio.workflows.kept import date_of, recipe_of
 from tests.guard_words import words_of

@@ -16,11 +16,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from dpo_studio.runs.facts import read_run
 
 from dpo_studio import reading
 from dpo_studio.errors import DataError, ModelError, RunError
 from dpo_studio.reading import input_text, open_input, open_regular, parse_json, read_bytes, read_json, read_text
+from dpo_studio.runs.facts import read_run
 from dpo_studio.workflows.talking import read_prompts
 
 from .gate_reads import GOOD, dpo

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import yaml
-from dpo_studio.cli.app import _refuse_names_that_are_no_text
 from pydantic import BaseModel
 
+from dpo_studio.cli.app import _refuse_names_that_are_no_text
 from dpo_studio.config import Recipe, SourceSection, load_recipe, parse_yaml
 from dpo_studio.errors import DPOStudioError, RecipeError, UsageError
 from dpo_studio.preferences.sources import read_pairs

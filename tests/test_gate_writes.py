@@ -12,12 +12,18 @@ from typing import Any
 
 import pytest
 
-from dpo_studio import writing
+from dpo_studio import disk
 from dpo_studio.disk import append_line, write_atomically
 from dpo_studio.errors import DataError, DPOStudioError, RunError, UsageError
 from dpo_studio.evaluation.llm_judge import check_replies
 from dpo_studio.paths import user_path
-from dpo_studio.writing import appearing, check_outputs, check_run_place, stream_of, write_output
+from dpo_studio.writing import (
+    appearing,
+    check_outputs,
+    check_run_place,
+    stream_of,
+    write_output,
+)
 from tests.stub_server import better_says_good, stub_server
 from tests.tiny_runs import dpo, tiny_rows, write_rows
 
@@ -272,7 +278,7 @@ def test_lines_that_no_file_can_hold_are_not_lost(tmp_path: Path, pairs: Path, m
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(writing, "_finish", full)
+    monkeypatch.setattr(disk, "finish", full)
     said = dpo("judge", "check", pairs, "--judge", "length", "--out", tmp_path / "out")
     assert said.code == 1 and "No space left on device; its lines are on stdout" in said.err
     assert len(said.lines) == 6 and names(tmp_path) == ["pairs.jsonl"]
@@ -327,7 +333,7 @@ def test_two_processes_never_share_an_unfinished_file(tmp_path: Path, monkeypatc
     real = os.open
 
     def opened(path: Any, flags: int, *rest: Any, **more: Any) -> int:
-        if writing.UNFINISHED in str(path):
+        if disk.UNFINISHED in str(path):
             names.add(str(path))
             assert flags & os.O_EXCL and flags & os.O_NOFOLLOW
         return real(path, flags, *rest, **more)

@@ -17,8 +17,8 @@ from typing import Any
 
 import pytest
 import torch
-from dpo_studio.cli.app import set_environment
 
+from dpo_studio.cli.app import set_environment
 from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.frozen.fp8 import fp8_rows, fp8_weight
 from dpo_studio.frozen.gptq import Packed

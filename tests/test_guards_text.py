@@ -16,15 +16,15 @@ import pytest
 import yaml
 from rich.console import Console
 
-from dpo_studio.cli import _print_stream
+from dpo_studio.cli.speaking import print_stream
 from dpo_studio.config import load_recipe, parse_override, parse_yaml
+from dpo_studio.console.progress import Plain, Progress
+from dpo_studio.console.text import one_line, printable
 from dpo_studio.errors import DPOStudioError, RecipeError, RunError, UsageError
 from dpo_studio.export.card import Card, license_of, quoted
 from dpo_studio.paths import inside, plain_name
 from dpo_studio.reports.markup import block, esc, table
-from dpo_studio.reports.progress import Progress
-from dpo_studio.reports.text import one_line, printable
-from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.runs.folder import RunFolder, is_run
 from tests.guard_words import words_of
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 
@@ -411,7 +411,7 @@ def test_text_in_a_page_is_text(text: str) -> None:
 def test_text_on_a_terminal_is_text(text: str) -> None:
     """In what is said, warned of, and in an error's message and hint."""
     shown = io.StringIO()
-    with Progress(console=Console(file=shown)) as progress:
+    with Progress(Plain(Console(file=shown))) as progress:
         progress.say(text)
         progress.warn(text)
     error = dpo("train", f"no-such-{text[:100]}.yaml") if "\0" not in text and "\ud800" not in text else None
@@ -517,6 +517,6 @@ def test_an_answer_as_it_streams_to_a_terminal_cannot_rewrite_the_screen(
 
     for stream, clean in ((Terminal(), True), (io.StringIO(), False)):
         monkeypatch.setattr(sys, "stdout", stream)
-        _print_stream(iter(text))
+        print_stream(iter(text))
         assert stream.getvalue() == (printable(text.replace("\r", "\\x0d")) if clean else text) + "\n"
         assert not clean or not UNSEEN.search(stream.getvalue())

@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from dpo_studio.console.progress import Progress
 from safetensors.torch import load_file
 
 from dpo_studio.config import load_recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import Interrupted
 from dpo_studio.learning.checkpoints import newest_checkpoint, restore
 from dpo_studio.learning.held_out import evaluate
@@ -196,8 +196,8 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
     content = bytearray(damaged.read_bytes())
     content[-1] ^= 1
     damaged.write_bytes(content)
-    shutil.copytree(checkpoints / "step-4", checkpoints / ".writing-step-6")
-    (checkpoints / ".writing-step-6/manifest.json").unlink()
+    shutil.copytree(checkpoints / "step-4", checkpoints / ".step-6.writing-1-0a")
+    (checkpoints / ".step-6.writing-1-0a/manifest.json").unlink()
     (checkpoints / "step-98").mkdir()
     (checkpoints / "step-99").mkdir()
     run(recipe, stopped)

@@ -15,9 +15,9 @@ from typing import Any
 
 import pytest
 import torch
-from dpo_studio.console.progress import Progress
 
 from dpo_studio.config import load_recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.learning import reference
 from dpo_studio.learning.batched import COLUMNS, batched_logps
 from dpo_studio.learning.logprobs import pair_logps

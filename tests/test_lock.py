@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from dpo_studio.errors import RunError
-from dpo_studio.lock import held
+from dpo_studio.runs.lock import held
 
-_HOLD = "import sys\nfrom pathlib import Path\nfrom dpo_studio.lock import held\n"
+_HOLD = "import sys\nfrom pathlib import Path\nfrom dpo_studio.runs.lock import held\n"
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dpo_studio.cli_source import source_section
+from dpo_studio.cli.options import source_section
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
 from dpo_studio.preferences import files as files_module

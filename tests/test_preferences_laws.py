@@ -23,12 +23,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_studio.config import SourceSection
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.formats import FORMATS
 from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.sources import Refusal, open_pairs, read_pairs
 from dpo_studio.preferences.split import stratified
-from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.data import convert_pairs, refused_beside, split_source
 
 QUIET = Progress(quiet=True)

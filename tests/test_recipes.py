@@ -14,7 +14,7 @@ import pytest
 
 import dpo_studio
 from dpo_studio.config import load_recipe
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 from tests.gptq_oracle import in_own_process
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from dpo_studio.errors import RunError
-from dpo_studio.reports.facts import finite, interval, read_run, share
+from dpo_studio.runs.facts import finite, interval, read_run, share
 
 
 def lines(rows: list[dict[str, Any]]) -> str:

@@ -12,12 +12,12 @@ from typing import Any
 
 import pytest
 
-from dpo_studio.reports import detectors, health
-from dpo_studio.reports.detectors import DETECTORS, Curve
-from dpo_studio.reports.facts import read_run
 from dpo_studio.reports.findings import health_section
-from dpo_studio.reports.health import Finding, HealthWatch, health_of, judge
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs import detectors, health
+from dpo_studio.runs.detectors import DETECTORS, Curve
+from dpo_studio.runs.facts import read_run
+from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.health import HealthFinding, HealthWatch, health_of, judge
 from tests.tiny_runs import dpo, write_recipe
 
 
@@ -276,5 +276,5 @@ def test_the_document_lists_every_detector_with_its_thresholds() -> None:
 
 
 def test_a_finding_speaks_to_the_person_at_the_keyboard() -> None:
-    finding = Finding("margins_explode", "Margins explode", 24, 60, "the mean is 17", "stop earlier")
+    finding = HealthFinding("margins_explode", "Margins explode", 24, 60, "the mean is 17", "stop earlier")
     assert finding.words() == "step 24: margins explode: the mean is 17\n  hint: stop earlier"

@@ -15,17 +15,17 @@ import pytest
 import yaml
 
 from dpo_studio.errors import RunError
-from dpo_studio.reports.facts import read_run
 from dpo_studio.reports.figures import CHARTS
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.sections import (
     answers_section,
+    headline_panel,
     judging_section,
     key_figures,
     numbers_section,
     showcase_section,
-    verdict_panel,
 )
+from dpo_studio.runs.facts import read_run
 
 RECIPE: dict[str, Any] = {
     "model": {"path": "bundled:smollm2-135m-instruct", "revision": None, "dtype": "float32", "attention": "sdpa"},
@@ -293,6 +293,9 @@ def hostile_run(folder: Path) -> Path:
     row = {"prompt": plain, "base": answer, "tuned": answer, "winner": plain, "reason": plain}
     dialogue = row | {"prompt": [{"role": plain, "content": plain}]}
     (folder / "evaluation" / "answers.jsonl").write_text(lines([row, dialogue]))
+    evaluated = lines([row | {"temperature": plain}, dialogue | {"temperature": plain}])
+    (folder / "evaluation" / "comparisons.jsonl").write_text(evaluated)
+    (folder / "evaluation" / "winrate.json").write_text(json.dumps({"against": plain, "temperatures": plain}))
     (folder / "metrics.jsonl").write_text(lines([{"step": 0, plain: 1.0, "loss": 0.6}, {"step": 1, plain: 2.0}]))
     recipe = {
         "model": {"path": plain, plain: plain},
@@ -329,9 +332,12 @@ def test_very_long_answers_are_clipped_and_say_so(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", TRAINED | COMPARED)
     long = {"text": "\x07&" * 20_000, "ended": True, "tokens": 9000}
     (run / "evaluation" / "answers.jsonl").write_text(lines([{"prompt": "p" * 9000, "base": long, "tuned": long}] * 12))
+    rows = [{"temperature": t, "prompt": "p" * 9000, "base": long, "tuned": long} for t in (0, 1) for _ in range(12)]
+    (run / "evaluation" / "comparisons.jsonl").write_text(lines(rows))
     html, page = report(run)
     assert "(the first 3,000 of 40,000 characters)" in page.text
-    assert len(html.encode()) < 600_000
+    assert page.elements.count("article") == 10 + 10
+    assert len(html.encode()) < 1_000_000
 
 
 def test_a_long_run_stays_small(tmp_path: Path) -> None:
@@ -362,7 +368,7 @@ def test_any_key_may_be_missing(tmp_path: Path, key: str) -> None:
     del result[key]
     (tmp_path / "result.json").write_text(json.dumps(result))
     facts = read_run(tmp_path)
-    parts = (verdict_panel, key_figures, showcase_section, answers_section, judging_section, numbers_section)
+    parts = (headline_panel, key_figures, showcase_section, answers_section, judging_section, numbers_section)
     Page("".join(part(facts) for part in parts))
     assert all(isinstance(chart.summary(facts), str) for chart in CHARTS)
     if key in {"win_rate", "win_rate_ci95", "wins", "ties", "losses", "stop_rate_base", "mean_tokens_tuned"}:

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from dpo_studio.reports import progress as module
-from dpo_studio.reports.progress import Progress
+from dpo_studio.console import progress as module
+from dpo_studio.console.progress import Progress, Terminal
 
 
 class Clock:
@@ -95,7 +95,7 @@ def test_a_pipe_stays_plain_whatever_the_environment_asks(
 @pytest.mark.parametrize("width", [80, 120])
 def test_a_terminal_gets_a_bar(width: int, capsys: pytest.CaptureFixture[str]) -> None:
     terminal = Console(file=io.StringIO(), force_terminal=True, width=width, color_system=None)
-    with Progress(console=terminal) as progress, progress.task("train", 40) as advance:
+    with Progress(Terminal(terminal)) as progress, progress.task("train", 40) as advance:
         advance(12, figures="loss 0.512  [margin] 0.41\x1b")
         print("data")
         progress.say("a line")

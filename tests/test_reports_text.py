@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpo_studio.reports.text import clock, duration, one_line, percent, printable, significant
+from dpo_studio.console.text import clock, duration, one_line, percent, printable, significant
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_times() -> None:
 
 def test_the_room_loads_no_torch_and_progress_loads_nothing_heavy() -> None:
     heavy = "{'torch', 'transformers', 'matplotlib', 'rich', 'numpy', 'yaml'} & set(sys.modules)"
-    code = f"import sys, dpo_studio.reports.progress; assert not {heavy}, {heavy}\n"
+    code = f"import sys, dpo_studio.console.progress; assert not {heavy}, {heavy}\n"
     code += (
         "import dpo_studio.reports.html; assert not {'torch', 'transformers', 'matplotlib.pyplot'} & set(sys.modules)"
     )

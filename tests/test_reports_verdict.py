@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from dpo_studio.reports.facts import RunFacts
-from dpo_studio.reports.verdict import cautions, pass_verdict
+from dpo_studio.reports.verdict import cautions, headline_of
+from dpo_studio.runs.facts import RunFacts
 
 TRAINED: dict[str, Any] = {
     "held_out_pairs": 120,
@@ -32,7 +32,7 @@ def facts(**result: Any) -> RunFacts:
 
 
 def test_a_demo_is_judged_by_its_win_rate() -> None:
-    verdict = pass_verdict(facts(**TRAINED, **COMPARED))
+    verdict = headline_of(facts(**TRAINED, **COMPARED))
     assert verdict.tone == "better"
     assert verdict.sentence == (
         "The tuned model’s answers won 74 % of 140 comparisons with the base model’s (95 % interval 67–81 %)."
@@ -43,7 +43,7 @@ def test_a_demo_is_judged_by_its_win_rate() -> None:
 
 
 def test_a_training_is_judged_by_its_held_out_accuracy() -> None:
-    verdict = pass_verdict(facts(**TRAINED))
+    verdict = headline_of(facts(**TRAINED))
     assert verdict.tone == "better"
     assert verdict.sentence == (
         "On 120 held-out pairs the tuned model prefers the chosen answer in 71 % (95 % interval 62–78 %), "
@@ -76,7 +76,7 @@ def test_a_training_is_judged_by_its_held_out_accuracy() -> None:
     ],
 )
 def test_the_verdict_is_honest(change: dict[str, Any], tone: str, said: str) -> None:
-    verdict = pass_verdict(facts(**(TRAINED | change)))
+    verdict = headline_of(facts(**(TRAINED | change)))
     assert verdict.tone == tone
     assert said in f"{verdict.sentence} {verdict.meaning}"
 

@@ -10,13 +10,13 @@ from typing import Any
 import pytest
 
 from dpo_studio.reports.drawing import styled
-from dpo_studio.reports.facts import read_run
 from dpo_studio.reports.figures import CHARTS
 from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.svg import embedded_svg, inline_svg
 from dpo_studio.reports.winrates import save_winrate_figure
 from dpo_studio.reports.winrates_section import win_rates_section
+from dpo_studio.runs.facts import read_run
 from tests.test_reports_html import HOSTILE, TRAINED, Page, write_run
 
 RATES: dict[str, Any] = {

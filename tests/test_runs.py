@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import yaml
 from accelerate.tracking import get_available_trackers
-from dpo_studio.runs.folder import RunFolder, is_run
 
 from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
 from dpo_studio.learning.held_out import evaluate
+from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.workflows.training import held_out
 from tests.tiny_runs import Said, dpo, write_recipe
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import os
 import shutil
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
+from dpo_studio.console.text import printable
 from dpo_studio.evaluation.generation import generate
 from dpo_studio.workflows import completions, evaluating
 from dpo_studio.workflows.evaluating import default_judge
@@ -75,6 +77,25 @@ def test_what_it_leaves(run: Path) -> None:
     assert said.out.splitlines()[-1] == str(run / "evaluation" / "answers.html")
     for name in ("answers.html", "winrate.png", "winrate.svg", "winrate.md"):
         assert (run / "evaluation" / name).stat().st_size > 500
+
+
+def test_the_run_s_report_shows_the_evaluation_s_answers(run: Path) -> None:
+    """Both sides' own texts and the verdict of each comparison at the lowest temperature, none of another one's."""
+    before = (run / "report.html").read_text()
+    assert 'id="evaluated"' not in before
+    evaluated(run)
+    rows = [json.loads(line) for line in (run / "evaluation" / "comparisons.jsonl").read_text().splitlines()]
+    cold = [row for row in rows if row["temperature"] == 0]
+    page = (run / "report.html").read_text()
+    shown = page.partition('<section id="evaluated"')[2].partition("</section>")[0]
+    assert "The first 6 of 6 comparisons at temperature 0," in shown
+    articles = shown.split("<article")[1:]
+    assert len(articles) == len(cold) == 6
+    for row, article in zip(cold, articles, strict=True):
+        for text in (row["prompt"], row["base"]["text"], row["tuned"]["text"], row["reason"]):
+            assert html.escape(printable(text)) in article
+        assert {"tuned": "tuned wins", "base": "base wins", "tie": "tie"}[row["winner"]] in article
+    assert len(page) < len(before) + 200_000
 
 
 def test_kl_is_the_plain_models(run: Path) -> None:

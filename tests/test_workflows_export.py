@@ -266,7 +266,7 @@ def test_a_signal_halfway_leaves_nothing(number: signal.Signals, code: int, tiny
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     ) as child:
         started = time.monotonic()
-        while not list(tmp_path.glob(".out.making-*")) and child.poll() is None and time.monotonic() - started < 120:
+        while not list(tmp_path.glob(".out.writing-*")) and child.poll() is None and time.monotonic() - started < 120:
             time.sleep(0.01)
         child.send_signal(number)
         out, err = child.communicate(timeout=60)

@@ -263,7 +263,7 @@ def test_stopped_halfway_it_leaves_nothing_that_looks_whole(
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     ) as child:
-        wait_for(lambda: list(tmp_path.glob(".out.making-*/work/log")) or child.poll() is not None)
+        wait_for(lambda: list(tmp_path.glob(".out.writing-*/work/log")) or child.poll() is not None)
         wait_for(lambda: jobs_of(tmp_path) or child.poll() is not None)
         child.send_signal(number)
         child.communicate(timeout=60)

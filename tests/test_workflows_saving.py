@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-from dpo_studio.runs.folder import RunFolder
 from safetensors.torch import load_file, save_file
 
 from dpo_studio.learning import checkpoints, train
@@ -25,6 +24,7 @@ from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.models import adapters
 from dpo_studio.policy.policy import Policy
+from dpo_studio.runs.folder import RunFolder
 from tests.test_lock import another_holds
 from tests.tiny_runs import Said, dpo, write_recipe
 
@@ -263,9 +263,9 @@ def test_nothing_is_removed_that_the_run_did_not_write(recipe: Path, tmp_path: P
     (elsewhere / "precious").write_text("mine")
     (folder / "step-0").symlink_to(elsewhere)
     (folder / "step-77").symlink_to(elsewhere)
-    (folder / ".writing-step-2").symlink_to(elsewhere)
+    (folder / ".step-2.writing-1-0a").symlink_to(elsewhere)
     refused(dpo("train", recipe), "is a link that leads out of the run")
-    for name in ("step-0", "step-77", ".writing-step-2"):
+    for name in ("step-0", "step-77", ".step-2.writing-1-0a"):
         (folder / name).unlink()
     refused(dpo("train", recipe), "step-1 is damaged or incomplete and is passed over: note.txt was not", code=0)
     assert (folder / "step-1/note.txt").read_text() == "mine"

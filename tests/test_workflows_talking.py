@@ -6,10 +6,10 @@ from pathlib import Path
 
 import pytest
 
-from dpo_studio.cli_talk import wrapped
+from dpo_studio.cli.speaking import wrapped
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import UsageError
 from dpo_studio.preferences.pair import Message
-from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.loading import Loaded, load_any
 from dpo_studio.workflows.talking import Chat, Sampling, answers, generate_answers
 from tests.tiny_runs import Said, dpo

@@ -28,7 +28,11 @@ __all__ = [
     "RunError",
     "UsageError",
     "install_hint",
+    "reason_of",
 ]
+
+_LONGEST_REASON = 400
+"""Characters: five lines of a terminal."""
 
 
 class DPOStudioError(Exception):
@@ -83,6 +87,11 @@ class Interrupted(DPOStudioError):
     def __init__(self, message: str, *, exit_code: int, hint: str | None = None) -> None:
         super().__init__(message, hint=hint)
         self.exit_code = exit_code
+
+
+def reason_of(error: BaseException) -> str:
+    """What another library's error says, on one line; a quarter of a page of it is as good as none."""
+    return " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
 
 
 def install_hint(extra: str) -> str:

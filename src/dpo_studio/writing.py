@@ -1,16 +1,14 @@
 """The one gate for what is written: no output replaces a file unasked, mixes with foreign files, or is half there.
 
 What a verb was told to write is looked at before its long work begins (`check_outputs`, `check_continued`,
-`check_run_place`), and is written under another name in the same folder and moved into its place when it is whole
-(`appearing`, `write_output`, `write_atomically`). Links are judged by where they lead.
+`check_run_place`), and appears whole (`appearing`, `write_output`; how, is in `disk`). Links are judged by where they
+lead.
 """
 
 from __future__ import annotations
 
 import errno
 import os
-import secrets
-import shutil
 import stat
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -20,40 +18,30 @@ from pathlib import Path
 from typing import Literal, TextIO
 
 from dpo_studio.config import BUNDLED
-from dpo_studio.disk import ROOM, sync
+from dpo_studio.disk import OVERWRITE, ROOM, finish, give_name, scratch_file, unwritable, write_atomically
 from dpo_studio.errors import DataError, RunError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.reading import open_regular
+from dpo_studio.runs.folder import was_begun
 
 __all__ = [
-    "UNFINISHED",
     "appearing",
-    "append_line",
     "check_continued",
     "check_outputs",
     "check_run_place",
-    "make_folder",
-    "move_folder",
     "refuse_place",
-    "remove_folder",
     "resolved",
     "stream_of",
-    "write_atomically",
     "write_output",
 ]
 
-UNFINISHED = ".writing-"
-"""In the names of files that are not finished yet."""
 _STDOUT = frozenset({"/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"})
 _SYSTEM = ("/dev", "/proc", "/sys")
-_RUN_MARKS = ("recipe.typed.yaml", "metrics.jsonl", "result.json", "environment.json")
-"""One of them beside `recipe.yaml` makes a run; that file alone may be anybody's recipe."""
 _MODEL_MARKS = ("adapter_config.json", "model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 _CONFIG_MARKS = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")
 """One of them beside `config.json` makes a model; that file alone may be any program's."""
 _LONGEST_FIRST_LINE = 16 * 2**20
 _BESIDE = "choose a folder beside it, not in it"
-_OVERWRITE = "--overwrite replaces it"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
@@ -123,7 +111,7 @@ def check_outputs(
         _refuse_what_is_read(there, read, option, path)
         refuse_place(there.parent, f"{option} {path}")
         if there.exists() and not overwrite:
-            raise DataError(f"{option} {path} exists", hint=_OVERWRITE)
+            raise DataError(f"{option} {path} exists", hint=OVERWRITE)
 
 
 def check_continued(
@@ -181,35 +169,12 @@ def refuse_place(folder: Path, what: str) -> None:
     for place in (folder, *folder.parents):
         if str(place) in _SYSTEM and not folder.is_relative_to("/dev/shm"):  # noqa: S108 - a disk like any other
             raise UsageError(f"{what} is in {place}, which is the system's", hint="choose another folder")
-        kind = "a run" if _is_run(place) else "a model" if _is_model(place) else None
+        kind = "a run" if was_begun(place) else "a model" if _is_model(place) else None
         if kind is not None:
             raise UsageError(
                 f"{what} is in {place}, which is {kind}: nothing else is written there",
                 hint=_BESIDE,
             )
-
-
-def make_folder(folder: Path) -> None:
-    """A folder of our own, with those above it; it may be there."""
-    folder.mkdir(parents=True, exist_ok=True)
-
-
-def remove_folder(folder: Path) -> None:
-    """A folder of our own, as far as it can be; no link is followed."""
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def move_folder(made: Path, out: Path, aside: Path) -> None:
-    """Give a finished folder its name; what is there, which is ours, goes aside first and comes back if that fails."""
-    if not os.path.lexists(out):
-        made.rename(out)
-        return
-    out.rename(aside)
-    try:
-        made.rename(out)
-    except BaseException:
-        aside.rename(out)
-        raise
 
 
 def write_output(file: Path, content: str | bytes, *, overwrite: bool, spill: bool = False) -> None:
@@ -227,34 +192,12 @@ def write_output(file: Path, content: str | bytes, *, overwrite: bool, spill: bo
     if stream is not None:
         return
     try:
-        _write(resolved(file, "output"), content, overwrite=overwrite, hint=ROOM)
+        write_atomically(resolved(file, "output"), content, overwrite=overwrite)
     except RunError as error:
         if spill:
             sys.stdout.write(content if isinstance(content, str) else content.decode())
             error.message += "; its lines are on stdout"
         raise
-
-
-def write_atomically(file: Path, content: str | bytes, *, hint: str = ROOM) -> None:
-    """Replace a file of our own in one move: readers see the old content or the new, never half, not even after a power
-    cut.
-
-    Raises:
-        RunError: the disk is full or read-only; what was at `file` is still there.
-    """
-    _write(file, content, overwrite=True, hint=hint)
-
-
-def _write(file: Path, content: str | bytes, *, overwrite: bool, hint: str) -> None:
-    try:
-        with _scratch(file) as (scratch, written):
-            left = memoryview(content.encode() if isinstance(content, str) else content)
-            while left:  # a disk that fills up takes a part and raises at the next
-                left = left[written.write(left) :]
-            _finish(written, file)
-            _move(scratch, file, overwrite=overwrite)
-    except OSError as error:
-        raise _unwritable(file, error, hint) from None
 
 
 @contextmanager
@@ -273,20 +216,20 @@ def appearing(files: Sequence[Path], *, overwrite: bool) -> Iterator[list[TextIO
                 streams.append(sys.stdout if kind == "stdout" else opened.enter_context(_text(os.devnull)))
                 continue
             there = resolved(file, "output")
-            scratch, written = opened.enter_context(_scratch(there))
+            scratch, written = opened.enter_context(scratch_file(there))
             streams.append(opened.enter_context(_text(written.fileno())))
             parts.append((scratch, written, streams[-1], there))
         try:
             yield streams
             for _, written, text, there in parts:
                 text.flush()
-                _finish(written, there)
+                finish(written, there)
             for scratch, _, _, there in reversed(parts):
-                _move(scratch, there, overwrite=overwrite)
+                give_name(scratch, there, overwrite=overwrite)
         except OSError as error:
             if error.errno not in _FULL or not parts:
                 raise
-            raise _unwritable(parts[0][3], error, ROOM) from None
+            raise unwritable(parts[0][3], error, ROOM) from None
 
 
 @contextmanager
@@ -297,17 +240,6 @@ def _text(file: str | int) -> Iterator[TextIO]:
     finally:
         with suppress(OSError):  # what could not be flushed has been told of
             text.close()
-
-
-def append_line(file: Path, line: bytes) -> None:
-    """Add a line to a file that `check_continued` has looked at; one that a full disk cut off is ended first.
-
-    One write: a process that is killed leaves lines, not halves, and two may write one file.
-    """
-    make_folder(file.parent)
-    with file.open("a+b", buffering=0) as stream:
-        cut_off = stream.seek(0, 2) and (stream.seek(-1, 2), stream.read(1))[1] != b"\n"
-        stream.write(b"\n" * bool(cut_off) + line + b"\n")
 
 
 def _check_file(there: Path, option: str, path: Path) -> None:
@@ -349,55 +281,7 @@ def _same(one: Path, other: Path) -> bool:
         return False
 
 
-def _is_run(folder: Path) -> bool:
-    return (folder / "recipe.yaml").is_file() and any((folder / name).exists() for name in _RUN_MARKS)
-
-
 def _is_model(folder: Path) -> bool:
     if any((folder / name).exists() for name in _MODEL_MARKS):
         return True
     return (folder / "config.json").is_file() and any((folder / name).exists() for name in _CONFIG_MARKS)
-
-
-@contextmanager
-def _scratch(file: Path) -> Iterator[tuple[Path, FileIO]]:
-    """A new file beside `file` whose name no other process can have, gone at the end of the block."""
-    name = os.fsencode(file.name)[:100].decode("utf-8", "ignore")
-    scratch = file.with_name(f".{name}{UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
-    descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
-    with FileIO(descriptor, "w") as written:
-        try:
-            yield scratch, written
-        finally:
-            scratch.unlink(missing_ok=True)
-
-
-def _finish(written: FileIO, file: Path) -> None:
-    """To the disk, with the rights of the file that it replaces."""
-    with suppress(FileNotFoundError):
-        os.fchmod(written.fileno(), file.stat().st_mode & 0o777)
-    os.fsync(written.fileno())
-
-
-def _move(scratch: Path, file: Path, *, overwrite: bool) -> None:
-    """Give the finished file its name."""
-    if overwrite:
-        scratch.replace(file)
-    else:
-        try:
-            os.link(scratch, file)
-        except FileExistsError:
-            kept = scratch.with_name(f"{file.name}.{secrets.token_hex(4)}")
-            scratch.rename(kept)
-            raise DataError(
-                f"{file} has come to exist meanwhile; what was made is in {kept}", hint=_OVERWRITE
-            ) from None
-        except OSError:  # a file system without links
-            if file.exists():
-                raise DataError(f"{file} has come to exist meanwhile", hint=_OVERWRITE) from None
-            scratch.rename(file)
-    sync(file.parent)
-
-
-def _unwritable(file: Path, error: OSError, hint: str) -> RunError:
-    return RunError(f"{file} cannot be written: {error.strerror or error}", hint=hint)

@@ -18,12 +18,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from dpo_studio.disk import append_line
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.evaluation.endpoint import Declined, Endpoint, run
 from dpo_studio.evaluation.judges import Comparison, Opinion, Progress, Verdict, in_both_orders
 from dpo_studio.evaluation.llm_template import TEMPLATE, filled, opinion, separates
 from dpo_studio.reading import open_regular, parse_json
-from dpo_studio.writing import append_line, check_continued
+from dpo_studio.writing import check_continued
 
 __all__ = ["Estimate", "LLMJudge", "check_replies"]
 

@@ -19,7 +19,7 @@ from dpo_studio.evaluation.accuracy import finite_pairs
 from dpo_studio.evaluation.winrate import share_ci95
 from dpo_studio.objectives import PairLogps, margin, wins
 
-__all__ = ["BARS", "Bar", "Comparison", "compare"]
+__all__ = ["BARS", "Bar", "ExportCheck", "compare"]
 
 Interval = tuple[float, float]
 
@@ -38,7 +38,7 @@ BARS = {"merged": Bar(0.99, 0.97), "gptq": Bar(0.95, 0.85)}
 
 
 @dataclass(frozen=True)
-class Comparison:
+class ExportCheck:
     """The exported model beside the run's own, on the same pairs."""
 
     pairs: int
@@ -99,20 +99,20 @@ class Comparison:
 
 def compare(
     before: PairLogps, after: PairLogps, reference: PairLogps, prompt_of: Sequence[Hashable], *, beta: float
-) -> Comparison:
+) -> ExportCheck:
     """The export (`after`) against the run's policy (`before`), rewards of both against the run's reference."""
     prompts, (before, after, reference) = finite_pairs(prompt_of, before, after, reference)
     lost = len(prompt_of) - len(prompts)
     if not prompts:
         nothing = (0.0, 0.0)
-        return Comparison(0, lost, 0, 0, 0, 0, 0, nothing, 0, nothing, 0, nothing, 0, nothing, 0, nothing, 0)
+        return ExportCheck(0, lost, 0, 0, 0, 0, 0, nothing, 0, nothing, 0, nothing, 0, nothing, 0, nothing, 0)
     old_P, new_P = (beta * margin(logps, reference).double() for logps in (before, after))
     noise = (new_P - old_P).square().mean().sqrt().item()
     beyond_P = old_P.abs() > noise
     right_P, now_right_P = wins(old_P), wins(new_P)
     tokens = (before.chosen_tokens_P + before.rejected_tokens_P).sum().item()
     moved = (after.chosen_P - before.chosen_P).abs() + (after.rejected_P - before.rejected_P).abs()
-    return Comparison(
+    return ExportCheck(
         pairs=len(prompts),
         not_finite=lost,
         signs_kept=_same_side(before.chosen_P - before.rejected_P, after.chosen_P - after.rejected_P),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import errno
-import glob
 import json
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -13,10 +11,10 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpo_studio.disk import ROOM
+from dpo_studio.disk import ROOM, make_folder, put_folder, scratch_folder, sweep_after, write_atomically
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.reading import read_json
-from dpo_studio.writing import check_run_place, make_folder, move_folder, remove_folder, resolved, write_atomically
+from dpo_studio.writing import check_run_place, resolved
 
 __all__ = ["Making", "check_new", "making"]
 
@@ -44,32 +42,21 @@ def making(out: Path, *, overwrite: bool = False) -> Iterator[Making]:
     """
     check_new(out, overwrite=overwrite)
     out = resolved(out, "OUT")
-    scratch = out.parent / f".{out.name}.making-{os.getpid()}"
-    place = Making(scratch / "result", scratch / "work")
     try:
-        _sweep(out)
-        remove_folder(scratch)
-        make_folder(place.result)
-        make_folder(place.work)
-        yield place
-        check_new(out, overwrite=overwrite)
-        _sign(place.result)
-        _share(place.result)
-        move_folder(place.result, out, scratch / "old")
+        sweep_after(out)
+        with scratch_folder(out) as scratch:
+            place = Making(scratch / "result", scratch / "work")
+            make_folder(place.result)
+            make_folder(place.work)
+            yield place
+            check_new(out, overwrite=overwrite)
+            _sign(place.result)
+            _share(place.result)
+            put_folder(place.result, out)
     except (OSError, SafetensorError) as error:
         full = isinstance(error, OSError) and error.errno == errno.ENOSPC
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise RunError(f"{out} cannot be written: {reason}", hint=ROOM if full else None) from None
-    finally:
-        remove_folder(scratch)
-
-
-def _sweep(out: Path) -> None:
-    """What an attempt at the same folder left that was killed outright; it may be as large as a model."""
-    for scratch in out.parent.glob(f".{glob.escape(out.name)}.making-*"):
-        number = scratch.name.rpartition("-")[2]
-        if number.isdecimal() and not Path("/proc", number).exists() and Path("/proc").is_dir():
-            remove_folder(scratch)
 
 
 def _share(folder: Path) -> None:

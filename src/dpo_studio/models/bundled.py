@@ -10,10 +10,8 @@ import hashlib
 import io
 import json
 import os
-import shutil
 import subprocess
 import sys
-import tempfile
 import zipfile
 from collections.abc import Callable
 from contextlib import redirect_stderr
@@ -22,6 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_studio.config import BUNDLED, cache_folder
+from dpo_studio.disk import put_folder, scratch_folder, sweep_after
 from dpo_studio.errors import ModelError
 
 __all__ = ["BUNDLED_ID", "BUNDLED_MODEL", "bundled_folder", "published_name"]
@@ -49,9 +48,9 @@ def bundled_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Pa
             return folder
         say(f"the bundled model in {folder} is damaged or from an older version: it is made again")
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder.parent, prefix="making-") as scratch:
-            _make(folder, Path(scratch), say)
+        sweep_after(folder)
+        with scratch_folder(folder) as scratch:
+            _make(folder, scratch, say)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise ModelError(
@@ -73,9 +72,7 @@ def _make(folder: Path, scratch: Path, say: Callable[[str], None]) -> None:
     with redirect_stderr(io.StringIO()):  # three progress bars; one of them has no other switch
         _dequantise(gguf, scratch / "model")
     (scratch / "model" / _MARKER).write_text(json.dumps(_digests(scratch / "model")), encoding="utf-8")
-    if folder.exists():  # an older attempt, unfinished or damaged
-        shutil.rmtree(folder)
-    (scratch / "model").replace(folder)
+    put_folder(scratch / "model", folder)
 
 
 def _is_whole(folder: Path) -> bool:

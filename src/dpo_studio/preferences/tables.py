@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
-from dpo_studio.errors import DataError
+from dpo_studio.errors import DataError, reason_of
 from dpo_studio.preferences.bounds import MAX_COLUMNS, MAX_ROW, MIB, TOO_LONG, TOO_WIDE, reading_rows
 from dpo_studio.reading import shown_path
 
@@ -128,7 +128,7 @@ def parquet_rows(path: Path) -> Iterator[object]:
             raise
         except Exception as error:  # pyarrow raises dozens of kinds, KeyErrors for time zones among them
             raise DataError(
-                f"{name}: not a Parquet file that can be read ({' '.join(str(error).split())})",
+                f"{name}: not a Parquet file that can be read ({reason_of(error)})",
                 hint="download or write it again",
             ) from None
 
@@ -193,7 +193,7 @@ def arrow_rows(path: Path) -> Iterator[object]:
             raise
         except Exception as error:
             raise DataError(
-                f"{shown_path(path)} cannot be read ({' '.join(str(error).split())})",
+                f"{shown_path(path)} cannot be read ({reason_of(error)})",
                 hint="save it again, or as Parquet",
             ) from None
 

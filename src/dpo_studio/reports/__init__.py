@@ -1,7 +1,7 @@
-"""What a run shows of itself: lines on the terminal while it goes, figures and one page after it.
+"""What a run shows of itself: figures and one page. What is known of it is read in `runs`.
 
 Nothing in this room imports torch, and importing it imports nothing heavy: take what you need from
-`reports.html` (the page), `reports.figures` (its figures as files) or `reports.progress` (the terminal).
+`reports.html` (the page), `reports.figures` (its figures as files) or `reports.data_page` (what a check of data found).
 """
 
 from __future__ import annotations

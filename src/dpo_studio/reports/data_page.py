@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dpo_studio.console.text import count, percent, significant
 from dpo_studio.preferences.findings import DataReport, Finding, Histogram
 from dpo_studio.reports.data_table import told
 from dpo_studio.reports.drawing import PALETTE, blank, styled
 from dpo_studio.reports.html import page
 from dpo_studio.reports.markup import block, clipped, esc, section, table
 from dpo_studio.reports.svg import inline_svg
-from dpo_studio.reports.text import count, percent, significant
 from dpo_studio.writing import check_outputs, write_output
 
 __all__ = ["render_data_page", "write_data_page"]

@@ -7,8 +7,8 @@ import textwrap
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
+from dpo_studio.console.text import count, one_line, percent
 from dpo_studio.preferences.findings import DataReport, Finding, Level
-from dpo_studio.reports.text import count, one_line, percent
 
 if TYPE_CHECKING:  # rich costs 50 ms
     from rich.table import Table

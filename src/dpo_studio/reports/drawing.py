@@ -18,7 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from dpo_studio.reports.facts import Series
+from dpo_studio.runs.facts import Series
 from dpo_studio.writing import write_output
 
 __all__ = [

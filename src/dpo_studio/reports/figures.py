@@ -10,6 +10,7 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dpo_studio.console.text import count, percent, significant
 from dpo_studio.reports.drawing import (
     PALETTE,
     blank,
@@ -19,8 +20,7 @@ from dpo_studio.reports.drawing import (
     step_axes,
     training_curve,
 )
-from dpo_studio.reports.facts import RunFacts, finite, interval, share
-from dpo_studio.reports.text import count, percent, significant
+from dpo_studio.runs.facts import RunFacts, finite, interval, share
 
 __all__ = ["CHARTS", "Chart"]
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dpo_studio.reports.detectors import RECENT_PAIRS
-from dpo_studio.reports.facts import RunFacts
-from dpo_studio.reports.health import Finding, detectors_of, health_of
+from dpo_studio.console.text import count
 from dpo_studio.reports.markup import esc, section
-from dpo_studio.reports.text import count
+from dpo_studio.runs.detectors import RECENT_PAIRS
+from dpo_studio.runs.facts import RunFacts
+from dpo_studio.runs.health import HealthFinding, detectors_of, health_of
 
 __all__ = ["health_section"]
 
@@ -30,7 +30,7 @@ def _few_pairs(facts: RunFacts) -> bool:
     return sum(facts.series("pairs")[1]) < RECENT_PAIRS
 
 
-def _panel(finding: Finding, last: float) -> str:
+def _panel(finding: HealthFinding, last: float) -> str:
     when = f'<span class="number">{_when(finding, last)}</span>'
     saw = esc(finding.saw[0].upper() + finding.saw[1:]).replace(" %", "&nbsp;%")  # no line ends between the two
     return (
@@ -40,7 +40,7 @@ def _panel(finding: Finding, last: float) -> str:
     )
 
 
-def _when(finding: Finding, last: float) -> str:
+def _when(finding: HealthFinding, last: float) -> str:
     first = count(finding.first_step)
     if finding.last_step >= last:
         return "at the end" if finding.first_step >= last else f"from step {first} to the end"

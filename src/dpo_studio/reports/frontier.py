@@ -18,10 +18,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
+from dpo_studio.console.text import count, percent, printable, significant
 from dpo_studio.reports.drawing import PALETTE, save_figure, styled
-from dpo_studio.reports.facts import RunFacts, finite, interval, read_run, share
-from dpo_studio.reports.health import health_of
-from dpo_studio.reports.text import count, percent, printable, significant
+from dpo_studio.runs.facts import RunFacts, finite, interval, read_run, share
+from dpo_studio.runs.health import health_of
 
 __all__ = ["Measured", "Sampled", "draw_frontier", "frontier_table", "measure"]
 

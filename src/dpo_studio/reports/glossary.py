@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dpo_studio.reports.facts import RunFacts
 from dpo_studio.reports.markup import esc, section
+from dpo_studio.runs.facts import RunFacts
 
 __all__ = ["glossary_section"]
 

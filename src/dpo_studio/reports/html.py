@@ -10,7 +10,7 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from dpo_studio.reports.facts import RunFacts, read_run
+from dpo_studio.disk import write_atomically
 from dpo_studio.reports.findings import health_section
 from dpo_studio.reports.glossary import glossary_section
 from dpo_studio.reports.markup import cell_words, clipped, esc
@@ -18,14 +18,16 @@ from dpo_studio.reports.sections import (
     answers_section,
     curves_section,
     details_section,
+    evaluated_section,
+    headline_panel,
     judging_section,
     key_figures,
     numbers_section,
     showcase_section,
-    verdict_panel,
 )
 from dpo_studio.reports.winrates_section import win_rates_section
-from dpo_studio.writing import write_atomically
+from dpo_studio.runs.facts import RunFacts, read_run
+from dpo_studio.runs.folder import RunFolder
 
 __all__ = ["page", "render_report", "write_report"]
 
@@ -37,7 +39,7 @@ _FEW_SECTIONS = 4
 def write_report(run_folder: Path) -> Path:
     """Write `report.html` into a run folder, whole or not at all; the same bytes for the same run."""
     page = render_report(read_run(run_folder)).encode("utf-8")
-    path = run_folder / "report.html"
+    path = run_folder / RunFolder.REPORT
     write_atomically(
         path, page, hint="make room or make the folder writable; the report can be written again at any time"
     )
@@ -48,10 +50,11 @@ def render_report(facts: RunFacts) -> str:
     """The page, top to bottom: the verdict, what shows it, what it was made from."""
     compared, training = curves_section(facts)
     parts = [
-        verdict_panel(facts),
+        headline_panel(facts),
         key_figures(facts),
         showcase_section(facts),
         win_rates_section(facts),
+        evaluated_section(facts),
         compared,
         training,
         health_section(facts),

@@ -6,7 +6,7 @@ import html
 import json
 from collections.abc import Iterable, Mapping
 
-from dpo_studio.reports.text import printable
+from dpo_studio.console.text import printable
 
 __all__ = ["block", "cell_words", "clipped", "esc", "flattened", "page_link", "section", "table"]
 

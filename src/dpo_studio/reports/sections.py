@@ -6,25 +6,27 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import Any
 
+from dpo_studio.console.text import count, duration, percent, significant
 from dpo_studio.reports.drawing import styled
-from dpo_studio.reports.facts import ALL_ANSWERS, RunFacts, finite, interval, share
 from dpo_studio.reports.figures import CHARTS
 from dpo_studio.reports.markup import block, cell_words, clipped, esc, flattened, page_link, section, table
 from dpo_studio.reports.svg import inline_svg
-from dpo_studio.reports.text import count, duration, percent, significant
-from dpo_studio.reports.verdict import Verdict, cautions, interval_words, pass_verdict
+from dpo_studio.reports.verdict import Headline, cautions, headline_of, interval_words
+from dpo_studio.runs.facts import RunFacts, finite, interval, share
+from dpo_studio.runs.folder import RunFolder
 
 __all__ = [
     "answers_section",
     "comparison_card",
     "curves_section",
     "details_section",
+    "evaluated_section",
+    "headline_html",
+    "headline_panel",
     "judging_section",
     "key_figures",
     "numbers_section",
     "showcase_section",
-    "verdict_html",
-    "verdict_panel",
 ]
 
 Card = tuple[str, str, str]
@@ -35,17 +37,17 @@ _TITLES = {"base": "Before: base model", "tuned": "After: tuned model"}
 _VERDICTS = {"tuned": "tuned wins", "base": "base wins", "tie": "tie"}
 
 
-def verdict_panel(facts: RunFacts) -> str:
+def headline_panel(facts: RunFacts) -> str:
     """The headline."""
-    return verdict_html(pass_verdict(facts), [*cautions(facts), *facts.notes])
+    return headline_html(headline_of(facts), [*cautions(facts), *facts.notes])
 
 
-def verdict_html(verdict: Verdict, said: Sequence[str] = ()) -> str:
-    """A verdict, and what a reader should know before quoting it."""
+def headline_html(headline: Headline, said: Sequence[str] = ()) -> str:
+    """A headline, and what a reader should know before quoting it."""
     notes = "".join(f"<li>{_unbroken(note)}</li>" for note in said)
     return (
-        f'<div class="verdict {verdict.tone}"><span class="label">{esc(verdict.label)}</span>'
-        f'<p class="sentence">{_unbroken(verdict.sentence)}</p><p class="meaning">{_unbroken(verdict.meaning)}</p>'
+        f'<div class="verdict {headline.tone}"><span class="label">{esc(headline.label)}</span>'
+        f'<p class="sentence">{_unbroken(headline.sentence)}</p><p class="meaning">{_unbroken(headline.meaning)}</p>'
         f"{f'<ul>{notes}</ul>' if notes else ''}</div>"
     )
 
@@ -174,9 +176,27 @@ def answers_section(facts: RunFacts) -> str:
         "nobody picked them. Prompts were held out of training."
     )
     more = ""
-    if len(facts.answers) > len(rows) and ALL_ANSWERS in facts.pages:
-        more = page_link(ALL_ANSWERS, f"All {count(len(facts.answers))} comparisons")
+    if len(facts.answers) > len(rows) and RunFolder.ALL_ANSWERS_PAGE in facts.pages:
+        more = page_link(RunFolder.ALL_ANSWERS_PAGE, f"All {count(len(facts.answers))} comparisons")
     return section("answers", f"{_words_for(len(rows))} before and after", cards + more, lead)
+
+
+def evaluated_section(facts: RunFacts) -> str:
+    """The first comparisons of `dpo eval` at its lowest temperature, whoever won them."""
+    if not facts.comparisons:
+        return ""
+    temperature = facts.comparisons[0].get("temperature")
+    here = [row for row in facts.comparisons if row.get("temperature") == temperature]
+    against = clipped(str(facts.win_rates.get("against", "")), 60)
+    sides = None if facts.against_reference else (f"{against} (A)", "Tuned model (B)")
+    longest = finite(facts.win_rates, "max_new_tokens")
+    cards = "".join(comparison_card(i, row, longest, sides) for i, row in enumerate(here[:_SHOWN], 1))
+    at = "?" if (known := finite(here[0], "temperature")) is None else f"{known:g}"
+    lead = (
+        f"The first {len(here[:_SHOWN])} of {count(len(here))} comparisons at temperature {at}, "
+        "in the order they were made: nobody picked them."
+    )
+    return section("evaluated", "The evaluation’s answers, side by side", cards, lead)
 
 
 def _words_for(shown: int) -> str:
@@ -287,8 +307,8 @@ def numbers_section(facts: RunFacts) -> str:
     tables += table("Refused", _counts(facts.result.get("refused")), ("reason", "pairs"), kind="numbers")
     tables += table("Encoding", _counts(facts.result.get("encoding")), ("what", "count"), kind="numbers")
     body = f'<div class="tables">{tables}</div>' if tables else ""
-    every = table("result.json", _scalars(facts.result), ("key", "value"), kind="settings")
-    every += table("metrics.jsonl", _metrics(facts), ("metric", "first", "last"), kind="settings")
+    every = table(RunFolder.RESULT, _scalars(facts.result), ("key", "value"), kind="settings")
+    every += table(RunFolder.METRICS, _metrics(facts), ("metric", "first", "last"), kind="settings")
     if every:
         body += f"<details><summary>Every number, exactly as recorded</summary>{every}</details>"
     return section("data", "Data and numbers", body)

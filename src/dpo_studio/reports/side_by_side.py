@@ -10,12 +10,13 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from typing import Any
 
+from dpo_studio.console.text import count, percent
 from dpo_studio.reports.html import page
 from dpo_studio.reports.markup import block, clipped, esc, section, table
-from dpo_studio.reports.sections import comparison_card, verdict_html
-from dpo_studio.reports.text import count, percent
-from dpo_studio.reports.verdict import evaluation_verdict
+from dpo_studio.reports.sections import comparison_card, headline_html
+from dpo_studio.reports.verdict import evaluation_headline
 from dpo_studio.reports.winrates_section import winrate_figure
+from dpo_studio.runs.folder import RunFolder
 
 __all__ = ["render_answers", "render_comparisons"]
 
@@ -25,7 +26,7 @@ _SHOWN = 40
 """Comparisons a temperature on the first page, which stays below a megabyte; the others have a page each."""
 _FOOTER = "This page holds everything it shows: no scripts, no requests. Paths beside it lead to the rest of the run."
 _NAMES = {"tuned": "won by the tuned model", "tie": "tied", "base": "lost"}
-_REPORT = (("../report.html", "The run's report"),)
+_REPORT = ((f"../{RunFolder.REPORT}", "The run's report"),)
 
 
 def render_comparisons(name: str, rates: Row, rows: Sequence[Row], svg: str) -> dict[str, str]:
@@ -39,7 +40,7 @@ def render_comparisons(name: str, rates: Row, rows: Sequence[Row], svg: str) -> 
     about = [("Against", against), ("Judge", rates["judge"]), ("Prompts", count(rates["n_prompts"]))]
     pages: dict[str, str] = {}
     parts = [
-        verdict_html(evaluation_verdict(rates["temperatures"], against)),
+        headline_html(evaluation_headline(rates["temperatures"], against)),
         section("figure", "Win rate by temperature", winrate_figure(svg)),
         _links(_REPORT),
         _filter(rows),
@@ -60,7 +61,7 @@ def render_comparisons(name: str, rates: Row, rows: Sequence[Row], svg: str) -> 
         parts.append(section(f"temperature-{place}", title, cards + more, lead))
     judged = f'<div class="panel judged">{block(rates["judge_description"])}</div>'
     parts.append(section("judging", "How it was judged", judged))
-    return {"answers.html": page("answers side by side", name, about, parts, _FOOTER)} | pages
+    return {RunFolder.ANSWERS_PAGE: page("answers side by side", name, about, parts, _FOOTER)} | pages
 
 
 def render_answers(name: str, rows: Sequence[Row], longest: float | None) -> str:
@@ -78,7 +79,7 @@ def _rest(
     sides: tuple[str, str] | None,
 ) -> str:
     """The page of one temperature."""
-    back = _links([*_REPORT, ("answers.html", "Every temperature")])
+    back = _links([*_REPORT, (RunFolder.ANSWERS_PAGE, "Every temperature")])
     parts = [back, _filter(rows), section("answers", title, _cards(rows, longest, sides))]
     return page("answers side by side", name, about, parts, _FOOTER)
 

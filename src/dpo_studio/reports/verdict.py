@@ -6,11 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from dpo_studio.reports.facts import RunFacts, interval, share
-from dpo_studio.reports.health import health_of
-from dpo_studio.reports.text import count, percent
+from dpo_studio.console.text import count, percent
+from dpo_studio.runs.facts import RunFacts, interval, share
+from dpo_studio.runs.health import health_of
 
-__all__ = ["Verdict", "cautions", "evaluation_verdict", "interval_words", "pass_verdict"]
+__all__ = ["Headline", "cautions", "evaluation_headline", "headline_of", "interval_words"]
 
 Tone = Literal["better", "unclear", "worse", "none"]
 
@@ -21,7 +21,7 @@ _BEFORE, _LONGER = "the model before training", "picking the longer answer"
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Headline:
     """A headline, what it means, and which way it points."""
 
     tone: Tone
@@ -30,7 +30,7 @@ class Verdict:
     meaning: str
 
 
-def pass_verdict(facts: RunFacts) -> Verdict:
+def headline_of(facts: RunFacts) -> Headline:
     """By win rate where answers were compared, else by held-out accuracy, else none."""
     if (win_rate := share(facts.result, "win_rate")) is not None:
         return _by_win_rate(facts, win_rate)
@@ -38,10 +38,10 @@ def pass_verdict(facts: RunFacts) -> Verdict:
         return _by_accuracy(facts, accuracy)
     steps = max(facts.series("step")[1], default=0.0)
     if steps == 0:
-        return Verdict("none", "No result yet", "Nothing has been measured yet.", "The run has not taken a step.")
+        return Headline("none", "No result yet", "Nothing has been measured yet.", "The run has not taken a step.")
     plural = "s" * (steps != 1)
     meaning = "This page shows what is known so far; a finished run says here whether the model got better."
-    return Verdict("none", "No result yet", f"{count(steps)} step{plural} recorded, no held-out result yet.", meaning)
+    return Headline("none", "No result yet", f"{count(steps)} step{plural} recorded, no held-out result yet.", meaning)
 
 
 def interval_words(ends: tuple[float, float] | None) -> str:
@@ -53,7 +53,7 @@ def _from_to(low: float, high: float) -> str:
     return f"{percent(low).removesuffix(' %')}–{percent(high)}"
 
 
-def _by_win_rate(facts: RunFacts, win_rate: float) -> Verdict:
+def _by_win_rate(facts: RunFacts, win_rate: float) -> Headline:
     ends = interval(facts.result, "win_rate_ci95")
     comparisons = facts.number("n")
     of = "its comparisons" if comparisons is None else f"{count(comparisons)} comparisons"
@@ -63,14 +63,14 @@ def _by_win_rate(facts: RunFacts, win_rate: float) -> Verdict:
     low, high = ends or (0.0, 1.0)
     if low > 0.5:
         meaning = "The whole interval lies above 50 %: more than a coin toss explains."
-        return Verdict("better", "Better", sentence, _counted(facts) + meaning)
+        return Headline("better", "Better", sentence, _counted(facts) + meaning)
     if high < 0.5:
         meaning = "The whole interval lies below 50 %: training made the answers worse."
-        return Verdict("worse", "Worse", sentence, _counted(facts) + meaning)
-    return Verdict("unclear", "Not shown to be better", sentence, _counted(facts) + _why_unclear(ends))
+        return Headline("worse", "Worse", sentence, _counted(facts) + meaning)
+    return Headline("unclear", "Not shown to be better", sentence, _counted(facts) + _why_unclear(ends))
 
 
-def evaluation_verdict(temperatures: Sequence[Mapping[str, Any]], against: str) -> Verdict:
+def evaluation_headline(temperatures: Sequence[Mapping[str, Any]], against: str) -> Headline:
     """What `dpo eval` found, over all its temperatures; `against` is what the policy was compared with."""
     other = "the reference" if against == "reference" else against
     rates = [row["win_rate"] for row in temperatures]
@@ -92,9 +92,9 @@ def evaluation_verdict(temperatures: Sequence[Mapping[str, Any]], against: str) 
         if found and found == above + below:
             meaning = f"The 95 % interval {lies} {side} 50 %.{length}"
             if found < len(rates):
-                return Verdict("unclear", f"{label} at some temperatures", sentence, meaning)
-            return Verdict(tone, label, sentence, meaning)
-    return Verdict("unclear", "Not shown to be better", sentence, _why_unclear((0.0, 1.0)) + length)
+                return Headline("unclear", f"{label} at some temperatures", sentence, meaning)
+            return Headline(tone, label, sentence, meaning)
+    return Headline("unclear", "Not shown to be better", sentence, _why_unclear((0.0, 1.0)) + length)
 
 
 def _counted(facts: RunFacts) -> str:
@@ -111,7 +111,7 @@ def _why_unclear(ends: tuple[float, float] | None) -> str:
     return "The interval includes 50 %, so this may be a coin toss: more comparisons or more training would tell."
 
 
-def _by_accuracy(facts: RunFacts, accuracy: float) -> Verdict:
+def _by_accuracy(facts: RunFacts, accuracy: float) -> Headline:
     ends = interval(facts.result, "accuracy_ci95")
     before = share(facts.result, "accuracy_before")
     longer = share(facts.result, "longer_wins")
@@ -124,27 +124,27 @@ def _by_accuracy(facts: RunFacts, accuracy: float) -> Verdict:
     sentence += "." if longer is None else f"; picking the longer answer would give {percent(longer)}."
     low, high = ends or (0.0, 1.0)
     if high < 0.5:
-        return Verdict(
+        return Headline(
             "worse", "Worse", sentence, "The whole interval lies below 50 %: it prefers the rejected answers."
         )
     if low <= 0.5:
-        return Verdict("unclear", "Not shown to be better", sentence, _why_unclear(ends))
+        return Headline("unclear", "Not shown to be better", sentence, _why_unclear(ends))
     return _above_chance(sentence, accuracy, low, before, longer)
 
 
-def _above_chance(sentence: str, accuracy: float, low: float, before: float | None, longer: float | None) -> Verdict:
+def _above_chance(sentence: str, accuracy: float, low: float, before: float | None, longer: float | None) -> Headline:
     """Better than a coin; now against the two rivals that know nothing of the training."""
     if longer is not None and accuracy <= longer:
         meaning = "That is better than a coin toss but does not beat simply picking the longer answer."
-        return Verdict("unclear", "Not better than length alone", sentence, meaning)
+        return Headline("unclear", "Not better than length alone", sentence, meaning)
     if before is not None and accuracy <= before:
         meaning = "That is better than a coin toss but no better than before training."
-        return Verdict("unclear", "Not shown to be better", sentence, meaning)
+        return Headline("unclear", "Not shown to be better", sentence, meaning)
     within = [name for name, rival in ((_LONGER, longer), (_BEFORE, before)) if rival is not None and low <= rival]
     if within:
         meaning = f"Better than a coin toss; but the interval still includes the score of {' and of '.join(within)}."
-        return Verdict("unclear", "Better than chance", sentence, meaning)
-    return Verdict("better", "Better", sentence, _beaten(before, longer))
+        return Headline("unclear", "Better than chance", sentence, meaning)
+    return Headline("better", "Better", sentence, _beaten(before, longer))
 
 
 def _beaten(before: float | None, longer: float | None) -> str:

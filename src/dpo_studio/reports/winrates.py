@@ -9,8 +9,8 @@ from typing import Any
 
 from matplotlib.ticker import FuncFormatter
 
+from dpo_studio.console.text import one_line, percent
 from dpo_studio.reports.drawing import PALETTE, blank, label_ends, save_figure, styled
-from dpo_studio.reports.text import one_line, percent
 
 __all__ = ["MOST_RUNS", "save_winrate_figure", "winrate_markdown"]
 

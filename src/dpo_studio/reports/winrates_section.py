@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from dpo_studio.reports.facts import ANSWERS, RunFacts, finite, interval, share
+from dpo_studio.console.text import count, percent, significant
 from dpo_studio.reports.markup import clipped, esc, page_link, section, table
 from dpo_studio.reports.svg import embedded_svg
-from dpo_studio.reports.text import count, percent, significant
+from dpo_studio.runs.facts import RunFacts, finite, interval, share
+from dpo_studio.runs.folder import RunFolder
 
 __all__ = ["win_rates_section", "winrate_figure"]
 
@@ -24,7 +25,8 @@ def win_rates_section(facts: RunFacts) -> str:
         f"Answers to held-out prompts, sampled at each temperature and compared with those of {other}; "
         "a tie counts one half. 50 % is a coin toss."
     )
-    more = page_link(ANSWERS, "Answers side by side, and what the judge said") if ANSWERS in facts.pages else ""
+    page = RunFolder.ANSWERS_PAGE
+    more = page_link(page, "Answers side by side, and what the judge said") if page in facts.pages else ""
     return section(
         "win-rates",
         "Win rate by temperature",

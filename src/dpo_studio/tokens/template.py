@@ -25,7 +25,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Joiner
 from jinja2.visitor import NodeTransformer
 
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.tokens.metering import (
     ITEM,
     LARGEST_BITS,
@@ -249,4 +249,4 @@ def _reason(error: BaseException) -> str:
         return "it is nested too deep, or calls itself without end"
     if isinstance(error, MemoryError):
         return "it needs too much memory"
-    return " ".join(str(error).split())[:400] or type(error).__name__
+    return reason_of(error)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_studio.config import BUNDLED, Recipe
+from dpo_studio.console.text import percent, printable
 from dpo_studio.export.card import (
     Card,
     adapter_code,
@@ -18,10 +19,9 @@ from dpo_studio.export.card import (
     quoted,
 )
 from dpo_studio.export.requantise import Quantising
-from dpo_studio.export.verify import Comparison
+from dpo_studio.export.verify import ExportCheck
 from dpo_studio.models.bundled import BUNDLED_MODEL
-from dpo_studio.reports.facts import interval, share
-from dpo_studio.reports.text import percent, printable
+from dpo_studio.runs.facts import interval, share
 
 __all__ = ["adapter_card", "perplexity_line", "quantised_card", "tuned_card"]
 
@@ -51,7 +51,7 @@ def tuned_card(
     base_folder: Path,
     recipe: Recipe,
     settings: Quantising | None,
-    comparison: Comparison,
+    comparison: ExportCheck,
     result: Mapping[str, Any],
 ) -> Card:
     """Of a merged model, quantised by `settings` if there are any; `result` is its `export.json`."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 from itertools import islice
 
 from dpo_studio.config import ModelSection, Recipe, SourceLike, TooLong, as_source
+from dpo_studio.console.progress import Progress
+from dpo_studio.console.text import percent
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.checks import TextChecks
 from dpo_studio.preferences.duplicates import FEW_HELD_OUT, REMEMBERED
@@ -14,8 +16,6 @@ from dpo_studio.preferences.refusals import Refusal, RefusedRows
 from dpo_studio.preferences.rows import sample
 from dpo_studio.preferences.sources import nothing_usable, open_pairs
 from dpo_studio.preferences.split import Split
-from dpo_studio.reports.progress import Progress
-from dpo_studio.reports.text import percent
 from dpo_studio.tokens.checks import TokenChecks, rule_findings
 from dpo_studio.tokens.encode import Encoded
 

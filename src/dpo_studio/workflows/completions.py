@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from dpo_studio.console.progress import Progress
+from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
 from dpo_studio.evaluation.generation import generate
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.load import weights_fingerprint
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reading import parse_json, read_text
-from dpo_studio.reports.progress import Progress
 from dpo_studio.workflows.loading import Loaded
-from dpo_studio.writing import write_atomically
 
 __all__ = ["Speaker"]
 

@@ -17,7 +17,6 @@ from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.side_by_side import render_answers
-from dpo_studio.runs.facts import ALL_ANSWERS
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.health import lengthening
 from dpo_studio.workflows.loading import Loaded, load_any
@@ -128,6 +127,6 @@ def _about(side: str, answered: Sequence[Completion]) -> dict[str, Any]:
 def _write_answers(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
     make_folder(folder.evaluation)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    write_atomically(folder.evaluation / RunFolder.ANSWERS, text)
+    write_atomically(folder.evaluation / folder.ANSWERS, text)
     whole = render_answers(folder.path.resolve().name, lines, _SAMPLING.max_new_tokens)
-    write_atomically(folder.evaluation / ALL_ANSWERS, whole)
+    write_atomically(folder.evaluation / folder.ALL_ANSWERS_PAGE, whole)

@@ -117,10 +117,10 @@ def evaluate_run(
         )  # what is wrong with it is told before anything long begins
         if against != REFERENCE:
             find_any(against, say=shown.say)
-        _make(folder.evaluation / "completions")
+        _make(folder.evaluation / folder.COMPLETIONS)
         chats = list({prompt_key(pair.prompt): pair.prompt for pair in pairs}.values())[: asked.prompts]
         held_out = _held_out(loaded, recipe.objective, pairs, shown)
-        policy = Speaker(loaded, folder.evaluation / "completions", "policy", tuned=True)
+        policy = Speaker(loaded, folder.evaluation / folder.COMPLETIONS, "policy", tuned=True)
         after = _ask(policy, chats, asked, shown)
         kl = _kl(policy, chats, after, shown)
         before = _other_side(folder, loaded, against, chats, asked, shown)
@@ -254,7 +254,7 @@ def _other_side(
     folder: RunFolder, loaded: Loaded, against: str, chats: Sequence[Chat], asked: Evaluation, progress: Progress
 ) -> Answers:
     """The answers of what the run is compared with."""
-    completions = folder.evaluation / "completions"
+    completions = folder.evaluation / folder.COMPLETIONS
     if against == REFERENCE:
         return _ask(Speaker(loaded, completions, REFERENCE, tuned=False), chats, asked, progress)
     other = load_any(against, say=progress.say)
@@ -373,7 +373,7 @@ def _about(answers: Sequence[Completion], prefix: str) -> dict[str, Any]:
 
 
 def _line(comparison: Comparison, verdict: Verdict) -> dict[str, Any]:
-    """A comparison as answers.jsonl has it."""
+    """A comparison as comparisons.jsonl has it."""
     shown = {"base": comparison.a.shown(), "tuned": comparison.b.shown()}
     about = {"winner": _WINNERS[verdict.winner], "reason": verdict.reason}
     return {"prompt": as_text(comparison.prompt)} | shown | about
@@ -385,15 +385,15 @@ def _leave(folder: RunFolder, rates: dict[str, Any], rows: Sequence[dict[str, An
     there = folder.evaluation
     make_folder(there)
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_atomically(there / RunFolder.COMPARISONS, lines)
-    write_atomically(there / "winrate.md", winrate_markdown(name, rates))
-    save_winrate_figure([(name, rates)], there / "winrate", overwrite=True)
-    svg = (there / "winrate.svg").read_text(encoding="utf-8")
+    write_atomically(there / folder.COMPARISONS, lines)
+    write_atomically(there / folder.WIN_RATES_TABLE, winrate_markdown(name, rates))
+    save_winrate_figure([(name, rates)], (there / folder.WIN_RATES_FIGURE).with_suffix(""), overwrite=True)
+    svg = (there / folder.WIN_RATES_FIGURE).read_text(encoding="utf-8")
     pages = render_comparisons(name, rates, rows, svg)
     for file, html in pages.items():
         write_atomically(there / file, html)
     for earlier in there.glob("answers-*.html"):  # of an evaluation with more temperatures
         if earlier.name not in pages:
             earlier.unlink()
-    write_atomically(there / RunFolder.WIN_RATES, json.dumps(rates, indent=2, ensure_ascii=False) + "\n")
+    write_atomically(there / folder.WIN_RATES, json.dumps(rates, indent=2, ensure_ascii=False) + "\n")
     write_report(folder.path)

@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 
 from dpo_studio.config import Recipe
+from dpo_studio.console.text import duration
 from dpo_studio.models.load import choose_dtype, locate
 from dpo_studio.models.scan import weights_of
 from dpo_studio.models.sizes import tensor_shapes
-from dpo_studio.reports.text import duration
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import packed_tokens
 

@@ -18,11 +18,11 @@ from hashlib import blake2b, sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
 from dpo_studio.models.scan import template_text
 from dpo_studio.reading import read_json
-from dpo_studio.runs import RunFolder
-from dpo_studio.writing import write_atomically
+from dpo_studio.runs.folder import RunFolder
 
 if TYPE_CHECKING:
     from dpo_studio.config import Recipe
@@ -193,7 +193,7 @@ def _listed(rows: Sequence[int]) -> str:
 
 
 def _file(run: RunFolder) -> Path:
-    return run.path / "data.json"
+    return run.path / run.DATA
 
 
 def _read(run: RunFolder) -> KeptData | None:

@@ -20,7 +20,7 @@ from dpo_studio.models.bundled import BUNDLED_ID, BUNDLED_MODEL
 from dpo_studio.models.load import ChatModel, load_chat_model, locate
 from dpo_studio.models.scan import read_json
 from dpo_studio.paths import user_path
-from dpo_studio.runs import RunFolder, is_run
+from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.workflows.kept import date_of, recipe_of
 
 __all__ = ["Loaded", "adapter_of", "find_any", "load_any"]

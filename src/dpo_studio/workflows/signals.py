@@ -8,9 +8,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from types import FrameType
 
+from dpo_studio.console.progress import Progress
 from dpo_studio.errors import Interrupted
-from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 
 __all__ = ["Asked", "interrupted", "stopping_signals"]
 

@@ -15,12 +15,12 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_studio.config import RecipeLike, load_recipe
+from dpo_studio.console.progress import Progress
 from dpo_studio.learning.checkpoints import newest_checkpoint
-from dpo_studio.reports.progress import Progress
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 from dpo_studio.workflows.training import run_training
 
-__all__ = ["Verdict", "verify_recipe"]
+__all__ = ["Determinism", "verify_recipe"]
 
 _CHANGES = ("reference.mode=live", "data.held_out.rows=8", "run.tracker=null")
 """The reference is computed in the step, where the two trainings can differ in it; of held-out pairs a few will do."""
@@ -28,7 +28,7 @@ _TENSORS = ("adapter/adapter_model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Determinism:
     """Whether two trainings were one and the same."""
 
     deterministic: bool
@@ -43,7 +43,7 @@ def verify_recipe(
     steps: int = 3,
     anyway: bool = False,
     progress: Progress | None = None,
-) -> Verdict:
+) -> Determinism:
     """Train the recipe's first `steps` steps twice, from loading the model on, into folders that are removed again.
 
     `anyway`: on pairs that make a training worthless, too.
@@ -61,20 +61,20 @@ def verify_recipe(
         return _verdict(*runs)
 
 
-def _verdict(first: RunFolder, second: RunFolder) -> Verdict:
-    environment = json.loads((first.path / "environment.json").read_text(encoding="utf-8"))
+def _verdict(first: RunFolder, second: RunFolder) -> Determinism:
+    environment = json.loads((first.path / RunFolder.ENVIRONMENT).read_text(encoding="utf-8"))
     recipe = first.recipe()
     assert recipe is not None
     setting = f"{environment['device']}, {recipe.model.dtype}, {torch.get_num_threads()} threads"
-    steps = sum(line["step"] > 0 for line in first.lines("metrics.jsonl"))
+    steps = sum(line["step"] > 0 for line in first.lines(RunFolder.METRICS))
     one, other = (newest_checkpoint(run.checkpoints) for run in (first, second))
     assert one is not None and other is not None and one.name == other.name  # both stopped after the same step
     weights = _first_tensor(one, other)
     where = _first_number(first, second, unless=weights)
     if not where and not weights:
         same = "every number and every weight is the same bits"
-        return Verdict(True, f"deterministic ({setting}): {steps} steps trained twice, {same}")
-    return Verdict(False, f"not deterministic ({setting}): the two trainings first differ in {where or weights}")
+        return Determinism(True, f"deterministic ({setting}): {steps} steps trained twice, {same}")
+    return Determinism(False, f"not deterministic ({setting}): the two trainings first differ in {where or weights}")
 
 
 def _first_number(first: RunFolder, second: RunFolder, *, unless: str) -> str:
@@ -82,7 +82,7 @@ def _first_number(first: RunFolder, second: RunFolder, *, unless: str) -> str:
 
     Nothing `unless` a held-out number after training is the first, which other weights explain.
     """
-    for one, other in zip_longest(*(run.lines("metrics.jsonl") for run in (first, second)), fillvalue={}):
+    for one, other in zip_longest(*(run.lines(RunFolder.METRICS) for run in (first, second)), fillvalue={}):
         for key in one | other:
             if one.get(key) != other.get(key):
                 if unless and key.startswith("eval_") and one.get("step"):

@@ -1,4 +1,4 @@
-"""`dpo judge`: its command line. The options of an LLM judge are named here, for every verb that takes a judge."""
+"""`dpo judge`: its command line."""
 
 from __future__ import annotations
 
@@ -9,39 +9,30 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dpo_studio.cli_choices import Dtype
-from dpo_studio.cli_source import Format, Labels, Map, Overwrite, Revision, Rows, Split, source_section
+from dpo_studio.cli.options import (
+    Concurrency,
+    Dtype,
+    Format,
+    JudgeSpec,
+    KeyEnv,
+    Labels,
+    Map,
+    Overwrite,
+    Param,
+    Price,
+    Replies,
+    Revision,
+    Rows,
+    Split,
+    Template,
+    Timeout,
+    llm_options,
+    source_section,
+)
 
-__all__ = ["app", "llm_options"]
+__all__ = ["app"]
 
 app = typer.Typer(name="judge", help="Judges: how far to trust them.", no_args_is_help=True, rich_markup_mode=None)
-
-JUDGE_HELP = (
-    "everyday, length, FILE.py:function (your own code), implicit:MODEL_OR_RUN, reward:MODEL, llm:MODEL@BASE_URL."
-)
-JudgeSpec = Annotated[str, typer.Option("--judge", metavar="JUDGE", help=JUDGE_HELP)]
-Template = Annotated[
-    Optional[Path],  # noqa: UP045 - typer reads it at run time
-    typer.Option("--judge-template", metavar="FILE", help="What an LLM judge is asked instead of our own wording."),
-]
-KeyEnv = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--judge-key-env", metavar="NAME", help="Environment variable with the key; default OPENAI_API_KEY."),
-]
-Param = Annotated[
-    Optional[list[str]],  # noqa: UP045
-    typer.Option("--judge-param", metavar="NAME=VALUE", help="Sent with every request; null takes one out."),
-]
-Price = Annotated[
-    Optional[str],  # noqa: UP045
-    typer.Option("--judge-price", metavar="IN,OUT", help="Dollars a million tokens, read and written."),
-]
-Replies = Annotated[
-    Optional[Path],  # noqa: UP045
-    typer.Option("--judge-replies", metavar="FILE", help="Where every reply is kept, and looked for first."),
-]
-Concurrency = Annotated[int, typer.Option("--judge-concurrency", min=1, help="Requests at a time.")]
-Timeout = Annotated[float, typer.Option("--judge-timeout", help="Longest wait for one reply, in seconds.")]
 
 
 @app.callback()
@@ -98,55 +89,8 @@ def check(
         _print(result)
 
 
-def llm_options(
-    template: Path | None,
-    key_env: str | None,
-    param: list[str] | None,
-    price: str | None,
-    replies: Path | None,
-    concurrency: int,
-    timeout: float,
-) -> Any:
-    """The options above as `workflows.judging.LLMOptions`."""
-    from dpo_studio.evaluation.endpoint import Asking
-    from dpo_studio.workflows.judging import LLMOptions
-
-    asking = Asking(key_variable=key_env, concurrency=concurrency, timeout_s=timeout)
-    parameters = {name: _value(value) for name, value in _named("--judge-param", param).items()}
-    return LLMOptions(template, parameters, _prices(price), replies, asking)
-
-
-def _named(option: str, given: list[str] | None) -> dict[str, str]:
-    pairs = [text.partition("=") for text in given or []]
-    if wrong := next(("".join(parts) for parts in pairs if not parts[0] or not parts[1]), None):
-        raise typer.BadParameter(f"{wrong!r} is not of the form NAME=VALUE", param_hint=option)
-    return {name: value for name, _, value in pairs}
-
-
-def _value(text: str) -> Any:
-    """JSON where it is some, else the text."""
-    try:
-        return json.loads(text)
-    except ValueError:
-        return text
-    except RecursionError:
-        raise typer.BadParameter(f"{text[:20]!r}... is nested too deep", param_hint="--judge-param") from None
-
-
-def _prices(text: str | None) -> tuple[float, float] | None:
-    if text is None:
-        return None
-    try:
-        read, written = map(float, text.split(","))
-    except ValueError:
-        raise typer.BadParameter(
-            f"{text!r} is not of the form IN,OUT, two prices in dollars", param_hint="--judge-price"
-        ) from None
-    return read, written
-
-
 def _print(result: dict[str, Any]) -> None:
-    from dpo_studio.reports.text import printable
+    from dpo_studio.console.text import printable
 
     if "agreement" not in result:
         print("\n".join(f"{name}: {value}" for name, value in result.items()))
@@ -181,7 +125,7 @@ def _table(result: dict[str, Any]) -> list[str]:
 
 
 def _share(value: float | None) -> str:
-    from dpo_studio.reports.text import percent
+    from dpo_studio.console.text import percent
 
     return "-" if value is None else percent(value)
 

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field
 from statistics import fmean, median, variance
 from typing import Any
 
-from dpo_studio.reports.facts import finite
-from dpo_studio.reports.text import count, percent, significant
+from dpo_studio.console.text import count, percent, significant
+from dpo_studio.runs.facts import finite
 
 __all__ = ["DETECTORS", "Curve", "Detector", "Row"]
 

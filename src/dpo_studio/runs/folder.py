@@ -9,7 +9,7 @@ timing.jsonl        pairs/s, tokens/s, memory; may differ
 memory.jsonl        where memory ran out, and what was done; not there if it did not
 checkpoints/        step-N/, whole or not there
 adapter/            the result, in PEFT's format
-evaluation/         answers and their verdicts
+evaluation/         answers and their verdicts: `answers.jsonl` of the demo, `comparisons.jsonl` of `dpo eval`
 result.json, report.html, environment.json
 """
 
@@ -20,7 +20,6 @@ import json
 import math
 import os
 import platform
-import shutil
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -33,28 +32,20 @@ import yaml
 
 from dpo_studio import __version__
 from dpo_studio.config import Recipe, RecipeFile, parse_yaml, validate_recipe
-from dpo_studio.disk import sync
+from dpo_studio.disk import UNFINISHED, make_folder, sweep, sync, write_atomically
 from dpo_studio.errors import DataError, RunError
-from dpo_studio.lock import LOCK
 from dpo_studio.models.scan import where_files_may_be
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
-from dpo_studio.writing import UNFINISHED, make_folder, write_atomically
+from dpo_studio.runs.lock import LOCK
 
-__all__ = ["RunFolder", "is_run"]
+__all__ = ["RunFolder", "environment", "is_run", "was_begun"]
 
 _MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", "run.folder")
 _MAY_GROW = ("training.epochs", "training.max_steps")
 _SETTLED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
 """Keys whose `auto` is decided once and written into the run."""
-_LINES = ("metrics.jsonl", "timing.jsonl", "memory.jsonl")
-_FILES = (
-    *_LINES,
-    *("recipe.yaml", "recipe.typed.yaml", "data.json", "result.json", "environment.json", "report.html", "status.json"),
-)
-_FOLDERS = ("checkpoints", "adapter", "evaluation")
-"""What a run is made of. Whatever else lies in its folder is its user's, and is not opened."""
-_LARGEST_RECIPE = 200_000
-_LARGEST_JSON = 20_000_000
+_LARGEST = 20_000_000
+"""Bytes of a file that is read whole; of a recipe, `parse_yaml` takes less."""
 _LARGEST_LINES = 1_000_000_000
 """Bytes. A million steps have half of that."""
 _MORE_ROOM = "free some space and run the same command, or choose another folder: --set run.folder=NAME"
@@ -62,43 +53,64 @@ _MORE_ROOM = "free some space and run the same command, or choose another folder
 
 @dataclass(frozen=True)
 class RunFolder:
-    """One run's folder."""
+    """One run's folder, and the names of all that is in it."""
 
     path: Path
 
+    RECIPE, TYPED_RECIPE, DATA = "recipe.yaml", "recipe.typed.yaml", "data.json"
+    METRICS, TIMING, MEMORY = "metrics.jsonl", "timing.jsonl", "memory.jsonl"
+    RESULT, ENVIRONMENT, REPORT, STATUS = "result.json", "environment.json", "report.html", "status.json"
+    CHECKPOINTS, ADAPTER, EVALUATION = "checkpoints", "adapter", "evaluation"
+
+    # in `evaluation`
+    ANSWERS, ALL_ANSWERS_PAGE = "answers.jsonl", "all-answers.html"
+    COMPARISONS, ANSWERS_PAGE = "comparisons.jsonl", "answers.html"
+    WIN_RATES, WIN_RATES_FIGURE, WIN_RATES_TABLE = "winrate.json", "winrate.svg", "winrate.md"
+    COMPLETIONS = "completions"
+
+    LINES = (METRICS, TIMING, MEMORY)
+    PARTS = (
+        *LINES,
+        *(RECIPE, TYPED_RECIPE, DATA, RESULT, ENVIRONMENT, REPORT, STATUS),
+        *(CHECKPOINTS, ADAPTER, EVALUATION),
+    )
+    """What a run is made of. Whatever else lies in its folder is its user's, and is not opened."""
+    TRACES = (TYPED_RECIPE, METRICS, RESULT, ENVIRONMENT)
+    """Files beside a recipe that only a run has."""
+
     @property
     def checkpoints(self) -> Path:
-        return self.path / "checkpoints"
+        return self.path / self.CHECKPOINTS
 
     @property
     def adapter(self) -> Path:
-        return self.path / "adapter"
+        return self.path / self.ADAPTER
 
     @property
     def evaluation(self) -> Path:
-        return self.path / "evaluation"
+        return self.path / self.EVALUATION
 
     @property
     def result_file(self) -> Path:
-        return self.path / "result.json"
+        return self.path / self.RESULT
 
     def recipe(self) -> Recipe | None:
         """The resolved recipe this folder was made by, None in a folder that is new."""
         self.refuse_what_leads_out()
-        file = self.path / "recipe.yaml"
+        file = self.path / self.RECIPE
         raw = self._yaml(file)
         return None if raw is None else validate_recipe(raw if isinstance(raw, dict) else {}, where=str(file))
 
     def typed(self) -> dict[str, Any]:
         """The recipe as its author gave it."""
-        raw = self._yaml(self.path / "recipe.typed.yaml")
+        raw = self._yaml(self.path / self.TYPED_RECIPE)
         return raw if isinstance(raw, dict) else {}
 
     def _yaml(self, file: Path) -> Any:
         """None where there is no such file."""
         if not file.exists():
             return None
-        text = read_text(file, what="the run's recipe", limit=4 * _LARGEST_RECIPE, error=RunError)
+        text = read_text(file, what="the run's recipe", limit=_LARGEST, error=RunError)
         try:
             return parse_yaml(text)
         except yaml.YAMLError as error:
@@ -113,7 +125,7 @@ class RunFolder:
             RunError: a link that leads out of the run, or something that is no file, among what a run is made of.
         """
         inside = where_files_may_be(self.path)
-        waiting = [self.path / name for name in (*_FILES, *_FOLDERS)]
+        waiting = [self.path / name for name in self.PARTS]
         while waiting:
             path = waiting.pop()
             if path.is_symlink() and not any(_target(path).is_relative_to(place) for place in inside):
@@ -133,7 +145,7 @@ class RunFolder:
         """What the finished run reported, None before that."""
         if not self.result_file.exists():
             return None
-        content = read_bytes(self.result_file, what="the run's result", limit=_LARGEST_JSON, error=RunError)
+        content = read_bytes(self.result_file, what="the run's result", limit=_LARGEST, error=RunError)
         try:
             raw = parse_json(content, what=f"{self.result_file} is not valid JSON", error=RunError)
         except RunError as error:
@@ -173,9 +185,7 @@ class RunFolder:
     def _has_begun(self) -> bool:
         """Whether anything is here that a run with other settings would spoil."""
         return (
-            self.result_file.exists()
-            or self.checkpoints.exists()
-            or next(self.lines("metrics.jsonl"), None) is not None
+            self.result_file.exists() or self.checkpoints.exists() or next(self.lines(self.METRICS), None) is not None
         )
 
     def has_checkpoint(self) -> bool:
@@ -186,29 +196,11 @@ class RunFolder:
         """Make the folder and write down what is run, before anything long begins."""
         with _writing(self.path):
             make_folder(self.path)
-            self.sweep()
+            sweep(self.path)
         if not self._has_begun():  # of a start that got no further, with other numbers perhaps
-            (self.path / "memory.jsonl").unlink(missing_ok=True)
-        self.write_yaml("recipe.yaml", recipe.to_plain())
-        self.write_yaml("recipe.typed.yaml", loaded.typed)
-
-    def sweep(self) -> None:
-        """Remove what a process that was killed had not finished writing."""
-        for unfinished in self.path.glob(f".*{UNFINISHED}*"):
-            if unfinished.is_dir() and not unfinished.is_symlink():
-                shutil.rmtree(unfinished, ignore_errors=True)
-            else:
-                unfinished.unlink()
-
-    @contextmanager
-    def scratch(self, name: str) -> Iterator[Path]:
-        """A folder of the run that is there inside the block only."""
-        folder = self.path / f".{name}{UNFINISHED}{os.getpid()}"
-        folder.mkdir(parents=True)
-        try:
-            yield folder
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+            (self.path / self.MEMORY).unlink(missing_ok=True)
+        self.write_yaml(self.RECIPE, recipe.to_plain())
+        self.write_yaml(self.TYPED_RECIPE, loaded.typed)
 
     def _refuse_links(self) -> None:
         """A run writes, and removes old checkpoints, in its own folder only.
@@ -216,7 +208,7 @@ class RunFolder:
         Raises:
             RunError: something in it leads elsewhere.
         """
-        for path in (self.checkpoints, self.adapter, self.evaluation, *(self.path / name for name in _LINES)):
+        for path in (self.checkpoints, self.adapter, self.evaluation, *(self.path / name for name in self.LINES)):
             if path.is_symlink():
                 raise RunError(
                     f"{path} is a link; a run keeps to its own folder",
@@ -240,7 +232,7 @@ class RunFolder:
 
     def sync_lines(self) -> None:
         """Bring the .jsonl files to the disk: a checkpoint must not outlive the lines up to its step."""
-        for name in _LINES:
+        for name in self.LINES:
             with _writing(self.path / name), suppress(FileNotFoundError):
                 sync(self.path / name)
         with _writing(self.path):
@@ -263,7 +255,7 @@ class RunFolder:
 
     def cut_back(self, step: int) -> None:
         """Forget what came after `step`: a resumed run writes those lines again."""
-        for name in ("metrics.jsonl", "timing.jsonl"):
+        for name in (self.METRICS, self.TIMING):
             kept = [line for line in self.lines(name) if line["step"] <= step]
             if (self.path / name).exists():
                 text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -271,8 +263,13 @@ class RunFolder:
 
 
 def is_run(path: str | Path) -> bool:
-    """Whether a path is a run folder."""
-    return (Path(path) / "recipe.yaml").is_file()
+    """Whether a MODEL_OR_RUN is read as a run: it has a recipe."""
+    return (Path(path) / RunFolder.RECIPE).is_file()
+
+
+def was_begun(folder: Path) -> bool:
+    """Whether a command has begun a run here; a recipe alone may be anybody's, in a folder of anything."""
+    return is_run(folder) and any((folder / name).exists() for name in RunFolder.TRACES)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""`dpo data ...`: pairs are looked at, converted and split. It routes and prints, as cli.py does."""
+"""`dpo data ...`: pairs are looked at, converted and split."""
 
 from __future__ import annotations
 
@@ -9,8 +9,18 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dpo_studio.cli_choices import TooLong
-from dpo_studio.cli_source import Format, Labels, Map, Overwrite, Revision, Rows, Source, Split, source_section
+from dpo_studio.cli.options import (
+    Format,
+    Labels,
+    Map,
+    Overwrite,
+    Revision,
+    Rows,
+    Source,
+    Split,
+    TooLong,
+    source_section,
+)
 
 __all__ = ["app"]
 
@@ -69,7 +79,7 @@ def split(
 
 def _report(summary: dict[str, Any], as_json: bool) -> None:
     """The names of the files (or everything, as JSON) on stdout, the counts on stderr."""
-    from dpo_studio.reports.text import one_line
+    from dpo_studio.console.text import one_line
     from dpo_studio.writing import stream_of
 
     if as_json:

@@ -8,18 +8,26 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from dpo_studio.cli_judge import (
+from dpo_studio.cli.options import (
     JUDGE_HELP,
     Concurrency,
+    Format,
     KeyEnv,
+    Labels,
+    Map,
+    Overwrite,
     Param,
     Price,
     Replies,
+    Revision,
+    Rows,
+    Seed,
+    Split,
     Template,
     Timeout,
     llm_options,
+    source_section_of,
 )
-from dpo_studio.cli_source import Format, Labels, Map, Overwrite, Revision, Rows, Split, source_section_of
 
 __all__ = ["evaluate"]
 
@@ -35,7 +43,7 @@ def evaluate(
     prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts, at most.")] = 80,
     samples: Annotated[int, typer.Option(min=1, help="Answers to a prompt at each temperature above 0.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
-    seed: Annotated[int, typer.Option(help="The same seed gives the same answers.")] = 0,
+    seed: Seed = 0,
     source: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Pairs to measure on instead of those the run held out."),
@@ -62,10 +70,11 @@ def evaluate(
     llm = llm_options(template, key_env, param, price, replies, concurrency, timeout)
     section = source_section_of("--source", source, format_, map_, label, split, rows, revision)
     asked = _numbers(temperatures)
+    from dpo_studio.console.progress import Progress
+    from dpo_studio.console.text import percent, printable
     from dpo_studio.evaluation.llm_judge import check_replies
     from dpo_studio.paths import user_path
-    from dpo_studio.reports.progress import Progress
-    from dpo_studio.reports.text import percent, printable
+    from dpo_studio.runs.folder import RunFolder
     from dpo_studio.workflows.evaluating import Evaluation, check_figure, compare_runs, evaluate_run, judges_of
     from dpo_studio.workflows.judging import judge_from
 
@@ -93,7 +102,7 @@ def evaluate(
                 f"temperature {row['temperature']:g}: win rate {percent(row['win_rate'])} "
                 f"({percent(low)} to {percent(high)}), at equal length {percent(row['length_controlled'])}"
             )
-        print(printable(str(user_path(run) / "evaluation" / "answers.html")))
+        print(printable(str(RunFolder(user_path(run)).evaluation / RunFolder.ANSWERS_PAGE)))
     if len(measured) > 1:
         print(compare_runs(measured, figure, overwrite=overwrite))
 

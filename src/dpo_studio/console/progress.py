@@ -5,17 +5,17 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
-from dpo_studio.reports.text import clock, one_line, printable
+from dpo_studio.console.text import clock, one_line, printable
 
 if TYPE_CHECKING:  # rich costs 50 ms, and `dpo --help` needs none of it
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-__all__ = ["Progress"]
+__all__ = ["Display", "Plain", "Progress", "Terminal"]
 
 _EVERY = 5.0
 """Seconds between two plain lines: a log of a night's run stays readable."""
@@ -24,16 +24,30 @@ Advance = Callable[..., None]
 """`advance(n=1, figures="")`: so much more is done, and these are its numbers."""
 
 
+class Display(Protocol):
+    """Where it is shown. What is given to it is printable already."""
+
+    @property
+    def unread(self) -> bool:
+        """Whether whoever read it has gone (`2>&1 | head`)."""
+
+    def line(self, text: str, style: str = "") -> None:
+        """A line, also while a task goes on."""
+
+    def task(self, title: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
+        """Something with a length, which `advance` moves on."""
+
+    def stop(self) -> None:
+        """No task goes on any more."""
+
+
 class Progress:
     """One a command, as a context manager; text from data or models may be given to it as it is."""
 
-    def __init__(self, *, quiet: bool = False, console: Console | None = None) -> None:
+    def __init__(self, display: Display | None = None, *, quiet: bool = False) -> None:
+        """`display`: by default what stderr is, a terminal or not."""
         self._quiet = quiet
-        self._given = console
-        self._bars: Bars | None = None
-        self._tasks = 0
-        self.unread = False
-        """Whoever read what is said has gone (`2>&1 | head`): nothing more is written, and a training stops."""
+        self._given = display
 
     def __enter__(self) -> Self:
         return self
@@ -41,62 +55,87 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop()
+        if self._given is not None:
+            self._given.stop()
+
+    @property
+    def unread(self) -> bool:
+        """Whoever read what is said has gone: nothing more is written, and a training stops."""
+        return self._given is not None and self._given.unread
 
     def say(self, text: str) -> None:
         """A line of news, also while a bar is on."""
         if not self._quiet:
-            self._print(printable(text))
+            self._display().line(printable(text))
 
     def warn(self, text: str) -> None:
         """What should be read even where news is not wanted."""
-        self._print(f"warning: {printable(text)}", style="yellow")
+        self._display().line(f"warning: {printable(text)}", style="yellow")
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str = "") -> Iterator[Advance]:
         """Something with a length; `advance(n, figures)` moves it on."""
-        title, unit = one_line(title), one_line(unit)
         if self._quiet:
             yield _nothing
-        elif self._live():
-            with self._bar(title, total, unit) as advance:
-                yield advance
-        else:
-            lines = _Lines(self._print, title, total, unit)
-            try:
-                yield lines.advance
-            finally:
-                lines.end()
+            return
+        with self._display().task(one_line(title), total, one_line(unit)) as advance:
+            yield lambda n=1, figures="": advance(n, one_line(figures))
 
-    def _console(self) -> Console:
+    def _display(self) -> Display:
         if self._given is None:
-            from rich.console import Console
-
-            seen = sys.stderr is not None and sys.stderr.isatty()  # FORCE_COLOR in a CI log does not make it a terminal
-            self._given = self._telling_us(Console)(stderr=True, force_interactive=None if seen else False)
+            self._given = _on_stderr()
         return self._given
 
-    def _telling_us(self, kind: type[Console]) -> type[Console]:
+
+def _nothing(n: int = 1, figures: str = "") -> None:
+    """An `advance` that shows nothing."""
+
+
+def _on_stderr() -> Display:
+    """FORCE_COLOR in the log of a machine does not make it a terminal."""
+    from rich.console import Console
+
+    class Telling(Console):
         """rich's own answer to a reader that has gone is to leave at once, whatever is being computed."""
 
-        class Telling(kind):  # type: ignore[misc, valid-type]
-            def on_broken_pipe(console) -> None:  # noqa: N805 - self is the progress
-                console.quiet = True
-                self.unread = True
+        unread = False
 
-        return Telling
+        def on_broken_pipe(self) -> None:
+            self.quiet = True
+            self.unread = True
 
-    def _live(self) -> bool:
-        return self._console().is_interactive
+    seen = sys.stderr is not None and sys.stderr.isatty()
+    console = Telling(stderr=True, force_interactive=None if seen else False)
+    return Terminal(console) if console.is_interactive else Plain(console)
 
-    def _print(self, text: str, style: str = "") -> None:
+
+class _OnConsole:
+    """What both ways of showing have in common: lines on a console of rich."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+
+    @property
+    def unread(self) -> bool:
+        return getattr(self._console, "unread", False) is True
+
+    def line(self, text: str, style: str = "") -> None:
         from rich.text import Text
 
-        console = self._console()
+        console = self._console
         console.print(Text(text, style=style), soft_wrap=not console.is_interactive, highlight=False)
 
+
+class Terminal(_OnConsole):
+    """Bars, which are drawn over and over."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._bars: Bars | None = None
+        self._tasks = 0
+
     @contextmanager
-    def _bar(self, title: str, total: int | None, unit: str) -> Iterator[Advance]:
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Advance]:
         bars = self._started()
         task = bars.add_task(title, total=total, done=_done(0, total, unit), left="", figures="")
         self._tasks += 1
@@ -106,7 +145,7 @@ class Progress:
             now = next(known for known in bars.tasks if known.id == task)
             fields: dict[str, Any] = {"done": _done(round(now.completed), total, unit)}
             fields["left"] = "" if now.time_remaining is None else f"{clock(now.time_remaining)} left"
-            fields |= {"figures": one_line(figures)} if figures else {}
+            fields |= {"figures": figures} if figures else {}
             bars.update(task, **fields)
 
         try:
@@ -118,22 +157,33 @@ class Progress:
             if self._tasks:  # a task inside another leaves no line behind
                 bars.remove_task(task)
             else:
-                self._stop()
+                self.stop()
 
-    def _started(self) -> Bars:
-        if self._bars is None:
-            self._bars = _bars(self._console())
-            self._bars.start()
-        return self._bars
-
-    def _stop(self) -> None:
+    def stop(self) -> None:
         if self._bars is not None:
             bars, self._bars = self._bars, None
             bars.stop()
 
+    def _started(self) -> Bars:
+        if self._bars is None:
+            self._bars = _bars(self._console)
+            self._bars.start()
+        return self._bars
 
-def _nothing(n: int = 1, figures: str = "") -> None:
-    """An `advance` that shows nothing."""
+
+class Plain(_OnConsole):
+    """Lines that stay: a file, a pipe, a log."""
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Advance]:
+        lines = _PlainTask(self.line, title, total, unit)
+        try:
+            yield lines.advance
+        finally:
+            lines.end()
+
+    def stop(self) -> None:
+        """A line is a line."""
 
 
 def _bars(console: Console) -> Bars:
@@ -158,7 +208,7 @@ def _done(done: int, total: int | None, unit: str) -> str:
     return f"{counted} {unit}".rstrip()
 
 
-class _Lines:
+class _PlainTask:
     """Plain lines about one task: the first, the last, and one every few seconds between."""
 
     def __init__(self, write: Callable[[str], None], title: str, total: int | None, unit: str) -> None:
@@ -171,7 +221,7 @@ class _Lines:
 
     def advance(self, n: int = 1, figures: str = "") -> None:
         self._done += n
-        self._figures = one_line(figures) or self._figures
+        self._figures = figures or self._figures
         if self._written is None or self._done == self._total or time.monotonic() - self._written[0] >= _EVERY:
             self._line()
 

@@ -14,15 +14,13 @@ from dpo_studio.config import parse_yaml
 from dpo_studio.errors import DPOStudioError, RunError
 from dpo_studio.objectives import DPO, to_objective
 from dpo_studio.reading import parse_json, read_bytes
-from dpo_studio.runs import RunFolder
+from dpo_studio.runs.folder import RunFolder
 
-__all__ = ["ALL_ANSWERS", "ANSWERS", "RunFacts", "Series", "finite", "interval", "read_run", "share"]
+__all__ = ["RunFacts", "Series", "finite", "interval", "read_run", "share"]
 
 _LARGEST = 128 * 2**20
 """Bytes of a run's file: metrics.jsonl of a hundred thousand steps has half."""
 Row = dict[str, Any]
-ANSWERS, ALL_ANSWERS = "answers.html", "all-answers.html"
-"""Pages of an evaluation: what `dpo eval` compared, and every comparison of `answers.jsonl`."""
 Series = tuple[list[float], list[float]]
 """Steps and the values at them, finite ones only."""
 
@@ -40,10 +38,13 @@ class RunFacts:
     environment: Row
     result: Row
     answers: list[Row]
+    """What the demo compared."""
     notes: tuple[str, ...] = ()
     """What could not be read, for the reader of the report."""
     win_rates: Row = field(default_factory=dict)
     """evaluation/winrate.json: what an evaluation measured at each temperature."""
+    comparisons: list[Row] = field(default_factory=list)
+    """What `dpo eval` compared: both answers and the verdict, temperature by temperature."""
     win_rates_svg: str = ""
     """The figure it drew of it."""
     pages: frozenset[str] = frozenset()
@@ -92,21 +93,23 @@ def read_run(folder: Path) -> RunFacts:
     """Everything a report needs to know of a run."""
     if not folder.is_dir():
         raise RunError(f"{folder}: no such run folder", hint="give the folder that `dpo train` or `dpo demo` wrote")
-    RunFolder(folder).refuse_what_leads_out()
+    run = RunFolder(folder)
+    run.refuse_what_leads_out()
     notes: list[str] = []
-    recipe, recipe_text = _read_recipe(folder / "recipe.yaml", notes)
+    recipe, recipe_text = _read_recipe(folder / run.RECIPE, notes)
     return RunFacts(
         name=folder.resolve().name,
-        metrics=_by_step(_read_lines(folder / "metrics.jsonl", notes)),
-        timing=_by_step(_read_lines(folder / "timing.jsonl", notes)),
+        metrics=_by_step(_read_lines(folder / run.METRICS, notes)),
+        timing=_by_step(_read_lines(folder / run.TIMING, notes)),
         recipe=recipe,
         recipe_text=recipe_text,
-        environment=_read_object(folder / "environment.json", notes),
-        result=_read_object(folder / "result.json", notes),
-        answers=_read_lines(folder / "evaluation" / "answers.jsonl", notes),
-        win_rates=_read_object(folder / "evaluation" / "winrate.json", notes),
-        win_rates_svg=_read_text(folder / "evaluation" / "winrate.svg"),
-        pages=frozenset(name for name in (ANSWERS, ALL_ANSWERS) if (folder / "evaluation" / name).is_file()),
+        environment=_read_object(folder / run.ENVIRONMENT, notes),
+        result=_read_object(run.result_file, notes),
+        answers=_read_lines(run.evaluation / run.ANSWERS, notes),
+        win_rates=_read_object(run.evaluation / run.WIN_RATES, notes),
+        comparisons=_read_lines(run.evaluation / run.COMPARISONS, notes),
+        win_rates_svg=_read_text(run.evaluation / run.WIN_RATES_FIGURE),
+        pages=frozenset(name for name in (run.ANSWERS_PAGE, run.ALL_ANSWERS_PAGE) if (run.evaluation / name).is_file()),
         notes=tuple(notes),
     )
 

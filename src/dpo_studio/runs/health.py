@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from statistics import mean
 from typing import Any
 
-from dpo_studio.reports.detectors import DETECTORS, Curve, Detector, Row
-from dpo_studio.reports.facts import RunFacts, finite
-from dpo_studio.reports.text import count
+from dpo_studio.console.text import count
+from dpo_studio.runs.detectors import DETECTORS, Curve, Detector, Row
+from dpo_studio.runs.facts import RunFacts, finite
 
-__all__ = ["Finding", "HealthWatch", "detectors_of", "health_of", "judge", "lengthening"]
+__all__ = ["HealthFinding", "HealthWatch", "detectors_of", "health_of", "judge", "lengthening"]
 
 LONGER = 1.2
 """Tokens of a sampled answer, tuned over base. Two standard errors are 0.07 on 120 answers as uneven as the demo's."""
@@ -26,7 +26,7 @@ _LENGTH_ADVICE = (
 
 
 @dataclass(frozen=True)
-class Finding:
+class HealthFinding:
     """What a detector saw in a run."""
 
     name: str
@@ -54,14 +54,14 @@ class HealthWatch:
         """`saturates`: as the objective says of itself."""
         self._curve = Curve(total_steps)
         self._detectors = detectors_of(saturates)
-        self._findings: dict[str, Finding] = {}
+        self._findings: dict[str, HealthFinding] = {}
 
     @property
-    def findings(self) -> list[Finding]:
+    def findings(self) -> list[HealthFinding]:
         """In the order in which they were first seen."""
         return list(self._findings.values())
 
-    def see(self, row: Row) -> list[Finding]:
+    def see(self, row: Row) -> list[HealthFinding]:
         """Take in the next line of metrics.jsonl; the findings that no earlier one gave."""
         self._curve.add(row)
         if not self._curve.steps:
@@ -73,7 +73,7 @@ class HealthWatch:
                 continue
             before = self._findings.get(detector.name)
             first = before.first_step if before is not None else step
-            finding = Finding(detector.name, detector.title, first, step, saw, detector.advice)
+            finding = HealthFinding(detector.name, detector.title, first, step, saw, detector.advice)
             self._findings[detector.name] = finding
             new += [finding] if before is None else []
         return new
@@ -84,7 +84,7 @@ def detectors_of(saturates: bool) -> tuple[Detector, ...]:
     return tuple(detector for detector in DETECTORS if saturates or not detector.if_it_saturates)
 
 
-def judge(rows: Iterable[Row], total_steps: int, *, saturates: bool = True) -> list[Finding]:
+def judge(rows: Iterable[Row], total_steps: int, *, saturates: bool = True) -> list[HealthFinding]:
     """What the lines of a metrics.jsonl show, in order: the very findings a live run told of."""
     watch = HealthWatch(total_steps, saturates=saturates)
     for row in rows:
@@ -92,13 +92,13 @@ def judge(rows: Iterable[Row], total_steps: int, *, saturates: bool = True) -> l
     return watch.findings
 
 
-def health_of(facts: RunFacts) -> list[Finding]:
+def health_of(facts: RunFacts) -> list[HealthFinding]:
     """Everything the files of a run show: its curve, and the length of its answers where some were sampled."""
     steps = int(facts.number("steps") or max(facts.series("step")[1], default=0.0))
     return [*judge(facts.metrics, steps, saturates=facts.saturates), *_lengths_sampled(facts, steps)]
 
 
-def _lengths_sampled(facts: RunFacts, steps: int) -> list[Finding]:
+def _lengths_sampled(facts: RunFacts, steps: int) -> list[HealthFinding]:
     """By an evaluation at several temperatures, or by the demo."""
     before, after = (
         [finite(row, key) for row in facts.temperatures] for key in ("reference_mean_tokens", "mean_tokens")
@@ -110,10 +110,10 @@ def _lengths_sampled(facts: RunFacts, steps: int) -> list[Finding]:
     return lengthening({"mean_tokens_base": means[0], "mean_tokens_tuned": means[1]}, steps)
 
 
-def lengthening(result: Row, step: int) -> list[Finding]:
+def lengthening(result: Row, step: int) -> list[HealthFinding]:
     """Whether sampled answers got longer: `mean_tokens_base` and `mean_tokens_tuned`, after `step` steps."""
     base, tuned = finite(result, "mean_tokens_base"), finite(result, "mean_tokens_tuned")
     if not base or not tuned or tuned < LONGER * base:
         return []
     saw = f"sampled answers went from {count(base)} to {count(tuned)} tokens on average"
-    return [Finding("answers_lengthen", "Answers got longer", step, step, saw, _LENGTH_ADVICE)]
+    return [HealthFinding("answers_lengthen", "Answers got longer", step, step, saw, _LENGTH_ADVICE)]

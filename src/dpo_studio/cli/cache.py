@@ -26,7 +26,7 @@ def show(context: typer.Context) -> None:
         return
     from dpo_studio.cache import LIMIT_VARIABLE, PARTS, limit_bytes, sizes
     from dpo_studio.config import cache_folder
-    from dpo_studio.reports.text import printable
+    from dpo_studio.console.text import printable
 
     folder, limit = cache_folder(), limit_bytes()
     found = sizes(folder)

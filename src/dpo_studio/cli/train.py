@@ -1,0 +1,49 @@
+"""`dpo train`: its command line."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated, Optional
+
+import typer
+
+from dpo_studio.cli.options import Anyway, Overrides, RecipeFile, Tracker
+
+__all__ = ["train"]
+
+
+def train(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    tracker: Tracker = None,
+    save_every: Annotated[Optional[str], typer.Option(help="Steps between checkpoints, or minutes: 10min.")] = None,  # noqa: UP045
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check recipe, data and model; train nothing.")] = False,
+    anyway: Anyway = False,
+    verify: Annotated[bool, typer.Option("--verify", help="Train a few steps twice; exit 3 if they differ.")] = False,
+) -> None:
+    """Train what a recipe says; the same command again continues an unfinished run."""
+    from dpo_studio.config import load_recipe
+
+    given = {"run.tracker": tracker, "training.save_every": save_every}
+    changes = [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]
+    load_recipe(recipe, changes)  # a slip in it is told of before torch is imported, which takes five seconds
+    from dpo_studio.workflows.training import check_recipe, train_recipe
+
+    if dry_run:
+        check_recipe(recipe, changes, anyway=anyway)
+        return
+    if verify:
+        from dpo_studio.workflows.verifying import verify_recipe
+
+        found = verify_recipe(recipe, changes, anyway=anyway)
+        print(found.text)
+        sys.exit(0 if found.deterministic else 3)
+    from dpo_studio.console.text import percent
+
+    result = train_recipe(recipe, changes, anyway=anyway)
+    if "accuracy" in result:
+        low, high = result["accuracy_ci95"]
+        print(
+            f"held-out accuracy {percent(result['accuracy'])} (95 % interval {percent(low)} to {percent(high)}), "
+            f"before {percent(result['accuracy_before'])}, longer answer wins {percent(result['longer_wins'])}"
+        )
