@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # they import torch
-    from dpo_studio.workflows.loading import Loaded
+    from dpo_studio.workflows.loading import LoadedModel
     from dpo_studio.workflows.talking import Chat, Sampling
 
 __all__ = ["answer_all", "converse", "cut_note", "wrapped", "write_lines"]
@@ -72,7 +72,7 @@ def cut_note(limit: int) -> str:
 
 
 def answer_all(
-    loaded: Loaded,
+    loaded: LoadedModel,
     prompts: list[str],
     sampling: Sampling,
     system: str | None,
@@ -150,7 +150,7 @@ def write_lines(lines: list[dict[str, Any]], out: Path | None, *, overwrite: boo
     write_output(out, text, overwrite=overwrite, spill=True)
 
 
-def _what_is_loaded(loaded: Loaded, name: str) -> str:
+def _what_is_loaded(loaded: LoadedModel, name: str) -> str:
     from dpo_studio.reports.text import printable
 
     dtype = str(loaded.base.model.dtype).removeprefix("torch.")

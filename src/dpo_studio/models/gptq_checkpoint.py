@@ -25,7 +25,7 @@ from dpo_studio.models.fp8 import device_obstacle, fp8_obstacle
 from dpo_studio.models.gptq import FP8Linear, GPTQLinear
 from dpo_studio.models.packed import unpack
 from dpo_studio.models.scan import read_json, weights_of
-from dpo_studio.models.sizes import check_model_size, tensor_shapes
+from dpo_studio.models.sizes import Shapes, check_model_size, shapes_in
 
 __all__ = ["Quantization", "load_gptq", "read_quantization"]
 
@@ -124,7 +124,7 @@ def load_gptq(
         say(f"{name}: asymmetric zero points in the old gptq format; tools have not agreed on it, gptq_v2 is safer")
     with _Shards(folder, name) as shards:
         config.__dict__.pop("quantization_config", None)  # else transformers would build its own packed layers
-        check_model_size(AutoModelForCausalLM, config, tensor_shapes(weights_of(folder, name), name), name)
+        check_model_size(AutoModelForCausalLM, config, shards.shapes, name)
         model = _skeleton(config, dtype, attention, name)
         reader = _Reader(shards, quantization, device, dtype, residency, compute, say)
         for prefix in sorted(key.removesuffix(".qweight") for key in shards.files if key.endswith(".qweight")):
@@ -170,6 +170,11 @@ class _Shards:
 
     def __exit__(self, *_: object) -> None:
         self._open.clear()
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of every tensor, by the headers that are open already."""
+        return {key: shape for file in self._open.values() for key, shape in shapes_in(file).items()}
 
     def read(self, key: str) -> Tensor:
         """A tensor, on the CPU.

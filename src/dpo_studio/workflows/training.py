@@ -33,6 +33,7 @@ from dpo_studio.learning.train import Reference, StepReport, TrainingState, eval
 from dpo_studio.lock import Held, held
 from dpo_studio.models.adapters import POLICY, REFERENCE, in_eval, train_mode
 from dpo_studio.models.bundled import published_name
+from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair
@@ -49,13 +50,12 @@ from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.compiling import accelerated
 from dpo_studio.workflows.forecasting import forecast
 from dpo_studio.workflows.kept import check_same_data, digest_data, run_date, write_data
+from dpo_studio.workflows.opening import find_models, look_at_models
 from dpo_studio.workflows.place import check_place
 from dpo_studio.workflows.preparing import (
     RunData,
     attach_policy,
     encode_both,
-    find_models,
-    look_at_models,
     read_and_split,
     reference_model,
     settle_dtype,
@@ -128,11 +128,12 @@ def check_recipe(
         run = RunFolder(loaded.run_folder)
         settled = run.settle(loaded.recipe)
         check_tracker(settled)
-        find_models(settled)
+        found = find_models(settled)
         source, split = read_and_split(settled, shown)
         look_at_pairs(settled, split, shown, anyway=anyway)
         date = run_date(run)
-        encoder = look_at_models(settled, date, shown.say)
+        models = look_at_models(settled, found, date, shown.say)
+        encoder = models.encoder
         data = encode_both(settled, source, split, encoder, shown)
         if (done := run.result()) is None or not is_finished(run, settled, done):
             check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
@@ -142,7 +143,7 @@ def check_recipe(
         taken = min(
             steps.total * settled.training.pairs_per_step, round(len(data.train.pairs) * settled.training.epochs)
         )
-        shown.say(forecast(settled, data.train.pairs, taken))
+        shown.say(forecast(settled, models.base, data.train.pairs, taken))
         shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
@@ -185,14 +186,17 @@ def _train_in(
 ) -> TrainedRun:
     started = time.perf_counter()
     recipe = run.settle(loaded.recipe)  # again: another process may just have left
-    find_models(recipe)
+    found = find_models(recipe)
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
     date = run_date(run, today)
-    encoder = look_at_models(recipe, date, progress.say)
+    models = look_at_models(recipe, found, date, progress.say)
+    encoder = models.encoder
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
-        base = load_chat_model(recipe.model, typed=typed_model(loaded), say=progress.say, encoder=encoder)
+        base = load_chat_model(
+            recipe.model, folder=models.base, typed=typed_model(loaded), say=progress.say, today=date
+        )
         data = encoding.result()
     kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
     check_same_data(run, kept, progress.warn)
@@ -213,7 +217,8 @@ def _train_in(
         run.result_file.unlink(missing_ok=True)
         if limit.recompute != "nothing":
             run.append("memory.jsonl", asdict(limit))
-        session = _Session(run, recipe, base, policy, data, progress, Accelerator(cpu=base.device.type == "cpu"), saver)
+        accelerator = Accelerator(cpu=base.device.type == "cpu")
+        session = _Session(run, recipe, base, policy, data, progress, accelerator, saver, models.reference)
         session.fit(stop_after)
     result = session.finish(time.perf_counter() - started) | result_extra
     run.write_json("result.json", result)
@@ -233,6 +238,8 @@ class _Session:
     progress: Progress
     accelerator: Accelerator
     saver: Saver
+    reference_folder: ModelFolder | None
+    """Of `reference.model`."""
     state: TrainingState | None = None
     """From the moment there are steps to take."""
     held_out_reference: PairLogps | None = None
@@ -355,7 +362,7 @@ class _Session:
 
         Both are where the objective needs no reference: then only held-out pairs have one, for their accuracy.
         """
-        model, context, computes = reference_model(self.recipe, self.base, self.policy)
+        model, context, computes = reference_model(self.recipe, self.base, self.policy, self.reference_folder)
         of_run = self.recipe.reference
         self._check(model, budget, None if of_run.model else of_run.adapter or self.recipe.model.adapter)
         cache = (
