@@ -21,10 +21,12 @@ from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.evaluation.reward_model import load_reward_model
 from dpo_studio.export.merge import save_plain
-from dpo_studio.models.load import load_chat_model, load_encoder, locate, weights_fingerprint
+from dpo_studio.models.fingerprint import weights_fingerprint
+from dpo_studio.models.folder import open_model
+from dpo_studio.models.load import load_chat_model
 from dpo_studio.models.scan import scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import check_model_size, check_numbers, tensor_shapes
-from dpo_studio.models.tokenizer_settings import read_tokenizer
+from dpo_studio.models.tokenizer_settings import load_encoder, read_tokenizer
 from tests.guard_words import words_of
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo
@@ -143,7 +145,6 @@ def test_a_tokenizer_that_is_its_own_code_is_refused_and_nobody_asked(
 ) -> None:
     """Of a config that transformers has no tokenizer for."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    monkeypatch.setattr("dpo_studio.models.load.check_numbers", lambda *_: None)
     (model / "config.json").write_text('{"model_type": "its_own"}')
     rewrite(
         model / "tokenizer_config.json",
@@ -276,7 +277,7 @@ def test_a_config_cannot_ask_for_more_than_its_weights_have(model: Path, change:
 @pytest.mark.parametrize("change", HUGE[:3], ids=words_of)
 def test_nor_can_the_config_of_a_tokenizer_or_a_reward_model(model: Path, change: dict[str, Any]) -> None:
     rewrite(model / "config.json", **change)
-    assert next(iter(change)) in refusal(lambda: locate(str(model))).message
+    assert next(iter(change)) in refusal(lambda: open_model(str(model))).message
     assert next(iter(change)) in refusal(lambda: load_reward_model(str(model))).message
 
 

@@ -25,9 +25,10 @@ from dpo_studio.errors import ModelError
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapter_proof import prove_adapter, prove_trial
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
+from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.gptq import GPTQLinear, held_dense, weight_count
 from dpo_studio.models.gptq_checkpoint import Quantization, _Reader, _Shards, read_quantization
-from dpo_studio.models.load import load_chat_model, weights_fingerprint
+from dpo_studio.models.load import load_chat_model
 from dpo_studio.models.packed import Packed, unpack
 from dpo_studio.tokens.pack import pack
 from tests.conftest import SECTION, columns, gradients, moved, plain_logps, random_pairs

@@ -21,7 +21,9 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models import bundled, load
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.bundled import BUNDLED_MODEL, bundled_folder
-from dpo_studio.models.load import choose_dtype, load_chat_model, locate, weights_fingerprint
+from dpo_studio.models.fingerprint import weights_fingerprint
+from dpo_studio.models.folder import open_model
+from dpo_studio.models.load import choose_dtype, load_chat_model
 from tests.tiny_models import tiny_folder, tiny_model
 
 CPU = torch.device("cpu")
@@ -202,13 +204,13 @@ def test_an_adapter_folder_as_a_model_gets_a_hint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c"])
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(ModelError, match="no such model folder") as refused:
-        locate(path)
+        open_model(path)
     assert "Hub id" in str(refused.value.hint)
 
 
 def test_a_file_is_no_folder(folder: Path) -> None:
     with pytest.raises(ModelError, match="no such model folder"):
-        locate(str(folder / "config.json"))
+        open_model(str(folder / "config.json"))
 
 
 def test_no_tokenizer_is_an_error(folder: Path) -> None:
@@ -395,7 +397,7 @@ def test_the_right_file_is_converted_once(fresh_cache: Path, tmp_path: Path, mon
     assert not (folder / "half").exists()
     with monkeypatch.context() as patched:
         patched.setenv("DPO_STUDIO_BUNDLED_WHEEL", "/nowhere")
-        assert bundled_folder(BUNDLED_MODEL) == locate(BUNDLED_MODEL) == folder
+        assert bundled_folder(BUNDLED_MODEL) == open_model(BUNDLED_MODEL).path == folder
     assert converted == [data]
     (folder / "model.safetensors").write_bytes(b"weighty")  # as long as before
     said: list[str] = []

@@ -199,7 +199,9 @@ def test_a_cut_answer_is_marked(tiny_run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prompts.txt", "prompts.jsonl"])
-def test_a_file_of_prompts_is_answered_line_by_line(kind: str, loaded: LoadedModel, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_file_of_prompts_is_answered_line_by_line(
+    kind: str, loaded: LoadedModel, tiny_run: Path, tmp_path: Path
+) -> None:
     asked = ["What is water?", "Why is it wet?", "What is water?"]
     lines = asked if kind.endswith("txt") else [json.dumps({"prompt": prompt}) for prompt in asked]
     (tmp_path / kind).write_text("\n".join([*lines, "", ""]))
