@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from dpo_studio.errors import ModelError
 
@@ -99,7 +100,7 @@ def _limits(shapes: Shapes) -> tuple[int, int, int]:
     )
 
 
-def check_model_size(kind: Any, config: Any, shapes: Shapes, name: str) -> None:
+def check_model_size(kind: Any, config: PreTrainedConfig, shapes: Shapes, name: str) -> None:
     """Build the model of a config without memory and count what it would take; `kind` is one of transformers' classes.
 
     Raises:
