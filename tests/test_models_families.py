@@ -88,7 +88,7 @@ def test_a_family_of_ones_own_trains_and_scores_as_its_plain_model(tmp_path: Pat
             plain = plain_logp(model, tokenizer, row["prompt"], row[side])
             assert line[f"reference_{side}_logp"] == pytest.approx(plain, rel=2e-4)
     assert any(line["chosen_logp"] != line["reference_chosen_logp"] for line in said.lines)
-    with pytest.raises(ValueError, match="boosted_llama.* has a family already"):
+    with pytest.raises(ValueError, match=r"boosted_llama.* has a family already"):
         add_family(Family("boosted_llama"))
 
 

@@ -180,7 +180,7 @@ def test_a_folder_with_a_tokenizer_alone_has_an_encoder_and_is_no_base(base: Pat
     (base / WEIGHTS).unlink()
     folder: ModelFolder = open_model(str(base))
     assert folder.encoder(ModelSection(path=str(base))).vocabulary()
-    with pytest.raises(ModelError, match="has no .safetensors weights"):
+    with pytest.raises(ModelError, match=r"has no \.safetensors weights"):
         folder.check_files()
 
 
