@@ -166,10 +166,11 @@ def test_what_changes_between_the_look_and_the_load_is_refused(
 
 
 def test_what_is_not_loaded_from_may_change(base: Path) -> None:
-    """A log or a run in the folder, and a second name for the weights."""
+    """A log, results or a run in the folder, and a second name for the weights."""
     section = ModelSection(path=str(base), dtype="float32")
     folder = open_model(section.path)
     (base / "train.log").write_text("step 1\n")
+    (base / "results.json").write_text("{}")
     (base / "runs").mkdir()
     (base.parent / "kept").hardlink_to(base / WEIGHTS)
     loaded = load_chat_model(section, folder=folder)

@@ -24,7 +24,7 @@ from dpo_studio.models.find import find_folder
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.gptq_checkpoint import Quantization, read_quantization
 from dpo_studio.models.refusals import refuse_unfit
-from dpo_studio.models.scan import NO_CODE, PICKLES, read_json, scan_folder, weights_of
+from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, weights_of
 from dpo_studio.models.sizes import Shapes, check_numbers, tensor_shapes
 from dpo_studio.models.tokenizer_settings import load_encoder
 from dpo_studio.models.vocabulary import check_vocabulary
@@ -32,6 +32,8 @@ from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["ModelFolder", "open_model"]
 
+_LOADED_FROM = ("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json", INDEX)
+"""What transformers and our GPTQ reader open beside the weights; an adapter's config would bring the adapter along."""
 _State = Mapping[str, tuple[int, int, int]]
 """(size, time of the last change, inode) of each file that a model is loaded from."""
 
@@ -211,10 +213,10 @@ def open_model(path: str, revision: str | None = None, say: Callable[[str], None
 
 
 def _state_of(folder: Path) -> _State:
-    """Of the files that a model is loaded from, and no other: whoever keeps a log in the folder may write on."""
+    """Of the files that a model is loaded from, and no other: whoever keeps notes in the folder may write on."""
     state = {}
     for file in folder.iterdir():
-        if file.suffix in (".json", ".safetensors"):
+        if file.name in _LOADED_FROM or file.suffix == ".safetensors":
             with suppress(OSError):  # a link to nothing: missing, like any other file
                 found = file.stat()
                 state[file.name] = (found.st_size, found.st_mtime_ns, found.st_ino)
