@@ -23,6 +23,7 @@ from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.load import load_chat_model
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo, write_recipe
+from tests.tiny_tokenizers import CHATML
 
 WEIGHTS = "model.safetensors"
 
@@ -113,14 +114,11 @@ def test_each_template_and_date_has_its_encoder(base: Path) -> None:
     section = ModelSection(path=str(base))
     folder = open_model(section.path)
     template = base.parent / "t.jinja"
-    template.write_text(json.loads((base / "tokenizer_config.json").read_text()).get("chat_template") or TEMPLATE)
+    template.write_text(CHATML)
     other = section.model_copy(update={"chat_template": str(template)})
     first, second = (datetime.date(2026, 1, day) for day in (1, 2))
     made = [folder.encoder(s, today=day) for s in (section, other) for day in (first, second)]
     assert len(set(map(id, made))) == 4
-
-
-TEMPLATE = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 
 
 def _other_numbers(folder: Path, file: str = WEIGHTS) -> None:
@@ -148,7 +146,6 @@ def _other_base(folder: Path) -> None:
         (_other_numbers, WEIGHTS),
         (_same_time_and_size, WEIGHTS),
         (_other_base, "config.json"),
-        (lambda folder: (folder / "adapter_config.json").write_text("{}"), "adapter_config.json"),
         (lambda folder: (folder / "more.safetensors").write_bytes(b""), "more.safetensors"),
         (lambda folder: (folder / "generation_config.json").unlink(), "generation_config.json"),
     ],
@@ -161,6 +158,15 @@ def test_what_changes_between_the_look_and_the_load_is_refused(
     folder.look_over(section)
     change(base)
     with pytest.raises(ModelError, match=f"{file} has changed since the folder was looked over"):
+        load_chat_model(section, folder=folder)
+
+
+def test_an_adapter_that_is_put_beside_the_weights_is_refused_as_always(base: Path) -> None:
+    section = ModelSection(path=str(base), dtype="float32")
+    folder = open_model(section.path)
+    folder.look_over(section)
+    (base / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="is a model and an adapter in one folder"):
         load_chat_model(section, folder=folder)
 
 
