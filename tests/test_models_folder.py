@@ -18,9 +18,9 @@ from safetensors.torch import load_file, save_file
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
-from dpo_studio.models import folder as folder_module
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.load import load_chat_model
+from dpo_studio.models.scan import scan_folder
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo, write_recipe
 from tests.tiny_tokenizers import CHATML
@@ -54,13 +54,12 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
 def scanned(monkeypatch: pytest.MonkeyPatch) -> Counter[Path]:
     """How often each model's folder is looked over."""
     counted: Counter[Path] = Counter()
-    real = folder_module.scan_folder
 
     def counting(place: Path, name: str) -> None:
         counted[place] += 1
-        real(place, name)
+        scan_folder(place, name)
 
-    monkeypatch.setattr(folder_module, "scan_folder", counting)
+    monkeypatch.setattr("dpo_studio.models.folder.scan_folder", counting)
     return counted
 
 
