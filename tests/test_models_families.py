@@ -124,6 +124,6 @@ def test_gated_mlps_are_classes_that_compute_what_the_entry_says() -> None:
     assert {mlp.__name__ for _, mlp in pairs} == {family.gated_mlp for family in FAMILIES} - {None}
     for config, kind in pairs:
         assert is_gated(kind)
-        mlp, x = kind(config(hidden_size=8, intermediate_size=16)), torch.randn(3, 8)
+        mlp, x = kind(config(hidden_size=64, intermediate_size=16, num_attention_heads=4)), torch.randn(3, 64)
         torch.testing.assert_close(mlp(x), mlp.down_proj(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x)))
     assert not is_gated(torch.nn.Linear)
