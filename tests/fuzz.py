@@ -137,17 +137,19 @@ Reader = Callable[[Path], object]
 
 def _model(name: str) -> list[Reader]:
     from dpo_studio.config import ModelSection
-    from dpo_studio.models import load
+    from dpo_studio.models.find import is_whole
+    from dpo_studio.models.folder import open_model
+    from dpo_studio.models.load import load_chat_model
 
     def look(case: Path) -> object:
         section = ModelSection(path=str(case / name))
-        folder = load.locate(section.path)
-        load.check_folder(folder, section)
-        load.load_encoder(folder, section)
-        return load._is_whole(folder) and load.weights_fingerprint(folder)
+        folder = open_model(section.path)
+        folder.check_base(section)
+        folder.encoder(section)
+        return is_whole(folder.path) and folder.fingerprint
 
     def load_it(case: Path) -> object:
-        load.load_chat_model(ModelSection(path=str(case / name), dtype="float32"))
+        load_chat_model(ModelSection(path=str(case / name), dtype="float32"))
         return None
 
     return [look, load_it]

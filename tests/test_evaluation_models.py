@@ -22,7 +22,7 @@ from dpo_studio.evaluation import reward_model
 from dpo_studio.evaluation.implicit import ImplicitReward
 from dpo_studio.evaluation.judges import Comparison, Completion, Verdict, not_judged
 from dpo_studio.evaluation.reward_model import Encoded, load_reward_model
-from dpo_studio.models.load import load_encoder
+from dpo_studio.models.tokenizer_settings import load_encoder
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import encode_pairs

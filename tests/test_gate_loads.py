@@ -23,10 +23,12 @@ from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.evaluation.reward_model import load_reward_model
 from dpo_studio.export.merge import save_plain
-from dpo_studio.models.load import check_folder, load_chat_model, load_encoder, locate, weights_fingerprint
+from dpo_studio.models.fingerprint import weights_fingerprint
+from dpo_studio.models.folder import open_model
+from dpo_studio.models.load import load_chat_model
 from dpo_studio.models.scan import scan_folder, template_text, weights_of
 from dpo_studio.models.sizes import check_model_size, check_numbers, tensor_shapes
-from dpo_studio.models.tokenizer_settings import read_tokenizer
+from dpo_studio.models.tokenizer_settings import load_encoder, read_tokenizer
 from tests.guard_words import words_of
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo
@@ -147,7 +149,7 @@ def test_a_model_that_is_its_own_code_is_refused_and_nobody_asked(
     assert "config.json asks to run code from the model's folder (auto_map)" in error.message
     assert "never runs code" in str(error.hint)
     rewrite(model / "config.json", model_type=["its_own"])
-    assert "(auto_map)" in refusal(lambda: check_folder(model, ModelSection(path=str(model)))).message
+    assert "(auto_map)" in refusal(lambda: open_model(str(model)).check_base(ModelSection(path=str(model)))).message
 
 
 def test_a_tokenizer_that_is_its_own_code_is_refused_and_nobody_asked(
@@ -155,7 +157,6 @@ def test_a_tokenizer_that_is_its_own_code_is_refused_and_nobody_asked(
 ) -> None:
     """Of a config that transformers has no tokenizer for."""
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
-    monkeypatch.setattr("dpo_studio.models.load.check_numbers", lambda *_: None)
     (model / "config.json").write_text('{"model_type": "its_own"}')
     rewrite(
         model / "tokenizer_config.json",
@@ -184,8 +185,8 @@ def test_whatever_a_config_s_values_make_of_it_is_told_in_one_line(
     def check(*_: object) -> None:
         raise failure("of a\nvalue")
 
-    monkeypatch.setattr("dpo_studio.models.load.check_architecture", check)
-    error = refusal(lambda: check_folder(model, ModelSection(path=str(model))))
+    monkeypatch.setattr("dpo_studio.models.folder.check_architecture", check)
+    error = refusal(lambda: open_model(str(model)).check_base(ModelSection(path=str(model))))
     assert "config.json has a value of the wrong kind: " in error.message
 
 
@@ -318,7 +319,7 @@ def test_a_config_cannot_ask_for_more_than_its_weights_have(model: Path, change:
 @pytest.mark.parametrize("change", HUGE[:3], ids=words_of)
 def test_nor_can_the_config_of_a_tokenizer_or_a_reward_model(model: Path, change: dict[str, Any]) -> None:
     rewrite(model / "config.json", **change)
-    assert next(iter(change)) in refusal(lambda: locate(str(model))).message
+    assert next(iter(change)) in refusal(lambda: open_model(str(model))).message
     assert next(iter(change)) in refusal(lambda: load_reward_model(str(model))).message
 
 
@@ -572,13 +573,13 @@ def test_a_file_of_a_tokenizer_without_an_end_is_not_read(model: Path, name: str
     """Libraries read it whole: a terabyte that takes no room on a disk would take all memory."""
     with (model / name).open("wb") as file:
         file.truncate(2**40)
-    assert f"{name} is over" in refusal(lambda: locate(str(model))).message
+    assert f"{name} is over" in refusal(lambda: open_model(str(model))).message
 
 
 def test_a_weight_file_s_name_is_no_longer_than_a_file_system_takes(model: Path) -> None:
     """To ask whether it is there is an error of the system's, ENAMETOOLONG; a name of 255 bytes is one."""
     index = model / "model.safetensors.index.json"
     index.write_text(json.dumps({"weight_map": {"a": "x" * 244 + ".safetensors"}}))
-    assert "256 characters" in refusal(lambda: locate(str(model))).message
+    assert "256 characters" in refusal(lambda: open_model(str(model))).message
     index.write_text(json.dumps({"weight_map": {"a": "x" * 243 + ".safetensors"}}))
-    locate(str(model))
+    open_model(str(model))

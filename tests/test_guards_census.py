@@ -121,7 +121,7 @@ LOADERS = {
     "PeftModel.from_pretrained": 2,  # a scanned adapter; and, to prove it, one that was written a moment before
     "GPTQModel.from_pretrained": 1,
 }
-"""Where a library opens a folder. A new place must be thought of: is the folder scanned (`locate`, `read_adapter_config`)?"""
+"""Where a library opens a folder. A new place must be thought of: is the folder scanned (`open_model`, `read_adapter_config`)?"""
 
 
 def test_every_place_where_a_library_opens_a_folder_is_known() -> None:
@@ -143,9 +143,9 @@ def test_weights_are_asked_for_as_safetensors_alone() -> None:
 
 def test_nothing_is_fetched_from_the_hub_but_data() -> None:
     """The list of what a download may bring: no `.py`, no pickle."""
-    from dpo_studio.models.load import _HUB_FILES
+    from dpo_studio.models.find import HUB_FILES
 
-    assert set(_HUB_FILES) == {"*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"}
+    assert set(HUB_FILES) == {"*.json", "*.safetensors", "*.jinja", "*.model", "*.txt", "README.md"}
 
 
 def test_processes_are_started_with_lists_of_words() -> None:

@@ -21,7 +21,7 @@ from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import attach
 from dpo_studio.models.attention import choose_attention
-from dpo_studio.models.load import check_folder
+from dpo_studio.models.folder import open_model
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import on_each_side, pack
 from tests.conftest import columns, encoded, gradients, moved, plain_logps
@@ -135,4 +135,4 @@ def test_ropes_that_depend_on_length_are_refused_before_weights_load(
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     (folder / "model.safetensors").write_bytes(b"never read")
     with pytest.raises(ModelError, match=words):
-        check_folder(folder, ModelSection(path=str(folder)))
+        open_model(str(folder)).check_base(ModelSection(path=str(folder)))

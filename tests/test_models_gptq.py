@@ -28,7 +28,8 @@ from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards, read
 from dpo_studio.frozen.linear import FrozenLinear, held_dense, weight_count
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
-from dpo_studio.models.load import load_chat_model, weights_fingerprint
+from dpo_studio.models.fingerprint import weights_fingerprint
+from dpo_studio.models.load import load_chat_model
 from dpo_studio.policy.proof import prove_adapter, prove_trial
 from dpo_studio.tokens.pack import pack
 from tests.conftest import SECTION, columns, gradients, moved, plain_logps, random_pairs

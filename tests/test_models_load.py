@@ -25,7 +25,10 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models import bundled, load
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.bundled import BUNDLED_MODEL, bundled_folder
-from dpo_studio.models.load import choose_dtype, load_chat_model, locate, weights_fingerprint
+from dpo_studio.models.find import find_folder
+from dpo_studio.models.fingerprint import weights_fingerprint
+from dpo_studio.models.folder import open_model
+from dpo_studio.models.load import choose_dtype, load_chat_model
 from dpo_studio.models.scan import INDEX
 from tests.tiny_models import tiny_folder, tiny_model
 
@@ -207,16 +210,16 @@ def test_an_adapter_folder_as_a_model_gets_a_hint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", ["./nowhere", "/nowhere/at/all", "~/nowhere-at-all", "a/b/c"])
 def test_a_folder_that_is_not_there_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(ModelError, match="no such model folder") as refused:
-        locate(path)
+        open_model(path)
     assert "Hub id" in str(refused.value.hint)
 
 
 def test_a_file_is_no_folder(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(folder)
     with pytest.raises(ModelError, match="no such model folder"):
-        locate("config.json")
+        find_folder("config.json")
     with pytest.raises(ModelError, match="no such model folder"):
-        locate(str(folder / "config.json"))
+        open_model(str(folder / "config.json"))
 
 
 def test_no_tokenizer_is_an_error(folder: Path) -> None:
@@ -403,7 +406,7 @@ def test_the_right_file_is_converted_once(fresh_cache: Path, tmp_path: Path, mon
     assert not (folder / "half").exists()
     with monkeypatch.context() as patched:
         patched.setenv("DPO_STUDIO_BUNDLED_WHEEL", "/nowhere")
-        assert bundled_folder(BUNDLED_MODEL) == locate(BUNDLED_MODEL) == folder
+        assert bundled_folder(BUNDLED_MODEL) == open_model(BUNDLED_MODEL).path == folder
     assert converted == [data]
     (folder / "model.safetensors").write_bytes(b"weighty")  # as long as before
     said: list[str] = []
@@ -439,13 +442,13 @@ def test_what_the_hub_answers_is_told_in_one_line(
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     with pytest.raises(ModelError) as refused:
-        locate("a/b", "r")
+        find_folder("a/b", "r")
     assert says in refused.value.message and hint in str(refused.value.hint or "")
 
 
 def test_what_can_be_no_name_of_the_hub_s_is_neither_that_nor_a_folder() -> None:
     with pytest.raises(ModelError, match=r"'no--such\.\.name' is neither a folder nor a Hub id"):
-        locate("no--such..name")
+        find_folder("no--such..name")
 
 
 @pytest.mark.parametrize(("kept", "fetches"), [("nothing", 2), ("half", 2), ("all", 1)])
@@ -466,7 +469,7 @@ def test_a_part_of_a_model_in_the_cache_is_fetched_again(
         return str(cached if local_files_only else folder)
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert locate("a/b") == (cached if kept == "all" else folder)
+    assert find_folder("a/b") == (cached if kept == "all" else folder)
     assert asked == [True, False][:fetches]
 
 

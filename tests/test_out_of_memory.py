@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import PreTrainedModel
 
 from dpo_studio.evaluation.reward_model import RewardModel
-from dpo_studio.models import load
+from dpo_studio.models import folder, load
 from dpo_studio.models.adapters import attach_existing
 from dpo_studio.workflows import talking
 from tests.test_evaluation_models import decoder_folder
@@ -65,7 +65,7 @@ def test_the_size_that_is_told_is_that_of_the_weights(tmp_path: Path, monkeypatc
 def test_a_quantised_base_that_does_not_fit_is_told_what_takes_less(
     residency: str, way_on: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load, "read_quantization", lambda _: object())
+    monkeypatch.setattr(folder, "read_quantization", lambda _: object())
     monkeypatch.setattr(load, "load_gptq", out_of_memory)
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, model={"residency": residency})
     said = dpo("train", recipe)

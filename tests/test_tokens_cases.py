@@ -12,7 +12,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dpo_studio.config import ModelSection
-from dpo_studio.models.load import load_encoder
+from dpo_studio.models.tokenizer_settings import load_encoder
 from dpo_studio.preferences.findings import Finding
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import ChatEncoder, PairError

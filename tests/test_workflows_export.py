@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_studio.export import verify
 from dpo_studio.export.verify import Bar
-from dpo_studio.models import load
+from dpo_studio.models import find
 from dpo_studio.workflows import comparing, exporting
 from dpo_studio.workflows.talking import Sampling
 from tests.tiny_runs import Said, dpo, write_recipe
@@ -184,7 +184,7 @@ def test_an_adapter_on_the_bundled_model_names_it_as_the_hub_does(
     tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """PEFT and the Hub know nothing of `bundled:`. Run, checkpoint, adapter and export still work without a network."""
-    monkeypatch.setattr(load, "bundled_folder", lambda _name, _say: tiny_base)
+    monkeypatch.setattr(find, "bundled_folder", lambda _name, _say: tiny_base)
     assert dpo("train", write_recipe(tmp_path / "r.yaml", Path("bundled:smollm2-135m-instruct"))).code == 0
     run, out = tmp_path / "run", tmp_path / "out"
     assert export(run, out, "adapter").code == 0

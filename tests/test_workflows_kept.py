@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from dpo_studio.errors import RunError
-from dpo_studio.models import load
+from dpo_studio.models.tokenizer_settings import load_encoder
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.workflows.kept import date_of
 from tests.tiny_models import tiny_folder
@@ -275,13 +275,12 @@ def test_every_verb_writes_the_run_s_date(
 ) -> None:
     shutil.copytree(dated_run, tmp_path / "run")
     given: list[object] = []
-    whole = load.load_encoder
 
-    def watched(folder: Path, section: Any, *, today: datetime.date | None = None) -> Any:
+    def watched(place: Path, section: Any, *, today: datetime.date | None = None) -> Any:
         given.append(today)
-        return whole(folder, section, today=today)
+        return load_encoder(place, section, today=today)
 
-    monkeypatch.setattr(load, "load_encoder", watched)
+    monkeypatch.setattr("dpo_studio.models.folder.load_encoder", watched)
     on(LATER, monkeypatch)
     names = {"RUN": tmp_path / "run", "RUN/adapter": tmp_path / "run" / "adapter", "OUT": tmp_path / "out"}
     said = dpo(*(names.get(part, part) for part in VERBS[verb]), stdin="How far is the moon?\n")

@@ -10,7 +10,7 @@ from dpo_studio.cli.speaking import wrapped
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import UsageError
 from dpo_studio.preferences.pair import Message
-from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.workflows.loading import LoadedModel, load_any
 from dpo_studio.workflows.talking import Chat, Sampling, answers, generate_answers
 from tests.tiny_runs import Said, dpo
 
@@ -19,7 +19,7 @@ SHORT = ("--max-new-tokens", "12", "--dtype", "float32")
 
 
 @pytest.fixture(scope="module")
-def loaded(tiny_run: Path) -> Loaded:
+def loaded(tiny_run: Path) -> LoadedModel:
     return load_any(str(tiny_run))
 
 
@@ -93,7 +93,7 @@ def test_text_beyond_ascii_goes_both_ways(tiny_base: Path) -> None:
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
-def test_streamed_text_is_the_text_that_is_not_streamed(loaded: Loaded, temperature: float) -> None:
+def test_streamed_text_is_the_text_that_is_not_streamed(loaded: LoadedModel, temperature: float) -> None:
     sampling = Sampling(temperature, max_new_tokens=20, seed=4)
     for tuned in (True, False):
         whole = answers(loaded, [[Message("user", "Why?")]], sampling, tuned=tuned, progress=Progress(quiet=True))
@@ -105,7 +105,7 @@ def test_the_python_api_answers_as_the_command_does(tiny_run: Path) -> None:
     assert f"{answer.text}\n" == dpo("generate", tiny_run, "--prompt", "What is water?", "--max-new-tokens", 12).out
 
 
-def test_what_only_a_stream_can_do_is_refused_elsewhere(loaded: Loaded) -> None:
+def test_what_only_a_stream_can_do_is_refused_elsewhere(loaded: LoadedModel) -> None:
     """Silently drawing from all tokens would be another answer than was asked for."""
     with pytest.raises(UsageError, match="top_p"):
         answers(loaded, [[Message("user", "x")]], Sampling(top_p=0.5), tuned=True, progress=Progress(quiet=True))
@@ -122,7 +122,7 @@ def test_base_and_tuned_answer_as_generate_does(tiny_run: Path) -> None:
     assert chat(tiny_run, "/base", "/tuned", "What is water?", more=cold) == tuned
 
 
-def test_a_turn_is_remembered_until_new(loaded: Loaded, tiny_run: Path) -> None:
+def test_a_turn_is_remembered_until_new(loaded: LoadedModel, tiny_run: Path) -> None:
     """The second answer sees the first turn; after /new it does not. Cold, so that only the turns can differ."""
     cold = ("--temperature", 0)
     once = chat(tiny_run, "What is water?", more=cold)
@@ -133,7 +133,7 @@ def test_a_turn_is_remembered_until_new(loaded: Loaded, tiny_run: Path) -> None:
     assert talk.turns == [Message("user", "Hello"), Message("assistant", first)]
 
 
-def test_an_answer_broken_off_is_not_remembered(loaded: Loaded) -> None:
+def test_an_answer_broken_off_is_not_remembered(loaded: LoadedModel) -> None:
     talk = Chat(loaded, Sampling(0, 8))
     pieces = talk.say("Hello")
     next(pieces)
@@ -199,7 +199,9 @@ def test_a_cut_answer_is_marked(tiny_run: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["prompts.txt", "prompts.jsonl"])
-def test_a_file_of_prompts_is_answered_line_by_line(kind: str, loaded: Loaded, tiny_run: Path, tmp_path: Path) -> None:
+def test_a_file_of_prompts_is_answered_line_by_line(
+    kind: str, loaded: LoadedModel, tiny_run: Path, tmp_path: Path
+) -> None:
     asked = ["What is water?", "Why is it wet?", "What is water?"]
     lines = asked if kind.endswith("txt") else [json.dumps({"prompt": prompt}) for prompt in asked]
     (tmp_path / kind).write_text("\n".join([*lines, "", ""]))
@@ -228,7 +230,7 @@ def test_what_is_no_file_of_prompts_is_refused(tiny_base: Path, tmp_path: Path) 
     assert dpo("generate", tiny_base, "--prompts", file, "--top-p", "0.5").code == 2
 
 
-def test_several_samples_and_both_sides_are_a_line_each(loaded: Loaded, tiny_run: Path, tmp_path: Path) -> None:
+def test_several_samples_and_both_sides_are_a_line_each(loaded: LoadedModel, tiny_run: Path, tmp_path: Path) -> None:
     """Two prompts, three samples, two sides: twelve lines, of which every side's first sample is the plain answer."""
     asked = ["What is water?", "Why is it wet?"]
     (file := tmp_path / "prompts.txt").write_text("\n".join(asked))

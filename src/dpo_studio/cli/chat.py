@@ -13,7 +13,7 @@ from dpo_studio.cli.options import Dtype, MaxNewTokens, ModelOrRun, Seed, Temper
 from dpo_studio.cli.speaking import cut_note, load, print_stream
 
 if TYPE_CHECKING:  # they import torch
-    from dpo_studio.workflows.loading import Loaded
+    from dpo_studio.workflows.loading import LoadedModel
     from dpo_studio.workflows.talking import Chat
 
 __all__ = ["chat"]
@@ -84,7 +84,7 @@ def _answer(talk: Chat, text: str) -> None:
             _tell(cut_note(talk.sampling.max_new_tokens))
 
 
-def _what_is_loaded(loaded: Loaded, name: str) -> str:
+def _what_is_loaded(loaded: LoadedModel, name: str) -> str:
     from dpo_studio.console.text import printable
 
     dtype = str(loaded.base.model.dtype).removeprefix("torch.")

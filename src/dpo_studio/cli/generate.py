@@ -13,7 +13,7 @@ from dpo_studio.cli.options import Dtype, MaxNewTokens, ModelOrRun, Overwrite, S
 from dpo_studio.cli.speaking import cut_note, load, print_stream
 
 if TYPE_CHECKING:  # they import torch
-    from dpo_studio.workflows.loading import Loaded
+    from dpo_studio.workflows.loading import LoadedModel
     from dpo_studio.workflows.talking import Sampling
 
 __all__ = ["generate"]
@@ -99,7 +99,7 @@ def _answer_file(
 
 
 def _answer_all(
-    loaded: Loaded,
+    loaded: LoadedModel,
     prompts: list[str],
     sampling: Sampling,
     system: str | None,

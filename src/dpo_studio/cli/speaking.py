@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # it imports torch
-    from dpo_studio.workflows.loading import Loaded
+    from dpo_studio.workflows.loading import LoadedModel
 
 __all__ = ["cut_note", "load", "print_stream", "wrapped"]
 
 
-def load(model: str, dtype: str | None, *, with_reference: bool = False) -> Loaded:
+def load(model: str, dtype: str | None, *, with_reference: bool = False) -> LoadedModel:
     from dpo_studio.console.progress import Progress
     from dpo_studio.workflows.loading import load_any
 

@@ -28,7 +28,8 @@ from dpo_studio.evaluation.judges import (
     higher_wins,
     not_judged,
 )
-from dpo_studio.models.load import check_files, choose_dtype, load_encoder, load_weights, locate, put_on_gpu
+from dpo_studio.models.folder import open_model
+from dpo_studio.models.load import choose_dtype, load_weights, put_on_gpu
 from dpo_studio.models.tokenizer_settings import read_tokenizer
 from dpo_studio.preferences.pair import Message
 from dpo_studio.tokens.chat import ChatEncoder, PairError
@@ -152,11 +153,11 @@ def load_reward_model(name: str, *, dtype: str = "auto", say: Callable[[str], No
     Raises:
         ModelError: not found, unsafe, or no classifier with one label or two.
     """
-    folder = locate(name, None, say)
-    check_files(folder, name)
+    folder = open_model(name, None, say)
+    folder.check_files()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     chosen, _ = choose_dtype(dtype, device)
-    model = load_weights(AutoModelForSequenceClassification, folder, chosen, None, name).eval()
+    model = load_weights(AutoModelForSequenceClassification, folder, chosen, None).eval()
     with put_on_gpu(model.get_memory_footprint(), name):
         model = model.to(device)
     if model.config.num_labels > 2:
@@ -164,10 +165,10 @@ def load_reward_model(name: str, *, dtype: str = "auto", say: Callable[[str], No
             f"{name} has {model.config.num_labels} labels, and none of them is the reward",
             hint="a reward model has one label, or two whose second is the good one",
         )
-    tokenizer = read_tokenizer(folder, name)
+    tokenizer = read_tokenizer(folder.path, name)
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     if tokenizer.chat_template:
-        encoder = load_encoder(folder, ModelSection(path=name))
+        encoder = folder.encoder(ModelSection(path=name))
         return RewardModel(name, model, lambda chats: _one_chat(encoder, chats), longest)
     longest = min(longest, tokenizer.model_max_length)  # RoBERTa counts its positions from 2
     return RewardModel(name, model, lambda chats: _two_texts(tokenizer, chats), longest)

@@ -24,6 +24,7 @@ from dpo_studio.frozen.fp8 import fp8_obstacle, fp8_weight
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.scan import read_json, weights_of
+from dpo_studio.models.sizes import Shapes, shapes_in
 
 __all__ = ["LayerReader", "Quantization", "Shards", "read_quantization"]
 
@@ -130,6 +131,11 @@ class Shards:
 
     def __exit__(self, *_: object) -> None:
         self._open.clear()
+
+    @property
+    def shapes(self) -> Shapes:
+        """Of every tensor, by the headers that are open already."""
+        return {key: shape for file in self._open.values() for key, shape in shapes_in(file).items()}
 
     def read(self, key: str) -> Tensor:
         """A tensor, on the CPU.

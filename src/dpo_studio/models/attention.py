@@ -26,10 +26,11 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from dpo_studio.errors import ModelError
 from dpo_studio.models.attending import BLOCK, DENSE, FLEX, PAIRS, pack_note
+from dpo_studio.models.families import family_of
 from dpo_studio.models.head import head_law
 from dpo_studio.tokens.pack import MicroBatch, Span
 
@@ -51,13 +52,9 @@ FULL, SLIDING = "full_attention", "sliding_attention"
 _SMALLEST_FLEX_HEAD = 16
 _LEAST_ROOM = 2048
 """Shorter rows share one kernel; what they leave empty is skipped."""
-_OWN_HEADS = {"dory", "modernbert-decoder"}
-"""Models whose logits are not `hidden @ head`: known by name, before their weights are loaded."""
-_OWN_MASKS = {"doge"}
-"""Models that add to the mask what they learned: they need one with a place for every two tokens."""
 
 
-def row_inputs(config: Any, batch: MicroBatch) -> dict[str, Any]:
+def row_inputs(config: PreTrainedConfig, batch: MicroBatch) -> dict[str, Any]:
     """What the model's forward needs to read this row.
 
     Models whose config lists `layer_types` (Qwen2/3, Gemma-3, ...) take a mask for each kind of layer; the others one
@@ -158,23 +155,23 @@ def _added_mask(dtype: torch.dtype, batch: MicroBatch, window: int | None) -> Te
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def choose_attention(wanted: str, config: Any, device: torch.device) -> str:
+def choose_attention(wanted: str, config: PreTrainedConfig, device: torch.device) -> str:
     """The implementation for `model.attention`, by transformers' name for it."""
     if not _takes_ours(config):
         return "eager"
-    if wanted == "sdpa" or getattr(config, "model_type", "") in _OWN_MASKS:
+    if wanted == "sdpa" or family_of(config).dense_mask:
         return DENSE
     smallest = min(_head_sizes(config))
     return FLEX if device.type == "cuda" and smallest >= _SMALLEST_FLEX_HEAD and can_compile() else PAIRS
 
 
-def _takes_ours(config: Any) -> bool:
+def _takes_ours(config: PreTrainedConfig) -> bool:
     """Whether the model calls the attention it is told to; XGLM and GPT-NeoX-Japanese have their own written in."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return model is None or model._can_set_attn_implementation()
 
 
-def _head_sizes(config: Any) -> list[int]:
+def _head_sizes(config: PreTrainedConfig) -> list[int]:
     """Of every layer: Gemma 4's layers with full attention have wider heads than those with a window."""
     layers = config.per_layer_config if getattr(config, "is_heterogeneous", False) else [config]
     return [getattr(layer, "head_dim", None) or layer.hidden_size // layer.num_attention_heads for layer in layers]
@@ -186,7 +183,7 @@ def can_compile() -> bool:
     return compiler is not None and find_spec("triton") is not None
 
 
-def check_architecture(config: Any, name: str) -> None:
+def check_architecture(config: PreTrainedConfig, name: str) -> None:
     """Refuse models whose logits nobody has looked at, or for which a pack's mask means nothing.
 
     Raises:
@@ -200,7 +197,7 @@ def check_architecture(config: Any, name: str) -> None:
     head_law(config)
 
 
-def _obstacles(config: Any) -> list[str]:
+def _obstacles(config: PreTrainedConfig) -> list[str]:
     """What makes a model unfit for packs, in words."""
     reasons = []
     kinds = set(getattr(config, "layer_types", None) or [])
@@ -211,24 +208,13 @@ def _obstacles(config: Any) -> list[str]:
             reasons.append(f"is not a plain attention model ({key})")
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         reasons.append("looks at later tokens (use_bidirectional_attention)")
-    if getattr(config, "model_type", "") == "gpt2":
-        reasons.append("has layers of a kind (Conv1D) whose adapters cannot be switched off")
-    if getattr(config, "model_type", "") in _OWN_HEADS:
-        reasons.append("has more than one product between its hidden states and its logits")
-    reasons += _by_place(config)
-    if getattr(config, "is_encoder_decoder", False):
-        reasons.append("is an encoder-decoder")
-    return reasons
-
-
-def _by_place(config: Any) -> list[str]:
-    """What a model reckons by a token's place in the row, where a pack needs its position."""
-    kind = getattr(config, "model_type", "")
-    reasons = []
-    if kind in ("bloom", "mpt") or getattr(config, "alibi", False):
+    refusal = family_of(config).refusal
+    if refusal is not None and refusal.applies(config):
+        reasons.append(refusal.reason)
+    if getattr(config, "alibi", False):
         reasons.append("counts distances in places of the row (ALiBi)")
-    if kind == "gpt_neo" and "local" in config.attention_layers:
-        reasons.append("counts its windows in places of the row (local attention)")
     if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", None) or [1]):
         reasons.append("scales its queries by their places in the row (attn_temperature_tuning)")
+    if getattr(config, "is_encoder_decoder", False):
+        reasons.append("is an encoder-decoder")
     return reasons

@@ -17,8 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.fp8 import device_obstacle
 from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards
-from dpo_studio.models.scan import weights_of
-from dpo_studio.models.sizes import check_model_size, tensor_shapes
+from dpo_studio.models.sizes import check_model_size
 
 __all__ = ["load_gptq"]
 
@@ -47,7 +46,7 @@ def load_gptq(
         say(f"{name}: asymmetric zero points in the old gptq format; tools have not agreed on it, gptq_v2 is safer")
     with Shards(folder, name) as shards:
         config.__dict__.pop("quantization_config", None)  # else transformers would build its own packed layers
-        check_model_size(AutoModelForCausalLM, config, tensor_shapes(weights_of(folder, name), name), name)
+        check_model_size(AutoModelForCausalLM, config, shards.shapes, name)
         model = _skeleton(config, dtype, attention, name)
         reader = LayerReader(shards, quantization, device, dtype, residency, compute, say)
         for prefix in shards.layers():

@@ -1,8 +1,7 @@
-"""From hidden states to logits: which model types scale them or cap them, and how, by their config.
+"""From hidden states to logits: how a model scales them or caps them, by its family and its config.
 
 The product with the head's weight is not all of it: Granite divides the logits, Cohere multiplies them, Gemma 2 bends
-them by a tanh. Written down per model type, because the same key means other things elsewhere: `logits_scaling` divides
-in Granite and multiplies in HyperCLOVA X.
+them by a tanh. Which key of the config says so is written down in `models.families`.
 """
 
 from __future__ import annotations
@@ -13,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedConfig
 
 from dpo_studio.errors import ModelError
+from dpo_studio.models.families import family_of
 
 __all__ = ["HeadLaw", "body_of", "head_law", "head_of"]
 
@@ -37,27 +38,12 @@ class HeadLaw:
         return self.scale if self.cap is None else self.scale * (1 - (logits_nV / self.cap) ** 2)
 
 
-_GRANITE = ("granite", "granite_swa", "granitemoe", "granitemoe_swa", "granitemoehybrid", "granitemoeshared")
-_DIVIDED = dict.fromkeys((*_GRANITE, "minicpm3"), "logits_scaling")
-"""Model type -> the key its forward divides by. MiniCPM3 divides the hidden states, which is the same."""
-_MULTIPLIED = {"hyperclovax": "logits_scaling"} | dict.fromkeys(
-    ("cohere", "cohere2", "cohere2_moe", "cohere_compass_text"), "logit_scale"
-)
-_CAPPED = dict.fromkeys(
-    (
-        *("beam", "gemma2", "gemma3_text", "gemma3n", "gemma3n_text", "gemma4", "gemma4_text"),
-        *("gemma4_unified", "gemma4_unified_text", "nanochat", "vaultgemma"),
-    ),
-    "final_logit_softcapping",
-)
-"""Gemma 3's wrapper is not among them: its forward leaves its text model's cap out."""
-
 _SMELLS = re.compile(r"(?=.*(logit|lm_head|output))(?=.*(scal|mult|cap|temper|divis))")
 """Of keys that may change logits; which are none: scores and routers have logits, too."""
 _INNER = re.compile(r"attn|attention|query|key|value|router|expert|moe|mlp|ssm|gate|contrastive|init|vision|audio")
 
 
-def head_law(config: Any) -> HeadLaw:
+def head_law(config: PreTrainedConfig) -> HeadLaw:
     """What a model of this config does to `hidden @ head`.
 
     Raises:
@@ -65,7 +51,8 @@ def head_law(config: Any) -> HeadLaw:
     """
     kind = getattr(config, "model_type", "")
     text = config.get_text_config()
-    divided, multiplied, capped = (table.get(kind) for table in (_DIVIDED, _MULTIPLIED, _CAPPED))
+    family = family_of(config)
+    divided, multiplied, capped = family.logits_divided_by, family.logits_multiplied_by, family.logits_capped_by
     law = HeadLaw(
         _number(text, multiplied, 1.0) / _number(text, divided, 1.0),
         _number(text, capped, None),
@@ -85,7 +72,7 @@ def head_law(config: Any) -> HeadLaw:
     return law
 
 
-def _number(config: Any, key: str | None, otherwise: Any) -> Any:
+def _number(config: PreTrainedConfig, key: str | None, otherwise: Any) -> Any:
     value = getattr(config, key, None) if key is not None else None
     return otherwise if value is None else float(value)
 

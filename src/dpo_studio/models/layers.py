@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from dpo_studio.models.families import is_gated
+
 __all__ = [
     "RUNGS",
     "Recompute",
@@ -30,8 +32,6 @@ RUNGS: tuple[Recompute, ...] = ("nothing", "mlp", "layer")
 """What the backward pass computes a second time instead of keeping it, the cheapest first."""
 _ALLOW_MATES = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 """torch's name for it: what a checkpointed part hands from q to k and v never leaves that part. Else it stays eager."""
-_GATED = {"LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma3MLP"}
-"""Classes that are down(act(gate(x)) * up(x))."""
 
 
 @contextmanager
@@ -106,7 +106,8 @@ def set_recompute(model: nn.Module, what: Recompute) -> None:
         layer.__class__ = _checkpointed(_plain(type(layer))) if what == "layer" else _plain(type(layer))
         mlp: Any = getattr(layer, "mlp", None)
         if mlp is not None:
-            mlp.__class__ = _recomputing(_plain(type(mlp)), whole=what == "mlp")
+            plain = _plain(type(mlp))
+            mlp.__class__ = _recomputing(plain, whole=what == "mlp") if what == "mlp" or is_gated(plain) else plain
 
 
 @cache
@@ -141,7 +142,7 @@ def _recomputing(plain: Any, *, whole: bool) -> Any:
         def _activate(self, gate: Tensor, up: Tensor) -> Tensor:
             return self.act_fn(gate) * up  # type: ignore[no-any-return]
 
-    return Recomputing if whole or plain.__name__ in _GATED else plain
+    return Recomputing
 
 
 def _plain(kind: type) -> type:

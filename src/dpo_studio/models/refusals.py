@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from dpo_studio.errors import ModelError
@@ -18,7 +19,7 @@ _BY_POSITION = {"default", "linear", "llama3", "yarn", "proportional", _LONG}
 """Rope types whose angles follow from a token's own position (long rope: and from which side of one length)."""
 
 
-def refuse_unfit(config: Any, name: str) -> None:
+def refuse_unfit(config: PreTrainedConfig, name: str) -> None:
     """Look at a whole config, the wrapper's where there is one.
 
     Raises:
@@ -31,7 +32,7 @@ def refuse_unfit(config: Any, name: str) -> None:
             )
 
 
-def long_rope_limit(config: Any) -> int | None:
+def long_rope_limit(config: PreTrainedConfig) -> int | None:
     """The length up to which a model with long rope uses its short factors, or None where rope has no such limit.
 
     transformers chooses the factors of a whole forward pass by the longest position in it.
@@ -40,7 +41,7 @@ def long_rope_limit(config: Any) -> int | None:
     return int(max(limits)) if limits else None
 
 
-def _wrapper(config: Any) -> tuple[str, str] | None:
+def _wrapper(config: PreTrainedConfig) -> tuple[str, str] | None:
     if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     if config.get_text_config() is not config:
@@ -51,7 +52,7 @@ def _wrapper(config: Any) -> tuple[str, str] | None:
     return "is not a causal language model", "use a model that writes text, one token after the other"
 
 
-def _rope(config: Any) -> tuple[str, str] | None:
+def _rope(config: PreTrainedConfig) -> tuple[str, str] | None:
     ropes = _ropes(config)
     kinds = {str(rope.get("rope_type") or rope.get("type") or "default") for rope in ropes}
     if any("dynamic" in kind for kind in kinds):
@@ -74,7 +75,7 @@ def _rope(config: Any) -> tuple[str, str] | None:
     return None
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
+def _ropes(config: PreTrainedConfig) -> list[dict[str, Any]]:
     """A model's rope settings: one for all layers, or one for each kind of layer."""
     settings = getattr(config, "rope_parameters", None) or {}
     nested = [value for value in settings.values() if isinstance(value, dict)]

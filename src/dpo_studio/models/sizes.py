@@ -16,10 +16,11 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from dpo_studio.errors import ModelError, reason_of
 
-__all__ = ["Shapes", "check_model_size", "check_numbers", "tensor_shapes"]
+__all__ = ["Shapes", "check_model_size", "check_numbers", "shapes_in", "tensor_shapes"]
 
 Shapes = Mapping[str, tuple[str, tuple[int, ...]]]
 """(dtype by its name in safetensors, shape) of every tensor by its name."""
@@ -56,14 +57,18 @@ def tensor_shapes(files: Sequence[Path], name: str) -> Shapes:
     for file in files:
         try:
             with safe_open(file, framework="pt") as tensors:
-                for key in tensors.keys():  # noqa: SIM118 - safe_open is no dict
-                    found = tensors.get_slice(key)
-                    shapes[key] = (found.get_dtype(), tuple(found.get_shape()))
+                shapes |= shapes_in(tensors)
         except FileNotFoundError:
             raise ModelError(f"{name} cannot be loaded: the weight file {file.name} is missing", hint=_AGAIN) from None
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{name} cannot be loaded: {file.name} is damaged: {error}", hint=_AGAIN) from None
     return shapes
+
+
+def shapes_in(tensors: Any) -> Shapes:
+    """Of every tensor in a safetensors file that is open (`safe_open`)."""
+    found = {key: tensors.get_slice(key) for key in tensors.keys()}  # noqa: SIM118 - safe_open is no dict
+    return {key: (part.get_dtype(), tuple(part.get_shape())) for key, part in found.items()}
 
 
 def check_numbers(config: Mapping[str, Any], shapes: Shapes | None, name: str) -> None:
@@ -95,7 +100,7 @@ def _limits(shapes: Shapes) -> tuple[int, int, int]:
     )
 
 
-def check_model_size(kind: Any, config: Any, shapes: Shapes, name: str) -> None:
+def check_model_size(kind: Any, config: PreTrainedConfig, shapes: Shapes, name: str) -> None:
     """Build the model of a config without memory and count what it would take; `kind` is one of transformers' classes.
 
     Raises:

@@ -1,17 +1,23 @@
-"""A tokenizer's settings: of the kinds that they are used as, and no file but the folder's own."""
+"""A folder's tokenizer and chat template: settings of the kinds they are used as, and no file but the folder's own."""
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_utils
 
+from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError, reason_of
-from dpo_studio.models.scan import NO_CODE, read_json
+from dpo_studio.models.scan import NO_CODE, read_json, template_text
+from dpo_studio.tokens.chat import ChatEncoder
 
-__all__ = ["read_tokenizer"]
+__all__ = ["load_encoder", "read_tokenizer"]
+
+# transformers refuses code from a folder; by itself it asks on stdin first
+dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 
 _LARGEST_ID = 10_000_000
 """The largest vocabulary of a known model has 262,144 tokens."""
@@ -67,6 +73,40 @@ def _check_value(key: str, value: Any, name: str) -> None:
     fits, words = _TYPES.get(key, (_is_token, "a token") if key in _TOKENS else (None, ""))
     if fits is not None and value is not None and not fits(value):
         raise ModelError(f"{name}: tokenizer_config.json has {key}: {str(value)[:60]!r}, which is not {words}")
+
+
+def load_encoder(folder: Path, section: ModelSection, *, today: datetime.date | None = None) -> ChatEncoder:
+    """The tokenizer of a model folder and its chat template, which may write a date: `today`, or today's.
+
+    Raises:
+        ModelError: no tokenizer, no chat template, or one that cannot be used safely.
+    """
+    tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, section.path)
+    if section.chat_template is not None:
+        tokenizer.chat_template = _read_template(section.chat_template)
+    return ChatEncoder(tokenizer, eos_ids=_end_ids(folder), today=today)
+
+
+def _end_ids(folder: Path) -> set[int]:
+    """What ends a turn, as transformers has it: the generation config's word, without one the config's.
+
+    A wrapper's config may have it in its text model's part.
+    """
+    config = read_json(folder / "config.json")
+    text = config.get("text_config")
+    for part in (read_json(folder / "generation_config.json"), config, text if isinstance(text, dict) else {}):
+        eos = part.get("eos_token_id")
+        ids = [number for number in (eos if isinstance(eos, list) else [eos]) if isinstance(number, int)]
+        if ids:
+            return set(ids)
+    return set()
+
+
+def _read_template(path: str) -> str:
+    try:
+        return template_text(path, what="a template", error=ModelError)
+    except ModelError as error:
+        raise ModelError(f"model.chat_template {path} cannot be read: {error.message}", hint=error.hint) from None
 
 
 def read_tokenizer(folder: Path, name: str) -> Any:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from contextlib import suppress
-from pathlib import Path
-from typing import Any
-
-from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from dpo_studio.errors import ModelError
-from dpo_studio.models.scan import weights_of
+from dpo_studio.models.sizes import Shapes
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["check_vocabulary"]
@@ -18,15 +14,15 @@ _EMBEDDINGS = ("embed_tokens.weight", "wte.weight", "embed_in.weight", "word_emb
 """How the names of input embeddings end, in the families that transformers has."""
 
 
-def check_vocabulary(folder: Path, config: Any, encoder: ChatEncoder, name: str) -> None:
+def check_vocabulary(config: PreTrainedConfig, shapes: Shapes | None, encoder: ChatEncoder, name: str) -> None:
     """See that every id has a row in the embedding, which may have more: many are padded.
 
-    `config` is the text model's.
+    `config` is the text model's; `shapes` those of its weights, None where they are not there to be looked at.
 
     Raises:
         ModelError: an id has none. A GPU would end the process over it, a CPU with an IndexError.
     """
-    rows = min(filter(None, (getattr(config, "vocab_size", None), _rows(folder, name))), default=None)
+    rows = min(filter(None, (getattr(config, "vocab_size", None), _rows(shapes or {}))), default=None)
     largest = encoder.largest_id
     if rows is not None and largest >= rows:
         token = next(text for text, number in encoder.vocabulary().items() if number == largest)
@@ -38,11 +34,6 @@ def check_vocabulary(folder: Path, config: Any, encoder: ChatEncoder, name: str)
         )
 
 
-def _rows(folder: Path, name: str) -> int | None:
-    """Of the input embedding, by the headers of the weights; None where no tensor has a name that is known."""
-    found = []
-    for file in weights_of(folder, name):
-        with suppress(SafetensorError, OSError), safe_open(file, framework="pt") as tensors:  # damaged: told on loading
-            keys = [key for key in tensors.keys() if key.endswith(_EMBEDDINGS)]  # noqa: SIM118 - safe_open is no dict
-            found += [tensors.get_slice(key).get_shape()[0] for key in keys]
-    return max(found, default=None)
+def _rows(shapes: Shapes) -> int | None:
+    """Of the input embedding; None where no tensor has a name that is known."""
+    return max((shape[0] for key, (_, shape) in shapes.items() if shape and key.endswith(_EMBEDDINGS)), default=None)

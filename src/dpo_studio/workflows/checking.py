@@ -82,10 +82,10 @@ def check_source(
 
 
 def _token_checks(model: ModelSection, max_length: int, too_long: TooLong, progress: Progress) -> TokenChecks:
-    from dpo_studio.models.load import load_encoder, locate  # torch, which the checks of text do without
+    from dpo_studio.models.folder import open_model  # torch, which the checks of text do without
 
-    folder = locate(model.path, model.revision, progress.say)
-    return TokenChecks(load_encoder(folder, model), max_length=max_length, too_long=too_long)
+    folder = open_model(model.path, model.revision, progress.say)
+    return TokenChecks(folder.encoder(model), max_length=max_length, too_long=too_long)
 
 
 def _see_held_out(texts: TextChecks, held_out: SourceLike) -> None:

@@ -19,13 +19,14 @@ from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, tokens_without_gradient
 from dpo_studio.learning.reference import ReferenceChoice
 from dpo_studio.models.adapters import in_eval
+from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
-from dpo_studio.workflows.loading import Loaded
+from dpo_studio.workflows.loading import LoadedModel
 from dpo_studio.workflows.preparing import RunData, encode_both, make_reference, read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
 
@@ -43,6 +44,8 @@ _SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
 class RunModel:
     """What the run's own model says, before it makes room for the exported one."""
 
+    base: ModelFolder
+    """What its base was loaded from."""
     deltas: dict[str, Delta]
     pairs: list[EncodedPair]
     prompts: list[str]
@@ -74,6 +77,7 @@ def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress, *, today: dat
     if (beside := ReferenceChoice.of(recipe).beside) is not None:
         policy.hold_close_to(beside)
     return RunModel(
+        base=base.files,
         deltas=adapter_deltas(policy.model),
         pairs=pairs,
         prompts=[keys[pair.row] for pair in pairs],
@@ -139,7 +143,7 @@ def _reference(
 def _answers(
     base: ChatModel, model: nn.Module, chats: Sequence[Sequence[Message]], progress: Progress
 ) -> list[Completion]:
-    return answers(Loaded(base, model, None, None), chats, _SAMPLING, tuned=True, progress=progress)
+    return answers(LoadedModel(base, model, None, None), chats, _SAMPLING, tuned=True, progress=progress)
 
 
 def _linear_weights(model: nn.Module) -> int:

@@ -16,10 +16,10 @@ from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
 from dpo_studio.evaluation.generation import generate
 from dpo_studio.evaluation.judges import Completion
-from dpo_studio.models.load import weights_fingerprint
+from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reading import parse_json, read_text
-from dpo_studio.workflows.loading import Loaded
+from dpo_studio.workflows.loading import LoadedModel
 
 __all__ = ["Speaker"]
 
@@ -30,11 +30,11 @@ _LARGEST = 1 << 30
 class Speaker:
     """One side of a comparison: a loaded model that answers prompts, and the folder its answers are kept in."""
 
-    def __init__(self, loaded: Loaded, folder: Path, side: str, *, tuned: bool) -> None:
+    def __init__(self, loaded: LoadedModel, folder: Path, side: str, *, tuned: bool) -> None:
         self.loaded, self.folder, self.side, self.tuned = loaded, folder, side, tuned
         adapter = loaded.adapter if tuned else None
         self._depends_on = {
-            "weights": weights_fingerprint(loaded.base.folder),
+            "weights": loaded.base.files.fingerprint,
             "adapter": weights_fingerprint(adapter) if adapter is not None else "",
             "reference_of": "" if tuned or loaded.adapter is None else weights_fingerprint(loaded.adapter),
             "dtype": str(loaded.base.model.dtype),

@@ -19,7 +19,7 @@ from dpo_studio.reports.html import write_report
 from dpo_studio.reports.side_by_side import render_answers
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.health import lengthening
-from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.workflows.loading import LoadedModel, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
 from dpo_studio.workflows.training import run_training
@@ -56,7 +56,7 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
             loaded = load_any(str(trained.folder.path), say=shown.say)
             held_out: Sequence[Pair] = read_and_split(demo_recipe(out).recipe, shown)[1].held_out
         else:
-            loaded = Loaded(trained.base, trained.policy.model, None, trained.folder.adapter)
+            loaded = LoadedModel(trained.base, trained.policy.model, None, trained.folder.adapter)
             held_out = trained.held_out
         result = trained.result | _evaluate(trained.folder, held_out, loaded, shown)
         for finding in lengthening(result, result["steps"]):
@@ -73,7 +73,7 @@ def demo_recipe(out: str | Path) -> RecipeFile:
     return load_recipe(Path(__file__).parent.parent / "recipes" / "demo.yaml", [f"run.folder={json.dumps(str(out))}"])
 
 
-def _evaluate(run: RunFolder, held_out: Sequence[Pair], loaded: Loaded, progress: Progress) -> dict[str, Any]:
+def _evaluate(run: RunFolder, held_out: Sequence[Pair], loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
     prompts = [pair.prompt for pair in held_out[:_PROMPTS]]
     chats = [*prompts, (Message("user", SHOWCASE),)]
     base, tuned = (answers(loaded, chats, _SAMPLING, tuned=side, progress=progress) for side in (False, True))

@@ -39,7 +39,7 @@ from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.completions import Speaker
 from dpo_studio.workflows.judging import judge_from
 from dpo_studio.workflows.kept import recipe_of
-from dpo_studio.workflows.loading import Loaded, find_any, load_any
+from dpo_studio.workflows.loading import LoadedModel, find_any, load_any
 from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
 from dpo_studio.writing import check_outputs
@@ -86,7 +86,7 @@ class Evaluation:
 class JudgeFor(Protocol):
     """Makes the judge once the run is loaded: its own implicit reward may be the judge."""
 
-    def __call__(self, *, loaded: Loaded) -> Judge: ...
+    def __call__(self, *, loaded: LoadedModel) -> Judge: ...
 
 
 def evaluate_run(
@@ -251,7 +251,7 @@ def _ask(speaker: Speaker, chats: Sequence[Chat], asked: Evaluation, progress: P
 
 
 def _other_side(
-    folder: RunFolder, loaded: Loaded, against: str, chats: Sequence[Chat], asked: Evaluation, progress: Progress
+    folder: RunFolder, loaded: LoadedModel, against: str, chats: Sequence[Chat], asked: Evaluation, progress: Progress
 ) -> Answers:
     """The answers of what the run is compared with."""
     completions = folder.evaluation / folder.COMPLETIONS
@@ -261,7 +261,7 @@ def _other_side(
     return _ask(Speaker(other, completions, "against", tuned=True), chats, asked, progress)
 
 
-def _held_out(loaded: Loaded, objective: Formula, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
+def _held_out(loaded: LoadedModel, objective: Formula, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
     """Accuracy and margin on the labelled pairs, and whether the margins mean what they say, if they say anything."""
     if loaded.other_reference is not None:
         progress.warn(f"no margins and no KL: the run's reference, {loaded.other_reference}, is not loaded beside it")

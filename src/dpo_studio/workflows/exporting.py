@@ -11,13 +11,13 @@ from typing import Any, Literal
 import torch
 from safetensors.torch import load_file, save_file
 
-from dpo_studio.config import ModelSection, Recipe
+from dpo_studio.config import Recipe
 from dpo_studio.console.progress import Progress
 from dpo_studio.disk import check_space
 from dpo_studio.errors import RunError
 from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.card import public_name, versions
-from dpo_studio.export.merge import Delta, merge, save_plain
+from dpo_studio.export.merge import merge, save_plain
 from dpo_studio.export.requantise import (
     Quantising,
     calibration_rows,
@@ -29,11 +29,11 @@ from dpo_studio.export.requantise import (
 )
 from dpo_studio.export.verify import BARS, ExportCheck
 from dpo_studio.export.whole import Making, check_new, making
-from dpo_studio.frozen.gptq_files import read_quantization
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.bundled import BUNDLED_MODEL, published_name
 from dpo_studio.models.finite import check_finite_adapter
-from dpo_studio.models.load import load_chat_model, locate
+from dpo_studio.models.folder import ModelFolder
+from dpo_studio.models.load import load_chat_model
 from dpo_studio.models.scan import read_json, template_text
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
@@ -164,7 +164,7 @@ class _Export:
         free_memory()
         check_space(self.out, _bytes_needed(known, self.to, self.settings.bits), f"exporting to {self.to}")
         with making(self.out, overwrite=self.overwrite) as place:
-            base_folder = self._merge(known.deltas, place)
+            base_folder = self._merge(known, place)
             if self.to == "gptq":
                 self._requantise(known.training, place)
             comparison, told = look_again(known, self.recipe, place.result, self.progress, today=today)
@@ -186,15 +186,15 @@ class _Export:
             (place.result / "README.md").write_text(card.text(), encoding="utf-8")
         return result
 
-    def _merge(self, deltas: dict[str, Delta], place: Making) -> Path:
+    def _merge(self, known: RunModel, place: Making) -> Path:
         """The merged model, in the result or on the way to it; returns where the base's files are."""
         target = place.result if self.to == "merged" else place.work / "merged"
         target.mkdir(exist_ok=True)
         section = self.recipe.model.model_copy(update={"residency": "packed", "compute": "auto", "attention": "sdpa"})
-        section = section.model_copy(update={"dtype": _exact_dtype(section, self.progress)})
-        base = load_chat_model(section, today=date_of(self.run))
+        section = section.model_copy(update={"dtype": _exact_dtype(known.base)})
+        base = load_chat_model(section, folder=known.base, today=date_of(self.run))
         self.progress.say("merging")
-        merge(base.model, deltas)
+        merge(base.model, known.deltas)
         save_plain(base.model, target, source=base.folder, template=_template(self.recipe))
         folder = base.folder
         del base
@@ -237,10 +237,9 @@ class _Export:
         }
 
 
-def _exact_dtype(section: ModelSection, progress: Progress) -> Any:
+def _exact_dtype(folder: ModelFolder) -> Any:
     """The precision that the base's weights are kept in: nothing is rounded before the adapter is added."""
-    folder = locate(section.path, section.revision, progress.say)
-    kept = torch.bfloat16 if read_quantization(folder) is not None else file_dtype(folder)
+    kept = torch.bfloat16 if folder.quantization is not None else file_dtype(folder.path)
     return str(kept).removeprefix("torch.")
 
 

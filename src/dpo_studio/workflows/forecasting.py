@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 
 from dpo_studio.config import Recipe
 from dpo_studio.console.text import duration
-from dpo_studio.models.load import choose_dtype, locate
-from dpo_studio.models.scan import weights_of
-from dpo_studio.models.sizes import tensor_shapes
+from dpo_studio.models.folder import ModelFolder
+from dpo_studio.models.load import choose_dtype
+from dpo_studio.models.sizes import Shapes
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import packed_tokens
 
@@ -28,13 +27,15 @@ _LOOKED_UP = ("embed", "wte", "wpe", "lm_head")
 _SIZE = 1024
 
 
-def forecast(recipe: Recipe, pairs: Sequence[EncodedPair], taken: int) -> str:
-    """`123,456 tokens an epoch, 370,368 in all; ... 12 min`; `taken` pairs are learned from in all steps."""
+def forecast(recipe: Recipe, folder: ModelFolder, pairs: Sequence[EncodedPair], taken: int) -> str:
+    """`123,456 tokens an epoch, 370,368 in all; ... 12 min`; `taken` pairs are learned from in all steps.
+
+    `folder` is the base's.
+    """
     epoch = sum(map(packed_tokens, pairs))
     total = round(epoch * taken / len(pairs))
     said = f"{epoch:,} tokens an epoch (a prompt counted once a pair), {total:,} in all"
-    folder = locate(recipe.model.path, recipe.model.revision)
-    if (weights := _multiplied(folder)) is None:
+    if (weights := _multiplied(folder.shapes)) is None:
         return said
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, _ = choose_dtype(recipe.model.dtype, device)
@@ -44,12 +45,11 @@ def forecast(recipe: Recipe, pairs: Sequence[EncodedPair], taken: int) -> str:
     return f"{said}; their matrix products alone take {duration(seconds)} at the speed here and now ({precision})"
 
 
-def _multiplied(folder: Path) -> int | None:
+def _multiplied(shapes: Shapes) -> int | None:
     """How many weights every token is multiplied by; None where they are packed, and their number is not their count.
 
     Of experts only some are taken for a token: none is counted.
     """
-    shapes = tensor_shapes(weights_of(folder, folder.name), folder.name)
     if any(name.endswith(("qweight", "weight_packed")) for name in shapes):
         return None
     multiplied = (

@@ -66,7 +66,7 @@ def judge_from(
     llm: LLMOptions | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> Judge:
-    """The judge that `spec` names. `implicit` without a model means `loaded` (a `workflows.loading.Loaded`).
+    """The judge that `spec` names. `implicit` without a model means `loaded` (a `workflows.loading.LoadedModel`).
 
     A `FILE.py:function` is the user's own code, loaded because the user names it here; nothing else loads any.
 

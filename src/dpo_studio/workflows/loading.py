@@ -17,17 +17,18 @@ from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.models.adapter_settings import base_named_by
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
 from dpo_studio.models.bundled import BUNDLED_ID, BUNDLED_MODEL
-from dpo_studio.models.load import ChatModel, load_chat_model, locate
+from dpo_studio.models.folder import open_model
+from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.models.scan import read_json
 from dpo_studio.paths import user_path
 from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.workflows.kept import date_of, recipe_of
 
-__all__ = ["Loaded", "adapter_of", "find_any", "load_any"]
+__all__ = ["LoadedModel", "adapter_of", "find_any", "load_any"]
 
 
 @dataclass(frozen=True, eq=False)
-class Loaded:
+class LoadedModel:
     """A policy and its reference in one loaded model."""
 
     base: ChatModel
@@ -75,7 +76,7 @@ def load_any(
     dtype: str | None = None,
     with_reference: bool = False,
     say: Callable[[str], None] = lambda _: None,
-) -> Loaded:
+) -> LoadedModel:
     """Load a Hub id, a model folder, a bundled model, a run or an adapter folder.
 
     Raises:
@@ -91,9 +92,9 @@ def load_any(
         base_name = _base_of(run, folder, config, name)
         today = None if run is None else date_of(run)
         base = load_chat_model(ModelSection(path=base_name, revision=config.revision, **changes), say=say, today=today)
-        return Loaded(base, attach_existing(base.model, folder, trainable=False), None, folder)
+        return LoadedModel(base, attach_existing(base.model, folder, trainable=False), None, folder)
     base = load_chat_model(ModelSection(path=name, **changes), say=say)
-    return Loaded(base, base.model, None, None)
+    return LoadedModel(base, base.model, None, None)
 
 
 def find_any(name: str, *, with_reference: bool = False, say: Callable[[str], None] = lambda _: None) -> None:
@@ -106,7 +107,7 @@ def find_any(name: str, *, with_reference: bool = False, say: Callable[[str], No
     if is_run(folder):
         _look_at(RunFolder(folder), with_reference, lambda _: None)  # said when it is loaded
     elif not (folder / "adapter_config.json").is_file():
-        locate(name, say=say)
+        open_model(name, say=say)
 
 
 def _folder(name: str) -> Path:
@@ -115,7 +116,7 @@ def _folder(name: str) -> Path:
     return user_path(name)
 
 
-def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]) -> Loaded:
+def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]) -> LoadedModel:
     recipe, adapter = _look_at(run, with_reference, say)
     base = load_chat_model(recipe.model.model_copy(update=changes), say=say, today=date_of(run))
     policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
@@ -124,7 +125,7 @@ def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say
     beside = Path(reference) if other is None and reference is not None else None
     if beside is not None:
         policy = attach_existing(policy, beside, trainable=False, name=REFERENCE)
-    return Loaded(base, policy, recipe.objective.beta, adapter, other, beside)
+    return LoadedModel(base, policy, recipe.objective.beta, adapter, other, beside)
 
 
 def _look_at(run: RunFolder, with_reference: bool, say: Callable[[str], None]) -> tuple[Recipe, Path]:

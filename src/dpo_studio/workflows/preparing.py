@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -11,24 +10,17 @@ from typing import Any
 
 import torch
 
-from dpo_studio.config import BUNDLED, ModelSection, Recipe, cache_folder
+from dpo_studio.config import Recipe, cache_folder
 from dpo_studio.console.progress import Progress
-from dpo_studio.errors import DataError, ModelError
+from dpo_studio.errors import DataError
 from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.memory import MemoryLimit, plan_limit
 from dpo_studio.learning.reference import Reference, ReferenceChoice
 from dpo_studio.learning.reference_cache import ReferenceCache
-from dpo_studio.models.adapters import attach_existing, in_eval, read_adapter_config
-from dpo_studio.models.load import (
-    ChatModel,
-    check_folder,
-    load_chat_model,
-    load_encoder,
-    locate,
-    weights_fingerprint,
-)
-from dpo_studio.models.vocabulary import check_vocabulary
-from dpo_studio.paths import user_path
+from dpo_studio.models.adapters import attach_existing, in_eval
+from dpo_studio.models.fingerprint import weights_fingerprint
+from dpo_studio.models.folder import ModelFolder
+from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
@@ -36,13 +28,12 @@ from dpo_studio.preferences.split import Split, split_pairs
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
 from dpo_studio.tokens.pack import Steps
+from dpo_studio.workflows.opening import check_same_vocabulary, reference_section
 
 __all__ = [
     "RunData",
     "attach_policy",
     "encode_both",
-    "find_models",
-    "look_at_models",
     "make_reference",
     "read_and_split",
     "settle_dtype",
@@ -73,62 +64,6 @@ def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Spli
     near = f", {split.near_copies} of them with the prompt they nearly repeat" if split.near_copies else ""
     progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}{near}")
     return source, split
-
-
-def find_models(recipe: Recipe) -> None:
-    """Look for the models and adapters on this disk, before any data is read.
-
-    A name on the Hub is looked up after the data: what it names may take an hour to fetch.
-
-    Raises:
-        ModelError: one is missing, unsafe or unsupported.
-    """
-    for adapter in (recipe.model.adapter, recipe.reference.adapter):
-        if adapter is not None:
-            read_adapter_config(Path(adapter))
-    sections = [recipe.model]
-    if recipe.reference.model is not None:
-        sections.append(_reference_section(recipe, recipe.reference.model))
-    for section in sections:
-        path = section.path
-        on_disk = path.startswith((".", "/", "~")) or path.count("/") > 1 or user_path(path).exists()
-        if on_disk and not path.startswith(BUNDLED):
-            check_folder(locate(path, section.revision), section)
-
-
-def look_at_models(recipe: Recipe, today: datetime.date, say: Callable[[str], None] = lambda _: None) -> ChatEncoder:
-    """Every model and adapter that the recipe names, looked over before weights are loaded; the base's encoder.
-
-    `today` is the run's date, which a chat template may write.
-
-    Raises:
-        ModelError: one is missing, unsafe or unsupported, or the reference has another vocabulary.
-    """
-    for adapter in (recipe.model.adapter, recipe.reference.adapter):
-        if adapter is not None:
-            read_adapter_config(Path(adapter))
-    encoder = _look_at(recipe.model, today, say)
-    if recipe.reference.model is not None:
-        other = _look_at(_reference_section(recipe, recipe.reference.model), today, say)
-        _check_same_vocabulary(recipe, encoder, other)
-    return encoder
-
-
-def _look_at(section: ModelSection, today: datetime.date, say: Callable[[str], None]) -> ChatEncoder:
-    folder = locate(section.path, section.revision, say)
-    config = check_folder(folder, section)
-    encoder = load_encoder(folder, section, today=today)
-    check_vocabulary(folder, config, encoder, section.path)
-    return encoder
-
-
-def _reference_section(recipe: Recipe, path: str) -> ModelSection:
-    return ModelSection(path=path, dtype=recipe.model.dtype, attention=recipe.model.attention)
-
-
-def _check_same_vocabulary(recipe: Recipe, base: ChatEncoder, other: ChatEncoder) -> None:
-    if other.vocabulary() != base.vocabulary():
-        raise ModelError(f"reference.model {recipe.reference.model} has another vocabulary than {recipe.model.path}")
 
 
 def encode_both(recipe: Recipe, source: PairSource, split: Split, encoder: ChatEncoder, progress: Progress) -> RunData:
@@ -194,25 +129,29 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
     return policy
 
 
-def make_reference(recipe: Recipe, base: ChatModel, policy: Policy) -> Reference:
+def make_reference(
+    recipe: Recipe, base: ChatModel, policy: Policy, other_folder: ModelFolder | None = None
+) -> Reference:
     """The recipe's reference, ready to compute: in the policy's own model, or in another that is loaded now.
+
+    `other_folder` is that of `reference.model`, if it was opened before.
 
     Raises:
         ModelError: another model cannot be used, or has another vocabulary.
     """
     choice = ReferenceChoice.of(recipe)
-    folder, model, computing = base.folder, policy.model, policy.as_reference
+    files, model, computing = base.files, policy.model, policy.as_reference
     if choice.model is not None:
-        other = load_chat_model(_reference_section(recipe, choice.model))
-        _check_same_vocabulary(recipe, base.encoder, other.encoder)
-        folder, model = other.folder, other.model
+        other = load_chat_model(reference_section(recipe, choice.model), folder=other_folder)
+        check_same_vocabulary(recipe, base.encoder, other.encoder)
+        files, model = other.files, other.model
         if choice.adapter is not None:
             model = attach_existing(other.model, choice.adapter, trainable=False)
         computing = partial(in_eval, model)
     if recipe.reference.mode != "cached":
         return Reference(model, computing, None)
     key = {
-        "weights": weights_fingerprint(folder),
+        "weights": files.fingerprint,
         "adapter": weights_fingerprint(choice.adapter) if choice.adapter is not None else "",
         "dtype": str(base.model.dtype),
         "compute": "fp8" if computes_in_fp8(model) else "",

@@ -27,9 +27,9 @@ from dpo_studio.export.requantise import (
     settled,
 )
 from dpo_studio.export.whole import check_new, making
-from dpo_studio.frozen.gptq_files import read_quantization
 from dpo_studio.learning.batched import batched_logps
-from dpo_studio.models.load import ChatModel, check_folder, load_chat_model, load_encoder, locate
+from dpo_studio.models.folder import ModelFolder, open_model
+from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.rows import sample
@@ -85,13 +85,14 @@ def quantize_model(
     check_new(out, reads=[model, source], overwrite=overwrite)
     check_gptqmodel()
     with progress or Progress() as shown:
-        folder = _dense_folder(model, shown)
+        opened = _dense_folder(model, shown)
+        folder = opened.path
         settings = settled(folder, settings)
-        pairs, measured = _pairs(wanted, model, folder, shown)
+        pairs, measured = _pairs(wanted, model, opened, shown)
         check_space(
             out, int(_ON_THE_WAY * sum(file.stat().st_size for file in folder.glob("*.safetensors"))), "quantising"
         )
-        base = load_chat_model(ModelSection(path=model), say=shown.say)
+        base = load_chat_model(ModelSection(path=model), folder=opened, say=shown.say)
         dtype: Any = str(base.model.dtype).removeprefix("torch.")
         before = _perplexity(base, measured, shown, "before")
         del base
@@ -131,7 +132,7 @@ def free_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def _dense_folder(model: str, progress: Progress) -> Path:
+def _dense_folder(model: str, progress: Progress) -> ModelFolder:
     """Where the model's files are, looked over.
 
     Raises:
@@ -139,15 +140,15 @@ def _dense_folder(model: str, progress: Progress) -> Path:
     """
     if is_run(user_path(model)):
         raise RunError(f"{model} is a run", hint="`dpo export RUN OUT --to gptq` merges its adapter and quantises that")
-    folder = locate(model, None, progress.say)
-    check_folder(folder, ModelSection(path=model))
-    if read_quantization(folder) is not None:
+    folder = open_model(model, None, progress.say)
+    folder.check_base(ModelSection(path=model))
+    if folder.quantization is not None:
         raise ModelError(f"{model} is quantised already", hint="train it as it is: model.path in a recipe")
     return folder
 
 
 def _pairs(
-    wanted: Calibration, model: str, folder: Path, progress: Progress
+    wanted: Calibration, model: str, folder: ModelFolder, progress: Progress
 ) -> tuple[list[EncodedPair], list[EncodedPair]]:
     """(to calibrate on, to measure on), which share no prompt.
 
@@ -162,7 +163,7 @@ def _pairs(
         )
     section = as_source(given)
     name, source = section.source, read_pairs(section)
-    encoder = load_encoder(folder, ModelSection(path=model))
+    encoder = folder.encoder(ModelSection(path=model))
     encoded = encode_pairs(source.pairs, encoder, max_length=wanted.max_length, too_long="cut_answer_end")
     if not encoded.pairs:
         raise DataError(f"{name}: no pair can be calibrated on", hint=f"the first: {encoded.refused[0][1]}")

@@ -21,7 +21,7 @@ from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
-from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.workflows.loading import LoadedModel, load_any
 from dpo_studio.writing import check_outputs, write_output
 
 __all__ = ["score_pairs", "score_to_file", "side_logps"]
@@ -78,7 +78,7 @@ def score_pairs(
 
 
 def side_logps(
-    loaded: Loaded,
+    loaded: LoadedModel,
     pairs: Sequence[EncodedPair],
     title: str,
     progress: Progress,

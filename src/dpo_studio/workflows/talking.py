@@ -15,7 +15,7 @@ from dpo_studio.evaluation.judges import Completion
 from dpo_studio.frozen.linear import held_dense
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reading import input_text, parse_json
-from dpo_studio.workflows.loading import Loaded, load_any
+from dpo_studio.workflows.loading import LoadedModel, load_any
 
 __all__ = ["Chat", "Sampling", "answers", "check_batched", "generate_answers", "read_prompts", "stream_answer"]
 
@@ -58,7 +58,7 @@ def generate_answers(
 
 
 def answers(
-    loaded: Loaded,
+    loaded: LoadedModel,
     chats: Sequence[Sequence[Message]],
     sampling: Sampling,
     *,
@@ -133,7 +133,7 @@ def _prompt_in(line: str, where: str) -> str:
 
 
 def stream_answer(
-    loaded: Loaded, chat: Sequence[Message], sampling: Sampling, *, tuned: bool = True
+    loaded: LoadedModel, chat: Sequence[Message], sampling: Sampling, *, tuned: bool = True
 ) -> Generator[str, None, bool]:
     """The answer to a chat, piece by piece as it is drawn; returns whether the model ended its turn itself."""
     encoder = loaded.base.encoder
@@ -156,7 +156,7 @@ def stream_answer(
 class Chat:
     """A conversation of several turns with one loaded model; `tuned` switches between policy and reference."""
 
-    loaded: Loaded
+    loaded: LoadedModel
     sampling: Sampling = field(default_factory=Sampling)
     system: str | None = None
     tuned: bool = True

@@ -29,12 +29,11 @@ from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.compiling import accelerated
 from dpo_studio.workflows.forecasting import forecast
 from dpo_studio.workflows.kept import check_same_data, digest_data, run_date, write_data
+from dpo_studio.workflows.opening import find_models, look_at_models
 from dpo_studio.workflows.place import check_place
 from dpo_studio.workflows.preparing import (
     attach_policy,
     encode_both,
-    find_models,
-    look_at_models,
     read_and_split,
     settle_dtype,
     settle_tokens,
@@ -104,11 +103,12 @@ def check_recipe(
         run = RunFolder(loaded.run_folder)
         settled = run.settle(loaded.recipe)
         check_tracker(settled)
-        find_models(settled)
+        found = find_models(settled)
         source, split = read_and_split(settled, shown)
         look_at_pairs(settled, split, shown, anyway=anyway)
         date = run_date(run)
-        encoder = look_at_models(settled, date, shown.say)
+        models = look_at_models(settled, found, date, shown.say)
+        encoder = models.encoder
         data = encode_both(settled, source, split, encoder, shown)
         if (done := run.result()) is None or not is_finished(run, settled, done):
             check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
@@ -118,7 +118,7 @@ def check_recipe(
         taken = min(
             steps.total * settled.training.pairs_per_step, round(len(data.train.pairs) * settled.training.epochs)
         )
-        shown.say(forecast(settled, data.train.pairs, taken))
+        shown.say(forecast(settled, models.base, data.train.pairs, taken))
         shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
@@ -163,14 +163,17 @@ def _train_in(
 ) -> TrainedRun:
     started = time.perf_counter()
     recipe = run.settle(loaded.recipe)  # again: another process may just have left
-    find_models(recipe)
+    found = find_models(recipe)
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
     date = run_date(run, today)
-    encoder = look_at_models(recipe, date, progress.say)
+    models = look_at_models(recipe, found, date, progress.say)
+    encoder = models.encoder
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
-        base = load_chat_model(recipe.model, typed=typed_model(loaded), say=progress.say, encoder=encoder)
+        base = load_chat_model(
+            recipe.model, folder=models.base, typed=typed_model(loaded), say=progress.say, today=date
+        )
         data = encoding.result()
     kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
     check_same_data(run, kept, progress.warn)
@@ -194,7 +197,7 @@ def _train_in(
             log.write_limit(limit)
         state = TrainingState.fresh(policy, recipe.training, steps.total, recipe.reference, ranks)
         steps = replace(steps, token_budget=limit.tokens)
-        session = Session(recipe, base, policy, data, steps, state, saver, log, progress)
+        session = Session(recipe, base, policy, data, steps, state, saver, log, progress, models.reference)
         held_out = session.fit(stop_after)
     result = session.finish(held_out, time.perf_counter() - started) | result_extra
     run.write_json(RunFolder.RESULT, result)

@@ -25,6 +25,7 @@ from dpo_studio.learning.reference import Reference, ReferenceChoice
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.learning.train import LiveReference, StepReport, train
 from dpo_studio.models.adapters import POLICY, REFERENCE
+from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import ChatModel
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.policy.policy import Policy
@@ -57,10 +58,12 @@ class Session:
     saver: Saver
     log: RunLog
     progress: Progress
+    reference_folder: ModelFolder | None = None
+    """Of `reference.model`, opened before."""
 
     def fit(self, stop_after: int | None = None) -> HeldOut:
         """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
-        reference = make_reference(self.recipe, self.base, self.policy)
+        reference = make_reference(self.recipe, self.base, self.policy, self.reference_folder)
         self._check_packing(reference)
         with nullcontext() if reference.cache is None else reference.cache.held():  # nobody removes it while we run
             return self._fit(reference, stop_after)

@@ -1,0 +1,129 @@
+"""What each family of models is, where neither its config's values nor its modules' names say so: one entry each.
+
+A plain dense decoder needs no entry. Ropes, windows, kinds of layers, experts and routers are read off the config and
+the modules, whatever the family (`models.refusals`, `models.attention`, `models.targets`). A family of your own is
+added with `add_family`, after its classes are registered with transformers' AutoConfig and AutoModelForCausalLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from transformers import PreTrainedConfig
+
+__all__ = ["FAMILIES", "Family", "Layout", "Refusal", "add_family", "family_of", "is_gated"]
+
+Layout = Literal["packed"]
+"""How sequences lie in a row. packed: many pairs, each prompt once for both its answers."""
+
+
+def _always(_config: PreTrainedConfig) -> bool:
+    return True
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why models of a family cannot be trained or scored."""
+
+    reason: str
+    """Follows the model's name in the message: `is ...`, `has ...`."""
+    applies: Callable[[PreTrainedConfig], bool] = _always
+    """Whether it holds for a model of this config."""
+
+
+@dataclass(frozen=True)
+class Family:
+    """One kind of model, by the `model_type` of its config; the defaults are those of a plain dense decoder."""
+
+    model_type: str
+    layout: Layout = "packed"
+    dense_mask: bool = False
+    """Whether its attention changes the mask on the way, and needs one with a place for every two tokens."""
+    gated_mlp: str | None = None
+    """The class of its `mlp`s, where that is exactly down(act_fn(gate_proj(x)) * up_proj(x))."""
+    logits_divided_by: str | None = None
+    """The key of the config that its forward divides logits by, or hidden states just before the head."""
+    logits_multiplied_by: str | None = None
+    logits_capped_by: str | None = None
+    """The key of the config that its logits are bent by: cap * tanh(z / cap)."""
+    refusal: Refusal | None = None
+
+
+_OWN_HEAD = Refusal("has more than one product between its hidden states and its logits")
+_ALIBI = Refusal("counts distances in places of the row (ALiBi)")
+_CONV1D = Refusal("has layers of a kind (Conv1D) whose adapters cannot be switched off")
+_LOCAL = Refusal(
+    "counts its windows in places of the row (local attention)", lambda config: "local" in config.attention_layers
+)
+_CAP = "final_logit_softcapping"
+
+FAMILIES: tuple[Family, ...] = (
+    # dense decoders that have nothing of their own but a known MLP
+    Family("llama", gated_mlp="LlamaMLP"),
+    Family("mistral", gated_mlp="MistralMLP"),
+    Family("qwen2", gated_mlp="Qwen2MLP"),
+    Family("qwen3", gated_mlp="Qwen3MLP"),
+    # what becomes of hidden @ head: per family, for `logits_scaling` divides in Granite and multiplies in HyperCLOVA X
+    Family("granite", logits_divided_by="logits_scaling"),
+    Family("granite_swa", logits_divided_by="logits_scaling"),
+    Family("granitemoe", logits_divided_by="logits_scaling"),
+    Family("granitemoe_swa", logits_divided_by="logits_scaling"),
+    Family("granitemoehybrid", logits_divided_by="logits_scaling"),
+    Family("granitemoeshared", logits_divided_by="logits_scaling"),
+    Family("minicpm3", logits_divided_by="logits_scaling"),  # the hidden states, which is the same
+    Family("hyperclovax", logits_multiplied_by="logits_scaling"),
+    Family("cohere", logits_multiplied_by="logit_scale"),
+    Family("cohere2", logits_multiplied_by="logit_scale"),
+    Family("cohere2_moe", logits_multiplied_by="logit_scale"),
+    Family("cohere_compass_text", logits_multiplied_by="logit_scale"),
+    Family("beam", logits_capped_by=_CAP),
+    Family("gemma2", logits_capped_by=_CAP),
+    Family("gemma3_text", logits_capped_by=_CAP, gated_mlp="Gemma3MLP"),
+    # not `gemma3`, the wrapper: its forward leaves its text model's cap out
+    Family("gemma3n", logits_capped_by=_CAP),
+    Family("gemma3n_text", logits_capped_by=_CAP),
+    Family("gemma4", logits_capped_by=_CAP),
+    Family("gemma4_text", logits_capped_by=_CAP),
+    Family("gemma4_unified", logits_capped_by=_CAP),
+    Family("gemma4_unified_text", logits_capped_by=_CAP),
+    Family("nanochat", logits_capped_by=_CAP),
+    Family("vaultgemma", logits_capped_by=_CAP),
+    # adds what it has learned to the mask
+    Family("doge", dense_mask=True),
+    # what cannot be computed
+    Family("gpt2", refusal=_CONV1D),
+    Family("dory", refusal=_OWN_HEAD),
+    Family("modernbert-decoder", refusal=_OWN_HEAD),
+    Family("bloom", refusal=_ALIBI),
+    Family("mpt", refusal=_ALIBI),
+    Family("gpt_neo", refusal=_LOCAL),
+)
+"""Every family that has something of its own, as the package knows it."""
+
+_by_type = {family.model_type: family for family in FAMILIES}
+
+
+def family_of(config: PreTrainedConfig) -> Family:
+    """The family of a model with this config; a plain dense decoder where no entry has its `model_type`."""
+    kind = getattr(config, "model_type", "")
+    return _by_type.get(kind) or Family(kind)
+
+
+def add_family(family: Family) -> None:
+    """Make a family known for as long as this process lives, before a model of it is opened.
+
+    Raises:
+        ValueError: its `model_type` has an entry already, or its layout is not built.
+    """
+    if family.model_type in _by_type:
+        raise ValueError(f"the model type {family.model_type!r} has a family already: {_by_type[family.model_type]}")
+    if family.layout not in get_args(Layout):
+        raise ValueError(f"{family.model_type}: the layout {family.layout!r} is none of {', '.join(get_args(Layout))}")
+    _by_type[family.model_type] = family
+
+
+def is_gated(mlp: type) -> bool:
+    """Whether some family's `gated_mlp` is this class: others may have taken it over."""
+    return any(family.gated_mlp == mlp.__name__ for family in _by_type.values())
