@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from dpo_studio.config import SourceSection
-from dpo_studio.preferences.duplicates import text_of_turns
+from dpo_studio.doctor.duplicates import text_of_turns
 from dpo_studio.preferences.minhash import signature
 from dpo_studio.preferences.sources import read_pairs
 

@@ -171,7 +171,7 @@ def _run_readers() -> dict[str, list[Reader]]:
     from dpo_studio.runs.facts import read_run
     from dpo_studio.runs.folder import RunFolder
     from dpo_studio.runs.health import health_of
-    from dpo_studio.workflows.kept import date_of, recipe_of
+    from dpo_studio.runs.kept import date_of, recipe_of
 
     def of(read: Callable[[RunFolder], object]) -> Reader:
         def read_as_verbs_do(case: Path) -> object:
@@ -203,7 +203,7 @@ def readers() -> dict[str, list[Reader]]:
     """Every file that is mutated, and what reads it."""
     from dpo_studio.config import load_recipe
     from dpo_studio.models.adapters import read_adapter_config
-    from dpo_studio.models.scan import scan_folder
+    from dpo_studio.scan import scan_folder
     from dpo_studio.workflows.loading import load_any
 
     adapter: list[Reader] = [

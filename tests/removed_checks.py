@@ -43,8 +43,8 @@ _READ = ("test_gate_reads.py", "test_gate_reads_rows.py", "test_preferences_sour
 _WRITTEN = ("test_gate_writes.py", "test_gate_writes_folders.py")
 _JUDGES = ("test_judges_hostile.py", "test_evaluation_llm.py")
 MODULES: dict[str, tuple[str, ...]] = {
-    "models/scan.py": _LOADED,
-    "models/sizes.py": _LOADED,
+    "scan.py": _LOADED,
+    "sizes.py": _LOADED,
     "models/adapter_settings.py": _LOADED,
     "models/tokenizer_settings.py": _LOADED,
     "models/finite.py": (
@@ -60,7 +60,7 @@ MODULES: dict[str, tuple[str, ...]] = {
     "preferences/bounds.py": _READ,
     "preferences/tables.py": _READ,
     "writing.py": _WRITTEN,
-    "workflows/place.py": (*_WRITTEN, "test_cache.py"),
+    "runs/place.py": (*_WRITTEN, "test_cache.py"),
     "cache.py": ("test_cache.py",),
     "paths.py": ("test_guards_text.py", "test_gate_writes.py"),
     "evaluation/secret.py": _JUDGES,

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 import torch
 
+from dpo_studio.doctor.findings import DataReport
+from dpo_studio.doctor.text_checks import TextChecks
 from dpo_studio.evaluation.accuracy import log_prob_differences
 from dpo_studio.objectives import PairLogps
-from dpo_studio.preferences.checks import TextChecks
-from dpo_studio.preferences.findings import DataReport
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.reports.data_page import render_data_page
 from dpo_studio.reports.drawing import PALETTE

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from dpo_studio.preferences.checks import TextChecks
+from dpo_studio.doctor.text_checks import TextChecks
 from dpo_studio.preferences.guesses import meaning_of
 from dpo_studio.preferences.pair import Message, Pair
 from tests.tiny_runs import dpo, write_rows

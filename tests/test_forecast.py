@@ -10,7 +10,7 @@ import pytest
 from safetensors.torch import load_file
 
 from dpo_studio.models.folder import open_model
-from dpo_studio.workflows.forecasting import _multiplied
+from dpo_studio.workflows.training.forecasting import _multiplied
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 
 

@@ -16,10 +16,10 @@ from tests.attacks import attacked
 from tests.fuzz import _without
 from tests.mutations import mutated
 
-CHECKS = ("dpo_studio.runs.folder:RunFolder.refuse_what_leads_out", "dpo_studio.models.scan:_check_file")
+CHECKS = ("dpo_studio.runs.folder:RunFolder.refuse_what_leads_out", "dpo_studio.scan:_check_file")
 """Taken out, each in turn: without the first a run's file may be a link to any other, without the second a model's."""
 GATES = (
-    "dpo_studio.models.scan",
+    "dpo_studio.scan",
     "dpo_studio.models.adapter_settings:refuse_strange_lora",
     "dpo_studio.models.tokenizer_settings:read_tokenizer",
 )

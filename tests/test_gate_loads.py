@@ -26,9 +26,9 @@ from dpo_studio.export.merge import save_plain
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.folder import open_model
 from dpo_studio.models.load import load_chat_model
-from dpo_studio.models.scan import scan_folder, template_text, weights_of
-from dpo_studio.models.sizes import check_model_size, check_numbers, tensor_shapes
 from dpo_studio.models.tokenizer_settings import load_encoder, read_tokenizer
+from dpo_studio.scan import scan_folder, template_text, weights_of
+from dpo_studio.sizes import check_model_size, check_numbers, tensor_shapes
 from tests.guard_words import words_of
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo

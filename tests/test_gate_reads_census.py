@@ -52,19 +52,19 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/tokens/split.py", "re.compile"): (1, "words of a constant, escaped"),
     ("dpo_studio/evaluation/secret.py", "re.compile"): (1, "spellings of the user's own key, escaped"),
     ("dpo_studio/models/adapter_settings.py", "re.match"): (1, "a layer's name, refused before if it is more"),
-    ("dpo_studio/workflows/saving.py", "re.match"): (1, "the constant MINUTES of the recipe"),
+    ("dpo_studio/workflows/training/saving.py", "re.match"): (1, "the constant MINUTES of the recipe"),
     # What a process of ours wrote a moment ago, where nobody else writes.
     ("dpo_studio/export/requantise.py", "read_text"): (4, "an export's scratch folder, and the log of our own process"),
     ("dpo_studio/export/requantise.py", "json.loads"): (4, "an export's scratch folder, and lines of our own process"),
     ("dpo_studio/export/gptq_job.py", "read_text"): (1, "a job that this process's parent wrote"),
     ("dpo_studio/export/gptq_job.py", "json.loads"): (1, "a job that this process's parent wrote"),
-    ("dpo_studio/workflows/verifying.py", "read_text"): (1, "a run of a moment ago, in a scratch folder"),
-    ("dpo_studio/workflows/verifying.py", "json.loads"): (1, "a run of a moment ago, in a scratch folder"),
-    ("dpo_studio/workflows/evaluating.py", "read_text"): (1, "the figure that was just drawn"),
+    ("dpo_studio/workflows/training/verifying.py", "read_text"): (1, "a run of a moment ago, in a scratch folder"),
+    ("dpo_studio/workflows/training/verifying.py", "json.loads"): (1, "a run of a moment ago, in a scratch folder"),
+    ("dpo_studio/workflows/evaluating/run.py", "read_text"): (1, "the figure that was just drawn"),
     ("dpo_studio/models/adapters.py", "json.loads"): (1, "of what json.dumps has just written"),
     # Functions of the gate under their module's name.
-    ("dpo_studio/models/scan.py", "read_text"): (1, "reading.read_text"),
-    ("dpo_studio/models/scan.py", "read_bytes"): (1, "reading.read_bytes"),
+    ("dpo_studio/scan.py", "read_text"): (1, "reading.read_text"),
+    ("dpo_studio/scan.py", "read_bytes"): (1, "reading.read_bytes"),
 }
 """File and call -> how often, and why it may."""
 FROM_GATE = "from dpo_studio.reading import read_bytes\nread_bytes(x, what='run', limit=1)"

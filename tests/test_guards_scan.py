@@ -20,7 +20,7 @@ from dpo_studio.errors import DPOStudioError, ModelError
 from dpo_studio.models.adapter_settings import base_named_by, refuse_strange_lora
 from dpo_studio.models.adapters import attach_existing
 from dpo_studio.models.load import load_chat_model
-from dpo_studio.models.scan import scan_folder, weight_files
+from dpo_studio.scan import scan_folder, weight_files
 from dpo_studio.tokens.template import ChatTemplate
 from dpo_studio.workflows.loading import load_any
 from tests.guard_words import words_of

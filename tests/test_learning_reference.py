@@ -28,8 +28,7 @@ from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import micro_batches
-from dpo_studio.workflows import preparing
-from dpo_studio.workflows.training import run_training
+from dpo_studio.workflows.training import preparing, run_training
 from tests.conftest import encoded, plain_logps, policy_on, random_pairs, write_pairs
 from tests.tiny_models import tiny_folder, tiny_model
 

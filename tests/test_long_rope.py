@@ -16,12 +16,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_studio.config import AdapterSection, ModelSection
 from dpo_studio.errors import ModelError
-from dpo_studio.evaluation.generation import generate
 from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import attach
 from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import open_model
+from dpo_studio.sampling.generation import generate
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import on_each_side, pack
 from tests.conftest import columns, encoded, gradients, moved, plain_logps

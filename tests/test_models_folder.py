@@ -20,7 +20,7 @@ from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.load import load_chat_model
-from dpo_studio.models.scan import scan_folder
+from dpo_studio.scan import scan_folder
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo, write_recipe
 from tests.tiny_tokenizers import CHATML

@@ -29,7 +29,7 @@ from dpo_studio.models.find import find_folder
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.folder import open_model
 from dpo_studio.models.load import choose_dtype, load_chat_model
-from dpo_studio.models.scan import INDEX
+from dpo_studio.scan import INDEX
 from tests.tiny_models import tiny_folder, tiny_model
 
 CPU = torch.device("cpu")

@@ -11,8 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dpo_studio.preferences.checks import TextChecks
-from dpo_studio.preferences.findings import DataReport, Finding
+from dpo_studio.doctor.findings import DataReport, Finding
+from dpo_studio.doctor.text_checks import TextChecks
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.preferences.sources import Refusal
 from tests.tiny_tokenizers import TEXT

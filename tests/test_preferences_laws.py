@@ -29,7 +29,7 @@ from dpo_studio.preferences.formats import FORMATS
 from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.sources import Refusal, open_pairs, read_pairs
 from dpo_studio.preferences.split import stratified
-from dpo_studio.workflows.data import convert_pairs, refused_beside, split_source
+from dpo_studio.workflows.pairs.data import convert_pairs, refused_beside, split_source
 
 QUIET = Progress(quiet=True)
 

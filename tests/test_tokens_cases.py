@@ -12,11 +12,11 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from dpo_studio.config import ModelSection
+from dpo_studio.doctor.findings import Finding
+from dpo_studio.doctor.token_checks import TokenChecks
 from dpo_studio.models.tokenizer_settings import load_encoder
-from dpo_studio.preferences.findings import Finding
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import ChatEncoder, PairError
-from dpo_studio.tokens.checks import TokenChecks
 from dpo_studio.tokens.encode import encode_pairs
 from dpo_studio.tokens.scored_text import check_scored
 from tests.tiny_tokenizers import HEADERS, tiny_tokenizer

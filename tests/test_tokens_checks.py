@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from dpo_studio.config import TooLong
-from dpo_studio.preferences.findings import Finding
+from dpo_studio.doctor.findings import Finding
+from dpo_studio.doctor.token_checks import TokenChecks, rule_findings
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import ChatEncoder
-from dpo_studio.tokens.checks import TokenChecks, rule_findings
 from dpo_studio.tokens.encode import encode_pairs
 from tests.tiny_tokenizers import CHATML, end_ids, tiny_tokenizer
 

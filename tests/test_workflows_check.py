@@ -13,8 +13,8 @@ import pytest
 
 import dpo_studio
 from dpo_studio.config import SourceSection
-from dpo_studio.preferences.checks import TextChecks
-from dpo_studio.preferences.findings import DataReport, Example, Finding
+from dpo_studio.doctor.findings import DataReport, Example, Finding
+from dpo_studio.doctor.text_checks import TextChecks
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.sources import open_pairs
 from dpo_studio.reports.data_page import render_data_page

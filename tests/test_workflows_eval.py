@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from dpo_studio.console.text import printable
-from dpo_studio.evaluation.generation import generate
-from dpo_studio.workflows import completions, evaluating
-from dpo_studio.workflows.evaluating import default_judge
+from dpo_studio.sampling.generation import generate
+from dpo_studio.workflows.evaluating import completions
+from dpo_studio.workflows.evaluating import run as evaluating
+from dpo_studio.workflows.evaluating.run import default_judge
 from tests.conftest import plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe

@@ -20,7 +20,8 @@ from transformers import AutoModelForCausalLM
 from dpo_studio.export import verify
 from dpo_studio.export.verify import Bar
 from dpo_studio.models import find
-from dpo_studio.workflows import comparing, exporting
+from dpo_studio.workflows.exporting import comparing
+from dpo_studio.workflows.exporting import run as exporting
 from dpo_studio.workflows.talking import Sampling
 from tests.tiny_runs import Said, dpo, write_recipe
 

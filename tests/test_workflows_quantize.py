@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from dpo_studio.config import ModelSection
 from dpo_studio.frozen.gptq_files import read_quantization
 from dpo_studio.models.load import load_chat_model
-from dpo_studio.workflows import comparing
+from dpo_studio.workflows.exporting import comparing
 from dpo_studio.workflows.talking import Sampling
 from tests.test_workflows_export import COMMAND, export, no_path_in, read
 from tests.tiny_models import tiny_folder

@@ -388,8 +388,8 @@ def test_saving_by_the_clock_and_by_steps_ends_in_the_same_bytes(
         saved.append((folder.parent.name, f"step-{state.step}"))
         return real(folder, policy, state, **more)
 
-    monkeypatch.setattr("dpo_studio.workflows.saving.save_checkpoint", saving)
-    monkeypatch.setattr("dpo_studio.workflows.saving.time.monotonic", lambda: 60 * minutes[0])
+    monkeypatch.setattr("dpo_studio.workflows.training.saving.save_checkpoint", saving)
+    monkeypatch.setattr("dpo_studio.workflows.training.saving.time.monotonic", lambda: 60 * minutes[0])
     advance = TrainingState.advance
 
     def advancing(state: TrainingState, policy: Any) -> None:

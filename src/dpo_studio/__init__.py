@@ -16,49 +16,49 @@ if TYPE_CHECKING:  # what a type checker sees; `_HOMES` is the same list, for th
     from dpo_studio.objectives import DPO
     from dpo_studio.preferences.pair import Message, Pair
     from dpo_studio.preferences.sources import read_pairs
-    from dpo_studio.workflows.checking import check_source
-    from dpo_studio.workflows.data import convert_pairs, split_source
     from dpo_studio.workflows.demo import run_demo
-    from dpo_studio.workflows.evaluating import Evaluation, evaluate_run
-    from dpo_studio.workflows.exporting import Quantising, export_run
+    from dpo_studio.workflows.evaluating.run import Evaluation, evaluate_run
+    from dpo_studio.workflows.exporting.quantizing import Calibration, quantize_model
+    from dpo_studio.workflows.exporting.run import Quantising, export_run
     from dpo_studio.workflows.judging import LLMOptions, check_judge
-    from dpo_studio.workflows.quantizing import Calibration, quantize_model
+    from dpo_studio.workflows.pairs.checking import check_source
+    from dpo_studio.workflows.pairs.data import convert_pairs, split_source
     from dpo_studio.workflows.scoring import score_pairs
-    from dpo_studio.workflows.sweeping import run_sweep
     from dpo_studio.workflows.talking import Chat, Sampling, generate_answers
     from dpo_studio.workflows.training import check_recipe, train_recipe
+    from dpo_studio.workflows.training.sweeping import run_sweep
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "DPO": "objectives",
-    "Calibration": "workflows.quantizing",
+    "Calibration": "workflows.exporting.quantizing",
     "Chat": "workflows.talking",
     "Completion": "evaluation.judges",
     "DPOStudioError": "errors",
-    "Evaluation": "workflows.evaluating",
+    "Evaluation": "workflows.evaluating.run",
     "LLMOptions": "workflows.judging",
     "RecipeFile": "config",
     "Message": "preferences.pair",
     "Pair": "preferences.pair",
-    "Quantising": "workflows.exporting",
+    "Quantising": "workflows.exporting.run",
     "Recipe": "config",
     "Sampling": "workflows.talking",
     "SourceSection": "config",
     "check_judge": "workflows.judging",
     "check_recipe": "workflows.training",
-    "check_source": "workflows.checking",
-    "convert_pairs": "workflows.data",
-    "evaluate_run": "workflows.evaluating",
-    "export_run": "workflows.exporting",
+    "check_source": "workflows.pairs.checking",
+    "convert_pairs": "workflows.pairs.data",
+    "evaluate_run": "workflows.evaluating.run",
+    "export_run": "workflows.exporting.run",
     "generate_answers": "workflows.talking",
     "load_recipe": "config",
-    "quantize_model": "workflows.quantizing",
+    "quantize_model": "workflows.exporting.quantizing",
     "read_pairs": "preferences.sources",
     "run_demo": "workflows.demo",
-    "run_sweep": "workflows.sweeping",
+    "run_sweep": "workflows.training.sweeping",
     "score_pairs": "workflows.scoring",
-    "split_source": "workflows.data",
+    "split_source": "workflows.pairs.data",
     "train_recipe": "workflows.training",
 }
 

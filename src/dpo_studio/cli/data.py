@@ -49,7 +49,7 @@ def convert(
 ) -> None:
     """Any known shape, or any that --map describes, into TRL's conversational JSON Lines."""
     section = source_section(source, format_, map_, label, split_name, rows, revision)
-    from dpo_studio.workflows.data import convert_pairs
+    from dpo_studio.workflows.pairs.data import convert_pairs
 
     _report(convert_pairs(section, out, overwrite=overwrite), as_json)
 
@@ -72,7 +72,7 @@ def split(
 ) -> None:
     """Two files that share no prompt."""
     section = source_section(source, format_, map_, label, split_name, rows, revision)
-    from dpo_studio.workflows.data import split_source
+    from dpo_studio.workflows.pairs.data import split_source
 
     _report(split_source(section, train, held_out, fraction=fraction, seed=seed, overwrite=overwrite), as_json)
 
@@ -134,7 +134,7 @@ def check(
 ) -> None:
     """What is wrong with these pairs, what it would do to a run, what to do. Exit 1 if nothing is usable."""
     from dpo_studio.config import ModelSection, SourceSection
-    from dpo_studio.workflows.checking import check_source
+    from dpo_studio.workflows.pairs.checking import check_source
 
     if chat_template is not None and model is None:
         raise typer.BadParameter("goes with --model", param_hint="--chat-template")

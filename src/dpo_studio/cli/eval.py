@@ -75,7 +75,7 @@ def evaluate(
     from dpo_studio.evaluation.llm_judge import check_replies
     from dpo_studio.paths import user_path
     from dpo_studio.runs.folder import RunFolder
-    from dpo_studio.workflows.evaluating import Evaluation, check_figure, compare_runs, evaluate_run, judges_of
+    from dpo_studio.workflows.evaluating.run import Evaluation, check_figure, compare_runs, evaluate_run, judges_of
     from dpo_studio.workflows.judging import judge_from
 
     reads = [source, template, *runs]

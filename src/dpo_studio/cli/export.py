@@ -26,7 +26,7 @@ def export(
 ) -> None:
     """Write the adapter, one merged model or one GPTQ folder; it is compared with the run's model first."""
     size = group_of(group_size)
-    from dpo_studio.workflows.exporting import Quantising, export_run
+    from dpo_studio.workflows.exporting.run import Quantising, export_run
 
     settings = Quantising(bits, size, desc_act)
     export_run(run, out, to, settings=settings, rows=rows, force=force, overwrite=overwrite, dtype=dtype)

@@ -47,8 +47,8 @@ def quantize(
     """Make a GPTQ model, calibrated on your own prompts and chosen answers."""
     size = group_of(group_size)
     section = source_section_of("--calibration", calibration, format_, map_, label, split, None, revision)
-    from dpo_studio.workflows.cards import perplexity_line
-    from dpo_studio.workflows.quantizing import Calibration, Quantising, quantize_model
+    from dpo_studio.workflows.exporting.cards import perplexity_line
+    from dpo_studio.workflows.exporting.quantizing import Calibration, Quantising, quantize_model
 
     chosen = Calibration(section, rows, max_length)
     result = quantize_model(

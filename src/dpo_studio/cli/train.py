@@ -33,7 +33,7 @@ def train(
         check_recipe(recipe, changes, anyway=anyway)
         return
     if verify:
-        from dpo_studio.workflows.verifying import verify_recipe
+        from dpo_studio.workflows.training.verifying import verify_recipe
 
         found = verify_recipe(recipe, changes, anyway=anyway)
         print(found.text)

@@ -27,7 +27,7 @@ from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.adapters import POLICY
 from dpo_studio.models.lora import LoraLinear
-from dpo_studio.models.scan import read_json
+from dpo_studio.scan import read_json
 
 __all__ = ["Delta", "adapter_deltas", "copy_tokenizer", "forget_where_from", "merge", "rounded", "save_plain"]
 

@@ -23,8 +23,8 @@ from dpo_studio.frozen.forming import unpack
 from dpo_studio.frozen.fp8 import fp8_obstacle, fp8_weight
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
-from dpo_studio.models.scan import read_json, weights_of
-from dpo_studio.models.sizes import Shapes, shapes_in
+from dpo_studio.scan import read_json, weights_of
+from dpo_studio.sizes import Shapes, shapes_in
 
 __all__ = ["LayerReader", "Quantization", "Shards", "read_quantization"]
 

@@ -25,9 +25,9 @@ from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.products import base_alone
 from dpo_studio.models.adapter_settings import lora_settings, refuse_strange_lora
 from dpo_studio.models.lora import LoraLinear, link_mates
-from dpo_studio.models.scan import read_json, scan_folder
-from dpo_studio.models.sizes import tensor_shapes
 from dpo_studio.models.targets import all_linear, not_adaptable, refuse_targets, short_names
+from dpo_studio.scan import read_json, scan_folder
+from dpo_studio.sizes import tensor_shapes
 
 __all__ = [
     "POLICY",

@@ -10,8 +10,8 @@ from pathlib import Path
 from dpo_studio.config import BUNDLED
 from dpo_studio.errors import ModelError
 from dpo_studio.models.bundled import bundled_folder
-from dpo_studio.models.scan import weights_of
 from dpo_studio.paths import user_path
+from dpo_studio.scan import weights_of
 
 __all__ = ["HUB_FILES", "find_folder", "is_on_disk", "is_whole"]
 

@@ -6,8 +6,8 @@ import hashlib
 from pathlib import Path
 
 from dpo_studio.errors import ModelError
-from dpo_studio.models.scan import INDEX, weights_of
 from dpo_studio.reading import open_regular, sha256_of
+from dpo_studio.scan import INDEX, weights_of
 
 __all__ = ["weights_fingerprint"]
 

@@ -24,11 +24,11 @@ from dpo_studio.models.attention import check_architecture
 from dpo_studio.models.find import find_folder
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.refusals import refuse_unfit
-from dpo_studio.models.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, weights_of
-from dpo_studio.models.sizes import Shapes, check_numbers, tensor_shapes
 from dpo_studio.models.tokenizer_settings import load_encoder
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.runs.folder import is_run
+from dpo_studio.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, weights_of
+from dpo_studio.sizes import Shapes, check_numbers, tensor_shapes
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["ModelFolder", "open_model"]

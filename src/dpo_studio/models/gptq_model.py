@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.fp8 import device_obstacle
 from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards
-from dpo_studio.models.sizes import check_model_size
+from dpo_studio.sizes import check_model_size
 
 __all__ = ["load_gptq"]
 

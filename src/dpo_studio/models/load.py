@@ -21,7 +21,7 @@ from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.gptq_model import load_gptq
-from dpo_studio.models.sizes import check_model_size
+from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["ChatModel", "choose_dtype", "load_chat_model", "load_weights", "put_on_gpu"]

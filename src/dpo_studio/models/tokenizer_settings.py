@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, dynamic_module_
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError, reason_of
-from dpo_studio.models.scan import NO_CODE, read_json, template_text
+from dpo_studio.scan import NO_CODE, read_json, template_text
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["load_encoder", "read_tokenizer"]

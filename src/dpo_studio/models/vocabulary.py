@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PreTrainedConfig
 
 from dpo_studio.errors import ModelError
-from dpo_studio.models.sizes import Shapes
+from dpo_studio.sizes import Shapes
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["check_vocabulary"]

@@ -10,7 +10,7 @@ import numpy as np
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dpo_studio.console.text import count, percent, significant
-from dpo_studio.preferences.findings import DataReport, Finding, Histogram
+from dpo_studio.doctor.findings import DataReport, Finding, Histogram
 from dpo_studio.reports.data_table import told
 from dpo_studio.reports.drawing import PALETTE, blank, styled
 from dpo_studio.reports.html import page

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from dpo_studio.console.text import count, one_line, percent
-from dpo_studio.preferences.findings import DataReport, Finding, Level
+from dpo_studio.doctor.findings import DataReport, Finding, Level
 
 if TYPE_CHECKING:  # rich costs 50 ms
     from rich.table import Table

@@ -2,7 +2,7 @@
 
 recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` settled
 recipe.typed.yaml   as given
-data.json           the date, and a digest of every pair (workflows.kept)
+data.json           the date, and a digest of every pair (runs.kept)
 metrics.jsonl       one line a step; equal after a resume
 .lock               while a process trains here
 timing.jsonl        pairs/s, tokens/s, memory; may differ
@@ -34,9 +34,9 @@ from dpo_studio import __version__
 from dpo_studio.config import Recipe, RecipeFile, parse_yaml, validate_recipe
 from dpo_studio.disk import UNFINISHED, make_folder, sweep, sync, write_atomically
 from dpo_studio.errors import DataError, RunError
-from dpo_studio.models.scan import where_files_may_be
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
 from dpo_studio.runs.lock import LOCK
+from dpo_studio.scan import where_files_may_be
 
 __all__ = ["RunFolder", "environment", "is_run", "was_begun"]
 

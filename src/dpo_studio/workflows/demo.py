@@ -20,9 +20,9 @@ from dpo_studio.reports.side_by_side import render_answers
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.health import lengthening
 from dpo_studio.workflows.loading import LoadedModel, load_any
-from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
 from dpo_studio.workflows.training import run_training
+from dpo_studio.workflows.training.preparing import read_and_split
 
 __all__ = ["SHOWCASE", "demo_recipe", "run_demo"]
 

@@ -19,10 +19,10 @@ from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_e
 from dpo_studio.models.bundled import BUNDLED_ID, BUNDLED_MODEL
 from dpo_studio.models.folder import open_model
 from dpo_studio.models.load import ChatModel, load_chat_model
-from dpo_studio.models.scan import read_json
 from dpo_studio.paths import user_path
 from dpo_studio.runs.folder import RunFolder, is_run
-from dpo_studio.workflows.kept import date_of, recipe_of
+from dpo_studio.runs.kept import date_of, recipe_of
+from dpo_studio.scan import read_json
 
 __all__ = ["LoadedModel", "adapter_of", "find_any", "load_any"]
 

@@ -11,7 +11,7 @@ from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
 from dpo_studio.learning.held_out import evaluate, held_out_metrics
 from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
-from dpo_studio.workflows.preparing import RunData
+from dpo_studio.workflows.training.preparing import RunData
 
 __all__ = ["HeldOut"]
 

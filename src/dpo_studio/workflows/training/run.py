@@ -24,14 +24,14 @@ from dpo_studio.reports.html import write_report
 from dpo_studio.reports.verdict import headline_of
 from dpo_studio.runs.facts import read_run
 from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.kept import check_same_data, digest_data, run_date, write_data
 from dpo_studio.runs.lock import Held, held
-from dpo_studio.workflows.checking import look_at_lengths, look_at_pairs
-from dpo_studio.workflows.compiling import accelerated
-from dpo_studio.workflows.forecasting import forecast
-from dpo_studio.workflows.kept import check_same_data, digest_data, run_date, write_data
+from dpo_studio.runs.place import check_place
 from dpo_studio.workflows.opening import find_models, look_at_models
-from dpo_studio.workflows.place import check_place
-from dpo_studio.workflows.preparing import (
+from dpo_studio.workflows.pairs.checking import look_at_lengths, look_at_pairs
+from dpo_studio.workflows.training.compiling import accelerated
+from dpo_studio.workflows.training.forecasting import forecast
+from dpo_studio.workflows.training.preparing import (
     attach_policy,
     encode_both,
     read_and_split,
@@ -39,10 +39,16 @@ from dpo_studio.workflows.preparing import (
     settle_tokens,
     steps_of,
 )
-from dpo_studio.workflows.saving import Saver
-from dpo_studio.workflows.starting import check_not_shorter, check_tracker, is_finished, typed_model, warn_of_length
 from dpo_studio.workflows.training.run_log import RunLog
+from dpo_studio.workflows.training.saving import Saver
 from dpo_studio.workflows.training.session import Session
+from dpo_studio.workflows.training.starting import (
+    check_not_shorter,
+    check_tracker,
+    is_finished,
+    typed_model,
+    warn_of_length,
+)
 
 __all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
 

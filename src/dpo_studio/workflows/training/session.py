@@ -32,11 +32,11 @@ from dpo_studio.policy.policy import Policy
 from dpo_studio.runs.folder import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps
-from dpo_studio.workflows.preparing import RunData, make_reference
-from dpo_studio.workflows.saving import Saver, find_checkpoint
-from dpo_studio.workflows.signals import interrupted, stopping_signals
 from dpo_studio.workflows.training.held_out import HeldOut
+from dpo_studio.workflows.training.preparing import RunData, make_reference
 from dpo_studio.workflows.training.run_log import RunLog, figures
+from dpo_studio.workflows.training.saving import Saver, find_checkpoint
+from dpo_studio.workflows.training.signals import interrupted, stopping_signals
 
 __all__ = ["Session"]
 

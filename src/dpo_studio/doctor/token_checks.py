@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from dpo_studio.config import TooLong
-from dpo_studio.preferences.findings import EXAMPLES, Example, Finding, Histogram, histogram_of, level_of
+from dpo_studio.doctor.findings import EXAMPLES, Example, Finding, Histogram, histogram_of, level_of
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.tokens.chat import ChatEncoder, PairError, PairIds
 from dpo_studio.tokens.encode import (

@@ -14,7 +14,7 @@ from dpo_studio.config import Recipe
 from dpo_studio.console.text import duration
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import choose_dtype
-from dpo_studio.models.sizes import Shapes
+from dpo_studio.sizes import Shapes
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import packed_tokens
 

@@ -7,16 +7,16 @@ from itertools import islice
 from dpo_studio.config import ModelSection, Recipe, SourceLike, TooLong, as_source
 from dpo_studio.console.progress import Progress
 from dpo_studio.console.text import percent
+from dpo_studio.doctor.duplicates import FEW_HELD_OUT, REMEMBERED
+from dpo_studio.doctor.findings import DataReport, Finding, level_of
+from dpo_studio.doctor.text_checks import TextChecks
+from dpo_studio.doctor.token_checks import TokenChecks, rule_findings
 from dpo_studio.errors import DataError
-from dpo_studio.preferences.checks import TextChecks
-from dpo_studio.preferences.duplicates import FEW_HELD_OUT, REMEMBERED
-from dpo_studio.preferences.findings import DataReport, Finding, level_of
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.refusals import Refusal, RefusedRows
 from dpo_studio.preferences.rows import sample
 from dpo_studio.preferences.sources import nothing_usable, open_pairs
 from dpo_studio.preferences.split import Split
-from dpo_studio.tokens.checks import TokenChecks, rule_findings
 from dpo_studio.tokens.encode import Encoded
 
 __all__ = ["check_source", "look_at_lengths", "look_at_pairs"]

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
-from dpo_studio.models.scan import template_text
 from dpo_studio.reading import read_json
 from dpo_studio.runs.folder import RunFolder
+from dpo_studio.scan import template_text
 
 if TYPE_CHECKING:
     from dpo_studio.config import Recipe

@@ -34,14 +34,14 @@ from dpo_studio.reports.html import write_report
 from dpo_studio.reports.side_by_side import render_comparisons
 from dpo_studio.reports.winrates import MOST_RUNS, figure_files, save_winrate_figure, winrate_markdown
 from dpo_studio.runs.folder import RunFolder, is_run
+from dpo_studio.runs.kept import recipe_of
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
-from dpo_studio.workflows.completions import Speaker
+from dpo_studio.workflows.evaluating.completions import Speaker
 from dpo_studio.workflows.judging import judge_from
-from dpo_studio.workflows.kept import recipe_of
 from dpo_studio.workflows.loading import LoadedModel, find_any, load_any
-from dpo_studio.workflows.preparing import read_and_split
 from dpo_studio.workflows.scoring import side_logps
+from dpo_studio.workflows.training.preparing import read_and_split
 from dpo_studio.writing import check_outputs
 
 __all__ = ["REFERENCE", "Evaluation", "check_figure", "compare_runs", "default_judge", "evaluate_run", "judges_of"]

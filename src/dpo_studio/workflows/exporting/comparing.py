@@ -27,8 +27,8 @@ from dpo_studio.preferences.pair import Message, Pair, prompt_key
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
 from dpo_studio.workflows.loading import LoadedModel
-from dpo_studio.workflows.preparing import RunData, encode_both, make_reference, read_and_split
 from dpo_studio.workflows.talking import Sampling, answers
+from dpo_studio.workflows.training.preparing import RunData, encode_both, make_reference, read_and_split
 
 __all__ = ["RunModel", "ask_the_run", "look_again", "stop_rate"]
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_studio.preferences.findings import EXAMPLES, Example, Finding, level_of
+from dpo_studio.doctor.findings import EXAMPLES, Example, Finding, level_of
 from dpo_studio.preferences.minhash import K, Signatures, filled, nearest, signature
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
 

@@ -1,7 +1,7 @@
 """The data doctor: one pass over pairs and refusals, then what was found, what it does to a run, what to do.
 
-What needs a tokenizer is in `tokens.checks`. Memory grows by some 300 bytes a pair, and by 1 KB for the first 200,000
-(`duplicates`), never by their text.
+What needs a tokenizer is in `doctor.token_checks`. Memory grows by some 300 bytes a pair, and by 1 KB for the first
+200,000 (`duplicates`), never by their text.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections import Counter
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_studio.preferences.duplicates import REMEMBERED, Duplicates
-from dpo_studio.preferences.findings import EXAMPLES, Example, Finding, Histogram, Level, histogram_of, level_of
+from dpo_studio.doctor.duplicates import REMEMBERED, Duplicates
+from dpo_studio.doctor.findings import EXAMPLES, Example, Finding, Histogram, Level, histogram_of, level_of
+from dpo_studio.doctor.wording import WORDING
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.refusals import Refusal, RefusedRows
-from dpo_studio.preferences.wording import WORDING
 
 __all__ = ["TextChecks"]
 

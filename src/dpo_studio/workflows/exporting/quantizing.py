@@ -37,7 +37,7 @@ from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.preferences.split import is_held_out
 from dpo_studio.runs.folder import is_run
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
-from dpo_studio.workflows.cards import quantised_card
+from dpo_studio.workflows.exporting.cards import quantised_card
 
 __all__ = ["Calibration", "Quantising", "quantize_model"]
 

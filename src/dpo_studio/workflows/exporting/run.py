@@ -34,17 +34,17 @@ from dpo_studio.models.bundled import BUNDLED_MODEL, published_name
 from dpo_studio.models.finite import check_finite_adapter
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import load_chat_model
-from dpo_studio.models.scan import read_json, template_text
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
 from dpo_studio.runs.folder import RunFolder, is_run
+from dpo_studio.runs.kept import date_of, recipe_of
+from dpo_studio.scan import read_json, template_text
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.workflows.cards import adapter_card, tuned_card
-from dpo_studio.workflows.comparing import RunModel, ask_the_run, look_again, stop_rate
 from dpo_studio.workflows.demo import SHOWCASE
-from dpo_studio.workflows.kept import date_of, recipe_of
+from dpo_studio.workflows.exporting.cards import adapter_card, tuned_card
+from dpo_studio.workflows.exporting.comparing import RunModel, ask_the_run, look_again, stop_rate
+from dpo_studio.workflows.exporting.quantizing import free_memory
 from dpo_studio.workflows.loading import adapter_of
-from dpo_studio.workflows.quantizing import free_memory
 
 __all__ = ["Form", "Quantising", "export_run"]
 

@@ -1,0 +1,1 @@
+"""Judges, and the statistics of what they and held-out pairs say."""

@@ -1,0 +1,1 @@
+"""Answers sampled from a model, the same ones every time."""

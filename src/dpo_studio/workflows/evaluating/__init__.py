@@ -1,0 +1,1 @@
+"""`dpo eval`: answers, verdicts and held-out numbers of a run."""

@@ -1,0 +1,1 @@
+"""`dpo data ...`: pairs looked at, converted and split."""
