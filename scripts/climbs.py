@@ -29,8 +29,6 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
-import yaml
-
 __all__ = ["Walk", "room_of"]
 
 BEFORE = [
@@ -119,10 +117,8 @@ def _walk(tree: Path, folder: Path) -> None:
     source = Path(dpo_studio.__file__).parent
     if not source.is_relative_to(tree):
         sys.exit(f"dpo_studio would be imported from {source}")
-    recipe = write_recipe(folder / "recipe.yaml", tiny_folder(folder / "tiny"))
-    settings = yaml.safe_load(recipe.read_text())
-    settings["training"] |= {"max_steps": 2, "tokens_per_micro_batch": 256}
-    recipe.write_text(yaml.safe_dump(settings))
+    training = {"max_steps": 2, "tokens_per_micro_batch": 256}
+    recipe = write_recipe(folder / "recipe.yaml", tiny_folder(folder / "tiny"), training=training)
     train = dpo_studio.train_recipe
     walk = Walk(source)
     sys.setprofile(walk)

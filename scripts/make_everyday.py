@@ -34,7 +34,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_studio.evaluation.everyday import EverydayRule, content_stems
-from dpo_studio.evaluation.judges import Completion
+from dpo_studio.sampling.completion import Completion
 
 HERE = Path(__file__).parent
 OUT = HERE.parent / "src/dpo_studio/preferences/bundled/everyday.jsonl"

@@ -498,7 +498,7 @@ def test_a_second_signal_does_not_wait(
 @pytest.mark.parametrize(
     "phase",
     [
-        "preparing.encode_pairs",
+        "training.preparing.encode_pairs",
         "training.run.load_chat_model",
         "training.session.check_packing",
         "training.run.write_report",

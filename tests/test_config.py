@@ -533,7 +533,7 @@ def test_paths_in_a_file_are_relative_to_it_and_those_on_the_command_line_to_the
     assert typed.recipe.model.path == str(here / "model")
     assert typed.recipe.data.train.source == str(here / "pairs.jsonl")
     assert typed.recipe.model.chat_template == str(here / "t.jinja")
-    assert typed.typed["model"] == {"path": "model"}
+    assert typed.typed["model"] == {"path": "model", "adapter": "a", "chat_template": "t.jinja"}
 
 
 def test_hub_ids_and_bundled_names_are_no_paths(tmp_path: Path) -> None:

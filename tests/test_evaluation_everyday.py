@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from dpo_studio.evaluation.everyday import EverydayRule, content_stems
-from dpo_studio.evaluation.judges import Completion, Verdict
+from dpo_studio.evaluation.judges import Verdict
+from dpo_studio.sampling.completion import Completion
 
 PROMPT = "My bedroom door squeaks every time someone opens it. How do I make it quiet?"
 GOOD = (

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
 from dpo_studio.errors import DataError, ModelError, NonFiniteError, UsageError
-from dpo_studio.evaluation.judges import Completion
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.sampling.generation import _choose, _closed_up, _luck, generate, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's

@@ -11,7 +11,6 @@ from dpo_studio.evaluation.agreement import agreement, kappa, leave_one_out, maj
 from dpo_studio.evaluation.everyday import everyday_judge
 from dpo_studio.evaluation.judges import (
     Comparison,
-    Completion,
     Opinion,
     RuleJudge,
     Verdict,
@@ -21,6 +20,7 @@ from dpo_studio.evaluation.judges import (
     summary,
 )
 from dpo_studio.preferences.pair import Message
+from dpo_studio.sampling.completion import Completion
 
 
 def comparison(a: str, b: str, *turns: str) -> Comparison:

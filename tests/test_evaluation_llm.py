@@ -15,10 +15,11 @@ import pytest
 
 from dpo_studio.errors import JudgeError, UsageError
 from dpo_studio.evaluation.endpoint import Asking, Endpoint
-from dpo_studio.evaluation.judges import Comparison, Completion, summary
+from dpo_studio.evaluation.judges import Comparison, summary
 from dpo_studio.evaluation.llm_judge import LLMJudge
 from dpo_studio.evaluation.llm_template import TEMPLATE, filled, read_template
 from dpo_studio.preferences.pair import Message
+from dpo_studio.sampling.completion import Completion
 from tests.stub_server import Reply, Stub, better_says_good, says, stub_server
 
 KEY = "sk-of-the-tests-0123456789"

@@ -20,10 +20,11 @@ from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.evaluation import reward_model
 from dpo_studio.evaluation.implicit import ImplicitReward
-from dpo_studio.evaluation.judges import Comparison, Completion, Verdict, not_judged
+from dpo_studio.evaluation.judges import Comparison, Verdict, not_judged
 from dpo_studio.evaluation.reward_model import Encoded, load_reward_model
 from dpo_studio.models.tokenizer_settings import load_encoder
 from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import encode_pairs
 from tests.conftest import encoded, plain_logps, plain_peft_on, policy_on

@@ -18,7 +18,7 @@ from dpo_studio.errors import NonFiniteError, UsageError
 from dpo_studio.learning import batched, reference
 from dpo_studio.reports.frontier import draw_frontier, frontier_table, measure
 from dpo_studio.workflows import training
-from dpo_studio.workflows.training.sweeping import plan_sweep
+from dpo_studio.workflows.sweeping import plan_sweep
 from tests.tiny_runs import Said, dpo, write_recipe
 
 BETAS = ["--set", "objective.beta=0.1,0.5"]
@@ -197,6 +197,6 @@ def test_samples_are_read_where_an_evaluation_left_them(tmp_path: Path) -> None:
 
 
 def test_importing_the_sweep_loads_no_torch() -> None:
-    program = "import sys, dpo_studio.workflows.training.sweeping; print('torch' in sys.modules)"
+    program = "import sys, dpo_studio.workflows.sweeping; print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True, env=os.environ)
     assert done.stdout == "False\n"

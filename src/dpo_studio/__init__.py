@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:  # what a type checker sees; `_HOMES` is the same list, for the moment each is used
     from dpo_studio.config import Recipe, RecipeFile, SourceSection, load_recipe
     from dpo_studio.errors import DPOStudioError
-    from dpo_studio.evaluation.judges import Completion
     from dpo_studio.objectives import DPO
     from dpo_studio.preferences.pair import Message, Pair
     from dpo_studio.preferences.sources import read_pairs
+    from dpo_studio.sampling.completion import Completion
     from dpo_studio.workflows.demo import run_demo
     from dpo_studio.workflows.evaluating.run import Evaluation, evaluate_run
     from dpo_studio.workflows.exporting.quantizing import Calibration, quantize_model
@@ -24,9 +24,9 @@ if TYPE_CHECKING:  # what a type checker sees; `_HOMES` is the same list, for th
     from dpo_studio.workflows.pairs.checking import check_source
     from dpo_studio.workflows.pairs.data import convert_pairs, split_source
     from dpo_studio.workflows.scoring import score_pairs
+    from dpo_studio.workflows.sweeping import run_sweep
     from dpo_studio.workflows.talking import Chat, Sampling, generate_answers
     from dpo_studio.workflows.training import check_recipe, train_recipe
-    from dpo_studio.workflows.training.sweeping import run_sweep
 
 __version__ = "0.1.0"
 
@@ -56,7 +56,7 @@ _HOMES = {
     "quantize_model": "workflows.exporting.quantizing",
     "read_pairs": "preferences.sources",
     "run_demo": "workflows.demo",
-    "run_sweep": "workflows.training.sweeping",
+    "run_sweep": "workflows.sweeping",
     "score_pairs": "workflows.scoring",
     "split_source": "workflows.pairs.data",
     "train_recipe": "workflows.training",

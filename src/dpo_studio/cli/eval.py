@@ -71,10 +71,7 @@ def evaluate(
     section = source_section_of("--source", source, format_, map_, label, split, rows, revision)
     asked = _numbers(temperatures)
     from dpo_studio.console.progress import Progress
-    from dpo_studio.console.text import percent, printable
     from dpo_studio.evaluation.llm_judge import check_replies
-    from dpo_studio.paths import user_path
-    from dpo_studio.runs.folder import RunFolder
     from dpo_studio.workflows.evaluating.run import Evaluation, check_figure, compare_runs, evaluate_run, judges_of
     from dpo_studio.workflows.judging import judge_from
 
@@ -87,24 +84,27 @@ def evaluate(
     measured: list[tuple[str, dict[str, Any]]] = []
     for run, named in zip(runs, judges_of(runs, judge, against), strict=True):
         with Progress() as progress:
-            rates = evaluate_run(
-                run,
-                partial(judge_from, named, llm=llm, say=progress.say),
-                against=against,
-                source=section,
-                settings=settings,
-                progress=progress,
-            )
+            judging = partial(judge_from, named, llm=llm, say=progress.say)
+            rates = evaluate_run(run, judging, against=against, source=section, settings=settings, progress=progress)
         measured.append((run, rates))
-        for row in rates["temperatures"]:
-            low, high = row["win_rate_ci95"]
-            print(
-                f"temperature {row['temperature']:g}: win rate {percent(row['win_rate'])} "
-                f"({percent(low)} to {percent(high)}), at equal length {percent(row['length_controlled'])}"
-            )
-        print(printable(str(RunFolder(user_path(run)).evaluation / RunFolder.ANSWERS_PAGE)))
+        _print_rates(run, rates)
     if len(measured) > 1:
         print(compare_runs(measured, figure, overwrite=overwrite))
+
+
+def _print_rates(run: str, rates: dict[str, Any]) -> None:
+    """The win rates of a run, and where its answers are."""
+    from dpo_studio.console.text import percent, printable
+    from dpo_studio.paths import user_path
+    from dpo_studio.runs.folder import RunFolder
+
+    for row in rates["temperatures"]:
+        low, high = row["win_rate_ci95"]
+        print(
+            f"temperature {row['temperature']:g}: win rate {percent(row['win_rate'])} "
+            f"({percent(low)} to {percent(high)}), at equal length {percent(row['length_controlled'])}"
+        )
+    print(printable(str(RunFolder(user_path(run)).evaluation / RunFolder.ANSWERS_PAGE)))
 
 
 def _numbers(text: str) -> tuple[float, ...]:

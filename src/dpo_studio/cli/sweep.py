@@ -19,7 +19,7 @@ def sweep(
     anyway: Anyway = False,
 ) -> None:
     """Train with every combination of `--set a.b=x,y,z`; runs share a reference, and one table and figure."""
-    from dpo_studio.workflows.training.sweeping import run_sweep
+    from dpo_studio.workflows.sweeping import run_sweep
 
     folder = run_sweep(recipe, overrides or [], out=out, anyway=anyway)
     print((folder / "sweep.md").read_text(encoding="utf-8"), end="")

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import ClassVar
 
-from dpo_studio.evaluation.judges import Completion, RuleJudge, Verdict
+from dpo_studio.evaluation.judges import RuleJudge, Verdict
+from dpo_studio.sampling.completion import Completion
 
 __all__ = ["EverydayRule", "content_stems", "everyday_judge"]
 

@@ -12,20 +12,13 @@ from dataclasses import dataclass, replace
 import numpy as np
 from torch import nn
 
-from dpo_studio.evaluation.judges import (
-    Comparison,
-    Completion,
-    Progress,
-    Verdict,
-    check_some_finite,
-    higher_wins,
-    not_judged,
-)
+from dpo_studio.evaluation.judges import Comparison, Progress, Verdict, check_some_finite, higher_wins, not_judged
 from dpo_studio.learning.batched import batched_logps
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.models.adapters import as_reference, in_eval
 from dpo_studio.objectives import PairLogps
 from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 

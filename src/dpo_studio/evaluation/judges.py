@@ -16,17 +16,17 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import redirect_stdout
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, cast, get_args, runtime_checkable
 
 from dpo_studio.errors import JudgeError, NonFiniteError, UsageError, reason_of
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.pair import Message
+from dpo_studio.sampling.completion import Completion
 
 __all__ = [
     "Comparison",
-    "Completion",
     "Judge",
     "Opinion",
     "PricedJudge",
@@ -52,26 +52,6 @@ Opinion = Literal["a", "b", "tie", "unparsable", "refused", "too long"]
 """What a judge said once: a winner, or why there is none."""
 Progress = Callable[[int], None]
 """Hears how many more comparisons are judged."""
-
-
-@dataclass(frozen=True)
-class Completion:
-    """What generation returns for one prompt."""
-
-    text: str
-    """The answer, without its end-of-turn token."""
-    ended: bool
-    """The model ended its turn itself within the token limit."""
-    tokens: int
-    """New tokens, the end-of-turn token included."""
-    ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
-    """The tokens themselves, where a model wrote them: text alone can be told in other tokens."""
-    vocabulary: str = field(default="", compare=False, repr=False)
-    """Which tokens `ids` are (`ChatEncoder.vocabulary_digest`); empty where nobody said so."""
-
-    def shown(self) -> dict[str, Any]:
-        """As answers.jsonl has it: what a person reads."""
-        return {"text": self.text, "ended": self.ended, "tokens": self.tokens}
 
 
 @dataclass(frozen=True)

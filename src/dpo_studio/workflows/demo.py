@@ -12,13 +12,13 @@ from dpo_studio.config import RecipeFile, load_recipe
 from dpo_studio.console.progress import Progress
 from dpo_studio.disk import make_folder, write_atomically
 from dpo_studio.evaluation.everyday import EverydayRule
-from dpo_studio.evaluation.judges import Completion
 from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.side_by_side import render_answers
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.health import lengthening
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.workflows.loading import LoadedModel, load_any
 from dpo_studio.workflows.talking import Sampling, answers
 from dpo_studio.workflows.training import run_training

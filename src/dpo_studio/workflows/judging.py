@@ -21,7 +21,6 @@ from dpo_studio.evaluation.endpoint import Asking, Endpoint
 from dpo_studio.evaluation.everyday import everyday_judge
 from dpo_studio.evaluation.judges import (
     Comparison,
-    Completion,
     Judge,
     PricedJudge,
     Verdict,
@@ -38,6 +37,7 @@ from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.labelled import Label, Labelled, LabelledSource, read_labelled
 from dpo_studio.preferences.pair import prompt_key
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.writing import check_outputs, write_output
 
 __all__ = ["LLMOptions", "check_judge", "judge_from"]

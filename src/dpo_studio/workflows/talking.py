@@ -10,10 +10,10 @@ from typing import Any
 
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, UsageError
-from dpo_studio.evaluation.judges import Completion
 from dpo_studio.frozen.linear import held_dense
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reading import input_text, parse_json
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.sampling.generation import generate, stream
 from dpo_studio.workflows.loading import LoadedModel, load_any
 

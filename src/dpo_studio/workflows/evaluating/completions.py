@@ -14,10 +14,10 @@ import torch
 from dpo_studio.console.progress import Progress
 from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
-from dpo_studio.evaluation.judges import Completion
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reading import parse_json, read_text
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.sampling.generation import generate
 from dpo_studio.workflows.loading import LoadedModel
 

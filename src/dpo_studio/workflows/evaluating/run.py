@@ -23,7 +23,7 @@ from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.evaluation.accuracy import accuracy_summary, finite_pairs
 from dpo_studio.evaluation.calibration import calibration
 from dpo_studio.evaluation.diversity import distinct_n, repetition
-from dpo_studio.evaluation.judges import Comparison, Completion, Judge, Verdict, as_text, judges_help, summary
+from dpo_studio.evaluation.judges import Comparison, Judge, Verdict, as_text, judges_help, summary
 from dpo_studio.evaluation.length_control import length_controlled
 from dpo_studio.evaluation.winrate import mean_ci95, win_rate
 from dpo_studio.objectives import Formula, margin
@@ -35,6 +35,7 @@ from dpo_studio.reports.side_by_side import render_comparisons
 from dpo_studio.reports.winrates import MOST_RUNS, figure_files, save_winrate_figure, winrate_markdown
 from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.runs.kept import recipe_of
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.evaluating.completions import Speaker

@@ -11,7 +11,6 @@ from torch import nn
 
 from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.console.progress import Progress
-from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.merge import Delta, adapter_deltas
 from dpo_studio.export.verify import ExportCheck, compare
 from dpo_studio.frozen.linear import weight_count
@@ -24,6 +23,7 @@ from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.objectives import PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import Message, Pair, prompt_key
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
 from dpo_studio.workflows.loading import LoadedModel

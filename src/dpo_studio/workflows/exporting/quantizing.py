@@ -89,9 +89,7 @@ def quantize_model(
         folder = opened.path
         settings = settled(folder, settings)
         pairs, measured = _pairs(wanted, model, opened, shown)
-        check_space(
-            out, int(_ON_THE_WAY * sum(file.stat().st_size for file in folder.glob("*.safetensors"))), "quantising"
-        )
+        check_space(out, int(_ON_THE_WAY * _weight_bytes(folder)), "quantising")
         base = load_chat_model(ModelSection(path=model), folder=opened, say=shown.say)
         dtype: Any = str(base.model.dtype).removeprefix("torch.")
         before = _perplexity(base, measured, shown, "before")
@@ -116,13 +114,17 @@ def quantize_model(
                 "perplexity_before": before,
                 "perplexity": after,
                 "dtype": dtype,
-                "bytes": sum(file.stat().st_size for file in place.result.glob("*.safetensors")),
+                "bytes": _weight_bytes(place.result),
                 "seconds": round(time.perf_counter() - started, 1),
                 "versions": versions("torch", "transformers", "gptqmodel"),
             }
             (place.result / "quantization.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
             (place.result / "README.md").write_text(quantised_card(out, model, folder, result).text(), encoding="utf-8")
     return result
+
+
+def _weight_bytes(folder: Path) -> int:
+    return sum(file.stat().st_size for file in folder.glob("*.safetensors"))
 
 
 def free_memory() -> None:

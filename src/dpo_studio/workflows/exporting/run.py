@@ -15,7 +15,6 @@ from dpo_studio.config import Recipe
 from dpo_studio.console.progress import Progress
 from dpo_studio.disk import check_space
 from dpo_studio.errors import RunError
-from dpo_studio.evaluation.judges import Completion
 from dpo_studio.export.card import public_name, versions
 from dpo_studio.export.merge import merge, save_plain
 from dpo_studio.export.requantise import (
@@ -38,6 +37,7 @@ from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
 from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.runs.kept import date_of, recipe_of
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.scan import read_json, template_text
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
