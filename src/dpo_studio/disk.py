@@ -29,7 +29,6 @@ __all__ = [
     "give_name",
     "make_folder",
     "put_folder",
-    "remove_folder",
     "scratch_file",
     "scratch_folder",
     "sweep",

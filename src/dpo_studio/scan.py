@@ -20,7 +20,6 @@ __all__ = [
     "INDEX",
     "NO_CODE",
     "PICKLES",
-    "TEMPLATES",
     "read_json",
     "scan_folder",
     "template_text",

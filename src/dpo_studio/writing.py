@@ -29,7 +29,6 @@ __all__ = [
     "check_continued",
     "check_outputs",
     "check_run_place",
-    "refuse_place",
     "resolved",
     "stream_of",
     "write_output",

@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # rich costs 50 ms, and `dpo --help` needs none of it
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-__all__ = ["Display", "Plain", "Progress", "Terminal"]
+__all__ = ["Plain", "Progress", "Terminal"]
 
 _EVERY = 5.0
 """Seconds between two plain lines: a log of a night's run stays readable."""

@@ -9,7 +9,9 @@ from itertools import pairwise
 
 from dpo_studio.preferences.pair import Message, Pair
 
-__all__ = ["WORDING", "RowCheck"]
+__all__ = [
+    "WORDING",
+]
 
 _AROUND = 48
 """Characters of text shown on either side of what was seen."""

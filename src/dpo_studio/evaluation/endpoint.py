@@ -29,7 +29,7 @@ from dpo_studio.reading import parse_json
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-__all__ = ["DEFAULT_KEY_VARIABLE", "Asking", "Declined", "Endpoint", "run"]
+__all__ = ["Asking", "Declined", "Endpoint", "run"]
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _NO_KEY = "none"

@@ -26,7 +26,7 @@ from dpo_studio.evaluation.llm_template import TEMPLATE, filled, opinion, separa
 from dpo_studio.reading import open_regular, parse_json
 from dpo_studio.writing import check_continued
 
-__all__ = ["Estimate", "LLMJudge", "check_replies"]
+__all__ = ["LLMJudge", "check_replies"]
 
 _OURS = {"dpo_studio": "judge reply"}
 """What every line begins with: to a file whose first line does not, nothing is added."""

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from dpo_studio.errors import DataError
 
-__all__ = ["WinRate", "mean_ci95", "places_of", "share_ci95", "wilson", "win_rate"]
+__all__ = ["mean_ci95", "places_of", "share_ci95", "wilson", "win_rate"]
 
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 Z95 = 1.959964

@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from dpo_studio.frozen.gptq import Packed
 
-__all__ = ["FP8_BLOCK", "Block8", "device_obstacle", "fp8_obstacle", "fp8_rows", "fp8_weight"]
+__all__ = ["Block8", "device_obstacle", "fp8_obstacle", "fp8_rows", "fp8_weight"]
 
 FP8_BLOCK = 128
 """Inputs that share a scale."""

@@ -44,7 +44,6 @@ __all__ = [
     "check_architecture",
     "choose_attention",
     "dense_mask",
-    "longest_read",
     "row_inputs",
 ]
 

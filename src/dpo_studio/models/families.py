@@ -13,7 +13,7 @@ from typing import Literal, get_args
 
 from transformers import PreTrainedConfig
 
-__all__ = ["FAMILIES", "Family", "Layout", "Refusal", "add_family", "family_of", "is_gated"]
+__all__ = ["FAMILIES", "Family", "add_family", "family_of", "is_gated"]
 
 Layout = Literal["packed"]
 """How sequences lie in a row. packed: many pairs, each prompt once for both its answers."""

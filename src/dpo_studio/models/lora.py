@@ -21,7 +21,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.frozen.linear import FrozenLinear, frozen_weight
 from dpo_studio.frozen.products import products
 
-__all__ = ["READ_TOGETHER", "LoraLinear", "forget_what_is_ready", "link_mates"]
+__all__ = ["LoraLinear", "forget_what_is_ready", "link_mates"]
 
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Names of layers that stand in one module and read the same tensor, in the order they are called."""

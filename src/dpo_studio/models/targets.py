@@ -23,7 +23,7 @@ from torch import nn
 
 from dpo_studio.errors import ModelError
 
-__all__ = ["Targets", "all_linear", "not_adaptable", "refuse_targets", "short_names"]
+__all__ = ["all_linear", "not_adaptable", "refuse_targets", "short_names"]
 
 _EXPERTS = re.compile(r"(?!shared_)(\w+_)?experts")
 """A module that holds experts a router chooses among. Shared ones see every token, and are dense."""

@@ -17,8 +17,8 @@ from dpo_studio.objectives.choosing import (
     register,
     to_objective,
 )
-from dpo_studio.objectives.formula import Formula, Positive, Share
-from dpo_studio.objectives.logps import PairLogps, log_ratios, log_sigmoid, margin, per_token, wins
+from dpo_studio.objectives.formula import Formula, Positive
+from dpo_studio.objectives.logps import PairLogps, log_ratios, margin, wins
 from dpo_studio.objectives.margins import DPO, EXO, FDPO, IPO, LDDPO, WPO, DiscoPOP, DPONorm, Hinge, Robust
 from dpo_studio.objectives.mixture import Mixture
 
@@ -49,15 +49,12 @@ __all__ = [
     "PairLogps",
     "Positive",
     "Robust",
-    "Share",
     "SimPO",
     "check_objective",
     "known_objectives",
     "log_ratios",
-    "log_sigmoid",
     "margin",
     "objectives_help",
-    "per_token",
     "register",
     "to_objective",
     "wins",

@@ -21,7 +21,7 @@ from dpo_studio.errors import DataError
 from dpo_studio.reading import is_deeper, open_input, shown_path
 
 __all__ = [
-    *("MAX_COLUMNS", "MAX_DEPTH", "MAX_ROW", "MAX_ROWS", "MIB", "TOO_DEEP", "TOO_LONG", "TOO_WIDE", "BadRow"),
+    *("MAX_COLUMNS", "MAX_ROW", "MIB", "TOO_DEEP", "TOO_LONG", "TOO_WIDE", "BadRow"),
     *("as_utf8", "checked", "numbered", "open_rows", "reading_rows", "too_many_values"),
 ]
 

@@ -57,7 +57,7 @@ from dpo_studio.preferences.turns import (
     with_system,
 )
 
-__all__ = ["FORMATS", "Format", "Parser", "add_format", "formats_help", "scores_of", "shape_of", "trl_implicit"]
+__all__ = ["FORMATS", "Parser", "add_format", "formats_help", "scores_of", "shape_of", "trl_implicit"]
 
 Parser = Callable[[Row], Pair | list[Pair]]
 

@@ -11,7 +11,13 @@ from collections.abc import Iterable, Sequence
 
 from dpo_studio.preferences.turns import Row
 
-__all__ = ["answer_columns", "meaning_of", "other_kind", "prompt_column", "suggested_map", "words_of"]
+__all__ = [
+    "answer_columns",
+    "meaning_of",
+    "other_kind",
+    "prompt_column",
+    "suggested_map",
+]
 
 _PROMPTS = ("prompt", "instruction", "question", "query", "request", "task", "problem", "input", "context", "user",
             "post", "topic")  # fmt: skip

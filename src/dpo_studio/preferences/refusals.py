@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-__all__ = ["Refusal", "RefusedRows", "advice", "is_tie"]
+__all__ = [
+    "Refusal",
+    "RefusedRows",
+]
 
 _TIES = ("tie", "both bad")
 _ADVICE = (  # the first whose words are in the reason

@@ -22,7 +22,9 @@ from dpo_studio.reports.drawing import (
 )
 from dpo_studio.runs.facts import RunFacts, finite, interval, share
 
-__all__ = ["CHARTS", "Chart"]
+__all__ = [
+    "CHARTS",
+]
 
 MaybeFigure = Any
 """A matplotlib Figure, or None where the run has no such numbers (mypy does not look into matplotlib)."""

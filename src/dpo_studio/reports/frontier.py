@@ -23,7 +23,7 @@ from dpo_studio.reports.drawing import PALETTE, save_figure, styled
 from dpo_studio.runs.facts import RunFacts, finite, interval, read_run, share
 from dpo_studio.runs.health import health_of
 
-__all__ = ["Measured", "Sampled", "draw_frontier", "frontier_table", "measure"]
+__all__ = ["Measured", "draw_frontier", "frontier_table", "measure"]
 
 _SAMPLED_AT = 1.0
 """The temperature at which samples are the policy's own distribution, so that their log-ratios estimate its KL."""

@@ -29,7 +29,7 @@ from dpo_studio.reports.winrates_section import win_rates_section
 from dpo_studio.runs.facts import RunFacts, read_run
 from dpo_studio.runs.folder import RunFolder
 
-__all__ = ["page", "render_report", "write_report"]
+__all__ = ["page", "write_report"]
 
 _SECTION = re.compile(r'<section id="([\w-]+)"[^>]*><h2[^>]*>(.*?)</h2>')
 """Our own markup: text of a run is escaped and never matches."""

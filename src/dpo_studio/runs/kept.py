@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from dpo_studio.tokens.chat import ChatEncoder
     from dpo_studio.tokens.encode import EncodedPair
 
-__all__ = ["KeptData", "check_same_data", "date_of", "digest_data", "recipe_of", "run_date", "write_data"]
+__all__ = ["check_same_data", "date_of", "digest_data", "recipe_of", "run_date", "write_data"]
 
 _DIGITS = 16
 """Hex digits of a pair's digest: 8 bytes, for which a million pairs have a chance of 3e-8 to hold two alike."""

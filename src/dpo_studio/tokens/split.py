@@ -24,7 +24,7 @@ from typing import Final, Literal
 
 from dpo_studio.tokens.rendering import PairError
 
-__all__ = ["CASES", "Case", "Split", "common_prefix", "leaves_open", "own_texts", "split_chat"]
+__all__ = ["CASES", "Case", "Split", "common_prefix", "own_texts", "split_chat"]
 
 Case = Literal["1", "3a", "3b", "3c", "4"]
 

@@ -39,7 +39,7 @@ from dpo_studio.tokens.metering import (
     weight,
 )
 
-__all__ = ["LONGEST_CHAT", "LONGEST_TEMPLATE", "ChatTemplate", "TemplateLimit"]
+__all__ = ["LONGEST_CHAT", "ChatTemplate", "TemplateLimit"]
 
 LONGEST_CHAT = 4_000_000
 """Characters of a chat: a million tokens. What fits needs a hundredth of the limits below in an honest template."""

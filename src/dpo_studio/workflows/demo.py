@@ -24,7 +24,7 @@ from dpo_studio.workflows.talking import Sampling, answers
 from dpo_studio.workflows.training import run_training
 from dpo_studio.workflows.training.preparing import read_and_split
 
-__all__ = ["SHOWCASE", "demo_recipe", "run_demo"]
+__all__ = ["SHOWCASE", "run_demo"]
 
 SHOWCASE = "I have dropped my phone in water. Now it is not working what should I do now?"
 """The prompt of the tutorial this project grew from; its own tuned model rambled into questions nobody had asked."""

@@ -14,7 +14,7 @@ from dpo_studio.models.find import is_on_disk
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.tokens.chat import ChatEncoder
 
-__all__ = ["RecipeModels", "check_same_vocabulary", "find_models", "look_at_models", "reference_section"]
+__all__ = ["check_same_vocabulary", "find_models", "look_at_models", "reference_section"]
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ from dpo_studio.runs.kept import date_of
 from dpo_studio.runs.place import check_place
 from dpo_studio.writing import resolved
 
-__all__ = ["Member", "plan_sweep", "run_sweep"]
+__all__ = ["plan_sweep", "run_sweep"]
 
 _LARGEST_SUMMARY = 20_000_000
 

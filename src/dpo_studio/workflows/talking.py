@@ -17,7 +17,14 @@ from dpo_studio.sampling.completion import Completion
 from dpo_studio.sampling.generation import generate, stream
 from dpo_studio.workflows.loading import LoadedModel, load_any
 
-__all__ = ["Chat", "Sampling", "answers", "check_batched", "generate_answers", "read_prompts", "stream_answer"]
+__all__ = [
+    "Chat",
+    "Sampling",
+    "answers",
+    "check_batched",
+    "generate_answers",
+    "read_prompts",
+]
 
 _LARGEST_PROMPTS = 64 * 2**20
 """Bytes of a file of prompts: a hundred thousand of them, each of a page, take half."""

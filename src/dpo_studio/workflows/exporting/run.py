@@ -46,7 +46,7 @@ from dpo_studio.workflows.exporting.comparing import RunModel, ask_the_run, look
 from dpo_studio.workflows.exporting.quantizing import free_memory
 from dpo_studio.workflows.loading import adapter_of
 
-__all__ = ["Form", "Quantising", "export_run"]
+__all__ = ["Quantising", "export_run"]
 
 Form = Literal["adapter", "merged", "gptq"]
 

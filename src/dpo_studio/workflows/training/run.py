@@ -50,7 +50,7 @@ from dpo_studio.workflows.training.starting import (
     warn_of_length,
 )
 
-__all__ = ["TrainedRun", "check_recipe", "run_training", "train_recipe"]
+__all__ = ["check_recipe", "run_training", "train_recipe"]
 
 
 @dataclass(frozen=True)

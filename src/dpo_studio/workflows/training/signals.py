@@ -12,7 +12,7 @@ from dpo_studio.console.progress import Progress
 from dpo_studio.errors import Interrupted
 from dpo_studio.runs.folder import RunFolder
 
-__all__ = ["Asked", "interrupted", "stopping_signals"]
+__all__ = ["interrupted", "stopping_signals"]
 
 
 @dataclass

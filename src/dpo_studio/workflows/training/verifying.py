@@ -20,7 +20,7 @@ from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.workflows.training import run_training
 
-__all__ = ["Determinism", "verify_recipe"]
+__all__ = ["verify_recipe"]
 
 _CHANGES = ("reference.mode=live", "data.held_out.rows=8", "run.tracker=null")
 """The reference is computed in the step, where the two trainings can differ in it; of held-out pairs a few will do."""
