@@ -76,7 +76,10 @@ def main() -> None:
         signal.signal(signal.SIGHUP, _ended)
     try:
         _refuse_names_that_are_no_text(sys.argv[1:])
-        outcome = app(prog_name="dpo", standalone_mode=False)
+        command = typer.main.get_command(app)
+        if "--help" in sys.argv[2:]:  # of a verb
+            _fill_in(command)
+        outcome = command(prog_name="dpo", standalone_mode=False)
         if outcome == INTERRUPTED:  # typer hides a KeyboardInterrupt in what it returns
             raise KeyboardInterrupt
         sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
@@ -102,6 +105,21 @@ def main() -> None:
         if not hasattr(error, "format_message"):
             raise
         _wrong_usage(error)
+
+
+def _fill_in(command: Any) -> None:
+    """List the judges, formats and losses that there are now in every help text that names them in braces."""
+    from dpo_studio.evaluation.judges import judges_help
+    from dpo_studio.objectives import objectives_help
+    from dpo_studio.preferences.formats import formats_help
+
+    lists = {"{judges}": judges_help(), "{formats}": formats_help(), "{objectives}": objectives_help()}
+    for param in command.params:
+        for name, listed in lists.items():
+            if name in (getattr(param, "help", None) or ""):
+                param.help = param.help.replace(name, listed)
+    for verb in getattr(command, "commands", {}).values():
+        _fill_in(verb)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -55,7 +55,7 @@ RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo
 ModelOrRun = Annotated[str, typer.Argument(metavar="MODEL_OR_RUN")]
 Source = Annotated[str, typer.Argument(help="A file, a folder, bundled:everyday or a Hub dataset id.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
-Format = Annotated[str, typer.Option("--format", help="Name of the shape of a row; auto looks at the first rows.")]
+Format = Annotated[str, typer.Option("--format", help="The shape of a row, auto looks at the first rows: {formats}.")]
 Map = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it at run time
     typer.Option("--map", metavar="NAME=COLUMN", help="Which column holds prompt, first, second, label, ..."),
@@ -80,7 +80,10 @@ TooLong = Annotated[
 Tracker = Annotated[Optional[Literal["tensorboard", "wandb", "trackio"]], typer.Option(help="Log to it as well.")]  # noqa: UP045
 Form = Annotated[Literal["adapter", "merged", "gptq"], typer.Option("--to", help="What to write.")]
 Bits = Annotated[Literal[2, 3, 4, 8], typer.Option(help="Bits of a weight.")]
-Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="A.B=C", help="Override a recipe key; objective.kind is one of {objectives}."),
+]
 Anyway = Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
@@ -89,9 +92,8 @@ Seed = Annotated[int, typer.Option(help="The same seed gives the same answers.")
 GroupSize = Annotated[str, typer.Option(help="Inputs that share a scale; auto: the largest of 128, 64, 32 that fits.")]
 CalibrationRows = Annotated[int, typer.Option("--rows", min=1, help="Prompts with chosen answers to calibrate on.")]
 DescAct = Annotated[bool, typer.Option("--desc-act", help="Quantise the inputs that matter most first (act-order).")]
-JUDGE_HELP = (
-    "everyday, length, FILE.py:function (your own code), implicit:MODEL_OR_RUN, reward:MODEL, llm:MODEL@BASE_URL."
-)
+JUDGE_HELP = "{judges}."
+"""Names in braces are filled in when help is shown (`cli.app`): judges, formats and losses can be added."""
 JudgeSpec = Annotated[str, typer.Option("--judge", metavar="JUDGE", help=JUDGE_HELP)]
 Template = Annotated[
     Optional[Path],  # noqa: UP045
