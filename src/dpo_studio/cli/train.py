@@ -26,11 +26,11 @@ def train(
 
     given = {"run.tracker": tracker, "training.save_every": save_every}
     changes = [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]
-    load_recipe(recipe, changes)  # a slip in it is told of before torch is imported, which takes five seconds
+    loaded = load_recipe(recipe, changes)  # mistakes are reported before torch is imported, which takes five seconds
     from dpo_studio.workflows.training import check_recipe, train_recipe
 
     if dry_run:
-        check_recipe(recipe, changes, anyway=anyway)
+        check_recipe(loaded, anyway=anyway)
         return
     if verify:
         from dpo_studio.workflows.training.verifying import verify_recipe
@@ -40,7 +40,7 @@ def train(
         sys.exit(0 if found.deterministic else 3)
     from dpo_studio.console.text import percent
 
-    result = train_recipe(recipe, changes, anyway=anyway)
+    result = train_recipe(loaded, anyway=anyway)
     if "accuracy" in result:
         low, high = result["accuracy_ci95"]
         print(
