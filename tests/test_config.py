@@ -257,7 +257,7 @@ def test_a_misspelt_key_is_answered_with_the_nearest(key: str, value: Any, messa
     [
         ("training.epochs", "two", "number"),
         ("training.epochs", 0, "greater than 0"),
-        ("training.epochs", True, "no yes or no"),
+        ("training.epochs", True, "is not a boolean key"),
         ("training.epochs", float("nan"), "finite"),
         ("training.learning_rate", float("inf"), "finite"),
         ("training.pairs_per_step", 2.5, "integer"),
@@ -399,9 +399,9 @@ def test_what_looks_like_a_date_or_is_quoted_stays_text(text: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no recipe"),
-        (b"- a\n- b\n", "holds no recipe"),
-        (b"just a text", "holds no recipe"),
+        (b"", "is empty"),
+        (b"- a\n- b\n", "is empty"),
+        (b"just a text", "is empty"),
         (b"model: [", "not valid YAML"),
         (b"model: {path: a}\nmodel: {path: b}\n", "the key model is there twice"),
         (b"model: &m {path: a}\ndata: *m\n", "aliases"),

@@ -470,7 +470,7 @@ def test_a_disk_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / f"{number}.jsonl").write_bytes(GOOD)
     assert len(read_pairs(SourceSection(source=str(tmp_path))).pairs) == 9
     (tmp_path / "x").mkdir()
-    with pytest.raises(DataError, match="holds over 9 files and folders"):
+    with pytest.raises(DataError, match="contains over 9 files and folders"):
         read_pairs(SourceSection(source=str(tmp_path)))
 
 

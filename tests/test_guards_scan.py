@@ -232,7 +232,7 @@ def test_a_device_in_a_folder_is_refused(model: Path, target: str) -> None:
     (model / "tokenizer.json").symlink_to(target)
     error = refusal(lambda: load(model))
     assert error.message == f"{model}: tokenizer.json is no file"
-    assert error.hint == "a device or a pipe in a model folder is no accident"
+    assert error.hint == "a device or a pipe in a model folder is never legitimate"
 
 
 @pytest.mark.parametrize("name", ["secret.model", "merges.txt", "tokenizer.json", "README.md", "chat_template.jinja"])

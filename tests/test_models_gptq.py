@@ -328,7 +328,7 @@ def _at(place: tuple[int, ...], number: float) -> Callable[[Tensor], Tensor]:
         (_set("scales", _at((1, 0), float("inf"))), "scales", "not finite"),
         (_set("scales", lambda x: x[:1]), "scales", "has 1 groups for 64 inputs"),
         (_set("scales", lambda x: x[:, :-1]), "scales", "not float16 (groups, 32)"),
-        (_set("qweight", lambda x: x[:-1]), "qweight", "no known number of bits"),
+        (_set("qweight", lambda x: x[:-1]), "qweight", "unsupported number of bits"),
         (_set("qweight", lambda x: x[:4]), "qweight", "has 2 bits a weight, the config says 4"),
         (_set("qweight", lambda x: x[:, :-1]), "qweight", "is int32 (8, 31)"),
         (_set("qweight", lambda x: x.long()), "qweight", "is int64"),
@@ -377,7 +377,7 @@ def _short_norm(tensors: dict[str, Tensor]) -> None:
     [
         (_drop(f"{KEY}.qweight"), "tensors, the first is"),
         (_drop("model.norm.weight"), "1 missing tensors, the first is model.norm.weight"),
-        (_extra, "model.layers.9.mlp.down_proj, which is no linear layer"),
+        (_extra, "model.layers.9.mlp.down_proj, which is not a linear layer"),
         (_short_norm, "model.safetensors: tensor model.norm.weight is float16 (31,), the model's is (32,)"),
     ],
 )

@@ -54,7 +54,7 @@ def test_files_of_another_shape_are_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("a: [b\n")
     notes = read_run(tmp_path).notes
     assert notes == (
-        "recipe.yaml is not YAML and is shown as it stands",
+        "recipe.yaml is not YAML and is shown unchanged",
         "result.json is not a JSON object and was left out",
     )
 

@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
     run = small_disk / "run"
     folder = ("--set", f"run.folder={run}")
     assert dpo("train", recipe).code == 0
-    write = checkpoints._write
+    write = checkpoints._write_files
 
     def filling(scratch: Path, policy: Any, state: Any, *rest: Any) -> None:
         if state.step == 4:
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
             lines = iter((lambda: None, lambda: fill(small_disk)))
             patched.setattr(RunFolder, "sync_lines", lambda run: (sync(run), next(lines)()))
         else:
-            patched.setattr(checkpoints, "_write", filling)
+            patched.setattr(checkpoints, "_write_files", filling)
         said = dpo("train", recipe, *folder)
     refused(said, "the checkpoint of step 4", "free some space")
     assert ("needs" in said.err and "MB left" in said.err) == asked_before
@@ -267,7 +267,7 @@ def test_nothing_is_removed_that_the_run_did_not_write(recipe: Path, tmp_path: P
     refused(dpo("train", recipe), "is a link that leads out of the run")
     for name in ("step-0", "step-77", ".step-2.writing-1-0a"):
         (folder / name).unlink()
-    refused(dpo("train", recipe), "step-1 is damaged or incomplete and is passed over: note.txt was not", code=0)
+    refused(dpo("train", recipe), "step-1 is damaged or incomplete and is skipped: note.txt was not", code=0)
     assert (folder / "step-1/note.txt").read_text() == "mine"
     assert (elsewhere / "precious").read_text() == "mine"
     assert {path.name for path in folder.iterdir()} == {"step-1", "step-2", "step-4"}
@@ -328,7 +328,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
         assert found == folder / "step-4"
         return
     assert found == (None if damage is swap else folder / "step-3")
-    assert f"{folder}/step-4 is damaged or incomplete and is passed over: " in said[0]
+    assert f"{folder}/step-4 is damaged or incomplete and is skipped: " in said[0]
     if name != "manifest.json":
         assert Path(name).name in said[0]
 

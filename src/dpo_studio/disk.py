@@ -24,15 +24,15 @@ __all__ = [
     "UNFINISHED",
     "append_line",
     "check_space",
-    "drop_folder",
+    "delete_folder",
     "finish",
     "give_name",
     "make_folder",
     "put_folder",
+    "remove_leftovers",
+    "remove_leftovers_of",
     "scratch_file",
     "scratch_folder",
-    "sweep",
-    "sweep_after",
     "sync",
     "sync_folder",
     "unwritable",
@@ -139,7 +139,7 @@ def put_folder(made: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
-def drop_folder(folder: Path) -> None:
+def delete_folder(folder: Path) -> None:
     """Remove a folder of our own; first its name, so that no half of it is ever taken for one."""
     doomed = _scratch_name(folder)
     folder.rename(doomed)
@@ -156,7 +156,7 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
+def remove_leftovers(folder: Path) -> None:
     """Remove what killed processes left unfinished in a folder that is this process's alone; no link is followed."""
     for unfinished in folder.glob(f".*{UNFINISHED}[0-9]*"):
         if unfinished.is_dir() and not unfinished.is_symlink():
@@ -165,7 +165,7 @@ def sweep(folder: Path) -> None:
             unfinished.unlink()
 
 
-def sweep_after(folder: Path) -> None:
+def remove_leftovers_of(folder: Path) -> None:
     """Remove what attempts at the same folder left whose process is gone; it may be as large as a model."""
     for scratch in folder.parent.glob(f".{glob.escape(_short(folder.name))}{UNFINISHED}*"):
         number = scratch.name.rpartition(UNFINISHED)[2].partition("-")[0]

@@ -357,7 +357,7 @@ def _finite_number(digits: str) -> float:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def is_deeper(value: Any, depth: int) -> bool:

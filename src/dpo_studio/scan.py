@@ -113,7 +113,10 @@ def _check_file(file: Path, inside: tuple[Path, ...], name: str) -> None:
         raise ModelError(f"{name}: {file.name} cannot be read: {error.strerror}") from None
     kind = status.st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-        raise ModelError(f"{name}: {file.name} is no file", hint="a device or a pipe in a model folder is no accident")
+        raise ModelError(
+            f"{name}: {file.name} is not a regular file",
+            hint="a device or a pipe in a model folder is never legitimate",
+        )
     limit = (
         _LARGEST_TEMPLATE if file.suffix == ".jinja" else _LARGEST_TOKENIZER if _TOKENIZER.match(file.name) else None
     )

@@ -39,7 +39,7 @@ class _Told:
         elif item["type"] == "missing":
             self.problems.append(f"{key} is required")
         else:
-            given = f" (given: {_shown(item['input'])})" if not isinstance(item["input"], dict | BaseModel) else ""
+            given = f" (given: {_value_text(item['input'])})" if not isinstance(item["input"], dict | BaseModel) else ""
             self.refused.setdefault(key, ([], given))[0].append(_what_is_wrong(item["type"], item["msg"]))
 
     def _unknown_key(self, key: str, keys: list[str]) -> None:
@@ -96,7 +96,7 @@ def _what_is_wrong(kind: str, message: str) -> str:
     return message[:1].lower() + message[1:]
 
 
-def _shown(value: object) -> str:
+def _value_text(value: object) -> str:
     return cut(repr(value))
 
 

@@ -49,7 +49,7 @@ class Section(BaseModel):
     def _plain_value(cls, value: object) -> object:
         """No key of the recipe is a yes or no, which pydantic would take for 1 or 0, or a number beyond all use."""
         if isinstance(value, bool):
-            raise ValueError("is no yes or no (a text that YAML reads as one stands in quotes)")
+            raise ValueError("is not a boolean key (quote the value if it is text)")
         if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
             raise ValueError(f"is a number beyond {_LARGEST_WHOLE:,}")
         return value
@@ -278,7 +278,7 @@ class Recipe(Section):
         named = [name for name in ("model", "adapter", "update_every") if getattr(self.reference, name) is not None]
         if named and not self.objective.needs_reference:
             keys = ", ".join(f"reference.{name}" for name in named)
-            raise ValueError(f"objective.kind {self.objective.kind} holds the policy to no reference; remove {keys}")
+            raise ValueError(f"objective.kind {self.objective.kind} uses no reference; remove {keys}")
         return self
 
     def to_plain(self) -> dict[str, object]:

@@ -128,7 +128,7 @@ class TextChecks:
         shown = [first[reason] for reason, _ in counts.most_common(EXAMPLES)]
         return Finding(
             "refused-rows",
-            "rows that are no pair",
+            "rows that are not a pair",
             count,
             self.rows,
             "stop" if count == self.rows else level,

@@ -91,14 +91,14 @@ class RowCheck:
 def _markup(pair: Pair) -> str | None:
     for text in _texts(pair):
         if any(sign in text for sign in _COULD_BE_MARKUP) and (found := _MARKUP.search(text)):
-            return _shown(text, *found.span())
+            return _excerpt(text, *found.span())
     return None
 
 
 def _unseen(pair: Pair) -> str | None:
     for text in _texts(pair):
         if found := _UNSEEN.search(text):
-            return f"U+{ord(found[0]):04X} in: {_shown(text, *found.span())}"
+            return f"U+{ord(found[0]):04X} in: {_excerpt(text, *found.span())}"
     return None
 
 
@@ -113,7 +113,7 @@ def _refuses(turns: tuple[Message, ...]) -> str | None:
     plain = text.lower().replace("’", "'")
     for phrase in _REFUSALS:
         if (at := plain.find(phrase)) >= 0:
-            return _shown(text, at, at + len(phrase))
+            return _excerpt(text, at, at + len(phrase))
     return None
 
 
@@ -155,7 +155,7 @@ def _texts(pair: Pair) -> Iterator[str]:
             yield turn.content
 
 
-def _shown(text: str, start: int, end: int) -> str:
+def _excerpt(text: str, start: int, end: int) -> str:
     """What stands around a place."""
     before, after = text[max(0, start - _AROUND) : start], text[end : end + _AROUND]
     cut = "… " if start > _AROUND else "", " …" if end + _AROUND < len(text) else ""

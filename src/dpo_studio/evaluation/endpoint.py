@@ -103,7 +103,7 @@ class Endpoint:
         self.asking, self._say = asking, say
         self._key = self._find_key()
         self._secret = Secret(self._key)
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self.retries = 0
         """Attempts that were not the first of their request."""
 
@@ -111,9 +111,11 @@ class Endpoint:
         variable = self.asking.key_variable or DEFAULT_KEY_VARIABLE
         key = os.environ.get(variable, "").strip()
         if not key and self.asking.key_variable is not None:
-            raise UsageError(f"the environment variable {variable} holds no key", hint="export it, or name another")
+            raise UsageError(f"the environment variable {variable} is empty", hint="export it, or name another")
         if not all("!" <= character <= "~" for character in key):
-            raise UsageError(f"the key in {variable} holds a character that no key has", hint="was it copied whole?")
+            raise UsageError(
+                f"the key in {variable} has a character that is not allowed in a key", hint="was it copied whole?"
+            )
         url = urlsplit(self.base_url)
         if key and self.asking.key_variable is None and url.scheme == "http" and url.hostname not in _LOCAL:
             self._say(
@@ -171,7 +173,7 @@ class Endpoint:
                     f"{self.base_url} gave no answer in {attempt} attempts: {why}{more}",
                     hint="replies so far are kept: the same command asks only for the others",
                 )
-            self._tell(why, wait)
+            self._warn_of_retry(why, wait)
             self.retries += 1
             patience -= wait
             await asyncio.sleep(wait)
@@ -182,10 +184,10 @@ class Endpoint:
         seconds = asked_for if asked_for is not None else self.asking.first_wait_s * 2 ** (attempt - 1)
         return seconds * random.uniform(1.0, 1.25)
 
-    def _tell(self, why: str, wait: float) -> None:
+    def _warn_of_retry(self, why: str, wait: float) -> None:
         """Each reason once; the rest is counted. A server that has a new reason every time is told of no more."""
-        if why not in self._told and len(self._told) < _REASONS:
-            self._told.add(why)
+        if why not in self._reported and len(self._reported) < _REASONS:
+            self._reported.add(why)
             self._say(f"{why}: trying again in {wait:.0f} s")
 
     async def _attempt(self, client: AsyncOpenAI, request: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
@@ -258,10 +260,10 @@ def _checked_url(base_url: str) -> str:
     except ValueError:
         fine = False
     if not fine:
-        raise UsageError(f"{base_url!r} is no address of a server", hint="such as http://localhost:8000/v1")
+        raise UsageError(f"{base_url!r} is not the address of a server", hint="such as http://localhost:8000/v1")
     if url.username or url.password or url.query or url.fragment:  # it is written into files and reports
         raise UsageError(
-            "the judge's address holds more than a server and a path",
+            "the judge's address has more than a server and a path",
             hint="a key belongs in an environment variable, never in an address",
         )
     return base_url.rstrip("/")

@@ -84,7 +84,7 @@ class ImplicitReward:
         a, b = comparison.a, comparison.b
         if a.ids and b.ids and a.vocabulary == b.vocabulary == self.encoder.vocabulary_digest:
             prompt = np.array(self.encoder.prompt_ids(comparison.prompt), np.int32)
-            return EncodedPair(pair.row, prompt, _drawn(a), _drawn(b))
+            return EncodedPair(pair.row, prompt, _sampled(a), _sampled(b))
         return replace(pair, chosen=_as_ended(pair.chosen, a.ended), rejected=_as_ended(pair.rejected, b.ended))
 
     def _logps(self, pairs: Sequence[EncodedPair], progress: Progress | None) -> PairLogps:
@@ -95,7 +95,7 @@ def _turn(answer: Completion) -> tuple[Message, ...]:
     return (Message("assistant", answer.text),)
 
 
-def _drawn(answer: Completion) -> EncodedAnswer:
+def _sampled(answer: Completion) -> EncodedAnswer:
     return EncodedAnswer(np.array(answer.ids, np.int32), np.ones(len(answer.ids), bool))
 
 

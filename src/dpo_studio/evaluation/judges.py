@@ -141,7 +141,7 @@ def in_both_orders(a_first: Opinion, b_first: Opinion, reason: str) -> Verdict:
     if failed is not None:
         return not_judged(_NO_VERDICT[failed], (a_first, b_first))
     if a_first != b_first:
-        said = f"{_shown(a_first)} when A came first, {_shown(b_first)} when B did"
+        said = f"{_opinion_text(a_first)} when A came first, {_opinion_text(b_first)} when B did"
         return Verdict("tie", f"The judge disagrees with itself: {said}.", (a_first, b_first))
     return Verdict(cast("Winner", a_first), reason, (a_first, b_first))
 
@@ -170,7 +170,7 @@ def check_some_finite(numbers: Sequence[float], judge: str) -> None:
         )
 
 
-def _shown(opinion: Opinion) -> str:
+def _opinion_text(opinion: Opinion) -> str:
     return "a tie" if opinion == "tie" else opinion.upper()
 
 
@@ -232,7 +232,7 @@ def add_judge(name: str, make: Callable[[str], Judge], *, usage: str | None = No
         UsageError: the name is taken or none, or `usage` is of another judge.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r:.80} is no name of a judge", hint="small letters, digits, - and _")
+        raise UsageError(f"{name!r:.80} is not a judge's name", hint="small letters, digits, - and _")
     if name in _OWN or name in _added:
         raise UsageError(f"the judge {name!r} is there already", hint=f"taken are {judges_help()}")
     if usage is not None and usage.partition(":")[0] != name:
@@ -293,7 +293,7 @@ def user_rule(spec: str) -> RuleJudge:
         with redirect_stdout(sys.stderr):
             found.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise JudgeError(f"{path} cannot be run: {_where(error, path)}") from None
+        raise JudgeError(f"{path} cannot be run: {_error_location(error, path)}") from None
     function = getattr(module, name, None)
     if not callable(function):
         there = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
@@ -307,24 +307,24 @@ def _call(function: Callable[..., Any], comparison: Comparison, path: Path, name
         with redirect_stdout(sys.stderr):  # what it prints is not among the data of the command
             said = function(as_text(comparison.prompt), comparison.a, comparison.b)
     except (Exception, SystemExit) as error:
-        raise JudgeError(f"{path}, {name}: {_where(error, path)}", hint=_about(comparison)) from None
+        raise JudgeError(f"{path}, {name}: {_error_location(error, path)}", hint=_pair_hint(comparison)) from None
     winner, reason = said if isinstance(said, tuple) and len(said) == 2 else (said, f"{name} says so.")
     if isinstance(said, Verdict):
         winner, reason = said.winner, said.reason
     if not isinstance(winner, str) or winner not in _WINNERS or not isinstance(reason, str):
         raise JudgeError(
             f'{path}, {name} returned {said!r:.80}: expected "a", "b" or "tie", or a pair of that and a reason',
-            hint=_about(comparison),
+            hint=_pair_hint(comparison),
         )
     return Verdict(cast("Winner", winner), reason)
 
 
-def _where(error: BaseException, path: Path) -> str:
+def _error_location(error: BaseException, path: Path) -> str:
     """The error and the line of the user's file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     at = f"line {lines[-1]}: " if lines else ""
     return f"{at}{type(error).__name__}: {reason_of(error)}"
 
 
-def _about(comparison: Comparison) -> str:
+def _pair_hint(comparison: Comparison) -> str:
     return f"the prompt was {comparison.prompt[-1].content[:80]!r}"

@@ -101,7 +101,7 @@ class LLMJudge:
         wording = "DPO Studio's own template" if self.template == TEMPLATE else f"a template of the user's ({digest})"
         return (
             f"The chat model {self.model}, asked with {wording} which of two answers is better, in both orders; where "
-            "the orders disagree, or a reply holds no verdict, it is a tie."
+            "the orders disagree, or a reply has no verdict, it is a tie."
         )
 
     def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:

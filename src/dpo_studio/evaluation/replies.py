@@ -64,7 +64,7 @@ def _redirect(request: httpx2.Request, response: httpx2.Response) -> ReplyRefuse
     asked, status = request.url.netloc.decode("ascii", "replace"), response.status_code
     target = response.headers.get("location")
     if target is None:
-        return ReplyRefusedError(f"{asked} answers with status {status}, which is no reply")
+        return ReplyRefusedError(f"{asked} answers with status {status}, which is not a reply")
     return ReplyRefusedError(
         f"{asked} sends its requests on to {_host(target) or asked} (status {status}): redirects are not followed, for "
         "prompts and key would go there",

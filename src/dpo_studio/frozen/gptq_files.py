@@ -73,7 +73,7 @@ def read_quantization(folder: Path) -> Quantization | None:
         form = "marlin"
     if form not in _FORMATS:
         raise ModelError(
-            f"{folder}: its GPTQ weights were packed anew for one kernel ({form})",
+            f"{folder}: its GPTQ weights were repacked for one kernel ({form})",
             hint="use the same model in the plain format: checkpoint_format gptq or gptq_v2",
         )
     try:
@@ -236,7 +236,7 @@ class LayerReader:
             raise self._wrong(prefix, "qweight", f"is {_look(words)}, not int32 ({inputs} x bits / 32, {outputs})")
         bits, rest = divmod(words.shape[0] * 32, inputs)
         if rest or inputs % _WORD_INPUTS or bits not in BITS:
-            raise self._wrong(prefix, "qweight", f"is {_look(words)}: that is no known number of bits a weight")
+            raise self._wrong(prefix, "qweight", f"is {_look(words)}: that is an unsupported number of bits a weight")
         if bits != self.quantization.bits and not self.quantization.mixed:
             raise self._wrong(prefix, "qweight", f"has {bits} bits a weight, the config says {self.quantization.bits}")
         return bits

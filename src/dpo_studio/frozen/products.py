@@ -7,7 +7,7 @@ forward products take block-scaled e4m3 on both sides; the backward pass does no
 and GPTQ's scales change with each of them.
 
 The operator is opaque to torch.compile, which would otherwise turn each accumulation into a copy and an addition.
-So a reference can be the policy's own compiled code with the adapter left out inside it (`base_alone`).
+So a reference can be the policy's own compiled code with the adapter left out inside it (`adapter_disabled`).
 
 Shapes: T = tokens, K = inputs, N = outputs (a layer's own), R = ranks of the layers that read one input, in a row.
 """
@@ -25,24 +25,24 @@ from torch import Tensor
 from dpo_studio.frozen.fp8 import fp8_rows
 from dpo_studio.frozen.weights import Frozen, InFP8, flatten, unflatten
 
-__all__ = ["base_alone", "products"]
+__all__ = ["adapter_disabled", "products"]
 
-_base_alone = False
+_adapter_disabled = False
 
 
 @contextmanager
-def base_alone() -> Iterator[None]:
+def adapter_disabled() -> Iterator[None]:
     """Inside, `products` leaves the adapter out, as one of rank 0: W x, to the bit what a B of zeros gives.
 
     Read when the operator runs, so compiled code stays what it is. Plain products would be 1.6 % of a step cheaper, and
     in bf16 some nats a pair off.
     """
-    global _base_alone
-    before, _base_alone = _base_alone, True
+    global _adapter_disabled
+    before, _adapter_disabled = _adapter_disabled, True
     try:
         yield
     finally:
-        _base_alone = before
+        _adapter_disabled = before
 
 
 def products(x: Tensor, weights: Sequence[Frozen], down_RK: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:
@@ -57,7 +57,7 @@ def _lora(
 ) -> list[Tensor]:
     """[y of each layer (T, N)], and x A^T (T, R) for the backward pass; NaN, if the adapter was left out."""
     rank = len(down_RK)
-    if _base_alone:
+    if _adapter_disabled:
         down_RK, ups_Nr = down_RK[:0], [up_Nr[:, :0] for up_Nr in ups_Nr]
     low_TR = x_TK @ down_RK.t()
     outputs = []
@@ -70,7 +70,7 @@ def _lora(
             outputs.append(y_TN.addmm_(low_Tr, up_Nr.t()) if up_Nr.shape[1] else y_TN)
         else:
             outputs.append((low_Tr @ up_Nr.t()).addmm_(x_TK, weight.formed(x_TK.dtype).t()))
-    return [*outputs, x_TK.new_full((len(x_TK), rank), math.nan) if _base_alone else low_TR]
+    return [*outputs, x_TK.new_full((len(x_TK), rank), math.nan) if _adapter_disabled else low_TR]
 
 
 @_lora.register_fake

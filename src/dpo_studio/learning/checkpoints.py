@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_studio.config import ReferenceSection
-from dpo_studio.disk import check_space, drop_folder, put_folder, scratch_folder, sweep, sync, sync_folder
+from dpo_studio.disk import check_space, delete_folder, put_folder, remove_leftovers, scratch_folder, sync, sync_folder
 from dpo_studio.errors import RunError, reason_of
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.policy.policy import Policy
@@ -59,12 +59,14 @@ def save_checkpoint(
     final = folder / f"step-{state.step}"
     if final.is_dir() and not final.is_symlink() and _damage(final) is None:
         return final
-    sweep(folder)
+    remove_leftovers(folder)
     check_space(folder, checkpoint_bytes(policy, state.reference), f"the checkpoint of step {state.step}")
     with scratch_folder(final) as scratch:
-        _write(scratch, policy, state, base, held_out_loss)
-        if not _drop(final):
-            raise RunError(f"{final} holds files that are no checkpoint's", hint="move them to another place")
+        _write_files(scratch, policy, state, base, held_out_loss)
+        if not _remove(final):
+            raise RunError(
+                f"{final} contains files that do not belong to a checkpoint", hint="move them to another place"
+            )
         put_folder(scratch, final)
     sync(folder.parent)  # which may not know of `folder` yet
     so_far = [path for step, path in _by_step(folder) if step <= state.step]
@@ -72,7 +74,7 @@ def save_checkpoint(
     losses = [(loss, path) for path in so_far if (loss := _held_out_loss(path)) is not None]
     best = min(losses)[1] if losses else None
     for old in [*(path for path in so_far[:-KEPT] if path != best), *later]:
-        _drop(old)
+        _remove(old)
     return final
 
 
@@ -84,7 +86,7 @@ def checkpoint_bytes(policy: Policy, reference: ReferenceSection) -> int:
     return 3 * trained + sum(x.numel() * x.element_size() for x in moved.values()) + small_files
 
 
-def _write(scratch: Path, policy: Policy, state: TrainingState, base: str, held_out_loss: float | None) -> None:
+def _write_files(scratch: Path, policy: Policy, state: TrainingState, base: str, held_out_loss: float | None) -> None:
     entries: dict[str, Future[dict[str, int | str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:  # while the next file is written and synced: a third faster
 
@@ -114,7 +116,7 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
     for _, path in reversed(_by_step(folder)):
         if (damage := _damage(path)) is None:
             return path
-        warn(f"{path} is damaged or incomplete and is passed over: {damage}")
+        warn(f"{path} is damaged or incomplete and is skipped: {damage}")
     return None
 
 
@@ -210,7 +212,7 @@ def _inside(folder: Path) -> Iterator[str]:
     yield from sorted(name for name in files if name != _MANIFEST)
 
 
-def _drop(checkpoint: Path) -> bool:
+def _remove(checkpoint: Path) -> bool:
     """Remove a checkpoint. A folder that holds anything else is left alone, and the answer is False."""
     if checkpoint.is_symlink():
         return False
@@ -218,7 +220,7 @@ def _drop(checkpoint: Path) -> bool:
         return True
     if not checkpoint.is_dir() or not _FILES.issuperset(_inside(checkpoint)):
         return False
-    drop_folder(checkpoint)
+    delete_folder(checkpoint)
     return True
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
-from dpo_studio.models.layers import as_trained, causal_lm
+from dpo_studio.models.layers import as_compiled_for_training, causal_lm
 from dpo_studio.models.refusals import long_rope_limit
 from dpo_studio.objectives import PairLogps
-from dpo_studio.tokens.pack import MicroBatch, on_each_side
+from dpo_studio.tokens.pack import MicroBatch, split_at_position
 
 __all__ = ["pair_logps", "token_logps"]
 
@@ -58,8 +58,8 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     config = base.config.get_text_config()
     head, law = head_of(base), head_law(base.config)
     limit = long_rope_limit(config)
-    rows = [] if limit is None else on_each_side(batch, limit)
-    with as_trained(model):
+    rows = [] if limit is None else split_at_position(batch, limit)
+    with as_compiled_for_training(model):
         hidden = [
             body_of(base)(**row_inputs(config, row), use_cache=False)
             .last_hidden_state[0]

@@ -128,7 +128,8 @@ def unless_out_of_memory(model: nn.Module, compute: Callable[[], _T]) -> _T | No
 
 def tokens_without_gradient(tokens: int, model: nn.Module) -> int:
     """Tokens at once in passes without a backward pass: a GPU has room for its full measure of them where nothing is
-    kept. Compiled layers keep as much as in training, for they run the same code (`models.layers.as_trained`)."""
+    kept. Compiled layers keep as much as in training, for they run the same code
+    (`models.layers.as_compiled_for_training`)."""
     on_gpu = next(model.parameters()).device.type == "cuda"
     return max(tokens, _GPU_TOKENS[0]) if on_gpu and not is_compiled(model) else tokens
 

@@ -1,7 +1,7 @@
 """What is seen before a run's first number counts: its log-probs are those of the plain model, adapter off and on.
 
 ln 2 at step 0 cannot catch a wrong mask: policy and reference err alike. So the pairs in which an error would show
-(`telling_pairs`) are computed the way the run computes and the textbook's way (`plain`), twice: as the reference and as
+(`probe_pairs`) are computed the way the run computes and the textbook's way (`plain`), twice: as the reference and as
 the policy, with noise in every B so that an adapter which is not switched off, or not on everywhere, shows too.
 
 Shapes: N = scored tokens of a pair, both answers', the chosen one's first.
@@ -25,7 +25,7 @@ from dpo_studio.learning.adapter_noise import noisy_adapters
 from dpo_studio.learning.logprobs import token_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, too_long_for_memory, unless_out_of_memory
 from dpo_studio.learning.plain import computes_in_fp32, in_fp32, plain_model, plain_token_logps
-from dpo_studio.learning.telling_pairs import TellingPair, limits_of, telling_pairs
+from dpo_studio.learning.probe_pairs import ProbePair, limits_of, probe_pairs
 from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval
 from dpo_studio.models.layers import causal_lm
 from dpo_studio.preferences.pair import Pair
@@ -74,7 +74,7 @@ def check_packing(
         _check_loaded(model, name, folder)
     if encoder is not None:
         check_scored(pairs, texts, encoder)
-    sample = telling_pairs(pairs, limits_of(model))
+    sample = probe_pairs(pairs, limits_of(model))
     while True:
         difference = unless_out_of_memory(model, partial(_compare, model, pairs, sample, token_budget))
         if difference is not None:
@@ -86,7 +86,7 @@ def check_packing(
         sample.remove(longest)
 
 
-def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[TellingPair], token_budget: int) -> float:
+def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[ProbePair], token_budget: int) -> float:
     chosen = [pairs[one.place] for one in sample]
     off = []
     with torch.no_grad(), in_eval(model), noisy_adapters(model):
@@ -116,7 +116,7 @@ def _check_switch(model: nn.Module, pair: EncodedPair, token_budget: int) -> Non
         raise ModelError(
             f"log-probs of the reference change by {with_noise:.3g} nats a token with what is in the policy's adapter "
             f"(row {pair.row}, the adapter off): a layer that is adapted is not switched off",
-            hint="please report the model; adapter.targets without that layer is the way on",
+            hint="please report the model; train without that layer (adapter.targets)",
         )
 
 
@@ -158,7 +158,7 @@ def _plain(model: nn.Module, adapter: str | None, pairs: Sequence[EncodedPair], 
 
 def _judge(
     name: str,
-    sample: Sequence[TellingPair],
+    sample: Sequence[ProbePair],
     pairs: Sequence[EncodedPair],
     ours: Sequence[Tensor],
     exact: Sequence[Tensor],

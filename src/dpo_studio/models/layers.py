@@ -19,7 +19,7 @@ from dpo_studio.models.families import is_gated
 __all__ = [
     "RUNGS",
     "Recompute",
-    "as_trained",
+    "as_compiled_for_training",
     "causal_lm",
     "compiled_layers",
     "is_compiled",
@@ -65,7 +65,7 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @contextmanager
-def as_trained(model: nn.Module) -> Iterator[None]:
+def as_compiled_for_training(model: nn.Module) -> Iterator[None]:
     """Inside, compiled layers run the code they are trained with, a gradient being wanted or not.
 
     A pass that keeps nothing for a backward pass is compiled apart, and rounds elsewhere: a policy that had not moved

@@ -81,12 +81,14 @@ def check_objective(formula: object) -> None:
         UsageError: it is no concrete `Formula`, no frozen dataclass, or lacks a kind or a default.
     """
     if not (isinstance(formula, type) and issubclass(formula, Formula)):
-        raise UsageError(f"{formula!r:.80} is no objective", hint="an objective is a subclass of objectives.Formula")
+        raise UsageError(
+            f"{formula!r:.80} is not an objective", hint="an objective is a subclass of objectives.Formula"
+        )
     name = _named(formula)
     if inspect.isabstract(formula):
         raise UsageError(f"{name} does not define {', '.join(sorted(formula.__abstractmethods__))}")
     if "__dataclass_fields__" not in vars(formula):
-        raise UsageError(f"{name} is no dataclass", hint="write @dataclass(frozen=True) over it")
+        raise UsageError(f"{name} is not a dataclass", hint="write @dataclass(frozen=True) over it")
     if "kind" not in (field.name for field in fields(formula)) or not hasattr(formula, "kind"):
         raise UsageError(f"{name} has no kind", hint='its name in a recipe: kind: Literal["my_loss"] = "my_loss"')
     try:
@@ -97,9 +99,9 @@ def check_objective(formula: object) -> None:
         hint = "it is a frozen dataclass whose fields are typed, at the top of a module, and have defaults"
         raise UsageError(f"{name} cannot be a recipe's section: {error}", hint=hint) from None
     if not (isinstance(made.kind, str) and re.fullmatch(r"[a-z][a-z0-9_]*", made.kind)):
-        raise UsageError(f"{name}: kind {made.kind!r} is no name", hint="small letters, digits and _")
+        raise UsageError(f"{name}: kind {made.kind!r} is not a name", hint="small letters, digits and _")
     if isinstance(made.beta, bool) or not isinstance(made.beta, int | float):
-        raise UsageError(f"{name}: beta is no number", hint="beta: Positive = 0.1")
+        raise UsageError(f"{name}: beta is not a number", hint="beta: Positive = 0.1")
 
 
 def _named(formula: type[Formula]) -> str:

@@ -37,11 +37,11 @@ def move_reference(policy: PeftModel, share: float) -> float:
     most = RANKS_KEPT * max(config.r for config in policy.peft_config.values())
     worst = 0.0
     for layer in _layers(policy).values():
-        A_RI, B_OR = _mixed(layer, share)
+        A_RI, B_OR = _interpolated(layer, share)
         if len(A_RI) > most:
             A_RI, B_OR, cut = _truncated(A_RI, B_OR, most)
             worst = max(worst, cut)
-        _hold(layer, A_RI, B_OR)
+        _set_reference(layer, A_RI, B_OR)
     _make_known(policy)
     return worst
 
@@ -58,7 +58,7 @@ def put_reference(policy: PeftModel, tensors: dict[str, Tensor]) -> None:
         A_RI, B_OR = (tensors.get(f"{name}.{factor}.{REFERENCE}.weight") for factor in ("lora_A", "lora_B"))
         if A_RI is not None and B_OR is not None:
             device = next(iter(layer.lora_A.values())).weight.device
-            _hold(layer, A_RI.to(device), B_OR.to(device))
+            _set_reference(layer, A_RI.to(device), B_OR.to(device))
     _make_known(policy)
 
 
@@ -66,7 +66,7 @@ def _layers(policy: PeftModel) -> dict[str, lora.LoraLayer]:
     return {name: module for name, module in policy.named_modules() if isinstance(module, lora.LoraLayer)}
 
 
-def _mixed(layer: lora.LoraLayer, share: float) -> tuple[Tensor, Tensor]:
+def _interpolated(layer: lora.LoraLayer, share: float) -> tuple[Tensor, Tensor]:
     """The stacks whose product is the mixture. B's columns carry the weights, so that one scale suits them all."""
     there = [name for name in (POLICY, REFERENCE) if name in layer.lora_A]
     if share == 1:
@@ -93,7 +93,7 @@ def _truncated(A_RI: Tensor, B_OR: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     return A.to(A_RI.dtype), B.to(B_OR.dtype), cut.item()
 
 
-def _hold(layer: lora.LoraLayer, A_RI: Tensor, B_OR: Tensor) -> None:
+def _set_reference(layer: lora.LoraLayer, A_RI: Tensor, B_OR: Tensor) -> None:
     """Give a layer its reference adapter, of any rank, in place of the one it has."""
     layer.scaling[REFERENCE] = _scale(layer)
     layer.r[REFERENCE] = len(A_RI)

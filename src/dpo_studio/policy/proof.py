@@ -56,7 +56,7 @@ def _check_file(folder: Path, meant: dict[str, Tensor]) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         names = set(file.keys())
         for name in sorted(names ^ meant.keys()):
-            raise _broken(f"its file {'lacks' if name in meant else 'also holds'} the tensor {name}")
+            raise _broken(f"its file {'lacks' if name in meant else 'also has'} the tensor {name}")
         for name in sorted(names):
             if not _same(file.get_tensor(name), meant[name]):
                 raise _broken(f"in its file the tensor {name} is another than the one that was trained")

@@ -114,7 +114,7 @@ def _lines(stream: BinaryIO, path: Path | str) -> Iterator[bytes | None]:
             if length > _MAX_LINE:
                 raise DataError(
                     f"{shown_path(path)} has a line of over {_MAX_LINE // MIB:,} MiB",
-                    hint="each line holds one JSON object",
+                    hint="each line must be one JSON object",
                 )
         yield None
 
@@ -125,7 +125,7 @@ def _parse_line(line: bytes, stream: BinaryIO, path: Path | str, number: int) ->
     except UnicodeDecodeError:
         raise DataError(f"{shown_path(path)}, line {number}: not UTF-8 text", hint=as_utf8(stream)) from None
     except (ValueError, RecursionError) as error:
-        hint = "each line holds one JSON object" + (
+        hint = "each line must be one JSON object" + (
             "; a file that is one JSON array is named .json" if line.lstrip()[:1] == b"[" else ""
         )
         raise DataError(f"{shown_path(path)}, line {number}: not JSON ({_why(error)})", hint=hint) from None

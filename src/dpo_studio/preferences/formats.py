@@ -313,7 +313,7 @@ def add_format(name: str, columns: Iterable[str], parse: Parser) -> None:
         UsageError: the name is taken or none, or no column is named.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r:.80} is no name of a format", hint="small letters, digits, - and _")
+        raise UsageError(f"{name!r:.80} is not a format's name", hint="small letters, digits, - and _")
     if name in FORMATS or name in _OTHER_NAMES:
         raise UsageError(f"the format {name!r} is there already", hint=f"taken are {formats_help()}")
     named = [columns] if isinstance(columns, str) else list(columns)

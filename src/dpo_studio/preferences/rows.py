@@ -169,7 +169,7 @@ def _folder_files(folder: Path, wanted: str | None) -> list[Path]:
         if file.name.split(".")[0] == wanted:
             named.append(file)
     if not by_split:
-        raise DataError(f"{folder} holds no data files", hint=f"looked for {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder} contains no data files", hint=f"looked for {', '.join(SUFFIXES)}")
     if named and wanted not in by_split:
         return named
     return by_split[_choose_split(str(folder), sorted(by_split), wanted)]
@@ -180,7 +180,7 @@ def _data_files(folder: Path) -> Iterator[Path]:
     for count, file in enumerate(folder.rglob("*")):
         if count >= _MAX_ENTRIES:
             raise DataError(
-                f"{shown_path(folder)} holds over {_MAX_ENTRIES:,} files and folders",
+                f"{shown_path(folder)} contains over {_MAX_ENTRIES:,} files and folders",
                 hint="name the folder of the data",
             )
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -267,17 +267,17 @@ def _hub_error(name: str, error: Exception) -> DataError:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     if isinstance(error, ConnectionError) and offline:
         return DataError(
-            f"{name} is no file or folder here, nor a dataset in the cache, and HF_HUB_OFFLINE keeps the Hub away",
+            f"{name} is not a file or folder here, nor a dataset in the cache, and HF_HUB_OFFLINE keeps the Hub away",
             hint="unset HF_HUB_OFFLINE to download it once, or name a file or folder",
         )
     if isinstance(error, ConnectionError):
         return DataError(
-            f"{name} is no file or folder here, and the Hub cannot be reached",
+            f"{name} is not a file or folder here, and the Hub cannot be reached",
             hint="with a copy in the cache set HF_HUB_OFFLINE=1; without one name a file or folder",
         )
     if type(error).__name__ == "DatasetNotFoundError":
         return DataError(
-            f"{name} is no file or folder here, and no dataset on the Hub that you may read",
+            f"{name} is not a file or folder here, and not a dataset on the Hub that you may read",
             hint="check the spelling; for a private or gated one log in with `hf auth login`",
         )
     return DataError(f"{name} cannot be loaded: {_first_line(error)}", hint="the form is name[/config][:split]")

@@ -109,7 +109,7 @@ def open_pairs(section: SourceSection, *, seed: int = 0) -> PairStream:
     rows = read_rows(section, seed=seed)
     first = list(itertools.islice(rows, _LOOK_AT))
     if not first:
-        raise DataError(f"{section.source} holds no rows", hint="it needs at least one preference pair")
+        raise DataError(f"{section.source} has no rows", hint="it needs at least one preference pair")
     name, parse = _format(section, [row for _, row in first])
     results = _results(itertools.chain(first, rows), parse, _used(section))
     return PairStream(section.source, name, results)
@@ -202,7 +202,7 @@ def _wrong_columns(section: SourceSection, rows: list[Row]) -> DataError:
             hint=f"probably {options} (a recipe: data.train.map). {once} makes a file that needs none of it",
         )
     by_hand = (
-        "say which column holds what: --map prompt=COLUMN --map chosen=COLUMN --map rejected=COLUMN; or first and "
+        "say which column contains what: --map prompt=COLUMN --map chosen=COLUMN --map rejected=COLUMN; or first and "
         "second, and a label: --map label=COLUMN --label first=VALUE --label second=VALUE (a recipe: data.train.map)"
     )
     if (other := other_kind(rows)) is not None:

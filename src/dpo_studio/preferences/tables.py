@@ -64,7 +64,7 @@ def csv_rows(path: Path, delimiter: str | None = None) -> Iterator[object]:
         except csv.Error as error:
             raise DataError(
                 f"{shown_path(path)}, the row from line {lines.first + 1} on: not CSV ({error})",
-                hint='a field with a comma, quote or newline stands in double quotes, a quote in it is written ""',
+                hint='a field with a comma, quote or newline must be in double quotes, a quote in it is written ""',
             ) from None
 
 

@@ -190,6 +190,6 @@ def _read_recipe(path: Path, notes: list[str]) -> tuple[Row, str]:
     try:
         recipe = parse_yaml(text)
     except yaml.YAMLError:
-        notes.append(f"{path.name} is not YAML and is shown as it stands")
+        notes.append(f"{path.name} is not YAML and is shown unchanged")
         return {}, text
     return (recipe if isinstance(recipe, dict) else {}), text

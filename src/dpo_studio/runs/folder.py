@@ -1,6 +1,6 @@
 """The run folder: what a recipe produced, and the only place that knows its layout.
 
-recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` settled
+recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` resolved
 recipe.typed.yaml   as given
 data.json           the date, and a digest of every pair (runs.kept)
 metrics.jsonl       one line a step; equal after a resume
@@ -32,7 +32,7 @@ import yaml
 
 from dpo_studio import __version__
 from dpo_studio.config import Recipe, RecipeFile, parse_yaml, validate_recipe
-from dpo_studio.disk import UNFINISHED, make_folder, sweep, sync, write_atomically
+from dpo_studio.disk import UNFINISHED, make_folder, remove_leftovers, sync, write_atomically
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
 from dpo_studio.runs.lock import LOCK
@@ -42,7 +42,7 @@ __all__ = ["RunFolder", "environment", "is_run", "was_begun"]
 
 _MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", "run.folder")
 _MAY_GROW = ("training.epochs", "training.max_steps")
-_SETTLED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
+_RESOLVED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
 """Keys whose `auto` is decided once and written into the run."""
 _LARGEST = 20_000_000
 """Bytes of a file that is read whole; of a recipe, `parse_yaml` takes less."""
@@ -138,7 +138,7 @@ class RunFolder:
             elif path.exists() and not path.is_file():
                 kind = kind_of_file(path.stat().st_mode)
                 raise RunError(
-                    f"{path} is {kind}, not a file", hint="a device or a pipe in a run folder is no accident"
+                    f"{path} is {kind}, not a file", hint="a device or a pipe in a run folder is never legitimate"
                 )
 
     def result(self) -> dict[str, Any] | None:
@@ -153,8 +153,8 @@ class RunFolder:
             raise
         return raw if isinstance(raw, dict) else None
 
-    def settle(self, wanted: Recipe) -> Recipe:
-        """The recipe to run here: `wanted`, with what an earlier start of the same run has settled.
+    def resolve(self, wanted: Recipe) -> Recipe:
+        """The recipe to run here: `wanted`, with what an earlier start of the same run has resolved.
 
         Raises:
             RunError: the folder holds another recipe's run (with the difference), something that is no run, or links.
@@ -170,7 +170,7 @@ class RunFolder:
         if not self._has_begun():
             return wanted
         old, new = _flat(there.to_plain()), _flat(wanted.to_plain())
-        for key, auto in _SETTLED.items():
+        for key, auto in _RESOLVED.items():
             if new[key] == auto:
                 new[key] = old[key]
         differences = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not _allowed(key, old, new)]
@@ -196,7 +196,7 @@ class RunFolder:
         """Make the folder and write down what is run, before anything long begins."""
         with _writing(self.path):
             make_folder(self.path)
-            sweep(self.path)
+            remove_leftovers(self.path)
         if not self._has_begun():  # of a start that got no further, with other numbers perhaps
             (self.path / self.MEMORY).unlink(missing_ok=True)
         self.write_yaml(self.RECIPE, recipe.to_plain())
@@ -253,7 +253,7 @@ class RunFolder:
                 return
             yield line
 
-    def cut_back(self, step: int) -> None:
+    def truncate_after(self, step: int) -> None:
         """Forget what came after `step`: a resumed run writes those lines again."""
         for name in (self.METRICS, self.TIMING):
             kept = [line for line in self.lines(name) if line["step"] <= step]

@@ -119,7 +119,7 @@ def check_same_data(run: RunFolder, now: KeptData, warn: Callable[[str], None]) 
     before = _read(run)
     if before is None:
         warn(
-            f"{run.path} was begun by a version that kept no digest of its pairs, so nobody can say whether these are "
+            f"{run.path} was begun by a version that kept no digest of its pairs, so it is unknown whether these are "
             "still the same; it continues, and keeps one from here on"
         )
         return

@@ -32,7 +32,7 @@ class Held:
         if not _is_at(self.descriptor, self.folder / LOCK):
             raise RunError(
                 f"{self.folder} was removed, moved or replaced while it was being trained in; nothing more is written",
-                hint="if it was moved, name its new place (--set run.folder=NAME): it goes on from its last checkpoint",
+                hint="if it was moved, name its new place (--set run.folder=NAME): it continues from there",
             )
 
 

@@ -96,7 +96,7 @@ class ChatEncoder:
         except PairError as error:
             raise ModelError(f"on a question and an answer: {error.message}", hint=NO_TEMPLATE_HINT) from None
         self._trial = [asked, answered]
-        self._texts.settle(self._trial)
+        self._texts.find_anchor(self._trial)
 
     @property
     def pad_id(self) -> int:

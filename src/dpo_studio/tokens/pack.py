@@ -25,7 +25,17 @@ from torch import Tensor
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 
-__all__ = ["MicroBatch", "Span", "Steps", "fit", "micro_batches", "on_each_side", "pack", "packed_tokens", "pair_order"]
+__all__ = [
+    "MicroBatch",
+    "Span",
+    "Steps",
+    "assign_to_rows",
+    "micro_batches",
+    "pack",
+    "packed_tokens",
+    "pair_order",
+    "split_at_position",
+]
 
 
 class Span(NamedTuple):
@@ -129,7 +139,7 @@ def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -
     )
 
 
-def on_each_side(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor]]:
+def split_at_position(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor]]:
     """The row as rows whose sequences (a prompt with one whole answer) are all within `limit` tokens, or all longer.
 
     For long rope: a model that chooses its factors by the longest position of a forward pass computes a sequence in
@@ -144,7 +154,7 @@ def on_each_side(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor
         here_A = torch.tensor([o == over for o in over_A], device=answer_N.device)
         places = here_A[answer_N].nonzero()[:, 0]
         kept = list(zip(over_A[0::2], over_A[1::2], batch.spans, strict=True))
-        row = _only(batch, [(span, c == over, r == over) for c, r, span in kept if over in (c, r)], places)
+        row = _subset(batch, [(span, c == over, r == over) for c, r, span in kept if over in (c, r)], places)
         longest = max(_whole_length(*answer) for answer, o in zip(answers, over_A, strict=True) if o == over)
         # the last token of an answer predicts nothing and is not in the row, and yet it counts
         rows.append((_with_last_position(row, limit) if over and longest == limit + 1 else row, places))
@@ -157,7 +167,7 @@ def _whole_length(span: Span, side: int) -> int:
     return span.prompt_end - span.start + answer + 1
 
 
-def _only(batch: MicroBatch, kept: Sequence[tuple[Span, bool, bool]], places_n: Tensor) -> MicroBatch:
+def _subset(batch: MicroBatch, kept: Sequence[tuple[Span, bool, bool]], places_n: Tensor) -> MicroBatch:
     """The row with no answers but the `kept` (span, chosen?, rejected?), and the scored tokens at `places_n` alone."""
     keep_T = torch.zeros(batch.tokens, dtype=torch.bool)
     spans = []
@@ -196,8 +206,8 @@ def _with_last_position(row: MicroBatch, position: int) -> MicroBatch:
     )
 
 
-def fit(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Which items share a row of at most `token_budget` tokens: best fit, longest first.
+def assign_to_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Which items share a row of at most `token_budget` tokens: best assign_to_rows, longest first.
 
     An item over the token budget gets a row of its own. Deterministic: equal lengths keep their order.
     """
@@ -287,7 +297,7 @@ def micro_batches(
     reference: Callable[[Sequence[int]], PairLogps] | None = None,
 ) -> Iterator[MicroBatch]:
     """The pairs at `positions` in rows of at most `token_budget` tokens."""
-    for row in fit([packed_tokens(pairs[position]) for position in positions], token_budget):
+    for row in assign_to_rows([packed_tokens(pairs[position]) for position in positions], token_budget):
         chosen = [positions[item] for item in row]
         batch = replace(pack([pairs[position] for position in chosen], chosen), token_budget=token_budget)
         yield replace(batch, reference=reference(chosen)) if reference is not None else batch

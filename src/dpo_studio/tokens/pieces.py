@@ -109,7 +109,7 @@ class TextEncoder:
                 )
         return pieces
 
-    def settle(self, chats: Sequence[str]) -> None:
+    def find_anchor(self, chats: Sequence[str]) -> None:
         """Find what a piece must follow so that pieces add up to the whole: nothing or, in SentencePiece, a newline.
 
         Some of those put a space before the first word of a string, and a piece from the middle has none.

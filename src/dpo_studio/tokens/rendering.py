@@ -116,9 +116,9 @@ class Writer:
             PairError: the template refuses it, or it is no chat.
             ModelError: the template has to be stopped.
         """
-        return self._write(turns, [self.shield(turn.content) for turn in turns], open_answer)
+        return self._render_contents(turns, [self.shield(turn.content) for turn in turns], open_answer)
 
-    def _write(self, turns: Sequence[Message], contents: Sequence[str], open_answer: bool) -> str:
+    def _render_contents(self, turns: Sequence[Message], contents: Sequence[str], open_answer: bool) -> str:
         if not turns:
             raise PairError("prompt without turns", "the prompt has no turns")
         if (length := sum(map(len, contents))) > LONGEST_CHAT:
@@ -133,7 +133,7 @@ class Writer:
         except _TEMPLATE_ERRORS as error:
             raise PairError("refused by the chat template", f"the chat template refuses it: {error}") from None
         if not _is_unicode(text):
-            raise PairError("text is not Unicode", "the text holds half of a surrogate pair, which is no character")
+            raise PairError("text is not Unicode", "the text contains a lone surrogate, which is not a character")
         return text
 
     def places(
@@ -153,7 +153,7 @@ class Writer:
                 for turn, (content, (end, middle)) in enumerate(zip(contents, marks, strict=True))
             ]
             try:
-                written = self._write(turns, marked, open_answer)
+                written = self._render_contents(turns, marked, open_answer)
             except PairError:
                 continue
             clean, found = _read(written, {mark for pair in marks for mark in pair})

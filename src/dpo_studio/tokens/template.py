@@ -240,7 +240,7 @@ def _check_method(meter: Meter, method: Any, arguments: Sequence[Any]) -> None:
         meter.make(length_replaced(owner, *arguments[:2]))
     elif isinstance(owner, str) and name == "join" and arguments:
         if not isinstance(arguments[0], list | tuple | str | dict):
-            raise SecurityError("it joins what is no list: put `|list` before")
+            raise SecurityError("it joins something that is not a list: put `|list` before")
         meter.make(weight(arguments[0]) + len(arguments[0]) * len(owner))
 
 

@@ -108,12 +108,12 @@ def _evaluate(run: RunFolder, held_out: Sequence[Pair], loaded: LoadedModel, pro
             "judge_description": f"{judge.description} {_CAUTION}",
             "showcase_prompt": SHOWCASE,
         }
-        | _about("base", base)
-        | _about("tuned", tuned)
+        | _answer_statistics("base", base)
+        | _answer_statistics("tuned", tuned)
     )
 
 
-def _about(side: str, answered: Sequence[Completion]) -> dict[str, Any]:
+def _answer_statistics(side: str, answered: Sequence[Completion]) -> dict[str, Any]:
     *held_out, showcase = answered
     return {
         f"stop_rate_{side}": sum(answer.ended for answer in held_out) / len(held_out),

@@ -115,7 +115,7 @@ def _llm(model: str, url: str, options: LLMOptions, say: Callable[[str], None]) 
     parameters = {name: value for name, value in wanted.items() if value is not None}
     check_parameters(parameters)
     if options.price is not None and not all(0 <= price < float("inf") for price in options.price):
-        raise UsageError(f"--judge-price {options.price} are no prices")
+        raise UsageError(f"--judge-price {options.price} is not a pair of prices")
     slug = re.sub(r"[^\w.-]+", "-", model)
     replies = options.replies or cache_folder() / "judge-replies" / f"{slug}.jsonl"
     check_replies(replies, [options.template])
@@ -172,8 +172,8 @@ def check_judge(
             verdicts = judge.judge_all(comparisons, advance)
     labels = [[_side(label, flip) for label in row.labels] for row, flip in zip(rows, flips, strict=True)]
     if out is not None:
-        _write(out, rows, flips, labels, verdicts, overwrite=overwrite)
-    return _about(read, len(rows)) | _measured(judge, comparisons, labels, verdicts)
+        _write_verdicts(out, rows, flips, labels, verdicts, overwrite=overwrite)
+    return _source_facts(read, len(rows)) | _measured(judge, comparisons, labels, verdicts)
 
 
 def _files_of(spec: str) -> list[str]:
@@ -203,7 +203,7 @@ def _side(label: Label, flip: bool) -> Winner:
     return "a" if (label == "first") != flip else "b"
 
 
-def _about(read: LabelledSource, judged: int) -> dict[str, Any]:
+def _source_facts(read: LabelledSource, judged: int) -> dict[str, Any]:
     refused = read.refused_by_reason()
     if several := len(read.comparisons) - judged:
         refused["an answer of several turns"] = several
@@ -246,7 +246,7 @@ def _estimate(judge: Judge, comparisons: Sequence[Comparison], progress: Progres
     return {"judge": judge.name} | vars(cost)
 
 
-def _write(
+def _write_verdicts(
     file: Path,
     rows: Sequence[Labelled],
     flips: Sequence[bool],

@@ -82,7 +82,7 @@ def run_sweep(
                 shown.warn(f"{member.name} stopped itself: {error.message}")
             gc.collect()  # a model is full of cycles, and the next one needs its memory
             measured.append(measure(member.loaded.run_folder, member.name, stopped))
-            _write(folder, members, measured)
+            _write_summary(folder, members, measured)
     if all(run.stopped is not None for run in measured):
         raise NonFiniteError(
             f"every run of {folder} stopped itself: there is nothing to choose from",
@@ -168,7 +168,7 @@ def _is_summary(file: Path) -> bool:
     return isinstance(summary, dict) and {"runs", "planned"} <= summary.keys()
 
 
-def _write(folder: Path, members: Sequence[Member], measured: Sequence[Measured]) -> None:
+def _write_summary(folder: Path, members: Sequence[Member], measured: Sequence[Measured]) -> None:
     """sweep.json, sweep.md and the figure, of the runs so far."""
     runs = [
         {"folder": member.loaded.run_folder.name, "values": member.values} | run.to_plain()

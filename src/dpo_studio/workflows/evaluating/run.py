@@ -190,7 +190,7 @@ def judges_of(runs: Sequence[str], judge: str | None, against: str = REFERENCE) 
         RunError: one that is no run, or cannot be loaded.
     """
     if len(runs) > MOST_RUNS:
-        raise UsageError(f"{len(runs)} runs in one figure: nobody tells more than {MOST_RUNS} apart")
+        raise UsageError(f"{len(runs)} runs in one figure: more than {MOST_RUNS} cannot be told apart")
     folders = [user_path(run).resolve() for run in runs]
     for place, run in enumerate(runs):
         _recipe(run)
@@ -232,7 +232,7 @@ def _pairs(recipe: Recipe, source: SourceLike | None, run: str, progress: Progre
     _, split = read_and_split(recipe, progress)
     if source is None:
         if not split.held_out:
-            raise RunError(f"{run} holds no pairs out", hint="name pairs it was not trained on: --source SOURCE")
+            raise RunError(f"{run} has no held-out pairs", hint="name pairs it was not trained on: --source SOURCE")
         return split.held_out
     trained_on = {prompt_key(pair.prompt) for pair in split.train}
     found = read_pairs(as_source(source))
@@ -354,14 +354,14 @@ def _at_temperature(
         "losses": rate.losses,
         "n_prompts": rate.n_prompts,
         "n": rate.n,
-        **_about(after, ""),
-        **_about(before, "reference_"),
+        **_answer_statistics(after, ""),
+        **_answer_statistics(before, "reference_"),
         "kl": None if kl is None else fmean(kl),
         "kl_ci95": None if kl is None else list(mean_ci95(kl, prompt_of, seed=seed)),
     }
 
 
-def _about(answers: Sequence[Completion], prefix: str) -> dict[str, Any]:
+def _answer_statistics(answers: Sequence[Completion], prefix: str) -> dict[str, Any]:
     texts = [answer.text for answer in answers]
     found = {
         "stop_rate": fmean(answer.ended for answer in answers),

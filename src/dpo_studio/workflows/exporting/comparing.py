@@ -106,9 +106,9 @@ def look_again(
     return comparison, _answers(back, back.model, known.chats, progress)
 
 
-def stop_rate(told: Sequence[Completion]) -> float:
+def stop_rate(answers: Sequence[Completion]) -> float:
     """Share of the held-out prompts' answers that ended by themselves; the last answer is to the showcase's."""
-    *held_out, _ = told
+    *held_out, _ = answers
     return sum(answer.ended for answer in held_out) / max(len(held_out), 1)
 
 
@@ -118,7 +118,9 @@ def _compared(
     """The side that both models are compared on, as text and as ids."""
     side, pairs = held_out, data.held_out.pairs
     if not pairs:
-        progress.warn("the run holds no pairs out: nothing can be verified on held-out pairs, training pairs are used")
+        progress.warn(
+            "the run has no held-out pairs: nothing can be verified on held-out pairs, training pairs are used"
+        )
         side, pairs = train, data.train.pairs
     if len(pairs) > _COMPARED:
         progress.say(f"comparing on {_COMPARED} of {len(pairs)} pairs")

@@ -24,7 +24,7 @@ from dpo_studio.export.requantise import (
     check_gptqmodel,
     layer_count,
     quantise,
-    settled,
+    resolved,
 )
 from dpo_studio.export.whole import check_new, making
 from dpo_studio.learning.batched import batched_logps
@@ -87,7 +87,7 @@ def quantize_model(
     with progress or Progress() as shown:
         opened = _dense_folder(model, shown)
         folder = opened.path
-        settings = settled(folder, settings)
+        settings = resolved(folder, settings)
         pairs, measured = _pairs(wanted, model, opened, shown)
         check_space(out, int(_ON_THE_WAY * _weight_bytes(folder)), "quantising")
         base = load_chat_model(ModelSection(path=model), folder=opened, say=shown.say)

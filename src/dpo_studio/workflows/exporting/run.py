@@ -24,7 +24,7 @@ from dpo_studio.export.requantise import (
     file_dtype,
     layer_count,
     quantise,
-    settled,
+    resolved,
 )
 from dpo_studio.export.verify import BARS, ExportCheck
 from dpo_studio.export.whole import Making, check_new, making
@@ -167,7 +167,7 @@ class _Export:
             base_folder = self._merge(known, place)
             if self.to == "gptq":
                 self._requantise(known.training, place)
-            comparison, told = look_again(known, self.recipe, place.result, self.progress, today=today)
+            comparison, answers = look_again(known, self.recipe, place.result, self.progress, today=today)
             for line in comparison.lines():
                 self.progress.say(line)
             misses = comparison.misses(BARS[self.to])
@@ -178,7 +178,7 @@ class _Export:
                 )
             for miss in misses:
                 self.progress.warn(f"made all the same: {miss}")
-            result = self._result(known, comparison, told, misses)
+            result = self._result(known, comparison, answers, misses)
             _write_json(place.result / "export.json", result)
             quantised = self.settings if self.to == "gptq" else None
             base = _typed_base(self.run, self.recipe)
@@ -203,7 +203,7 @@ class _Export:
 
     def _requantise(self, training: Sequence[EncodedPair], place: Making) -> None:
         merged = place.work / "merged"
-        self.settings = settings = settled(merged, self.settings)
+        self.settings = settings = resolved(merged, self.settings)
         chosen = [pair for _, pair in sample(((pair.row, pair) for pair in training), self.rows, seed=0)]
         self.progress.say(
             f"{settings.bits} bits in groups of {settings.group_size}, "
@@ -214,7 +214,7 @@ class _Export:
             quantise(merged, place.result, rows, settings, place.work, name=str(self.run.path), progress=advance)
 
     def _result(
-        self, known: RunModel, comparison: ExportCheck, told: Sequence[Completion], misses: Sequence[str]
+        self, known: RunModel, comparison: ExportCheck, answers: Sequence[Completion], misses: Sequence[str]
     ) -> dict[str, Any]:
         quantised = vars(self.settings) if self.to == "gptq" else {}
         packages = ("torch", "transformers", *(("gptqmodel",) if self.to == "gptq" else ()))
@@ -229,10 +229,10 @@ class _Export:
             "bars": vars(BARS[self.to]),
             "misses": list(misses),
             "stop_rate_before": stop_rate(known.answers),
-            "stop_rate": stop_rate(told),
+            "stop_rate": stop_rate(answers),
             "showcase_prompt": SHOWCASE,
             "showcase_answer_before": known.answers[-1].text,
-            "showcase_answer": told[-1].text,
+            "showcase_answer": answers[-1].text,
             "versions": versions(*packages),
         }
 

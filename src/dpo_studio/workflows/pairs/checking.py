@@ -115,7 +115,7 @@ def look_at_pairs(recipe: Recipe, split: Split, progress: Progress, *, anyway: b
     for pair in _some(split.held_out, seed):
         texts.see_held_out(pair)
     of = f"{texts.pairs:,} of {len(split.train):,}" if texts.pairs < len(split.train) else f"{texts.pairs:,}"
-    _tell(
+    _report_findings(
         [_shared_prompts(split), _few_held_out(split), *texts.findings()],
         f"{of} training pairs",
         progress,
@@ -166,15 +166,15 @@ def look_at_lengths(recipe: Recipe, encoded: Encoded, progress: Progress, *, any
     """
     pairs = len(encoded.pairs) + len(encoded.refused)
     found = rule_findings(encoded.counts, pairs, recipe.data.max_length, recipe.data.too_long)
-    _tell(found, "token ids of the training pairs", progress, anyway=anyway)
+    _report_findings(found, "token ids of the training pairs", progress, anyway=anyway)
 
 
-def _tell(findings: list[Finding], what: str, progress: Progress, *, anyway: bool) -> None:
+def _report_findings(findings: list[Finding], what: str, progress: Progress, *, anyway: bool) -> None:
     """Each stop and warning in a line; then on or not."""
     grave = [finding for finding in findings if finding.level == "stop"]
     told = [*grave, *(finding for finding in findings if finding.level == "warning")]
     if not told:
-        progress.say(f"checked {what}: nothing stands out")
+        progress.say(f"checked {what}: no problems found")
     for finding in told:
         progress.warn(f"{_line(finding)}. {finding.does}")
     if grave and not anyway:

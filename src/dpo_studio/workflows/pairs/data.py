@@ -47,9 +47,9 @@ def convert_pairs(
         tally = _Tally()
         for result in _counted(stream, tally, shown, "converting"):
             if isinstance(result, Refusal):
-                _write(refused, _refused_line(result))
+                _write_line(refused, _refused_line(result))
             else:
-                _write(kept, trl_row(result))
+                _write_line(kept, trl_row(result))
         if not tally.pairs:
             raise nothing_usable(stream, tally.refused)
     return tally.summary(stream) | {"out": str(out), "refused_out": str(apart)}
@@ -92,10 +92,10 @@ def split_source(
         counts: dict[str, Counter[str]] = {}
         for result in _counted(stream, tally, shown, "splitting"):
             if isinstance(result, Refusal):
-                _write(refused, _refused_line(result))
+                _write_line(refused, _refused_line(result))
                 continue
             apart = is_apart(prompt_key(result.prompt))
-            _write(measured if apart else learned, trl_row(result))
+            _write_line(measured if apart else learned, trl_row(result))
             counts.setdefault(origins.name(result.origin), Counter(train=0, held_out=0))[_SIDES[apart]] += 1
         if not tally.pairs:
             raise nothing_usable(stream, tally.refused)
@@ -177,5 +177,5 @@ def _refused_line(refusal: Refusal) -> dict[str, Any]:
     return {"row": refusal.row, "reason": refusal.reason} | ({"seen": refusal.seen} if refusal.seen else {})
 
 
-def _write(stream: TextIO, row: dict[str, Any]) -> None:
+def _write_line(stream: TextIO, row: dict[str, Any]) -> None:
     stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -36,8 +36,8 @@ __all__ = [
     "encode_both",
     "make_reference",
     "read_and_split",
-    "settle_dtype",
-    "settle_tokens",
+    "resolve_dtype",
+    "resolve_token_budget",
     "steps_of",
 ]
 
@@ -97,13 +97,13 @@ def steps_of(recipe: Recipe, pairs: Sequence[EncodedPair], token_budget: int) ->
     return Steps(pairs, section.pairs_per_step, token_budget, section.seed, section.epochs, section.max_steps)
 
 
-def settle_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
+def resolve_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
     """The precision the base was loaded in, for good."""
     dtype: Any = str(base.model.dtype).removeprefix("torch.")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
 
-def settle_tokens(
+def resolve_token_budget(
     recipe: Recipe, policy: Policy, pairs: Sequence[EncodedPair], device: torch.device, progress: Progress
 ) -> tuple[Recipe, MemoryLimit]:
     """How many tokens are in memory at once: the recipe's number, or measured, and then it stays so."""
@@ -114,8 +114,8 @@ def settle_tokens(
     if device.type == "cuda":
         again = f", each {limit.recompute} recomputed in the backward pass" if limit.recompute != "nothing" else ""
         progress.say(f"{limit.tokens} tokens a micro-batch fill this GPU{again}")
-    settled = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
-    return recipe.model_copy(update={"training": settled}), limit
+    resolved = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
+    return recipe.model_copy(update={"training": resolved}), limit
 
 
 def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Policy:

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_studio.config import RecipeFile, RecipeLike, load_recipe
 from dpo_studio.console.progress import Progress
-from dpo_studio.disk import sweep
+from dpo_studio.disk import remove_leftovers
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.bundled import published_name
@@ -35,8 +35,8 @@ from dpo_studio.workflows.training.preparing import (
     attach_policy,
     encode_both,
     read_and_split,
-    settle_dtype,
-    settle_tokens,
+    resolve_dtype,
+    resolve_token_budget,
     steps_of,
 )
 from dpo_studio.workflows.training.run_log import RunLog
@@ -107,25 +107,25 @@ def check_recipe(
     check_place(loaded)
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
-        settled = run.settle(loaded.recipe)
-        check_tracker(settled)
-        found = find_models(settled)
-        source, split = read_and_split(settled, shown)
-        look_at_pairs(settled, split, shown, anyway=anyway)
+        resolved = run.resolve(loaded.recipe)
+        check_tracker(resolved)
+        found = find_models(resolved)
+        source, split = read_and_split(resolved, shown)
+        look_at_pairs(resolved, split, shown, anyway=anyway)
         date = run_date(run)
-        models = look_at_models(settled, found, date, shown.say)
+        models = look_at_models(resolved, found, date, shown.say)
         encoder = models.encoder
-        data = encode_both(settled, source, split, encoder, shown)
-        if (done := run.result()) is None or not is_finished(run, settled, done):
+        data = encode_both(resolved, source, split, encoder, shown)
+        if (done := run.result()) is None or not is_finished(run, resolved, done):
             check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
-        look_at_lengths(settled, data.train, shown, anyway=anyway)
-        steps = steps_of(settled, data.train.pairs, CPU_TOKEN_BUDGET)
-        warn_of_length(settled, len(data.train.pairs), steps.total, shown.warn)
+        look_at_lengths(resolved, data.train, shown, anyway=anyway)
+        steps = steps_of(resolved, data.train.pairs, CPU_TOKEN_BUDGET)
+        warn_of_length(resolved, len(data.train.pairs), steps.total, shown.warn)
         taken = min(
-            steps.total * settled.training.pairs_per_step, round(len(data.train.pairs) * settled.training.epochs)
+            steps.total * resolved.training.pairs_per_step, round(len(data.train.pairs) * resolved.training.epochs)
         )
-        shown.say(forecast(settled, models.base, data.train.pairs, taken))
-        shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
+        shown.say(forecast(resolved, models.base, data.train.pairs, taken))
+        shown.say(f"{steps.total} steps of {resolved.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
 def run_training(
@@ -144,11 +144,11 @@ def run_training(
     ranks = Ranks.of_environment()
     check_place(loaded)
     run = RunFolder(loaded.run_folder)
-    recipe = run.settle(loaded.recipe)
+    recipe = run.resolve(loaded.recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
         if not (run.path / RunFolder.REPORT).exists():  # it is the last thing that is written
-            sweep(run.path)
+            remove_leftovers(run.path)
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done)
     check_tracker(recipe)
@@ -168,7 +168,7 @@ def _train_in(
     ranks: Ranks,
 ) -> TrainedRun:
     started = time.perf_counter()
-    recipe = run.settle(loaded.recipe)  # again: another process may just have left
+    recipe = run.resolve(loaded.recipe)  # again: another process may just have left
     found = find_models(recipe)
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
@@ -184,7 +184,7 @@ def _train_in(
     kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
     check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
-    recipe = settle_dtype(recipe, base)
+    recipe = resolve_dtype(recipe, base)
     steps = steps_of(recipe, data.train.pairs, CPU_TOKEN_BUDGET)
     check_not_shorter(run, steps.total)
     warn_of_length(recipe, len(data.train.pairs), steps.total, progress.warn)
@@ -194,7 +194,7 @@ def _train_in(
     saver.save_trial(policy)
     policy.train_mode()
     with accelerated(base, policy, steps, progress):
-        recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
+        recipe, limit = resolve_token_budget(recipe, policy, data.train.pairs, base.device, progress)
         run.start(loaded, recipe)
         write_data(run, kept)
         run.result_file.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_studio.config import MINUTES, ReferenceSection
-from dpo_studio.disk import check_space, scratch_folder, sweep, sync_folder
+from dpo_studio.disk import check_space, remove_leftovers, scratch_folder, sync_folder
 from dpo_studio.errors import RunError
 from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint
 from dpo_studio.learning.state import TrainingState
@@ -101,13 +101,13 @@ def find_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Path | None:
 
     Steps order checkpoints, not times: a clock that was set back changes nothing, and is mentioned.
     """
-    sweep(run.checkpoints)
+    remove_leftovers(run.checkpoints)
     checkpoint = newest_checkpoint(run.checkpoints, warn)
     if checkpoint is None:
         return None
     ahead = (checkpoint / "manifest.json").stat().st_mtime - time.time()
     if ahead > 60:
-        warn(f"{checkpoint} was written {ahead:,.0f} s in the future: was the clock set back? Nothing here hangs on it")
+        warn(f"{checkpoint} was written {ahead:,.0f} s in the future: was the clock set back? Nothing depends on it")
     step = int(checkpoint.name.removeprefix("step-"))
     steps = [line["step"] for line in run.lines(RunFolder.METRICS) if 0 < line["step"] <= step]
     if steps != list(range(1, step + 1)):
@@ -120,5 +120,5 @@ def _unwritable(what: str, where: Path, error: Exception) -> RunError:
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return RunError(
         f"{what} cannot be written to {where}: {reason}",
-        hint="free some space and run the same command: it goes on from the last whole checkpoint",
+        hint="free some space and run the same command: it continues from the last complete checkpoint",
     )

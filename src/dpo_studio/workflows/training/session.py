@@ -177,7 +177,7 @@ class Session:
         if checkpoint is not None:
             restore(checkpoint, self.policy, state)
             self.progress.say(f"continuing {run.path} after step {state.step} of {steps.total}")
-        run.cut_back(state.step if checkpoint is not None else -1)
+        run.truncate_after(state.step if checkpoint is not None else -1)
         if checkpoint is None:
             is_reference = ReferenceChoice.of(self.recipe).is_start
             if is_reference and self.recipe.objective.needs_reference:

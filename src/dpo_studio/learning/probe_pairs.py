@@ -15,7 +15,7 @@ from torch import nn
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import packed_tokens
 
-__all__ = ["TellingPair", "limits_of", "telling_pairs"]
+__all__ = ["ProbePair", "limits_of", "probe_pairs"]
 
 MOST_TOKENS = 8192
 """Of all the pairs chosen, each prompt counted once."""
@@ -31,7 +31,7 @@ _LONGEST = "max_position_embeddings"
 
 
 @dataclass(frozen=True)
-class TellingPair:
+class ProbePair:
     """A pair, and why it was chosen."""
 
     place: int
@@ -77,9 +77,9 @@ def _kinds_of_rope(settings: dict[object, object]) -> set[str]:
     return kinds
 
 
-def telling_pairs(
+def probe_pairs(
     pairs: Sequence[EncodedPair], limits: dict[str, set[int]], *, most: int = MOST_TOKENS
-) -> list[TellingPair]:
+) -> list[ProbePair]:
     """The shortest pair and the longest, and for every limit that some pair goes past: one with its prompt inside and
     an answer past it, one whose prompt is past it, one inside. At most `most` tokens, unless the shortest pair
     is longer.
@@ -128,4 +128,4 @@ def telling_pairs(
     take("the longest pair", lambda _: True, lambda place: -sizes[place])
     for size, name in reached:
         take(f"a pair inside {name} {size}", partial(inside, size), longest_first)
-    return [TellingPair(place, ", ".join(why)) for place, why in chosen.items()]
+    return [ProbePair(place, ", ".join(why)) for place, why in chosen.items()]
