@@ -28,7 +28,7 @@ from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
-from dpo_studio.tokens.pack import MicroBatch, Steps, fit, pack
+from dpo_studio.tokens.pack import MicroBatch, Steps, assign_to_rows, pack
 from jobs import Job, check_system
 from meter import Meter, synchronise
 from shapes import (
@@ -179,7 +179,7 @@ class _Unshared(Steps):
         token_budget = token_budget or self.token_budget
         positions = self.pairs_of(step)
         lengths = [unique_tokens(self.pairs[place]) + len(self.pairs[place].prompt) - 2 for place in positions]
-        rows = [[positions[item] for item in row] for row in fit(lengths, token_budget)]
+        rows = [[positions[item] for item in row] for row in assign_to_rows(lengths, token_budget)]
         return [
             replace(unshared_pack([self.pairs[place] for place in row], row), token_budget=token_budget) for row in rows
         ]

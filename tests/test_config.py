@@ -399,9 +399,9 @@ def test_what_looks_like_a_date_or_is_quoted_stays_text(text: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is empty"),
-        (b"- a\n- b\n", "is empty"),
-        (b"just a text", "is empty"),
+        (b"", "is not a recipe"),
+        (b"- a\n- b\n", "is not a recipe"),
+        (b"just a text", "is not a recipe"),
         (b"model: [", "not valid YAML"),
         (b"model: {path: a}\nmodel: {path: b}\n", "the key model is there twice"),
         (b"model: &m {path: a}\ndata: *m\n", "aliases"),

@@ -353,10 +353,10 @@ def test_the_default_key_goes_nowhere_in_clear_text(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_key_that_is_missing_or_broken_is_said_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="NO_SUCH_KEY is empty"):
+    with pytest.raises(UsageError, match="NO_SUCH_KEY is unset or empty"):
         Endpoint("https://judge.example/v1", Asking(key_variable="NO_SUCH_KEY"), print)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-half\nsecret")
-    with pytest.raises(UsageError, match="OPENAI_API_KEY holds a character") as caught:
+    with pytest.raises(UsageError, match="OPENAI_API_KEY has a character") as caught:
         Endpoint("https://judge.example/v1", Asking(), print)
     assert "secret" not in str(caught.value)
 

@@ -222,7 +222,7 @@ def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(model: Path, name: str
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     before = time.monotonic()
-    assert f"{name} is no file" in refusal(lambda: load(model)).message
+    assert f"{name} is not a regular file" in refusal(lambda: load(model)).message
     assert time.monotonic() - before < 5
 
 
@@ -231,7 +231,7 @@ def test_a_device_in_a_folder_is_refused(model: Path, target: str) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.json").symlink_to(target)
     error = refusal(lambda: load(model))
-    assert error.message == f"{model}: tokenizer.json is no file"
+    assert error.message == f"{model}: tokenizer.json is not a regular file"
     assert error.hint == "a device or a pipe in a model folder is never legitimate"
 
 

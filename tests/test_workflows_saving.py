@@ -447,7 +447,7 @@ def test_a_step_of_nan_is_passed_over_and_its_pairs_are_named(
     changes = ("--set", "data.held_out.fraction=0", "--set", "objective={kind: bco}")
     said = dpo("train", recipe, *changes, "--set", f"run.folder={tmp_path}/through")
     rows = ", ".join(map(str, sorted(seen[2])))
-    refused(said, f"step 2 was not taken: the loss of rows {rows} is not finite; the weights stay", code=0)
+    refused(said, f"step 2 was skipped: the loss of rows {rows} is not finite; the weights are unchanged", code=0)
     lines = [strict(line) for line in (tmp_path / "through/metrics.jsonl").read_text().splitlines()]
     assert lines[1] == {"step": 2, "epoch": 2 / 6, "skipped": 1.0, "pairs": 4}
     assert strict((tmp_path / "through/result.json").read_text())["skipped_steps"] == 1

@@ -159,7 +159,7 @@ def _read_yaml(file: Path) -> dict[str, object]:
     if isinstance(raw, list) and raw and all(isinstance(row, dict) for row in raw):
         raise _data_for_a_recipe(file)
     if not isinstance(raw, dict):
-        raise RecipeError(f"{shown} is empty", hint="it needs at least model.path and data.train.source")
+        raise RecipeError(f"{shown} is not a recipe", hint="it needs at least model.path and data.train.source")
     return raw
 
 

@@ -111,7 +111,9 @@ class Endpoint:
         variable = self.asking.key_variable or DEFAULT_KEY_VARIABLE
         key = os.environ.get(variable, "").strip()
         if not key and self.asking.key_variable is not None:
-            raise UsageError(f"the environment variable {variable} is empty", hint="export it, or name another")
+            raise UsageError(
+                f"the environment variable {variable} is unset or empty", hint="export it, or name another"
+            )
         if not all("!" <= character <= "~" for character in key):
             raise UsageError(
                 f"the key in {variable} has a character that is not allowed in a key", hint="was it copied whole?"

@@ -1,7 +1,7 @@
-"""Which pairs a check at the start looks at: those where an error shows, of all the run has.
+"""Which pairs the check at the start computes: those in which an error would show.
 
 An error in the mask or the positions may touch one pair in fifty: those that reach past a window, or past the length a
-model was first trained on. So every pair's length is looked at, and a few are computed.
+model was first trained on. So every pair's length is examined, and a few pairs are computed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class ProbePair:
 
 
 def limits_of(model: nn.Module) -> dict[str, set[int]]:
-    """Lengths at which something changes in this model, by the config's names: of every config that a module holds, so
+    """Lengths at which something changes in this model, by the config's names: of every config that a module has, so
     that windows of single layers count, and those inside nested dicts (rope's parameters, one for each kind of layer).
     """
     found: dict[str, set[int]] = {}
@@ -92,7 +92,7 @@ def probe_pairs(
     room = most
 
     def take(why: str, suits: Callable[[int], bool], rank: Callable[[int], float]) -> None:
-        """The first by `rank` of those that suit and fit, unless one that was chosen before suits."""
+        """Choose the first by `rank` of the pairs that suit and fit, unless a chosen one suits already."""
         nonlocal room
         candidates = [place for place in everyone if suits(place)]
         if not candidates or (why.startswith(("a pair", "an answer")) and any(suits(place) for place in chosen)):
