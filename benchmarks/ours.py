@@ -57,7 +57,7 @@ _FORWARD, _BACKWARD = 2, 2
 def our_policy(shape: Shape, device: torch.device, kind: str = "ours") -> PeftModel:
     """A policy with random weights, ready for training: what `load_chat_model` and the run do for a real one.
 
-    Its base is bf16 (`ours`) or GPTQ: `packed`, with `fp8` products, or formed once (`resident`).
+    Its base is bf16 (`ours`) or GPTQ: `packed`, with `fp8` products, or dequantised once (`resident`).
     """
     attention = FLEX if device.type == "cuda" else PAIRS
     base = random_model(shape, device, attention, None if kind == "ours" else partial(gptq_linear, kind=kind))
@@ -85,7 +85,7 @@ def gptq_linear(dense: nn.Linear, kind: str) -> nn.Linear:
         return FrozenLinear(fp8_weight(weight))
     if kind != "resident":
         return FrozenLinear(weight)
-    dense.weight.data = weight.formed(dense.weight.dtype)
+    dense.weight.data = weight.dequantised(dense.weight.dtype)
     return dense
 
 

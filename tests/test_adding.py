@@ -119,7 +119,7 @@ class NoDataclass(Unnamed):
 @pytest.mark.parametrize(
     ("formula", "says"),
     [
-        (Taken, "'dpo' is there already: dpo_studio.objectives.margins.DPO"),
+        (Taken, "'dpo' is already registered: dpo_studio.objectives.margins.DPO"),
         (Unnamed, "has no kind"),
         (Badly, "'My Loss' is not a name"),
         (NoDefault, "have defaults"),

@@ -349,7 +349,7 @@ def test_a_reference_that_moves_is_computed_live() -> None:
     [
         ({"update_every": 5, "mode": "cached"}, "grow stale: use mode: live"),
         ({"update_every": 5, "model": "other/model"}, r"remove reference\.model"),
-        ({"update_share": 0.6}, "say when, with update_every"),
+        ({"update_share": 0.6}, "update_share needs update_every"),
     ],
 )
 def test_a_reference_cannot_move_and_stay(section: dict[str, Any], reason: str) -> None:
@@ -443,7 +443,7 @@ def test_a_section_that_is_null_is_refused_and_never_its_defaults(section: str, 
     """`adapter: null` trained a LoRA of rank 16."""
     with pytest.raises(RecipeError) as caught:
         recipe("{model: {path: m}, data: {train: {source: s}}}", tmp_path, f"{section}=null")
-    assert f"a section with keys of its own is wanted: {section}" in caught.value.message
+    assert f"a section with keys is expected: {section}" in caught.value.message
     assert "leave the section out" in (caught.value.hint or "")
     assert ("whole model" in (caught.value.hint or "")) == (section == "adapter")
 

@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
-from dpo_studio.frozen.forming import unpack
+from dpo_studio.frozen.dequantising import unpack
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards, read_quantization
 from dpo_studio.frozen.linear import FrozenLinear, held_dense, weight_count
@@ -79,9 +79,9 @@ def test_every_format_dequantises_to_gptqmodels_weights_bit_for_bit(layers: Path
     expected = load_file(layers)[f"{case_name(case)}.dense"]
     weight = read_layer(layers, case).kept
     assert expected.abs().max() > 0.1
-    assert torch.equal(weight.formed(torch.float16), expected)
-    assert torch.equal(weight.formed(torch.float32), expected.float())
-    assert torch.equal(weight.formed(torch.bfloat16), weight.exact(torch.float32).bfloat16())
+    assert torch.equal(weight.dequantised(torch.float16), expected)
+    assert torch.equal(weight.dequantised(torch.float32), expected.float())
+    assert torch.equal(weight.dequantised(torch.bfloat16), weight.exact(torch.float32).bfloat16())
 
 
 def test_a_weight_worked_by_hand() -> None:
@@ -90,7 +90,7 @@ def test_a_weight_worked_by_hand() -> None:
     words = torch.tensor([[0x76543210, -1, -1, -1]], dtype=torch.int32)
     weight = Packed(words, torch.tensor([[0.5]]).half(), torch.tensor([[8]], dtype=torch.uint8), None, 4, 32)
     expected = [0.5 * (k - 8) for k in range(8)] + [3.5] * 24
-    assert weight.formed(torch.float32).tolist() == [expected]
+    assert weight.dequantised(torch.float32).tolist() == [expected]
 
 
 def test_three_bits_cross_the_ends_of_words() -> None:
@@ -485,7 +485,7 @@ def test_modules_may_differ_where_the_config_says_so(gptq_base: Path, tmp_path: 
     layer = load_gptq_fp32(folder).get_submodule(KEY)
     assert (layer.kept.bits, layer.kept.group_size) == (8, 64)
     dense = load_file(other / "dense" / "model.safetensors")[f"{KEY}.weight"]
-    assert torch.equal(layer.kept.formed(torch.float16), dense)
+    assert torch.equal(layer.kept.dequantised(torch.float16), dense)
 
 
 def test_a_quantised_head_is_read_as_plain_weights(gptq_base: Path, tmp_path: Path) -> None:

@@ -196,7 +196,7 @@ def test_a_result_that_is_not_what_was_trained_finishes_no_run(
 
     with monkeypatch.context() as patched:
         patched.setattr(Policy, "save", spoil)
-        refused(dpo("train", recipe), "is another than the one that was trained")
+        refused(dpo("train", recipe), "differs from the trained one")
     assert not (tmp_path / "run/result.json").exists()
     assert dpo("train", recipe).code == 0
     assert (tmp_path / "run/result.json").exists()

@@ -1,4 +1,4 @@
-"""The base and the adapter as one plain model: W + scale B A formed in fp32, rounded once, saved without PEFT.
+"""The base and the adapter as one plain model: W + scale B A computed in fp32, rounded once, saved without PEFT.
 
 Rounding is not innocent here. A bf16 base stands on bf16's grid, an adapter moves most weights by less than half a
 step of it, and rounding to the nearest puts those back: of the demo run's mean reward margin 7.56 it left 6.43. So an

@@ -20,7 +20,7 @@ from dpo_studio.errors import RunError
 from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.layers import RUNGS, Recompute, is_compiled, set_recompute
-from dpo_studio.models.lora import forget_what_is_ready
+from dpo_studio.models.lora import free_shared_outputs
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
 
@@ -120,7 +120,7 @@ def unless_out_of_memory(model: nn.Module, compute: Callable[[], _T]) -> _T | No
         return compute()
     except torch.OutOfMemoryError:
         pass  # and on, out of the handler: while it runs, the traceback holds the attempt's tensors
-    forget_what_is_ready(model)
+    free_shared_outputs(model)
     gc.collect()
     torch.cuda.empty_cache()
     return None

@@ -1,4 +1,4 @@
-"""Which objectives there are, and how a recipe's section finds its own by `kind`."""
+"""The known objectives, and how a recipe's section selects one by `kind`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ByKind:
     """In `Annotated[Formula, ByKind()]`: pydantic takes any objective that is known when the schema is built."""
 
     without: str | None = None
-    """A kind that may not stand here."""
+    """A kind that is not allowed here."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         kinds = {kind: formula for kind, formula in _known.items() if kind != self.without}
@@ -55,30 +55,30 @@ def to_objective(section: object) -> Formula:
 
 
 def register(formula: type[Formula]) -> None:
-    """Make an objective one that recipes may name; the same class again changes nothing.
+    """Register an objective that recipes may name; registering the same class again changes nothing.
 
     Raises:
         UsageError: its kind is taken.
     """
     if _known.setdefault(formula.kind, formula) is not formula:
         raise UsageError(
-            f"the objective {formula.kind!r} is there already: {_named(_known[formula.kind])}",
+            f"the objective {formula.kind!r} is already registered: {_named(_known[formula.kind])}",
             hint=f"give {_named(formula)} a kind of its own",
         )
 
 
 def _kind_of(section: object) -> str:
-    """Which objective a recipe's section means: plain DPO unless it says."""
+    """Which objective a recipe's section means: DPO by default."""
     if isinstance(section, dict):
         return str(section.get("kind", _DEFAULT))
     return str(getattr(section, "kind", type(section).__name__))
 
 
 def check_objective(formula: object) -> None:
-    """See that a recipe's section can be a class that somebody else wrote.
+    """Check that a class from outside this package can be a recipe's section.
 
     Raises:
-        UsageError: it is no concrete `Formula`, no frozen dataclass, or lacks a kind or a default.
+        UsageError: it is not a concrete `Formula` or a frozen dataclass, or lacks a kind or a default.
     """
     if not (isinstance(formula, type) and issubclass(formula, Formula)):
         raise UsageError(

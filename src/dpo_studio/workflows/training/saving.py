@@ -111,9 +111,7 @@ def find_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Path | None:
     step = int(checkpoint.name.removeprefix("step-"))
     steps = [line["step"] for line in run.lines(RunFolder.METRICS) if 0 < line["step"] <= step]
     if steps != list(range(1, step + 1)):
-        warn(
-            f"metrics.jsonl is missing the lines of {step - len(set(steps))} steps before {checkpoint.name}: they are lost"
-        )
+        warn(f"metrics.jsonl is missing the lines of {step - len(set(steps))} steps before {checkpoint.name}")
     return checkpoint
 
 
