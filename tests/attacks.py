@@ -265,7 +265,7 @@ def _rows(content: bytes) -> list[Draw]:
 def _folded(content: bytes) -> list[Draw]:
     rows = gzip.decompress(content)
     return [
-        ("a bomb of blanks", lambda: gzip.compress(rows + b" " * (70 << 20), 1), r"unfolds to"),
+        ("a bomb of blanks", lambda: gzip.compress(rows + b" " * (70 << 20), 1), r"decompresses to"),
         ("a gzip cut short", content[:-20], r"cannot be read"),
         ("no gzip", rows, r"cannot be read"),
         ("a gzip whose sum is wrong", content[:-8] + bytes(8), r"cannot be read"),

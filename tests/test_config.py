@@ -403,7 +403,7 @@ def test_what_looks_like_a_date_or_is_quoted_stays_text(text: str, tmp_path: Pat
         (b"- a\n- b\n", "is not a recipe"),
         (b"just a text", "is not a recipe"),
         (b"model: [", "not valid YAML"),
-        (b"model: {path: a}\nmodel: {path: b}\n", "the key model is there twice"),
+        (b"model: {path: a}\nmodel: {path: b}\n", "the key model occurs twice"),
         (b"model: &m {path: a}\ndata: *m\n", "aliases"),
         (b"a: &a [x,x]\nb: &b [*a,*a,*a]\nc: [*b,*b,*b,*b]\n", "aliases"),
         (b"model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),

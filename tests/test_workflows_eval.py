@@ -267,7 +267,7 @@ def test_what_is_wrong_with_the_last_run_is_told_before_the_first_is_evaluated(
     cases: tuple[tuple[int, str, tuple[object, ...]], ...] = (
         (2, "5 runs in one figure: more than 4 cannot be told apart", (run, *more, *QUICK)),
         (1, "no-such is not a run folder", (run, tmp_path / "no-such", *QUICK)),
-        (2, "is there twice", (run, more[0], run.parent / "two" / ".." / "run", *QUICK)),
+        (2, "occurs twice", (run, more[0], run.parent / "two" / ".." / "run", *QUICK)),
         (1, "empty has no adapter and no checkpoint yet", (run, empty, *QUICK)),
         (1, "the run's reference is another model (/other)", (run, other, *QUICK)),
         (2, "run: name a judge of its answers with --judge", (everyday, run)),

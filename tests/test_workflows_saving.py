@@ -250,7 +250,7 @@ def test_a_link_out_of_the_run_folder_is_refused(recipe: Path, tmp_path: Path, n
     (tmp_path / "run" / name).rename(moved)
     (tmp_path / "run" / name).symlink_to(moved)
     before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
-    refused(dpo("train", recipe), f"run/{name} is a link; a run keeps to its own folder")
+    refused(dpo("train", recipe), f"run/{name} is a link; a run uses only its own folder")
     assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
 
 
@@ -264,7 +264,7 @@ def test_nothing_is_removed_that_the_run_did_not_write(recipe: Path, tmp_path: P
     (folder / "step-0").symlink_to(elsewhere)
     (folder / "step-77").symlink_to(elsewhere)
     (folder / ".step-2.writing-1-0a").symlink_to(elsewhere)
-    refused(dpo("train", recipe), "is a link that leads out of the run")
+    refused(dpo("train", recipe), "is a link that points out of the run")
     for name in ("step-0", "step-77", ".step-2.writing-1-0a"):
         (folder / name).unlink()
     refused(dpo("train", recipe), "step-1 is damaged or incomplete and is skipped: note.txt was not", code=0)

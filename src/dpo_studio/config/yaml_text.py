@@ -57,7 +57,7 @@ class _Loader(yaml.SafeLoader):
         for key_node, value_node in node.value:
             key = str(self.construct_object(key_node)) if isinstance(key_node, yaml.ScalarNode) else None
             if key is None or key in made:
-                wrong = "a key is not text" if key is None else f"the key {cut(key)} is there twice"
+                wrong = "a key is not text" if key is None else f"the key {cut(key)} occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, wrong, key_node.start_mark)
             made[key] = self.construct_object(value_node, deep=deep)
         return made

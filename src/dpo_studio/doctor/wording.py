@@ -1,4 +1,4 @@
-"""What can be wrong with the words of one pair: each check looks at a pair and answers with what it saw, or None."""
+"""Checks of the wording of one pair: each reads a pair and returns an excerpt of what it found, or None."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 _AROUND = 48
-"""Characters of text shown on either side of what was seen."""
+"""Characters of text shown on either side of a match."""
 
 _MARKUP = re.compile(
     r"<\|(?:im_start|im_end|im_sep|endoftext|end_of_text|begin_of_text|start_header_id|end_header_id|eot_id|eom_id|"
@@ -76,12 +76,12 @@ _SENTENCE_WORDS = 8
 
 @dataclass(frozen=True)
 class RowCheck:
-    """A check of single pairs, and what to say where it finds something."""
+    """A check of single pairs, and the text of its finding."""
 
     name: str
     title: str
     look: Callable[[Pair], str | None]
-    """What was seen in a pair, with some of the text around it; None where there is nothing."""
+    """What was found in a pair, with some text around it; None if nothing was."""
     warning: float
     """Over which share of the pairs it is a warning."""
     does: str
@@ -156,7 +156,7 @@ def _texts(pair: Pair) -> Iterator[str]:
 
 
 def _excerpt(text: str, start: int, end: int) -> str:
-    """What stands around a place."""
+    """The text around a match."""
     before, after = text[max(0, start - _AROUND) : start], text[end : end + _AROUND]
     cut = "… " if start > _AROUND else "", " …" if end + _AROUND < len(text) else ""
     return f"{cut[0]}{before}{text[start:end]}{after}{cut[1]}"

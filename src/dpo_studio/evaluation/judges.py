@@ -49,9 +49,9 @@ __all__ = [
 
 Winner = Literal["a", "b", "tie"]
 Opinion = Literal["a", "b", "tie", "unparsable", "refused", "too long"]
-"""What a judge said once: a winner, or why there is none."""
+"""A judge's opinion in one order: a winner, or why there is none."""
 Progress = Callable[[int], None]
-"""Hears how many more comparisons are judged."""
+"""Receives how many more comparisons are judged."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Verdict:
     reason: str
     """One short plain sentence for the report."""
     by_order: tuple[Opinion, Opinion] | None = None
-    """What was said with A shown first and with B shown first, where the judge was asked both; of the same A and B."""
+    """The opinions with A shown first and with B shown first, where the judge saw both orders."""
     judged: bool = True
-    """Not where the judge had nothing to say: that is a tie, too, and counted."""
+    """False where the judge had no opinion: that is a tie, too, and counted."""
 
 
 class Judge(Protocol):
@@ -109,7 +109,8 @@ class PricedJudge(Judge, Protocol):
 
 @dataclass(frozen=True)
 class RuleJudge:
-    """A judge from a rule that looks at one comparison at a time. It is asked both orders, for a rule can slip, too."""
+    """A judge from a rule that looks at one comparison at a time. It judges both orders, because a rule can have a
+    position bias, too."""
 
     name: str
     description: str
@@ -136,7 +137,7 @@ _NO_VERDICT = {
 
 
 def in_both_orders(a_first: Opinion, b_first: Opinion, reason: str) -> Verdict:
-    """One verdict from what was said of the same A and B in either order; whatever is not the same twice is a tie."""
+    """One verdict from the opinions in both orders; opinions that disagree are a tie."""
     failed = next((opinion for opinion in (a_first, b_first) if opinion not in _WINNERS), None)
     if failed is not None:
         return not_judged(_NO_VERDICT[failed], (a_first, b_first))
@@ -147,19 +148,19 @@ def in_both_orders(a_first: Opinion, b_first: Opinion, reason: str) -> Verdict:
 
 
 def not_judged(why: str, by_order: tuple[Opinion, Opinion] | None = None) -> Verdict:
-    """The tie of a comparison about which the judge has nothing to say."""
+    """The tie of a comparison without an opinion."""
     return Verdict("tie", f"Not judged: {why}.", by_order, judged=False)
 
 
 def higher_wins(a: float, b: float, reason: str) -> Verdict:
-    """The verdict by a number of each answer; what is not finite is no result, but a tie that says so."""
+    """The verdict by a number of each answer; one that is not finite is not a result, but a tie with that reason."""
     if not (math.isfinite(a) and math.isfinite(b)):
         return not_judged("there is no number to compare")
     return Verdict("tie" if a == b else "a" if a > b else "b", reason)
 
 
 def check_some_finite(numbers: Sequence[float], judge: str) -> None:
-    """See that a judge that gives numbers has given any: ties everywhere would look like two answers of one quality.
+    """Check that a judge has given any finite number: ties everywhere would look like equal answers.
 
     Raises:
         NonFiniteError: there are numbers, and none is finite.

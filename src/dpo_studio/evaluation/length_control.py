@@ -23,7 +23,7 @@ __all__ = ["length_controlled"]
 Floats = NDArray[np.float64]
 _ITERATIONS = 100
 _CLOSE = 1e-8
-"""Newton steps smaller than this, in logits, are no steps."""
+"""Newton steps smaller than this, in logits, are not steps."""
 _LONGEST_STEP = 2.0
 """In logits: the first steps of a nearly separated regression would overshoot."""
 _LEAST_INFORMATION = 1e-12

@@ -21,7 +21,7 @@
     ultrafeedback-raw instruction, completions [{response, fine-grained_score}]: the best against the worst
     label-studio      data, annotations; argilla-2: fields, responses (exports.py): the majority holds
 
-A label that says tie is looked at before the answers are: a tie is no broken row.
+A label that says tie is read before the answers: a tie is not a broken row.
 """
 
 from __future__ import annotations

@@ -35,7 +35,7 @@ _ORDERED = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "se
 _SIDES = ("first", "second")
 _TIES = {"tie", "tied", "equal", "equally", "same", "draw", "both", "neither", "none"}
 _SHORT = 40
-"""Characters: what is longer is no label."""
+"""Characters: anything longer is not a label."""
 
 
 def words_of(name: object) -> tuple[str, ...]:

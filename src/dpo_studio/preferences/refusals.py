@@ -1,4 +1,4 @@
-"""Rows that are no pair: counted by reason, the first of each kept to be shown, and what to do about each reason."""
+"""Refused rows: counted by reason, the first of each kept as an example, with advice for each reason."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ _ELSE = "Name the columns with --map, or the shape with --format, if the reason 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A row that is no pair, and why."""
+    """A row that is not a pair, and why."""
 
     row: int
     """Where it stood in its source, from 0."""
@@ -48,7 +48,7 @@ class RefusedRows:
         self.first: dict[str, Refusal] = {}
 
     def add(self, refusal: Refusal) -> None:
-        """One more row that is no pair."""
+        """Add a refused row."""
         self.counts[refusal.reason] += 1
         self.first.setdefault(refusal.reason, refusal)
 

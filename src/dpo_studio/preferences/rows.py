@@ -40,9 +40,9 @@ _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_WORDS)})(?![a-z])")
 _NOT_ON_THE_HUB = (*SUFFIXES, ".gz", *UNREAD)  # a name that ends so was meant as a file
 _ROWS_AT_ONCE = 1024
 _MAX_STATE = 4_000_000
-"""Bytes of what `datasets` says of a saved set: a thousand shards take a hundred thousand."""
+"""Bytes of the description that `datasets` writes of a saved set: a thousand shards take a hundred thousand."""
 _MAX_ENTRIES = 200_000
-"""Files and folders that are looked at in a source's folder: more is a home folder or a disk, not a set of pairs."""
+"""Files and folders that are listed in a source's folder: more is a home folder or a disk, not a set of pairs."""
 
 T = TypeVar("T")
 
@@ -176,7 +176,7 @@ def _folder_files(folder: Path, wanted: str | None) -> list[Path]:
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    """What is named as data is data: a pipe or a link to nothing among them is told of when it is read."""
+    """What is named as data is data: a pipe or a broken link among them is reported when it is read."""
     for count, file in enumerate(folder.rglob("*")):
         if count >= _MAX_ENTRIES:
             raise DataError(
@@ -228,7 +228,7 @@ def _member(file: Path, name: str) -> list[Any]:
 
 
 def _plain(name: Any, folder: Path) -> str:
-    """A name that leads nowhere but to a member of the folder."""
+    """A name of a member of the folder; it cannot point elsewhere."""
     if not isinstance(name, str) or not name or "\0" in name or name == ".." or Path(name).name != name:
         raise DataError(f"{shown_path(folder)} names a file that is not in it: {str(name)[:80]!r}", hint=_SAVE_AGAIN)
     return name

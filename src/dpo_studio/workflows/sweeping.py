@@ -130,7 +130,7 @@ def _swept(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
             continue
         texts = list(map(_text, values))
         if key in swept or len(set(texts)) < len(texts):
-            raise UsageError(f"--set {text}: a value or a key is there twice", hint=f"--set {key}=A,B,C, each once")
+            raise UsageError(f"--set {text}: a value or a key occurs twice", hint=f"--set {key}=A,B,C, each once")
         swept[key] = values
     if not swept:
         raise UsageError("nothing to sweep: no --set has several values", hint="--set objective.beta=0.03,0.1,0.3")

@@ -186,7 +186,7 @@ def judges_of(runs: Sequence[str], judge: str | None, against: str = REFERENCE) 
     Each run takes its hours, so what may be wrong with the last one is looked for before the first begins.
 
     Raises:
-        UsageError: more runs than a figure can tell apart, one that is there twice, or one without a default judge.
+        UsageError: more runs than a figure can tell apart, one that occurs twice, or one without a default judge.
         RunError: one that is no run, or cannot be loaded.
     """
     if len(runs) > MOST_RUNS:
@@ -196,7 +196,7 @@ def judges_of(runs: Sequence[str], judge: str | None, against: str = REFERENCE) 
         _recipe(run)
         find_any(run, with_reference=against == REFERENCE)
         if folders[place] in folders[:place]:
-            raise UsageError(f"{run} is there twice")
+            raise UsageError(f"{run} occurs twice")
     return [judge or default_judge(run) for run in runs]
 
 
