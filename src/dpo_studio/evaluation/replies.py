@@ -67,7 +67,7 @@ def _redirect(request: httpx2.Request, response: httpx2.Response) -> ReplyRefuse
     if target is None:
         return ReplyRefusedError(f"{asked} answers with status {status}, which is not a reply")
     return ReplyRefusedError(
-        f"{asked} sends its requests on to {_host(target) or asked} (status {status}): redirects are not followed, because "
+        f"{asked} sends its requests on to {_host(target) or asked} (status {status}): redirects are not followed: "
         "prompts and key would go there",
         "if that is the server you mean, name its own address: --judge llm:MODEL@BASE_URL",
     )

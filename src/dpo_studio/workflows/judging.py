@@ -47,11 +47,11 @@ _LLM = re.compile(r"llm:(?P<model>.+?)@(?P<url>https?://.*)")
 
 @dataclass(frozen=True)
 class LLMOptions:
-    """What the command line says of an LLM judge besides its name."""
+    """The command line's options of an LLM judge, besides its name."""
 
     template: Path | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Changes what is sent with every request; None takes a parameter out."""
+    """Parameters sent with every request; None removes one."""
     price: tuple[float, float] | None = None
     replies: Path | None = None
     """Default: a file in the cache, by the model's name."""
@@ -177,12 +177,14 @@ def check_judge(
 
 
 def _files_of(spec: str) -> list[str]:
-    """What a judge is read from, if it is of this machine: `FILE.py:function`, `reward:MODEL`, `implicit:RUN`."""
+    """The file or folder that a judge is read from, if it is local: `FILE.py:function`, `reward:MODEL`,
+    `implicit:RUN`."""
     return [spec.rpartition(":")[0], spec.partition(":")[2]]
 
 
 def _flip(seed: int, row: int) -> bool:
-    """Whether the second answer is A: a coin a row, so that a judge that always says A is right half the time."""
+    """Whether the second answer is A: a coin flip per row, so that a judge that always says A is right half the
+    time."""
     return hashlib.sha256(f"{seed}:{row}".encode()).digest()[0] % 2 == 1
 
 
@@ -193,7 +195,7 @@ def _comparison(row: Labelled, flip: bool) -> Comparison:
 
 
 def _completion(text: str) -> Completion:
-    """A written answer: it ended, and without its model's tokenizer words are the nearest to tokens."""
+    """A written answer: it is complete, and without its model's tokenizer words replace tokens."""
     return Completion(text, ended=True, tokens=len(text.split()) + 1)
 
 

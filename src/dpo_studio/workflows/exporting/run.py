@@ -1,4 +1,4 @@
-"""`dpo export`: a run's adapter, one merged model or one GPTQ folder, looked at again before it is done."""
+"""`dpo export`: a run's adapter, a merged model or a GPTQ folder, verified before it is finished."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def export_run(
 
 
 def _typed_base(run: RunFolder, recipe: Recipe) -> str:
-    """The base as the user gave it: never where a cache keeps it."""
+    """The base as the user gave it, never its place in a cache."""
     model = run.typed().get("model")
     return str(model["path"]) if isinstance(model, dict) and "path" in model else recipe.model.path
 
@@ -104,7 +104,7 @@ def _template(recipe: Recipe) -> str | None:
 def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path, *, overwrite: bool) -> dict[str, Any]:
     """A folder that plain PEFT loads; the numbers on its card are the run's own.
 
-    Tensors and settings are read and written again: what is in no tensor and in no setting of LoRA's stays here.
+    Tensors and settings are read and written again: anything that is not a tensor or a LoRA setting is left out.
     """
     config = read_adapter_config(adapter)
     known = config.to_dict()
@@ -115,7 +115,7 @@ def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path, *,
         "rank": config.r,
         "versions": versions("peft", "transformers"),
     }
-    if base == BUNDLED_MODEL:  # whose name on the Hub is that of other weights
+    if base == BUNDLED_MODEL:  # its name on the Hub belongs to other weights
         result["trained_on"] = base
     with making(out, overwrite=overwrite) as place:
         save_file(
@@ -144,7 +144,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 @dataclass
 class _Export:
-    """One export of whole weights under way."""
+    """One export of a whole model."""
 
     run: RunFolder
     recipe: Recipe
@@ -158,7 +158,7 @@ class _Export:
     progress: Progress
 
     def make(self) -> dict[str, Any]:
-        """Merge, quantise if that is asked for, load back, compare; then `out` is there."""
+        """Merge, quantise if asked, load back, compare, and put the result at `out`."""
         today = date_of(self.run)
         known = ask_the_run(self.recipe, self.adapter, self.progress, today=today)
         free_memory()
@@ -238,7 +238,7 @@ class _Export:
 
 
 def _exact_dtype(folder: ModelFolder) -> Any:
-    """The precision that the base's weights are kept in: nothing is rounded before the adapter is added."""
+    """The precision of the base's weights: nothing is rounded before the adapter is added."""
     kept = torch.bfloat16 if folder.quantization is not None else file_dtype(folder.path)
     return str(kept).removeprefix("torch.")
 

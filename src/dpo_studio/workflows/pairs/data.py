@@ -120,7 +120,7 @@ class _Origins:
         self._known: set[str] = set()
 
     def name(self, origin: str | None) -> str:
-        """The origin's own name for the first few of them."""
+        """The origin's own name, for the first few origins."""
         if origin is None:
             return "(no source)"
         if len(self._known) < _MOST_ORIGINS:
@@ -129,7 +129,7 @@ class _Origins:
 
 
 def refused_beside(out: Path) -> Path:
-    """Where the refused rows go: `pairs.jsonl` -> `pairs.refused.jsonl`; of a stream they are counted only."""
+    """The file of refused rows: `pairs.jsonl` -> `pairs.refused.jsonl`; of a stream they are counted only."""
     if stream_of(out) is not None:
         return Path(os.devnull)
     return out.parent / f"{out.name.removesuffix('.jsonl')}.refused.jsonl"
@@ -137,7 +137,7 @@ def refused_beside(out: Path) -> Path:
 
 @dataclass
 class _Tally:
-    """What has been read so far."""
+    """The counts so far."""
 
     rows: int = 0
     pairs: int = 0
@@ -173,7 +173,7 @@ def _counted(stream: PairStream, tally: _Tally, progress: Progress, doing: str) 
 
 
 def _refused_line(refusal: Refusal) -> dict[str, Any]:
-    """`seen` stands there where a value explains the reason."""
+    """`seen` is added where a value explains the reason."""
     return {"row": refusal.row, "reason": refusal.reason} | ({"seen": refusal.seen} if refusal.seen else {})
 
 
