@@ -49,7 +49,7 @@ OURS_ON_GPTQ = {
     "packed-cached": "GPTQ base, reference computed once (not counted)",
     "fp8-live": "GPTQ base, FP8, reference in the step",
     "fp8-cached": "GPTQ base, FP8, reference computed once (not counted)",
-    "resident-live": "GPTQ base formed once in bf16, reference in the step",
+    "resident-live": "GPTQ base dequantised once to bf16, reference in the step",
 }
 """Four bits in groups of 128 inputs."""
 

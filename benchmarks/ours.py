@@ -28,7 +28,7 @@ from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
-from dpo_studio.tokens.pack import MicroBatch, Steps, fit, pack
+from dpo_studio.tokens.pack import MicroBatch, Steps, assign_to_rows, pack
 from jobs import Job, check_system
 from meter import Meter, synchronise
 from shapes import (
@@ -57,7 +57,7 @@ _FORWARD, _BACKWARD = 2, 2
 def our_policy(shape: Shape, device: torch.device, kind: str = "ours") -> PeftModel:
     """A policy with random weights, ready for training: what `load_chat_model` and the run do for a real one.
 
-    Its base is bf16 (`ours`) or GPTQ: `packed`, with `fp8` products, or formed once (`resident`).
+    Its base is bf16 (`ours`) or GPTQ: `packed`, with `fp8` products, or dequantised once (`resident`).
     """
     attention = FLEX if device.type == "cuda" else PAIRS
     base = random_model(shape, device, attention, None if kind == "ours" else partial(gptq_linear, kind=kind))
@@ -85,7 +85,7 @@ def gptq_linear(dense: nn.Linear, kind: str) -> nn.Linear:
         return FrozenLinear(fp8_weight(weight))
     if kind != "resident":
         return FrozenLinear(weight)
-    dense.weight.data = weight.formed(dense.weight.dtype)
+    dense.weight.data = weight.dequantised(dense.weight.dtype)
     return dense
 
 
@@ -179,7 +179,7 @@ class _Unshared(Steps):
         token_budget = token_budget or self.token_budget
         positions = self.pairs_of(step)
         lengths = [unique_tokens(self.pairs[place]) + len(self.pairs[place].prompt) - 2 for place in positions]
-        rows = [[positions[item] for item in row] for row in fit(lengths, token_budget)]
+        rows = [[positions[item] for item in row] for row in assign_to_rows(lengths, token_budget)]
         return [
             replace(unshared_pack([self.pairs[place] for place in row], row), token_budget=token_budget) for row in rows
         ]

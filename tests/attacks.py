@@ -38,7 +38,7 @@ _JSON: list[tuple[str, str]] = [
     ("[1, 2]", r"not a JSON object|damaged|holds no"),
 ]
 """Texts that no reader of JSON takes."""
-_STRICT: list[tuple[str, str]] = [('{"a": 1e999}', r"too large"), ('{"a": NaN}', r"NaN is no number")]
+_STRICT: list[tuple[str, str]] = [('{"a": 1e999}', r"too large"), ('{"a": NaN}', r"NaN is not a number")]
 """What a reader of numbers does not take either; settings of models hold Infinity."""
 
 Draw = tuple[str, Any, str]
@@ -149,11 +149,15 @@ _TOKENIZER: list[Draw] = [
 ]
 _TOKEN_IDS: list[Draw] = [
     ("added_tokens_decoder", [1], r"no object"),
-    ("added_tokens_decoder", {"99999999": {"content": "<x>"}}, r"no token id"),
-    ("added_tokens_decoder", {"-1": {"content": "<x>"}}, r"no token id"),
-    ("added_tokens_decoder", {"\u0663": {"content": "<x>"}}, r"no token id"),
+    ("added_tokens_decoder", {"99999999": {"content": "<x>"}}, r"not a token id"),
+    ("added_tokens_decoder", {"-1": {"content": "<x>"}}, r"not a token id"),
+    ("added_tokens_decoder", {"\u0663": {"content": "<x>"}}, r"not a token id"),
 ]
-_ADDED: list[Draw] = [("<x>", 10**8, r"no token id"), ("<x>", -1, r"no token id"), ("<x>", "4", r"no token id|cannot")]
+_ADDED: list[Draw] = [
+    ("<x>", 10**8, r"not a token id"),
+    ("<x>", -1, r"not a token id"),
+    ("<x>", "4", r"not a token id|cannot"),
+]
 _ADAPTER: list[list[Draw]] = [
     [
         ("peft_type", "LOHA", r"only plain LoRA"),
@@ -261,7 +265,7 @@ def _rows(content: bytes) -> list[Draw]:
 def _folded(content: bytes) -> list[Draw]:
     rows = gzip.decompress(content)
     return [
-        ("a bomb of blanks", lambda: gzip.compress(rows + b" " * (70 << 20), 1), r"unfolds to"),
+        ("a bomb of blanks", lambda: gzip.compress(rows + b" " * (70 << 20), 1), r"decompresses to"),
         ("a gzip cut short", content[:-20], r"cannot be read"),
         ("no gzip", rows, r"cannot be read"),
         ("a gzip whose sum is wrong", content[:-8] + bytes(8), r"cannot be read"),

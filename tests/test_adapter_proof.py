@@ -103,7 +103,7 @@ def test_a_layer_lost_from_the_file_is_caught(tmp_path: Path) -> None:
 def test_a_tensor_under_another_name_is_caught(tmp_path: Path) -> None:
     policy = saved(tmp_path)
     change(tmp_path, **{Q_A: None, Q_A.replace("q_proj", "query"): load_file(tmp_path / WEIGHTS)[Q_A]})
-    with pytest.raises(ModelError, match=r"its file also holds the tensor .*query|its file lacks the tensor .*q_proj"):
+    with pytest.raises(ModelError, match=r"its file also has the tensor .*query|its file lacks the tensor .*q_proj"):
         prove_adapter(policy, tmp_path)
 
 

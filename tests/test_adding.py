@@ -119,14 +119,14 @@ class NoDataclass(Unnamed):
 @pytest.mark.parametrize(
     ("formula", "says"),
     [
-        (Taken, "'dpo' is there already: dpo_studio.objectives.margins.DPO"),
+        (Taken, "'dpo' is already registered: dpo_studio.objectives.margins.DPO"),
         (Unnamed, "has no kind"),
-        (Badly, "'My Loss' is no name"),
+        (Badly, "'My Loss' is not a name"),
         (NoDefault, "have defaults"),
         (NoLoss, "does not define __call__, beta"),
-        (NoDataclass, "is no dataclass"),
-        (int, "is no objective"),
-        (DPO(), "is no objective"),
+        (NoDataclass, "is not a dataclass"),
+        (int, "is not an objective"),
+        (DPO(), "is not an objective"),
     ],
 )
 def test_what_is_no_objective_is_refused_and_changes_nothing(formula: Any, says: str) -> None:
@@ -153,7 +153,7 @@ def no_pair(row: Any) -> Pair:
     [
         ("trl", ["a"], "'trl' is there already"),
         ("auto", ["a"], "'auto' is there already"),
-        ("My Format", ["a"], "no name of a format"),
+        ("My Format", ["a"], "not a format's name"),
         ("mine", [], "names no columns"),
     ],
 )
@@ -167,7 +167,7 @@ def test_a_format_that_cannot_be_added_is_refused(name: str, columns: list[str],
     [
         ("length", None, "'length' is there already"),
         ("llm", None, "'llm' is there already"),
-        ("FILE.py", None, "no name of a judge"),
+        ("FILE.py", None, "not a judge's name"),
         ("panel", "pannel:MODEL", "not how the judge 'panel' is written"),
     ],
 )

@@ -137,7 +137,7 @@ def test_version_and_schema_are_data() -> None:
 @pytest.mark.parametrize(
     ("rows", "parts"),
     [
-        ([], ["holds no rows"]),
+        ([], ["has no rows"]),
         ([{"prompt": "a?", "chosen": "x", "rejected": "y"}, "{no json"], ["line 2: not JSON", "hint:"]),
         ([{"question": "a?", "good": "x", "bad": "y"}], ["question, good, bad", "data.train.map"]),
         ([{"prompt": "a?", "chosen": 3, "rejected": "y"}], ["neither text nor messages"]),
@@ -285,12 +285,12 @@ def test_a_hub_id_without_a_network_is_refused(
     model = dpo("train", recipe, "--set", "model.path=nosuch/model")
     refused(model, "nosuch/model is not on this machine, and HF_HUB_OFFLINE keeps the Hub away", "hint:")
     data = dpo("train", recipe, "--set", "data.train.source=nosuch/data:train")
-    refused(data, "nosuch/data:train is no file or folder here", "HF_HUB_OFFLINE", "hint:")
+    refused(data, "nosuch/data:train is not a file or folder here", "HF_HUB_OFFLINE", "hint:")
 
 
 def test_an_adapter_to_continue_must_be_one(tiny_base: Path, tiny_run: Path, tmp_path: Path) -> None:
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, adapter=None)
-    refused(dpo("train", recipe, "--set", f"model.adapter={tmp_path}/no"), "holds no adapter", "adapter_config.json")
+    refused(dpo("train", recipe, "--set", f"model.adapter={tmp_path}/no"), "contains no adapter", "adapter_config.json")
     refused(dpo("train", recipe, "--set", f"model.adapter={tiny_run}"), f"{tiny_run}/adapter does")
     other = tiny_folder(tmp_path / "other", num_hidden_layers=2)
     said = dpo("train", recipe, "--set", f"model.adapter={tiny_run}/adapter", "--set", f"model.path={other}")
@@ -306,8 +306,8 @@ def test_what_else_a_recipe_names_is_looked_at_before_any_weights(
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, adapter=None)
     (empty := tmp_path / "empty").mkdir()
     for change, words in (
-        (f"model.adapter={tmp_path}/no", f"{tmp_path}/no holds no adapter"),
-        (f"reference.adapter={tmp_path}/no", f"{tmp_path}/no holds no adapter"),
+        (f"model.adapter={tmp_path}/no", f"{tmp_path}/no contains no adapter"),
+        (f"reference.adapter={tmp_path}/no", f"{tmp_path}/no contains no adapter"),
         (f"reference.model={tmp_path}/no", f"no such model folder: {tmp_path}/no"),
         (f"reference.model={empty}", "has no config.json"),
         (f"reference.model={other}", f"reference.model {other} has another vocabulary than {tiny_base}"),

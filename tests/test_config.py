@@ -257,7 +257,7 @@ def test_a_misspelt_key_is_answered_with_the_nearest(key: str, value: Any, messa
     [
         ("training.epochs", "two", "number"),
         ("training.epochs", 0, "greater than 0"),
-        ("training.epochs", True, "no yes or no"),
+        ("training.epochs", True, "is not a boolean key"),
         ("training.epochs", float("nan"), "finite"),
         ("training.learning_rate", float("inf"), "finite"),
         ("training.pairs_per_step", 2.5, "integer"),
@@ -268,8 +268,8 @@ def test_a_misspelt_key_is_answered_with_the_nearest(key: str, value: Any, messa
         ("training.betas", [0.9, 1.0], "less than 1"),
         ("training.seed", -1, "greater than or equal to 0"),
         ("training.clip", 0, "greater than 0"),
-        ("training", [1], "a section with keys of its own"),
-        ("data.train", "pairs.jsonl", "a section with keys of its own"),
+        ("training", [1], "a section with keys"),
+        ("data.train", "pairs.jsonl", "a section with keys"),
         ("data.held_out.fraction", 1, "less than 1"),
         ("data.max_length", 7, "greater than or equal to 8"),
         ("data.too_long", "cut", "'cut_prompt_start'"),
@@ -277,7 +277,7 @@ def test_a_misspelt_key_is_answered_with_the_nearest(key: str, value: Any, messa
         ("adapter.dropout", 1.0, "less than 1"),
         ("adapter.targets", "q_proj", "list"),
         ("adapter.targets", [], "at least 1"),
-        ("objective", "ipo", "a section with keys of its own"),
+        ("objective", "ipo", "a section with keys"),
         ("objective.beta", 0, "greater than 0"),
         ("objective.beta", True, "number"),
         ("objective.label_smoothing", 0.5, "less than 0.5"),
@@ -349,7 +349,7 @@ def test_a_reference_that_moves_is_computed_live() -> None:
     [
         ({"update_every": 5, "mode": "cached"}, "grow stale: use mode: live"),
         ({"update_every": 5, "model": "other/model"}, r"remove reference\.model"),
-        ({"update_share": 0.6}, "say when, with update_every"),
+        ({"update_share": 0.6}, "update_share needs update_every"),
     ],
 )
 def test_a_reference_cannot_move_and_stay(section: dict[str, Any], reason: str) -> None:
@@ -399,11 +399,11 @@ def test_what_looks_like_a_date_or_is_quoted_stays_text(text: str, tmp_path: Pat
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "holds no recipe"),
-        (b"- a\n- b\n", "holds no recipe"),
-        (b"just a text", "holds no recipe"),
+        (b"", "is not a recipe"),
+        (b"- a\n- b\n", "is not a recipe"),
+        (b"just a text", "is not a recipe"),
         (b"model: [", "not valid YAML"),
-        (b"model: {path: a}\nmodel: {path: b}\n", "the key model is there twice"),
+        (b"model: {path: a}\nmodel: {path: b}\n", "the key model occurs twice"),
         (b"model: &m {path: a}\ndata: *m\n", "aliases"),
         (b"a: &a [x,x]\nb: &b [*a,*a,*a]\nc: [*b,*b,*b,*b]\n", "aliases"),
         (b"model: !!python/object/apply:os.system ['true']\n", "not valid YAML"),
@@ -443,7 +443,7 @@ def test_a_section_that_is_null_is_refused_and_never_its_defaults(section: str, 
     """`adapter: null` trained a LoRA of rank 16."""
     with pytest.raises(RecipeError) as caught:
         recipe("{model: {path: m}, data: {train: {source: s}}}", tmp_path, f"{section}=null")
-    assert f"a section with keys of its own is wanted: {section}" in caught.value.message
+    assert f"a section with keys is expected: {section}" in caught.value.message
     assert "leave the section out" in (caught.value.hint or "")
     assert ("whole model" in (caught.value.hint or "")) == (section == "adapter")
 

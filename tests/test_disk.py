@@ -49,10 +49,10 @@ def test_a_folder_that_is_dropped_has_lost_its_name_before_its_first_file(
     (tmp_path / "step-2" / "state").write_text("")
     with monkeypatch.context() as killed:
         killed.setattr(disk, "remove_folder", lambda folder: None)
-        disk.drop_folder(tmp_path / "step-2")
+        disk.delete_folder(tmp_path / "step-2")
     (left,) = names(tmp_path)
     assert left.startswith(".step-2.writing-")
-    disk.sweep(tmp_path)
+    disk.remove_leftovers(tmp_path)
     assert names(tmp_path) == []
 
 
@@ -63,5 +63,5 @@ def test_a_sweep_takes_only_what_this_project_left_unfinished(tmp_path: Path) ->
         (tmp_path / name).write_text("mine")
     (tmp_path / ".step-1.writing-12-ab").symlink_to(tmp_path / "notes")
     (tmp_path / ".result.json.writing-12-ab").write_text("{")
-    disk.sweep(tmp_path)
+    disk.remove_leftovers(tmp_path)
     assert names(tmp_path) == sorted(mine)

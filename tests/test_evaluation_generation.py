@@ -14,7 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralFo
 
 from dpo_studio.errors import DataError, ModelError, NonFiniteError, UsageError
 from dpo_studio.sampling.completion import Completion
-from dpo_studio.sampling.generation import _choose, _closed_up, _luck, generate, stream
+from dpo_studio.sampling.generation import _choose, _closed_up, _uniforms, generate, stream
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 
@@ -167,15 +167,15 @@ def test_progress_hears_every_token(model: Any) -> None:
 
 
 def test_temperature_one_samples_the_softmax() -> None:
-    """60,000 draws from one distribution over 300 tokens (three blocks, one partly filled); luck 0.5/n, 1.5/n, ...
+    """60,000 draws from one distribution over 300 tokens (three blocks, one partly filled); uniforms 0.5/n, 1.5/n, ...
 
-    Evenly spread luck makes the count of a token n times its share, give or take one for each end of its interval.
+    Evenly spread uniforms makes the count of a token n times its share, give or take one for each end of its interval.
     """
     torch.manual_seed(3)
     logits, n = torch.randn(300) * 3, 60_000
-    luck = (torch.arange(n, dtype=torch.float64) + 0.5) / n
+    uniforms = (torch.arange(n, dtype=torch.float64) + 0.5) / n
     counts = torch.zeros(300)
-    for part in luck.view(-1, 5000):
+    for part in uniforms.view(-1, 5000):
         chosen = _choose(logits.expand(len(part), -1), part, temperature=1.0)
         counts += torch.bincount(chosen, minlength=300)
     assert (counts - n * torch.softmax(logits, -1)).abs().max() < 2.1
@@ -197,8 +197,8 @@ def test_a_token_of_no_probability_is_never_drawn() -> None:
     """Luck at both ends of [0, 1), and a first and last token that cannot be."""
     logits = torch.full((4, 200), -torch.inf)
     logits[:, [50, 150]] = 0.0
-    luck = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
-    assert _choose(logits, luck, temperature=1.0).tolist() == [50, 50, 150, 150]
+    uniforms = torch.tensor([0.0, 0.5 - 2**-53, 0.5, 1 - 2**-53], dtype=torch.float64)
+    assert _choose(logits, uniforms, temperature=1.0).tolist() == [50, 50, 150, 150]
 
 
 def test_cold_is_greedy_and_hot_is_uniform(model: Any) -> None:
@@ -206,18 +206,18 @@ def test_cold_is_greedy_and_hot_is_uniform(model: Any) -> None:
     assert answers(model, temperature=1e-5) == greedy
     assert answers(model, temperature=1e-300) == greedy
     logits = torch.tensor([[0.0, 5.0, -5.0, 1.0]])
-    hot = [int(_choose(logits, torch.tensor([luck]).double(), temperature=1e6)) for luck in (0.1, 0.3, 0.6, 0.9)]
+    hot = [int(_choose(logits, torch.tensor([u]).double(), temperature=1e6)) for u in (0.1, 0.3, 0.6, 0.9)]
     assert hot == [0, 1, 2, 3]
 
 
-def test_luck_is_in_the_interval_and_even() -> None:
+def test_uniforms_are_in_the_interval_and_even() -> None:
     """Mean 1/2 and variance 1/12 of 40,000 numbers: standard errors 0.0014 and 0.0004."""
-    luck = _luck([[i] for i in range(40)], 1000, "key")
-    assert luck.min() >= 0
-    assert luck.max() < 1
-    assert luck.mean() == pytest.approx(0.5, abs=0.006)
-    assert luck.var() == pytest.approx(1 / 12, abs=0.002)
-    assert np.array_equal(_luck([[3]], 10, "key")[0], luck[3, :10])
+    uniforms = _uniforms([[i] for i in range(40)], 1000, "key")
+    assert uniforms.min() >= 0
+    assert uniforms.max() < 1
+    assert uniforms.mean() == pytest.approx(0.5, abs=0.006)
+    assert uniforms.var() == pytest.approx(1 / 12, abs=0.002)
+    assert np.array_equal(_uniforms([[3]], 10, "key")[0], uniforms[3, :10])
 
 
 def test_the_last_rows_fill_the_holes() -> None:
@@ -303,12 +303,12 @@ def test_top_p_keeps_the_fewest_tokens_that_hold_it() -> None:
     """Shares .5 .3 .15 .05. For 0.6 the first two are needed: of them the first holds 5/8 = .625."""
     logits = torch.log(torch.tensor([[0.05, 0.3, 0.5, 0.15]]))
 
-    def drawn(luck: float, top_p: float) -> int:
-        return int(_choose(logits, torch.tensor([luck]).double(), temperature=1.0, top_p=top_p))
+    def drawn(uniforms: float, top_p: float) -> int:
+        return int(_choose(logits, torch.tensor([uniforms]).double(), temperature=1.0, top_p=top_p))
 
-    assert [drawn(luck, 0.6) for luck in (0.01, 0.37, 0.38, 0.99)] == [1, 1, 2, 2]
-    assert [drawn(luck, 0.4) for luck in (0.01, 0.99)] == [2, 2]
-    assert [drawn(luck, 1.0) for luck in (0.01, 0.2, 0.5, 0.9)] == [0, 1, 2, 3]
+    assert [drawn(uniforms, 0.6) for uniforms in (0.01, 0.37, 0.38, 0.99)] == [1, 1, 2, 2]
+    assert [drawn(uniforms, 0.4) for uniforms in (0.01, 0.99)] == [2, 2]
+    assert [drawn(uniforms, 1.0) for uniforms in (0.01, 0.2, 0.5, 0.9)] == [0, 1, 2, 3]
 
 
 def test_no_prompts_is_no_answers(model: Any) -> None:

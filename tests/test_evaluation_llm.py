@@ -320,7 +320,7 @@ def test_a_template_that_cannot_work_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_an_address_that_is_none_is_refused(address: str) -> None:
-    with pytest.raises(UsageError, match="no address of a server"):
+    with pytest.raises(UsageError, match="not the address of a server"):
         Endpoint(address, QUICK, print)
 
 
@@ -353,10 +353,10 @@ def test_the_default_key_goes_nowhere_in_clear_text(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_key_that_is_missing_or_broken_is_said_without_showing_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UsageError, match="NO_SUCH_KEY holds no key"):
+    with pytest.raises(UsageError, match="NO_SUCH_KEY is unset or empty"):
         Endpoint("https://judge.example/v1", Asking(key_variable="NO_SUCH_KEY"), print)
     monkeypatch.setenv("OPENAI_API_KEY", "sk-half\nsecret")
-    with pytest.raises(UsageError, match="OPENAI_API_KEY holds a character") as caught:
+    with pytest.raises(UsageError, match="OPENAI_API_KEY has a character") as caught:
         Endpoint("https://judge.example/v1", Asking(), print)
     assert "secret" not in str(caught.value)
 
@@ -364,7 +364,7 @@ def test_a_key_that_is_missing_or_broken_is_said_without_showing_it(monkeypatch:
 @pytest.mark.parametrize("key", ["sk-half\x7f", "sk-\u00fc", "sk half", "\u2713"])
 def test_a_key_is_of_characters_that_a_header_may_hold(monkeypatch: pytest.MonkeyPatch, key: str) -> None:
     monkeypatch.setenv("OPENAI_API_KEY", key)
-    with pytest.raises(UsageError, match="OPENAI_API_KEY holds a character that no key has"):
+    with pytest.raises(UsageError, match="OPENAI_API_KEY has a character that is not allowed in a key"):
         Endpoint("https://judge.example/v1", Asking(), print)
 
 

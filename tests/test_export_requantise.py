@@ -22,13 +22,13 @@ from dpo_studio.export.requantise import (
     file_dtype,
     layer_count,
     quantise,
-    settled,
+    resolved,
 )
 from tests.conftest import encoded
 
 
 def config_folder(folder: Path, hidden: int, intermediate: int, **changes: Any) -> Path:
-    """A model's config is all that the settings are settled by."""
+    """A model's config is all that the settings are resolved by."""
     shape = {"hidden_size": hidden, "intermediate_size": intermediate, "num_hidden_layers": 2, "vocab_size": 64}
     config = LlamaConfig(**(shape | {"num_attention_heads": 1, "head_dim": hidden} | changes))
     config.architectures = ["LlamaForCausalLM"]
@@ -44,19 +44,19 @@ def test_the_group_size_is_the_largest_that_divides_every_layers_inputs(
 ) -> None:
     """576 = 9 x 64, SmolLM2's hidden size; 96 = 3 x 32."""
     folder = config_folder(tmp_path, hidden, intermediate)
-    assert settled(folder, Quantising()) == Quantising(4, size)
+    assert resolved(folder, Quantising()) == Quantising(4, size)
     assert layer_count(folder) == 2
 
 
 def test_a_group_size_that_does_not_fit_names_the_layer_and_those_that_do(tmp_path: Path) -> None:
     folder = config_folder(tmp_path, 576, 1536)
     with pytest.raises(UsageError, match=r"--group-size 128: model.layers.0.self_attn.q_proj has 576 inputs") as told:
-        settled(folder, Quantising(group_size=128))
+        resolved(folder, Quantising(group_size=128))
     assert "64 or 32 divides" in str(told.value)
     with pytest.raises(UsageError, match=r"--group-size 32: .* has 40 inputs"):
-        settled(config_folder(tmp_path / "odd", 40, 64), Quantising())
+        resolved(config_folder(tmp_path / "odd", 40, 64), Quantising())
     with pytest.raises(UsageError, match="--bits 5"):
-        settled(folder, Quantising(bits=5))
+        resolved(folder, Quantising(bits=5))
 
 
 def test_calibration_is_the_prompt_with_its_chosen_answer() -> None:

@@ -46,7 +46,7 @@ def test_a_refused_label_is_told_with_its_row_and_value(tmp_path: Path) -> None:
 
 def test_a_file_of_ties_is_not_called_a_wrong_mapping(tmp_path: Path) -> None:
     said = dpo("data", "check", write_rows(tmp_path / "in.jsonl", labelled("T", "T")), *LABELLED, *MEANINGS)
-    assert said.code == 1 and "a tie holds no preference" in said.out and "--map" not in said.out
+    assert said.code == 1 and "a tie has no preference" in said.out and "--map" not in said.out
     out = dpo("data", "convert", tmp_path / "in.jsonl", tmp_path / "out.jsonl", *LABELLED, *MEANINGS)
     assert "every row is a tie" in out.err and "2 x tie (row 0)" in out.err
 

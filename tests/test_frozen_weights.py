@@ -60,7 +60,7 @@ class Signs:
     def shape(self) -> tuple[int, int]:
         return self.signs_NK.shape[0], self.signs_NK.shape[1]
 
-    def formed(self, dtype: torch.dtype) -> Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         return self.exact(dtype)
 
     def exact(self, dtype: torch.dtype) -> Tensor:

@@ -199,7 +199,7 @@ def test_a_tokenizer_with_code_beside_it_that_fails_for_another_reason_says_that
 def test_a_reward_model_s_code_is_not_asked_for_either(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
     rewrite(model / "config.json", model_type="granite", auto_map={"AutoModelForSequenceClassification": "evil.Evil"})
-    assert "no model of this kind" in refusal(lambda: load_reward_model(str(model), dtype="float32")).message
+    assert "not a model of this kind" in refusal(lambda: load_reward_model(str(model), dtype="float32")).message
     rewrite(model / "config.json", model_type="llama", quantization_config={"quant_method": "quark"}, num_labels=1)
     assert "is quantised" in refusal(lambda: load_reward_model(str(model), dtype="float32")).message
 

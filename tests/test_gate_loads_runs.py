@@ -137,7 +137,7 @@ def test_no_part_of_a_run_is_a_link_that_leads_out(run: Path, tmp_path: Path, pa
     (run / part).rename(tmp_path / "moved")
     (run / part).symlink_to(tmp_path / "moved")
     said = dpo("export", run, tmp_path / "out", "--to", "adapter")
-    assert said.code == 1 and "is a link that leads out of the run" in said.err, said.err
+    assert said.code == 1 and "is a link that points out of the run" in said.err, said.err
     assert not (tmp_path / "out").exists()
 
 
@@ -226,7 +226,7 @@ def test_a_report_shows_no_file_of_another_place(run: Path, secret: Path, part: 
     (run / "evaluation").mkdir(exist_ok=True)
     (run / part).unlink(missing_ok=True)
     (run / part).symlink_to(secret)
-    assert "leads out of the run" in refusal(lambda: write_report(run)).message
+    assert "points out of the run" in refusal(lambda: write_report(run)).message
 
 
 WRONG: list[Any] = [None, True, "x", [], {}, [1, "x"], ["a", "b"], [None, None], 10**30, -1, {"a": [1]}]

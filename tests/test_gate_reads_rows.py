@@ -108,7 +108,7 @@ def test_numbers_without_end_are_bounded_by_what_the_file_says(tmp_path: Path, m
     monkeypatch.undo()
     pq.write_table(pa.table({"prompt": ["q" * 3_000_000]}), file, compression="zstd")
     monkeypatch.setattr(tables, "_MAX_GROUP", 3_000_000)
-    with pytest.raises(DataError, match=r"unfolds to 3,\d\d\d,\d\d\d bytes; the most is .* and 3,000,000"):
+    with pytest.raises(DataError, match=r"takes 3,\d\d\d,\d\d\d bytes in memory; the most is .* and 3,000,000"):
         list(file_rows(file))
 
 
@@ -306,7 +306,7 @@ def test_a_gz_unfolds_to_no_more_than_text_does(
     (tmp_path / name).write_bytes(gzip.compress(content, compresslevel=9))
     monkeypatch.setattr(bounds, "_ALWAYS_UNFOLDED", MIB // 2)
     monkeypatch.setattr(files, "_MAX_BLANK", 10**9)
-    with pytest.raises(DataError, match=r"unfolds to over \d+ MiB, 100 times its size"):
+    with pytest.raises(DataError, match=r"decompresses to over \d+ MiB, 100 times its size"):
         for _ in file_rows(tmp_path / name):
             pass
 
@@ -314,7 +314,7 @@ def test_a_gz_unfolds_to_no_more_than_text_does(
 def test_an_honest_gz_passes_however_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read again from its beginning (JSON Lines in a .json) is not counted twice."""
     monkeypatch.setattr(bounds, "_ALWAYS_UNFOLDED", 0)
-    monkeypatch.setattr(bounds, "_MOST_UNFOLDED", 12)
+    monkeypatch.setattr(bounds, "_MOST_DECOMPRESSED", 12)
     lines = b"".join(
         b'{"prompt": "%s", "chosen": "a", "rejected": "b"}\n' % os.urandom(30).hex().encode() for _ in range(99)
     )
@@ -470,7 +470,7 @@ def test_a_disk_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
         (tmp_path / f"{number}.jsonl").write_bytes(GOOD)
     assert len(read_pairs(SourceSection(source=str(tmp_path))).pairs) == 9
     (tmp_path / "x").mkdir()
-    with pytest.raises(DataError, match="holds over 9 files and folders"):
+    with pytest.raises(DataError, match="contains over 9 files and folders"):
         read_pairs(SourceSection(source=str(tmp_path)))
 
 

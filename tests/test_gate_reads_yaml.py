@@ -48,11 +48,11 @@ BASE = "model: {path: m}\ndata: {train: {source: a.jsonl}}\n"
         ("!!seq {a: 1}", "expected a sequence"),
         ("!!str [1]", "expected a scalar"),
         ("!!int {a: 1}", "expected a scalar"),
-        ("{1: a, '1': b}", "the key 1 is there twice"),
-        ("{true: a, True: b}", "the key True is there twice"),
-        ("{a: {b: 1, c: 2, b: 3}}", "the key b is there twice"),
-        ("[1]: a", "a key is no text"),
-        ("{a: 1}: b", "a key is no text"),
+        ("{1: a, '1': b}", "the key 1 occurs twice"),
+        ("{true: a, True: b}", "the key True occurs twice"),
+        ("{a: {b: 1, c: 2, b: 3}}", "the key b occurs twice"),
+        ("[1]: a", "a key is not text"),
+        ("{a: 1}: b", "a key is not text"),
         ("[" * 51 + "]" * 51, "nested deeper than 50"),
         ("{a: " * 51 + "1" + "}" * 51, "nested deeper than 50"),
         ("- " * 51 + "a", "nested deeper than 50"),
@@ -155,14 +155,14 @@ def test_rows_nested_as_deep_as_json_goes_are_refused_rows(tmp_path: Path) -> No
 
 def test_arguments_that_are_no_text_are_refused_by_name(tmp_path: Path) -> None:
     for name in (b"\xff.jsonl", b"a\xc3", b"\xed\xa0\x80", b"--out=\xfe"):
-        with pytest.raises(UsageError, match="is no text in this locale") as caught:
+        with pytest.raises(UsageError, match="is not text in this locale") as caught:
             _refuse_names_that_are_no_text(["data", os.fsdecode(name)])
         caught.value.message.encode("utf-8")
     _refuse_names_that_are_no_text(["data", "ü", "\U0001f600", ""])
     (tmp_path / os.fsdecode(b"\xff.jsonl")).write_bytes(GOOD)
     done = dpo("data", "check", b"\xff.jsonl", cwd=tmp_path)
     assert done.code == 2
-    assert "\\xff.jsonl is no text in this locale" in done.error
+    assert "\\xff.jsonl is not text in this locale" in done.error
 
 
 def test_a_folder_s_file_may_have_any_name(tmp_path: Path) -> None:
@@ -198,5 +198,5 @@ def test_closed_streams_are_no_error_and_no_file_of_ours(closed: tuple[int, ...]
 def test_a_closed_stdin_is_empty_and_an_error_still_has_its_code(tmp_path: Path) -> None:
     done = dpo("data", "check", "-", cwd=tmp_path, closed=(0,))
     assert done.code == 1
-    assert "holds no rows" in done.error
+    assert "has no rows" in done.error
     assert dpo("data", "check", "missing.jsonl", cwd=tmp_path, closed=(0, 1, 2)).code == 1

@@ -54,7 +54,7 @@ def test_a_folder_with_anything_else_in_it_is_not_ours(tmp_path: Path, strange: 
         (out / "export.json").unlink()
     else:
         (out / "export.json").write_text('{"to": "merged"}' if strange == "no list" else "[[[")
-    with pytest.raises(RunError, match="holds something that DPO Studio did not write there"):
+    with pytest.raises(RunError, match="contains something that DPO Studio did not write there"):
         export(out, "new", overwrite=True)
     assert strange == "lost" or (out / "deep" / "weights").read_text() == "weights"
 

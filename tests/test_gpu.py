@@ -151,7 +151,7 @@ def test_weights_formed_by_the_kernel_are_those_of_plain_torch(bits: int, group_
     weight = packed_weight(bits, group_size, act_order=act_order)
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
-        assert torch.equal(on_gpu(weight).formed(dtype).cpu(), weight.exact(rounded).to(dtype))
+        assert torch.equal(on_gpu(weight).dequantised(dtype).cpu(), weight.exact(rounded).to(dtype))
 
 
 def test_fp8_loses_nothing_of_the_weights() -> None:
@@ -160,7 +160,7 @@ def test_fp8_loses_nothing_of_the_weights() -> None:
     packed = on_gpu(packed_weight(4, 128, act_order=False, outputs=256, inputs=1024))
     dense, weight = packed.exact(torch.float32), fp8_weight(packed)
     for dtype in (torch.bfloat16, torch.float32):
-        assert torch.equal(weight.formed(dtype), packed.exact(dtype))
+        assert torch.equal(weight.dequantised(dtype), packed.exact(dtype))
     draw = torch.Generator(CUDA).manual_seed(0)
     flat = torch.randn(64, 8, 1, generator=draw, device=CUDA).expand(-1, -1, 128).reshape(64, 1024).bfloat16()
     exact = flat.double() @ dense.double().t()
@@ -182,7 +182,7 @@ def gptq_policy(*, fp8: bool = False, resident: bool = False) -> Any:
         weight = Packed(words, scales, torch.full_like(weight.zeros_NG, 8).to(CUDA), None, 4, 128)
         parent, _, child = name.rpartition(".")
         if resident:
-            linear.weight.data = weight.formed(torch.bfloat16)
+            linear.weight.data = weight.dequantised(torch.bfloat16)
         else:
             layer = FrozenLinear(fp8_weight(weight) if fp8 else weight)
             setattr(model.get_submodule(parent), child, layer)

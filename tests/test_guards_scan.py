@@ -147,13 +147,13 @@ def test_an_index_that_leads_to_a_pickle_is_refused(model: Path, canary: Path) -
     torch.save(Bomb(), model / "evil.bin")
     (model / "model.safetensors").rename(model / "model-00001.safetensors")
     rewrite(model / "model.safetensors.index.json", weight_map={"lm_head.weight": "evil.bin"})
-    assert "names a weight file that is none: 'evil.bin'" in refusal(lambda: load(model)).message
+    assert "names an invalid weight file: 'evil.bin'" in refusal(lambda: load(model)).message
 
 
 @pytest.mark.parametrize("name", ["../model.safetensors", "/etc/passwd.safetensors", "a/b.safetensors", 7, None, ""])
 def test_an_index_names_files_of_its_folder(model: Path, name: Any) -> None:
     rewrite(model / "model.safetensors.index.json", weight_map={"a": name})
-    assert "names a weight file that is none" in refusal(lambda: weight_files(model, "m")).message
+    assert "names an invalid weight file" in refusal(lambda: weight_files(model, "m")).message
 
 
 def test_the_files_of_a_sound_index_are_known(model: Path) -> None:
@@ -222,7 +222,7 @@ def test_a_pipe_in_a_folder_is_refused_and_not_waited_for(model: Path, name: str
     (model / name).unlink(missing_ok=True)
     os.mkfifo(model / name)
     before = time.monotonic()
-    assert f"{name} is no file" in refusal(lambda: load(model)).message
+    assert f"{name} is not a regular file" in refusal(lambda: load(model)).message
     assert time.monotonic() - before < 5
 
 
@@ -231,8 +231,8 @@ def test_a_device_in_a_folder_is_refused(model: Path, target: str) -> None:
     (model / "tokenizer.json").unlink()
     (model / "tokenizer.json").symlink_to(target)
     error = refusal(lambda: load(model))
-    assert error.message == f"{model}: tokenizer.json is no file"
-    assert error.hint == "a device or a pipe in a model folder is no accident"
+    assert error.message == f"{model}: tokenizer.json is not a regular file"
+    assert error.hint == "a device or a pipe in a model folder is never legitimate"
 
 
 @pytest.mark.parametrize("name", ["secret.model", "merges.txt", "tokenizer.json", "README.md", "chat_template.jinja"])

@@ -306,7 +306,7 @@ def test_limits_stand_where_they_are_said_to(just: str, over: str) -> None:
         ("{{ '%5000d' % 1 }}", "it pads a text to thousands of characters"),
         ("{{ {}|tojson(indent=99) }}", "it writes JSON with more than 16 spaces a level"),
         ("{{ strftime_now('x' * 101) }}", "it writes the date in more than 100 characters"),
-        ("{{ ' '.join(messages|map('string')) }}", "it joins what is no list: put `|list` before"),
+        ("{{ ' '.join(messages|map('string')) }}", "it joins something that is not a list: put `|list` before"),
         ("{{ raise_exception('no such role') }}", "no such role"),
         ("{{ nothing.at_all }}", "'nothing' is undefined"),
         ("{{ nothing() }}", "'nothing' is undefined"),

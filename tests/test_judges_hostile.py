@@ -219,7 +219,7 @@ def test_a_reply_that_unfolds_to_one_byte_too_many_is_refused(
             if size == padding:
                 assert judge.judge_all([comparison()])[0].by_order == ("a", "b")
             else:
-                with pytest.raises(JudgeError, match="a reply of more than 4 MiB, unfolded"):
+                with pytest.raises(JudgeError, match="a reply of more than 4 MiB, decompressed"):
                     judge.judge_all([comparison()])
 
 

@@ -202,7 +202,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(
     (checkpoints / "step-99").mkdir()
     run(recipe, stopped)
     said = capfd.readouterr().err
-    assert f"{checkpoints / 'step-5'} is damaged or incomplete and is passed over" in said
+    assert f"{checkpoints / 'step-5'} is damaged or incomplete and is skipped" in said
     assert f"{checkpoints / 'step-99'} is damaged" in said
     assert "writing" not in said
     assert left_behind(stopped) == left_behind(through)

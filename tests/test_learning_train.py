@@ -382,7 +382,7 @@ def test_three_steps_in_a_row_that_are_not_finite_stop_the_run() -> None:
     next(reports)
     before = weights(model)
     assert [next(reports).step for _ in range(3)] == [2, 3, 4]
-    with pytest.raises(NonFiniteError, match=r"step 4: the loss of rows .* and so it was in the 2 steps") as stopped:
+    with pytest.raises(NonFiniteError, match=r"step 4: the loss of rows .* as in the 2 steps") as stopped:
         next(reports)
     assert stopped.value.exit_code == 3
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -23,7 +23,7 @@ from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import open_model
 from dpo_studio.sampling.generation import generate
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.pack import on_each_side, pack
+from dpo_studio.tokens.pack import pack, split_at_position
 from tests.conftest import columns, encoded, gradients, moved, plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_tokenizers import VOCABULARY
@@ -103,7 +103,7 @@ def test_the_sides_matter_here() -> None:
 def test_a_straddling_pair_lies_in_two_rows_each_answer_with_its_prompt() -> None:
     """Prompt 25, answers of 2 (27 in all: within) and of 30 (55: over). 25 + 1 and 25 + 29 tokens, scored 2 and 30."""
     pair = pairs()[5]
-    within, over = on_each_side(pack([pair]), LIMIT)
+    within, over = split_at_position(pack([pair]), LIMIT)
     assert [row.tokens for row, _ in (within, over)] == [26, 54]
     assert [row.position_ids_1T.max().item() for row, _ in (within, over)] == [25, 53]
     assert [len(places) for _, places in (within, over)] == [2, 30]

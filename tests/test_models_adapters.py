@@ -388,7 +388,7 @@ def test_a_broken_adapter_config_is_an_error_with_its_name(tmp_path: Path, conte
 
 
 def test_a_folder_without_an_adapter_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="holds no adapter"):
+    with pytest.raises(ModelError, match="contains no adapter"):
         attach_existing(tiny_model(), tmp_path, trainable=True)
 
 

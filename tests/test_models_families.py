@@ -95,7 +95,7 @@ def test_a_family_of_ones_own_trains_and_scores_as_its_plain_model(tmp_path: Pat
 def test_a_family_is_added_once_and_with_a_layout_that_is_built() -> None:
     with pytest.raises(ValueError, match="'llama' has a family already"):
         add_family(Family("llama"))
-    with pytest.raises(ValueError, match="layout 'rows' is none of packed"):
+    with pytest.raises(ValueError, match="layout 'rows' is not one of packed"):
         add_family(Family("rows_of_mine", layout="rows"))  # type: ignore[arg-type]
 
 

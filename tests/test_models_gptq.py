@@ -22,7 +22,7 @@ from transformers import AutoModelForCausalLM
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
-from dpo_studio.frozen.forming import unpack
+from dpo_studio.frozen.dequantising import unpack
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards, read_quantization
 from dpo_studio.frozen.linear import FrozenLinear, held_dense, weight_count
@@ -79,9 +79,9 @@ def test_every_format_dequantises_to_gptqmodels_weights_bit_for_bit(layers: Path
     expected = load_file(layers)[f"{case_name(case)}.dense"]
     weight = read_layer(layers, case).kept
     assert expected.abs().max() > 0.1
-    assert torch.equal(weight.formed(torch.float16), expected)
-    assert torch.equal(weight.formed(torch.float32), expected.float())
-    assert torch.equal(weight.formed(torch.bfloat16), weight.exact(torch.float32).bfloat16())
+    assert torch.equal(weight.dequantised(torch.float16), expected)
+    assert torch.equal(weight.dequantised(torch.float32), expected.float())
+    assert torch.equal(weight.dequantised(torch.bfloat16), weight.exact(torch.float32).bfloat16())
 
 
 def test_a_weight_worked_by_hand() -> None:
@@ -90,7 +90,7 @@ def test_a_weight_worked_by_hand() -> None:
     words = torch.tensor([[0x76543210, -1, -1, -1]], dtype=torch.int32)
     weight = Packed(words, torch.tensor([[0.5]]).half(), torch.tensor([[8]], dtype=torch.uint8), None, 4, 32)
     expected = [0.5 * (k - 8) for k in range(8)] + [3.5] * 24
-    assert weight.formed(torch.float32).tolist() == [expected]
+    assert weight.dequantised(torch.float32).tolist() == [expected]
 
 
 def test_three_bits_cross_the_ends_of_words() -> None:
@@ -328,7 +328,7 @@ def _at(place: tuple[int, ...], number: float) -> Callable[[Tensor], Tensor]:
         (_set("scales", _at((1, 0), float("inf"))), "scales", "not finite"),
         (_set("scales", lambda x: x[:1]), "scales", "has 1 groups for 64 inputs"),
         (_set("scales", lambda x: x[:, :-1]), "scales", "not float16 (groups, 32)"),
-        (_set("qweight", lambda x: x[:-1]), "qweight", "no known number of bits"),
+        (_set("qweight", lambda x: x[:-1]), "qweight", "unsupported number of bits"),
         (_set("qweight", lambda x: x[:4]), "qweight", "has 2 bits a weight, the config says 4"),
         (_set("qweight", lambda x: x[:, :-1]), "qweight", "is int32 (8, 31)"),
         (_set("qweight", lambda x: x.long()), "qweight", "is int64"),
@@ -377,7 +377,7 @@ def _short_norm(tensors: dict[str, Tensor]) -> None:
     [
         (_drop(f"{KEY}.qweight"), "tensors, the first is"),
         (_drop("model.norm.weight"), "1 missing tensors, the first is model.norm.weight"),
-        (_extra, "model.layers.9.mlp.down_proj, which is no linear layer"),
+        (_extra, "model.layers.9.mlp.down_proj, which is not a linear layer"),
         (_short_norm, "model.safetensors: tensor model.norm.weight is float16 (31,), the model's is (32,)"),
     ],
 )
@@ -415,7 +415,7 @@ def test_shards_are_read_and_a_missing_one_is_named(gptq_base: Path, tmp_path: P
         load_gptq_fp32(folder)
     for outside in ("../plain/model.safetensors", "/etc/passwd", 7, "model.bin"):
         index.write_text(json.dumps({"weight_map": where | {KEY: outside}}))
-        with pytest.raises(ModelError, match="names a weight file that is none"):
+        with pytest.raises(ModelError, match="names an invalid weight file"):
             load_gptq_fp32(folder)
 
 
@@ -485,7 +485,7 @@ def test_modules_may_differ_where_the_config_says_so(gptq_base: Path, tmp_path: 
     layer = load_gptq_fp32(folder).get_submodule(KEY)
     assert (layer.kept.bits, layer.kept.group_size) == (8, 64)
     dense = load_file(other / "dense" / "model.safetensors")[f"{KEY}.weight"]
-    assert torch.equal(layer.kept.formed(torch.float16), dense)
+    assert torch.equal(layer.kept.dequantised(torch.float16), dense)
 
 
 def test_a_quantised_head_is_read_as_plain_weights(gptq_base: Path, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dpo_studio.config import AdapterSection
 from dpo_studio.frozen.dense import Dense
 from dpo_studio.frozen.gptq import Packed
-from dpo_studio.frozen.products import base_alone, products
+from dpo_studio.frozen.products import adapter_disabled, products
 from dpo_studio.frozen.weights import flatten
 from dpo_studio.models.adapters import as_reference, attach
 from dpo_studio.models.lora import LoraLinear
@@ -66,11 +66,11 @@ def test_outputs_and_every_gradient_are_the_formula_s(needs_input: bool) -> None
         torch.testing.assert_close(got.double(), wanted, rtol=1e-4, atol=1e-4)
 
 
-def test_a_base_alone_is_an_adapter_of_zeros_and_teaches_nothing() -> None:
+def test_a_disabled_adapter_is_an_adapter_of_zeros_and_teaches_nothing() -> None:
     """To the bit, the adapter being there; a backward pass through it gives no numbers rather than wrong ones."""
     x, weights, down, ups = drawn(torch.bfloat16)
     expected = by_operator(x, weights, down, [torch.zeros_like(up) for up in ups])
-    with base_alone():
+    with adapter_disabled():
         found = by_operator(x, weights, down, ups)
     for y, wanted, adapted in zip(found, expected, by_operator(x, weights, down, ups), strict=True):
         assert torch.equal(y, wanted)

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from dpo_studio.errors import ModelError
 from dpo_studio.learning import packing_check
 from dpo_studio.learning.packing_check import check_packing
-from dpo_studio.learning.telling_pairs import limits_of, telling_pairs
+from dpo_studio.learning.probe_pairs import limits_of, probe_pairs
 from dpo_studio.models.adapters import attach, attach_existing
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.lora import LoraLinear
@@ -114,7 +114,7 @@ def test_both_sides_of_every_limit_are_chosen() -> None:
     across, past = random_pairs(1, prompt=(5, 5), answer=(30, 30)), random_pairs(1, prompt=(20, 20), answer=(3, 3))
     limits = limits_of(tiny_model("mistral-window"))
     assert limits == {"sliding_window": {9}}
-    chosen = {one.place: one.why for one in telling_pairs([*inside, *across, *past], limits)}
+    chosen = {one.place: one.why for one in probe_pairs([*inside, *across, *past], limits)}
     assert "across sliding_window 9" in chosen[49]
     assert "the longest pair" in chosen[49]
     assert "past sliding_window 9" in chosen[50]
@@ -124,8 +124,8 @@ def test_both_sides_of_every_limit_are_chosen() -> None:
 def test_no_more_than_so_many_tokens_are_chosen() -> None:
     """Two pairs of 20 + 24 + 24 - 2 = 66 tokens, room for 70: the shortest is taken, then what still fits."""
     pairs = [*random_pairs(1, prompt=(2, 2), answer=(2, 2)), *random_pairs(2, prompt=(20, 20), answer=(24, 24))]
-    assert len(telling_pairs(pairs, {"sliding_window": {9, 30}}, most=70)) == 2
-    assert len(telling_pairs(pairs, {}, most=10)) == 1
+    assert len(probe_pairs(pairs, {"sliding_window": {9, 30}}, most=70)) == 2
+    assert len(probe_pairs(pairs, {}, most=10)) == 1
 
 
 def _parted_earlier(encoder: ChatEncoder, found: PairIds | PairError) -> PairIds | PairError:

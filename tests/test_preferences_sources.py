@@ -605,7 +605,7 @@ def test_what_the_datasets_library_reads(tmp_path: Path) -> None:
     lines = done.stdout.splitlines()
     assert lines[:2] == [train, two]
     assert lines[2].startswith(f"saved dataset: {folders[2]}/dataset_dict.json: not JSON")
-    assert lines[4].startswith("owner/pairs:train is no file or folder here, nor a dataset in the cache")
+    assert lines[4].startswith("owner/pairs:train is not a file or folder here, nor a dataset in the cache")
     assert lines[5].startswith("unset HF_HUB_OFFLINE")
     assert lines[6:8] == [train, two]
     assert lines[8].startswith('owner/pairs cannot be loaded: Unknown split "nope". Should be one of')
@@ -664,8 +664,8 @@ BROKEN = {
         (b'{"n": ' + b"9" * 5000 + b"}", "line 1: not JSON .a number of thousands of digits"),
         (b'{"prompt": "\xff"}\n', "line 1: not UTF-8"),
         (b"[\n" + LINES, "line 1: not JSON"),
-        (b"", "holds no rows"),
-        (b" \n\n", "holds no rows"),
+        (b"", "has no rows"),
+        (b" \n\n", "has no rows"),
         (b"1\n2\n", "its rows are not JSON objects"),
     ],
     "bad.json": [
@@ -676,14 +676,14 @@ BROKEN = {
         (b"[1] []", "bad.json: not JSON .something follows"),
         (LINES + b"{", "bad.json, line 3: not JSON"),
         (b"\xff\xfe[\x00", "not UTF-8"),
-        (b"[]", "holds no rows"),
-        (b"", "holds no rows"),
-        (b'{"data": []}', "holds no rows"),
+        (b"[]", "has no rows"),
+        (b"", "has no rows"),
+        (b'{"data": []}', "has no rows"),
         (b"[" * 100_000, "nested too deeply"),
     ],
     "bad.csv": [
-        (b"", "holds no rows"),
-        (b"prompt,chosen,rejected\n", "holds no rows"),
+        (b"", "has no rows"),
+        (b"prompt,chosen,rejected\n", "has no rows"),
         (b'prompt,chosen,rejected\nq,"a"x,b\n', "bad.csv, the row from line 2 on: not CSV"),
         (b'prompt,chosen,rejected\nq,a,b\nq,"a,b\n', "bad.csv, the row from line 3 on: not CSV"),
         (b"prompt|chosen|rejected\nq|a|b\n", r"its columns \(prompt\|chosen\|rejected\) are not"),
@@ -714,7 +714,7 @@ def test_files_that_cannot_be_read(name: str, content: bytes, message: str, tmp_
 
 def test_a_folder_without_data(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("nothing", encoding="utf-8")
-    with pytest.raises(DataError, match="holds no data files") as caught:
+    with pytest.raises(DataError, match="contains no data files") as caught:
         read(tmp_path)
     assert ".jsonl" in str(caught.value.hint)
 

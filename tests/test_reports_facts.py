@@ -24,7 +24,7 @@ def test_a_half_written_last_line_is_not_missed_and_a_broken_one_inside_is_count
     assert facts.series("loss") == ([1, 3], [0.69, 0.5])
     assert facts.notes == ()
     (tmp_path / "metrics.jsonl").write_text("not json\n[]\n" + lines(rows))
-    assert read_run(tmp_path).notes == ("metrics.jsonl: 2 unreadable lines left out",)
+    assert read_run(tmp_path).notes == ("metrics.jsonl: 2 unreadable lines skipped",)
 
 
 def test_a_line_about_the_same_step_adds_to_it(tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_files_of_another_shape_are_named(tmp_path: Path) -> None:
     (tmp_path / "recipe.yaml").write_text("a: [b\n")
     notes = read_run(tmp_path).notes
     assert notes == (
-        "recipe.yaml is not YAML and is shown as it stands",
-        "result.json is not a JSON object and was left out",
+        "recipe.yaml is not YAML and is shown unchanged",
+        "result.json is not a JSON object and was skipped",
     )
 
 

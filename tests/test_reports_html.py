@@ -324,7 +324,7 @@ def test_a_hostile_recipe_that_is_not_yaml_is_shown_as_text(tmp_path: Path) -> N
     (run / "recipe.yaml").write_text("model: [unclosed\n" + HOSTILE.replace("\ud800", ""))
     _, page = report(run)
     assert "script" not in page.elements
-    assert "recipe.yaml is not YAML and is shown as it stands" in page.words
+    assert "recipe.yaml is not YAML and is shown unchanged" in page.words
     assert "model: [unclosed" in page.text
 
 

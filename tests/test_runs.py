@@ -196,7 +196,7 @@ def test_a_shorter_run_is_refused_and_nothing_is_lost(finished: Path) -> None:
     run.write_yaml("recipe.yaml", halved)  # as if it had been begun so
     said = train(finished, "training.max_steps=null", "training.epochs=0.5001")
     assert said.code == 1
-    assert "4 steps behind it" in said.err and "ask for 3" in said.err
+    assert "has finished 4 steps" in said.err and "ask for 3" in said.err
     assert run.result() is not None
 
 

@@ -400,7 +400,7 @@ def test_refusals_cost_one_pair_each() -> None:
     assert first == last == encoder.pair(good)
     assert [str(error) for error in refused] == [
         "the chat template refuses it: System role not supported",
-        "the text holds half of a surrogate pair, which is no character",
+        "the text contains a lone surrogate, which is not a character",
         "the prompt has no turns",
         "an answer has no assistant turn",
     ]

@@ -12,7 +12,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dpo_studio.objectives import PairLogps
-from dpo_studio.tokens.pack import MicroBatch, Span, Steps, fit, micro_batches, pack, packed_tokens, pair_order
+from dpo_studio.tokens.pack import (
+    MicroBatch,
+    Span,
+    Steps,
+    assign_to_rows,
+    micro_batches,
+    pack,
+    packed_tokens,
+    pair_order,
+)
 from tests.conftest import encoded, random_pairs
 
 TWO = [encoded([11, 12], [21, 22, 23], [31, 32]), encoded([13], [24, 25], [33])]
@@ -78,18 +87,18 @@ def test_moving_to_a_device_takes_the_reference_along() -> None:
 @given(st.lists(st.integers(0, 300), max_size=60), st.integers(1, 200))
 def test_rows_hold_every_item_once_and_keep_to_the_budget(lengths: list[int], budget: int) -> None:
     """Or hold a single item that is over it."""
-    rows = fit(lengths, budget)
+    rows = assign_to_rows(lengths, budget)
     assert sorted(item for row in rows for item in row) == list(range(len(lengths)))
     for row in rows:
         assert row
         assert sum(lengths[item] for item in row) <= budget or len(row) == 1
-    assert rows == fit(lengths, budget)
+    assert rows == assign_to_rows(lengths, budget)
 
 
 @given(st.lists(st.integers(1, 100), min_size=1, max_size=60))
 def test_no_two_rows_could_be_one(lengths: list[int]) -> None:
-    """Best fit opens a row only when no open one has room: at most one row is half empty."""
-    rows = fit(lengths, 100)
+    """Best assign_to_rows opens a row only when no open one has room: at most one row is half empty."""
+    rows = assign_to_rows(lengths, 100)
     filled = sorted(sum(lengths[item] for item in row) for row in rows)
     assert all(a + b > 100 for a, b in pairwise(filled))
 
@@ -97,9 +106,9 @@ def test_no_two_rows_could_be_one(lengths: list[int]) -> None:
 def test_best_fit_by_hand() -> None:
     """Budget 10. Longest first: 7 opens a row (room 3), 6 another (room 4), 4 fits the second (room 0), 3 the first
     (room 0), 2 opens a third. Equal lengths keep their order."""
-    assert fit([3, 6, 2, 7, 4], 10) == [[3, 0], [1, 4], [2]]
-    assert fit([5, 5, 5], 10) == [[0, 1], [2]]
-    assert fit([], 10) == []
+    assert assign_to_rows([3, 6, 2, 7, 4], 10) == [[3, 0], [1, 4], [2]]
+    assert assign_to_rows([5, 5, 5], 10) == [[0, 1], [2]]
+    assert assign_to_rows([], 10) == []
 
 
 def test_the_order_of_an_epoch_is_written_in_stone() -> None:

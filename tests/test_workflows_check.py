@@ -38,7 +38,7 @@ def test_the_table_begins_with_the_verdict_and_shows_the_rows(dirty: Path) -> No
     first, second, *_ = said.out.splitlines()
     assert said.code == 0
     assert first == (
-        "Usable: 22 pairs of 24 rows; look at pairs that are there twice and pairs that are there in both orders first."
+        "Usable: 22 pairs of 24 rows; look at pairs that occur twice and pairs that occur in both orders first."
     )
     assert "24 rows, 22 pairs, 20 prompts" in second
     assert "row 20: the same pair as row 0" in said.out
@@ -180,18 +180,18 @@ def test_a_training_that_would_be_worthless_is_stopped_and_goes_on_anyway(tmp_pa
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, rows=[*rows, *map(swapped, rows)])
     said = dpo("train", recipe)
     assert said.code == 1
-    assert "error: this run would be worthless: pairs that are there in both orders: " in said.err
+    assert "error: this run would be worthless: pairs that occur in both orders: " in said.err
     assert "--anyway" in said.err
     assert not (tmp_path / "run").exists()
     assert dpo("train", recipe, "--dry-run").code == 1
     gone_on = dpo("train", recipe, "--anyway", "--set", "training.max_steps=1")
     assert (gone_on.code, (tmp_path / "run" / "result.json").is_file()) == (0, True), gone_on.err
-    assert "warning: pairs that are there in both orders" in gone_on.err
+    assert "warning: pairs that occur in both orders" in gone_on.err
     for more in (("train", recipe, "--verify"), ("sweep", recipe, "--set", "objective.beta=0.1,0.2")):
         said = dpo(*more)
         assert said.code == 1 and "--anyway" in said.err
         gone_on = dpo(*more, "--anyway", "--set", "training.max_steps=1")
-        assert gone_on.code == 0 and "warning: pairs that are there in both orders" in gone_on.err, gone_on.err
+        assert gone_on.code == 0 and "warning: pairs that occur in both orders" in gone_on.err, gone_on.err
 
 
 def test_cut_answers_stop_a_training(tmp_path: Path, tiny_base: Path) -> None:
@@ -218,7 +218,7 @@ def test_a_held_out_source_that_is_the_training_source_stops_it(tmp_path: Path, 
 def test_good_pairs_are_said_to_be(tmp_path: Path, tiny_base: Path) -> None:
     said = dpo("train", write_recipe(tmp_path / "r.yaml", tiny_base), "--dry-run")
     assert said.code == 0
-    assert "training pairs: nothing stands out" in said.err
+    assert "training pairs: no problems found" in said.err
 
 
 def test_the_report_as_a_value(dirty: Path) -> None:

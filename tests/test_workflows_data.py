@@ -107,7 +107,7 @@ def test_nothing_is_replaced_without_overwrite(tmp_path: Path) -> None:
         ([{"instruction": "q"}], 1, "its columns (instruction) are not those of a known format"),
         (ROWS[1:], 1, "none of its 3 rows can be used (read as alpaca-eval): 1 x tie"),
         ([*ROWS, "{broken"], 1, "in.jsonl, line 5: not JSON"),
-        ([], 1, "holds no rows"),
+        ([], 1, "has no rows"),
     ],
 )
 def test_what_cannot_be_converted_leaves_nothing(rows: list[Any], code: int, message: str, tmp_path: Path) -> None:

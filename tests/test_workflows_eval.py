@@ -265,9 +265,9 @@ def test_what_is_wrong_with_the_last_run_is_told_before_the_first_is_evaluated(
 
     monkeypatch.setattr(evaluating, "load_any", evaluates)
     cases: tuple[tuple[int, str, tuple[object, ...]], ...] = (
-        (2, "5 runs in one figure: nobody tells more than 4 apart", (run, *more, *QUICK)),
+        (2, "5 runs in one figure: more than 4 cannot be told apart", (run, *more, *QUICK)),
         (1, "no-such is not a run folder", (run, tmp_path / "no-such", *QUICK)),
-        (2, "is there twice", (run, more[0], run.parent / "two" / ".." / "run", *QUICK)),
+        (2, "occurs twice", (run, more[0], run.parent / "two" / ".." / "run", *QUICK)),
         (1, "empty has no adapter and no checkpoint yet", (run, empty, *QUICK)),
         (1, "the run's reference is another model (/other)", (run, other, *QUICK)),
         (2, "run: name a judge of its answers with --judge", (everyday, run)),
@@ -336,4 +336,4 @@ def test_no_held_out_pairs(made: Path, tmp_path: Path) -> None:
     (bare / "recipe.yaml").write_text(recipe)
     said = dpo("eval", bare, *QUICK)
     assert said.code == 1
-    assert "holds no pairs out" in said.err and "--source" in said.err
+    assert "has no held-out pairs" in said.err and "--source" in said.err

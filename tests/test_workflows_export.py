@@ -133,7 +133,7 @@ def test_a_run_without_held_out_pairs_says_so_and_is_compared_on_its_training_pa
     assert dpo("train", recipe).code == 0
     said = export(tmp_path / "run", tmp_path / "out", "merged", "--force")  # one pair of 24 is 4 %
     assert said.code == 0, said.err
-    assert "warning: the run holds no pairs out" in said.err
+    assert "warning: the run has no held-out pairs" in said.err
     assert read(tmp_path / "out" / "export.json")["compared_on"] == "training pairs"
     assert read(tmp_path / "out" / "export.json")["pairs"] == 24
 

@@ -158,10 +158,10 @@ def test_a_run_of_an_older_version_continues_and_says_so_once(copied: Path, tmp_
     (tmp_path / "run" / "data.json").unlink()
     said = longer(copied, tmp_path / "run")
     assert said.code == 0, said.err
-    assert said.err.count("kept no digest of its pairs") == 1
+    assert said.err.count("stored no digest of its pairs") == 1
     again = longer(copied, tmp_path / "run", "--set", "training.max_steps=5", "--dry-run")
     assert again.code == 0, again.err
-    assert "kept no digest" not in again.err
+    assert "stored no digest" not in again.err
 
 
 def test_a_damaged_file_is_named(copied: Path, tmp_path: Path) -> None:

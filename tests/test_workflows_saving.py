@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
     run = small_disk / "run"
     folder = ("--set", f"run.folder={run}")
     assert dpo("train", recipe).code == 0
-    write = checkpoints._write
+    write = checkpoints._write_files
 
     def filling(scratch: Path, policy: Any, state: Any, *rest: Any) -> None:
         if state.step == 4:
@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_the_run_goes_on(
             lines = iter((lambda: None, lambda: fill(small_disk)))
             patched.setattr(RunFolder, "sync_lines", lambda run: (sync(run), next(lines)()))
         else:
-            patched.setattr(checkpoints, "_write", filling)
+            patched.setattr(checkpoints, "_write_files", filling)
         said = dpo("train", recipe, *folder)
     refused(said, "the checkpoint of step 4", "free some space")
     assert ("needs" in said.err and "MB left" in said.err) == asked_before
@@ -196,7 +196,7 @@ def test_a_result_that_is_not_what_was_trained_finishes_no_run(
 
     with monkeypatch.context() as patched:
         patched.setattr(Policy, "save", spoil)
-        refused(dpo("train", recipe), "is another than the one that was trained")
+        refused(dpo("train", recipe), "differs from the trained one")
     assert not (tmp_path / "run/result.json").exists()
     assert dpo("train", recipe).code == 0
     assert (tmp_path / "run/result.json").exists()
@@ -250,7 +250,7 @@ def test_a_link_out_of_the_run_folder_is_refused(recipe: Path, tmp_path: Path, n
     (tmp_path / "run" / name).rename(moved)
     (tmp_path / "run" / name).symlink_to(moved)
     before = {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()}
-    refused(dpo("train", recipe), f"run/{name} is a link; a run keeps to its own folder")
+    refused(dpo("train", recipe), f"run/{name} is a link; a run uses only its own folder")
     assert {path: path.read_bytes() for path in elsewhere.rglob("*") if path.is_file()} == before
 
 
@@ -264,10 +264,10 @@ def test_nothing_is_removed_that_the_run_did_not_write(recipe: Path, tmp_path: P
     (folder / "step-0").symlink_to(elsewhere)
     (folder / "step-77").symlink_to(elsewhere)
     (folder / ".step-2.writing-1-0a").symlink_to(elsewhere)
-    refused(dpo("train", recipe), "is a link that leads out of the run")
+    refused(dpo("train", recipe), "is a link that points out of the run")
     for name in ("step-0", "step-77", ".step-2.writing-1-0a"):
         (folder / name).unlink()
-    refused(dpo("train", recipe), "step-1 is damaged or incomplete and is passed over: note.txt was not", code=0)
+    refused(dpo("train", recipe), "step-1 is damaged or incomplete and is skipped: note.txt was not", code=0)
     assert (folder / "step-1/note.txt").read_text() == "mine"
     assert (elsewhere / "precious").read_text() == "mine"
     assert {path.name for path in folder.iterdir()} == {"step-1", "step-2", "step-4"}
@@ -328,7 +328,7 @@ def test_a_damaged_newest_checkpoint_is_named_and_the_one_before_it_taken(
         assert found == folder / "step-4"
         return
     assert found == (None if damage is swap else folder / "step-3")
-    assert f"{folder}/step-4 is damaged or incomplete and is passed over: " in said[0]
+    assert f"{folder}/step-4 is damaged or incomplete and is skipped: " in said[0]
     if name != "manifest.json":
         assert Path(name).name in said[0]
 
@@ -447,7 +447,7 @@ def test_a_step_of_nan_is_passed_over_and_its_pairs_are_named(
     changes = ("--set", "data.held_out.fraction=0", "--set", "objective={kind: bco}")
     said = dpo("train", recipe, *changes, "--set", f"run.folder={tmp_path}/through")
     rows = ", ".join(map(str, sorted(seen[2])))
-    refused(said, f"step 2 was not taken: the loss of rows {rows} is not finite; the weights stay", code=0)
+    refused(said, f"step 2 was skipped: the loss of rows {rows} is not finite; the weights are unchanged", code=0)
     lines = [strict(line) for line in (tmp_path / "through/metrics.jsonl").read_text().splitlines()]
     assert lines[1] == {"step": 2, "epoch": 2 / 6, "skipped": 1.0, "pairs": 4}
     assert strict((tmp_path / "through/result.json").read_text())["skipped_steps"] == 1

@@ -154,7 +154,7 @@ def test_several_keys_make_their_product_and_one_value_holds_for_all(recipe: Pat
     [
         ([], "no --set has several values"),
         (["objective.beta=0.1"], "no --set has several values"),
-        (["objective.beta=0.1,0.10"], "is there twice"),
+        (["objective.beta=0.1,0.10"], "occurs twice"),
         (["run.folder=a,b"], "--out names the sweep's folder"),
     ],
 )

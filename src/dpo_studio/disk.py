@@ -1,7 +1,7 @@
-"""The disk: files and folders that appear whole, what has reached it, and how much it has left.
+"""The disk: files and folders that appear completely or not at all, syncing, and free space.
 
-Everything is made under a hidden name in the folder where it will lie, brought to the disk, and given its name in one
-move: a reader sees the old content or the new, never half, not even after a power cut. The hidden name has the number
+Everything is written under a hidden name in its final folder, synced, and renamed: a reader sees the old content or the
+new, never half, not even after a power cut. The hidden name has the number
 of its process and a random one, so no two processes ever write one file. What may be written is decided in `writing`.
 """
 
@@ -24,15 +24,15 @@ __all__ = [
     "UNFINISHED",
     "append_line",
     "check_space",
-    "drop_folder",
+    "delete_folder",
     "finish",
     "give_name",
     "make_folder",
     "put_folder",
+    "remove_leftovers",
+    "remove_leftovers_of",
     "scratch_file",
     "scratch_folder",
-    "sweep",
-    "sweep_after",
     "sync",
     "sync_folder",
     "unwritable",
@@ -49,8 +49,8 @@ def write_atomically(file: Path, content: str | bytes, *, overwrite: bool = True
     """Write a whole file, in one move.
 
     Raises:
-        DataError: not to overwrite, and it has come to exist meanwhile; what was made is kept under the name that is
-            said.
+        DataError: not to overwrite, and it has come to exist meanwhile; what was made is kept under the name in the
+            message.
         RunError: the disk is full or read-only; what was at `file` is still there.
     """
     try:
@@ -66,7 +66,7 @@ def write_atomically(file: Path, content: str | bytes, *, overwrite: bool = True
 
 @contextmanager
 def scratch_file(file: Path) -> Iterator[tuple[Path, FileIO]]:
-    """A new file beside `file`, gone at the end of the block."""
+    """A new file next to `file`, removed at the end of the block."""
     scratch = _scratch_name(file)
     descriptor = os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, 0o666)
     with FileIO(descriptor, "w") as written:
@@ -77,14 +77,14 @@ def scratch_file(file: Path) -> Iterator[tuple[Path, FileIO]]:
 
 
 def finish(written: FileIO, file: Path) -> None:
-    """To the disk, with the rights of the file that it replaces."""
+    """Sync the file, with the permissions of the file that it replaces."""
     with suppress(FileNotFoundError):
         os.fchmod(written.fileno(), file.stat().st_mode & 0o777)
     os.fsync(written.fileno())
 
 
 def give_name(scratch: Path, file: Path, *, overwrite: bool) -> None:
-    """Give the finished file its name."""
+    """Rename the finished file to its final name."""
     if overwrite:
         scratch.replace(file)
     else:
@@ -102,7 +102,7 @@ def give_name(scratch: Path, file: Path, *, overwrite: bool) -> None:
 
 
 def append_line(file: Path, line: bytes) -> None:
-    """Add a line to a file that `writing.check_continued` has looked at; one that a full disk cut off is ended first.
+    """Add a line to a file that `writing.check_continued` has checked; one that a full disk cut off is ended first.
 
     One write: a process that is killed leaves lines, not halves, and two may write one file.
     """
@@ -114,7 +114,7 @@ def append_line(file: Path, line: bytes) -> None:
 
 @contextmanager
 def scratch_folder(folder: Path) -> Iterator[Path]:
-    """A new folder beside `folder`, gone at the end of the block, which a full disk needs most."""
+    """A new folder next to `folder`, removed at the end of the block."""
     scratch = _scratch_name(folder)
     scratch.mkdir(parents=True)
     try:
@@ -124,7 +124,8 @@ def scratch_folder(folder: Path) -> Iterator[Path]:
 
 
 def put_folder(made: Path, folder: Path) -> None:
-    """Give a finished folder its name. What is there, which is ours, goes aside first, and comes back if that fails."""
+    """Rename a finished folder to its final name. An existing one, which is ours, is moved away first, and back if that
+    fails."""
     if os.path.lexists(folder):
         aside = _scratch_name(folder)
         folder.rename(aside)
@@ -139,8 +140,8 @@ def put_folder(made: Path, folder: Path) -> None:
     sync(folder.parent)
 
 
-def drop_folder(folder: Path) -> None:
-    """Remove a folder of our own; first its name, so that no half of it is ever taken for one."""
+def delete_folder(folder: Path) -> None:
+    """Remove a folder of our own; it is renamed first, so that no half of it is ever read."""
     doomed = _scratch_name(folder)
     folder.rename(doomed)
     remove_folder(doomed)
@@ -156,8 +157,9 @@ def remove_folder(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def sweep(folder: Path) -> None:
-    """Remove what killed processes left unfinished in a folder that is this process's alone; no link is followed."""
+def remove_leftovers(folder: Path) -> None:
+    """Remove the unfinished files of killed processes in a folder that only this process uses; links are not
+    followed."""
     for unfinished in folder.glob(f".*{UNFINISHED}[0-9]*"):
         if unfinished.is_dir() and not unfinished.is_symlink():
             remove_folder(unfinished)
@@ -165,8 +167,8 @@ def sweep(folder: Path) -> None:
             unfinished.unlink()
 
 
-def sweep_after(folder: Path) -> None:
-    """Remove what attempts at the same folder left whose process is gone; it may be as large as a model."""
+def remove_leftovers_of(folder: Path) -> None:
+    """Remove leftovers of ended processes that were writing this folder; they may be as large as a model."""
     for scratch in folder.parent.glob(f".{glob.escape(_short(folder.name))}{UNFINISHED}*"):
         number = scratch.name.rpartition(UNFINISHED)[2].partition("-")[0]
         if number.isdecimal() and not Path("/proc", number).exists() and Path("/proc").is_dir():
@@ -174,12 +176,12 @@ def sweep_after(folder: Path) -> None:
 
 
 def _scratch_name(path: Path) -> Path:
-    """Another name beside `path`, which no other process can have."""
+    """A hidden name next to `path`, which no other process can have."""
     return path.with_name(f".{_short(path.name)}{UNFINISHED}{os.getpid()}-{secrets.token_hex(4)}")
 
 
 def _short(name: str) -> str:
-    """As much of a name as leaves room for more."""
+    """A name shortened so that a suffix fits."""
     return os.fsencode(name)[:100].decode("utf-8", "ignore")
 
 
@@ -203,7 +205,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def check_space(out: Path, needed: int, what: str) -> None:
-    """Before anything long begins.
+    """Check the space before long work.
 
     Raises:
         RunError: the disk of `out` has less than `needed` bytes left.

@@ -36,7 +36,7 @@ _LONGEST_REASON = 400
 
 
 class DPOStudioError(Exception):
-    """Something was refused: `message` says what and where, `hint` what to do about it."""
+    """An expected error: `message` names what and where, `hint` what to do about it."""
 
     exit_code = 1
 
@@ -50,11 +50,11 @@ class DPOStudioError(Exception):
 
 
 class RecipeError(DPOStudioError):
-    """The recipe cannot be read, or asks for something that cannot be had."""
+    """The recipe cannot be read, or asks for something that is not available."""
 
 
 class DataError(DPOStudioError):
-    """A source of pairs is missing, unreadable, or holds nothing usable."""
+    """A source of pairs is missing, unreadable, or contains nothing usable."""
 
 
 class ModelError(DPOStudioError):
@@ -62,11 +62,11 @@ class ModelError(DPOStudioError):
 
 
 class RunError(DPOStudioError):
-    """A run folder belongs to something else, or lacks what was asked of it."""
+    """A run folder belongs to something else, or lacks what is needed."""
 
 
 class JudgeError(DPOStudioError):
-    """A judge cannot be asked, or stopped answering; what it had said is kept."""
+    """A judge cannot be reached, or stopped answering; its replies so far are kept."""
 
 
 class UsageError(DPOStudioError):
@@ -90,12 +90,12 @@ class Interrupted(DPOStudioError):
 
 
 def reason_of(error: BaseException) -> str:
-    """What another library's error says, on one line; a quarter of a page of it is as good as none."""
+    """Another library's error message, shortened to one line."""
     return " ".join(str(error).split())[:_LONGEST_REASON] or type(error).__name__
 
 
 def install_hint(extra: str) -> str:
-    """The command that adds the packages of an extra: into this Python, from the clone that this code lies in.
+    """The command that adds the packages of an extra: into this Python, from the clone that this code is in.
 
     No package index has this project, so its name alone installs nothing.
     """

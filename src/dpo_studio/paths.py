@@ -23,7 +23,7 @@ def user_path(path: str | Path) -> Path:
     """The path with ~ as the user's home; where there is no such user (pathlib raises), a file of that name.
 
     Raises:
-        UsageError: `~` itself, and nothing says where this user's home is: a folder named `~` is nobody's wish.
+        UsageError: `~` itself, and this user's home is unknown: a folder named `~` is never intended.
     """
     first = Path(path).parts[:1]
     if first == ("~",) and not _has_home():

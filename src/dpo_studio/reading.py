@@ -3,7 +3,7 @@
 A name leads anywhere: to a pipe nobody writes to, a device without an end, a socket, or a link to one of them. What was
 opened is therefore looked at after it was opened, without waiting for it, and only a regular file is read; whatever
 looks at a name first and opens it afterwards may open something else. The streams that this process was started with
-(`-`, /dev/stdin, /dev/fd/N) are read where the user may name one: they end, or are ended. JSON of strangers has one
+(`-`, /dev/stdin, /dev/fd/N) are read where the user may name one: they end, or are ended. Untrusted JSON has one
 reader, with limits.
 """
 
@@ -62,7 +62,7 @@ _ONLY_FILES = "only regular files are read: write what it gives to a file, and n
 
 
 def shown_path(path: str | os.PathLike[str]) -> str:
-    """A path as text that every file and terminal can take: bytes that are no UTF-8 as `\\xff`, `-` as stdin."""
+    """A path as text that every file and terminal can take: bytes that are not UTF-8 as `\\xff`, `-` as stdin."""
     if os.fspath(path) == "-":
         return "stdin"
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -219,7 +219,7 @@ def _content(file: BinaryIO, path: str | os.PathLike[str], what: str, limit: int
         content: bytes | None = file.read(limit + 1) if size <= limit else b""
     except OSError as failure:
         _refuse(path, what, failure, error)
-    if content is None:  # a file of the kernel's that has nothing to say yet
+    if content is None:  # a kernel's file without content yet
         raise error(f"{what}: {shown_path(path)} has no content to read now")
     if max(size, len(content)) > limit:  # a pipe says 0, and a file may grow
         raise error(f"{what}: {shown_path(path)} is over {limit:,} bytes", hint="is this the file that was meant?")
@@ -302,7 +302,7 @@ def parse_json(
     hint: str | None = None,
     error: type[DPOStudioError] = DataError,
 ) -> Any:
-    """JSON of a stranger: what comes back is finite, shallow, and text that can be written again.
+    """Untrusted JSON: the result is finite, shallow, and text that can be written again.
 
     Args:
         text: UTF-8 where it is bytes. Its length is the caller's to bound.
@@ -339,7 +339,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(made) != len(pairs):
         for key, value in pairs:
             if value != made[key]:
-                raise ValueError(f"the key {key[:80]!r} is there twice, with different values")
+                raise ValueError(f"the key {key[:80]!r} occurs twice, with different values")
     return made
 
 
@@ -357,7 +357,7 @@ def _finite_number(digits: str) -> float:
 
 
 def _no_number(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def is_deeper(value: Any, depth: int) -> bool:

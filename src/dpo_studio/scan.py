@@ -1,4 +1,4 @@
-"""Folders from strangers, looked over before any library opens a file in them.
+"""Untrusted folders: checked before any library opens a file in them.
 
 Which files a library opens is decided here and not by a setting in one of them: what would send it elsewhere, run or
 unpickle is refused by name. Files that nothing here opens (`.py` and pickles beside safetensors weights) may lie there,
@@ -65,16 +65,17 @@ _ELSEWHERE = {
     "kernel_config": "kernels to put in the place of a model's own",
     "distributed_config": "how a model is spread over processes",
 }
-"""Keys that decide what transformers 5.24 opens or puts together, and what they name. Empty they say nothing."""
+"""Keys that decide which files transformers 5.24 opens or which classes it builds, and what they name. Empty ones do
+nothing."""
 _DISTRIBUTED = re.compile(r"shard-\d{5}-model-\d{5}-of-\d{5}\.safetensors")
-"""A file of this name, and transformers reads all of its kind and no model.safetensors."""
+"""If a file of this name exists, transformers reads all of its kind and not model.safetensors."""
 
 
 def scan_folder(folder: Path, name: str) -> None:
-    """Look a model, tokenizer or adapter folder over.
+    """Check a model, tokenizer or adapter folder.
 
     Raises:
-        ModelError: it holds something that is no file, a link that leads out of it, or settings that ask for code.
+        ModelError: it contains something that is not a file, a link that points out of it, or settings that run code.
     """
     inside = where_files_may_be(folder)
     templates = folder / TEMPLATES
@@ -113,17 +114,20 @@ def _check_file(file: Path, inside: tuple[Path, ...], name: str) -> None:
         raise ModelError(f"{name}: {file.name} cannot be read: {error.strerror}") from None
     kind = status.st_mode
     if not (stat.S_ISREG(kind) or stat.S_ISDIR(kind)):
-        raise ModelError(f"{name}: {file.name} is no file", hint="a device or a pipe in a model folder is no accident")
+        raise ModelError(
+            f"{name}: {file.name} is not a regular file",
+            hint="a device or a pipe in a model folder is never legitimate",
+        )
     limit = (
         _LARGEST_TEMPLATE if file.suffix == ".jinja" else _LARGEST_TOKENIZER if _TOKENIZER.match(file.name) else None
     )
     if limit is not None and status.st_size > limit:  # libraries read it whole
-        raise ModelError(f"{name}: {file.name} is over {limit:,} bytes", hint="is this the file that was meant?")
+        raise ModelError(f"{name}: {file.name} is over {limit:,} bytes", hint="is this the right file?")
     if file.suffix != ".safetensors":
         target = file.resolve()
         if not any(target.is_relative_to(place) for place in inside):
             raise ModelError(
-                f"{name}: {file.name} is a link that leads out of the folder", hint="put the file itself there"
+                f"{name}: {file.name} is a link that points out of the folder", hint="put the file itself there"
             )
 
 
@@ -134,7 +138,7 @@ def _check_setting(config: str, key: str, value: Any, name: str) -> None:
         raise ModelError(f"{name}: {config} asks to run a kernel from the Hub ({key}: {value})", hint=NO_CODE)
     if key in _ELSEWHERE and value:
         raise ModelError(
-            f"{name}: {config} names {_ELSEWHERE[key]} ({key}), and what is read is not for a file to say",
+            f"{name}: {config} names {_ELSEWHERE[key]} ({key}), and a settings file must not choose what is read",
             hint=f"remove {key} from {config} if you trust the rest of the folder",
         )
 
@@ -152,10 +156,10 @@ def _settings(value: Any) -> Iterator[tuple[str, Any]]:
 
 
 def weight_files(folder: Path, name: str) -> dict[str, Path]:
-    """Where each tensor is, by the folder's index; empty where it has none.
+    """The file of each tensor, by the folder's index; empty without one.
 
     Raises:
-        ModelError: the index is damaged, or names a file that is no safetensors file of this folder.
+        ModelError: the index is damaged, or names a file that is not a safetensors file of this folder.
     """
     index = folder / INDEX
     if not index.is_file():
@@ -168,7 +172,7 @@ def weight_files(folder: Path, name: str) -> dict[str, Path]:
         raise ModelError(f"{name}: {index.name} is damaged", hint="is the download complete? fetch the model again")
     for file in found.values():
         if not isinstance(file, str) or Path(file).name != file or not file.endswith(".safetensors"):
-            raise ModelError(f"{name}: {index.name} names a weight file that is none: {file!r:.200}")
+            raise ModelError(f"{name}: {index.name} names an invalid weight file: {file!r:.200}")
         if len(file.encode()) > _LONGEST_NAME:  # to ask whether it is there would be an error of the system's
             raise ModelError(f"{name}: {index.name} names a weight file of {len(file):,} characters")
     return {key: folder / file for key, file in found.items()}

@@ -1,4 +1,4 @@
-"""Sizes that a config claims, held against the weights that are there before anything is made of that size.
+"""Sizes in a config, checked against the weights before anything of that size is allocated.
 
 A config of a hundred bytes can ask for a thousand gigabytes. The headers of the safetensors files say what there is,
 and the library that reads them has checked that against the files' lengths. First the numbers one by one, for
@@ -41,9 +41,9 @@ _LARGEST = 1 << 24
 _UNSEEN = (1 << 20, 1 << 20, 1 << 40)
 """Layers, counts and sizes where the weights are not there to be looked at, and only the tokenizer is wanted."""
 _PER_WORD = {"I32": 16, "U32": 16, "I64": 16, "U8": 4, "I8": 4}
-"""Weights that one element may hold when packed, at most: two bits each."""
+"""The most weights that one packed element may contain: two bits each."""
 _ROOM = 1 << 26
-"""Numbers that a model may have beside its weights: masks and tables that are made anew (a quarter of a gigabyte)."""
+"""Numbers that a model may have besides its weights: masks and tables that are computed (a quarter of a gigabyte)."""
 _AGAIN = "is the download complete?"
 
 
@@ -72,10 +72,10 @@ def shapes_in(tensors: Any) -> Shapes:
 
 
 def check_numbers(config: Mapping[str, Any], shapes: Shapes | None, name: str) -> None:
-    """Look at every number of a config.json, however deep; `shapes` is None where there are no weights to look at.
+    """Check every number of a config.json, however deep; `shapes` is None where there are no weights to compare with.
 
     Raises:
-        ModelError: a size that is no whole number, or one that these weights are too few for.
+        ModelError: a size that is not a whole number, or one that needs more weights than there are.
     """
     layers, counts, sizes = _UNSEEN if shapes is None else _limits(shapes)
     for key, value in _leaves(config):
@@ -121,12 +121,12 @@ def check_model_size(kind: Any, config: PreTrainedConfig, shapes: Shapes, name: 
 
 
 def _numbers_in(shapes: Shapes) -> int:
-    """Weights, packed ones as many as a word may hold."""
+    """Number of weights; packed ones as many as a word can contain."""
     return sum(math.prod(shape) * _PER_WORD.get(dtype, 1) for dtype, shape in shapes.values())
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, Any]]:
-    """Every value that is no object or list, with the nearest key above it."""
+    """Every value that is not an object or list, with the nearest key above it."""
     waiting = [("", value)]
     while waiting:
         key, value = waiting.pop()

@@ -1,6 +1,6 @@
 """The one gate for what is written: no output replaces a file unasked, mixes with foreign files, or is half there.
 
-What a verb was told to write is looked at before its long work begins (`check_outputs`, `check_continued`,
+A verb's outputs are checked before its long work begins (`check_outputs`, `check_continued`,
 `check_run_place`), and appears whole (`appearing`, `write_output`; how, is in `disk`). Links are judged by where they
 lead.
 """
@@ -40,12 +40,12 @@ _MODEL_MARKS = ("adapter_config.json", "model.safetensors", "model.safetensors.i
 _CONFIG_MARKS = ("tokenizer_config.json", "tokenizer.json", "generation_config.json")
 """One of them beside `config.json` makes a model; that file alone may be any program's."""
 _LONGEST_FIRST_LINE = 16 * 2**20
-_BESIDE = "choose a folder beside it, not in it"
+_BESIDE = "choose a folder next to it, not in it"
 _FULL = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS})
 
 
 def stream_of(path: Path) -> Literal["stdout", "null"] | None:
-    """Whether an output is no file but our own stdout (`-`, /dev/stdout) or /dev/null, by name or through links."""
+    """Whether an output is not a file but our own stdout (`-`, /dev/stdout) or /dev/null, by name or through links."""
     if str(path) == "-":
         return "stdout"
     place = os.path.normpath(f"/{str(Path(path).absolute()).lstrip('/')}")
@@ -88,7 +88,7 @@ def check_outputs(
 ) -> None:
     """Before anything long begins: whether each output, by its option, can be written where it is to go.
 
-    `reads`: sources, models and files that the command reads; a Hub id among them is no place.
+    `reads`: sources, models and files that the command reads; a Hub id among them is not a place.
     `continued`: files that it adds to, for which `check_continued` is asked.
 
     Raises:
@@ -142,7 +142,8 @@ def check_continued(
 
 
 def check_run_place(folder: Path, reads: Iterable[str | Path | None], *, option: str = "run.folder") -> None:
-    """Before a folder is made for a run, a sweep or an export: it lies in nothing that is read, no model and no run.
+    """Before a folder is made for a run, a sweep or an export: it is not inside anything that is read, a model or a
+    run.
 
     Raises:
         RunError: it does.
@@ -177,9 +178,9 @@ def refuse_place(folder: Path, what: str) -> None:
 
 
 def write_output(file: Path, content: str | bytes, *, overwrite: bool, spill: bool = False) -> None:
-    """Write a checked output: a stream as it comes, a file whole or not at all.
+    """Write a checked output: a stream line by line, a file completely or not at all.
 
-    `spill`: where a file cannot be written, its lines go to stdout before that is told of: they took hours.
+    `spill`: where a file cannot be written, its lines go to stdout before the error is reported: they took hours.
 
     Raises:
         DataError: it has come to exist meanwhile; what was made is kept under the name that is said.
@@ -237,7 +238,7 @@ def _text(file: str | int) -> Iterator[TextIO]:
     try:
         yield text
     finally:
-        with suppress(OSError):  # what could not be flushed has been told of
+        with suppress(OSError):  # what could not be flushed has been reported
             text.close()
 
 

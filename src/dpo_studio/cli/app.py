@@ -163,7 +163,7 @@ def _refuse_names_that_are_no_text(arguments: list[str]) -> None:
         if any("\ud800" <= character <= "\udfff" for character in argument):
             ascii_only = sys.getfilesystemencoding() != "utf-8"
             hint = "set LC_ALL=C.UTF-8" if ascii_only else "rename the file: its name is not UTF-8"
-            raise UsageError(f"{shown_path(argument)} is no text in this locale", hint=hint)
+            raise UsageError(f"{shown_path(argument)} is not text in this locale", hint=hint)
 
 
 def _prepare_streams() -> None:
@@ -174,11 +174,11 @@ def _prepare_streams() -> None:
 
 
 def _ended(number: int, frame: object) -> None:
-    _tell("error: terminated" if number == signal.SIGTERM else "error: the terminal has gone (SIGHUP)")
+    _print_error("error: terminated" if number == signal.SIGTERM else "error: the terminal has gone (SIGHUP)")
     sys.exit(128 + number)
 
 
-def _tell(line: str) -> None:
+def _print_error(line: str) -> None:
     """A last line on stderr, if anybody still reads there."""
     try:
         print(line, file=sys.stderr, flush=True)
@@ -214,5 +214,5 @@ def _die(message: str, code: int) -> None:
         sys.stdout.flush()  # what is data goes first
     except OSError:
         _nobody_reads(sys.stdout)
-    _tell(f"error: {printable(message)}")
+    _print_error(f"error: {printable(message)}")
     sys.exit(code)

@@ -40,7 +40,7 @@ def show(context: typer.Context) -> None:
 def clear(
     older_than: Annotated[
         Optional[str],  # noqa: UP045 - typer reads it at run time
-        typer.Option(metavar="AGE", help="Only what nobody has used for so long: 30d, 12h, 2w."),
+        typer.Option(metavar="AGE", help="Only entries not used for this long: 30d, 12h, 2w."),
     ] = None,
 ) -> None:
     """Remove reference log-probs, which training computes again; what a running process uses stays.
@@ -64,7 +64,7 @@ def _age(text: str | None) -> float:
         return 0
     found = re.fullmatch(r"(\d{1,9}(?:\.\d{1,9})?)([smhdw])", text.strip(), re.ASCII)
     if found is None:
-        raise typer.BadParameter(f"{text!r} is no age such as 30d, 12h or 2w", param_hint="--older-than")
+        raise typer.BadParameter(f"{text!r} is not an age such as 30d, 12h or 2w", param_hint="--older-than")
     return float(found[1]) * _SECONDS[found[2]]
 
 

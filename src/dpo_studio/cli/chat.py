@@ -47,8 +47,8 @@ def _converse(talk: Chat, name: str) -> None:
     if sys.stdin.isatty():
         import readline  # noqa: F401 - `input` then has line editing, and arrows bring back what was typed
 
-    _tell(_what_is_loaded(talk.loaded, name))
-    _tell("/base  /tuned  /new  /help  /quit")
+    _print_note(_what_is_loaded(talk.loaded, name))
+    _print_note("/base  /tuned  /new  /help  /quit")
     while True:
         try:
             text = input(f"{'tuned' if talk.tuned else 'base'}> " if sys.stdin.isatty() else "").strip()
@@ -57,15 +57,15 @@ def _converse(talk: Chat, name: str) -> None:
         if text == "/quit":
             return
         if text == "/help":
-            _tell(_HELP)
+            _print_note(_HELP)
         elif text == "/base" and talk.loaded.other_reference is not None:
-            _tell(f"this run's reference is not its base: it is {talk.loaded.other_reference}")
+            _print_note(f"this run's reference is not its base: it is {talk.loaded.other_reference}")
         elif text in ("/base", "/tuned"):
             talk.tuned = text == "/tuned"
         elif text == "/new":
             talk.turns.clear()
         elif text.startswith("/"):
-            _tell(f"no such command: {text} (/help lists them)")
+            _print_note(f"no such command: {text} (/help lists them)")
         elif text:
             _answer(talk, text)
 
@@ -78,10 +78,10 @@ def _answer(talk: Chat, text: str) -> None:
             print_stream(pieces)
     except KeyboardInterrupt:
         print(flush=True)
-        _tell("(stopped; neither question nor answer is remembered)")
+        _print_note("(stopped; neither question nor answer is remembered)")
     else:
         if talk.cut:
-            _tell(cut_note(talk.sampling.max_new_tokens))
+            _print_note(cut_note(talk.sampling.max_new_tokens))
 
 
 def _what_is_loaded(loaded: LoadedModel, name: str) -> str:
@@ -92,5 +92,5 @@ def _what_is_loaded(loaded: LoadedModel, name: str) -> str:
     return printable(f"{name}: {loaded.base.typed}{adapter}, {dtype} on {loaded.base.device}")
 
 
-def _tell(text: str) -> None:
+def _print_note(text: str) -> None:
     print(text, file=sys.stderr)

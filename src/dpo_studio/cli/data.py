@@ -60,7 +60,7 @@ def split(
     train: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="The file of pairs to learn from.")],
     held_out: Annotated[Path, typer.Option(metavar="OUT.jsonl", help="The file of pairs to measure on.")],
     fraction: Annotated[float, typer.Option(help="Share of prompts that is held out.")] = 0.1,
-    seed: Annotated[int, typer.Option(help="Another seed holds out other prompts.")] = 0,
+    seed: Annotated[int, typer.Option(help="Another seed selects other held-out prompts.")] = 0,
     format_: Format = "auto",
     map_: Map = None,
     label: Labels = None,

@@ -58,7 +58,7 @@ Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is th
 Format = Annotated[str, typer.Option("--format", help="The shape of a row, auto looks at the first rows: {formats}.")]
 Map = Annotated[
     Optional[list[str]],  # noqa: UP045 - typer reads it at run time
-    typer.Option("--map", metavar="NAME=COLUMN", help="Which column holds prompt, first, second, label, ..."),
+    typer.Option("--map", metavar="NAME=COLUMN", help="Which column contains prompt, first, second, label, ..."),
 ]
 Labels = Annotated[
     Optional[list[str]],  # noqa: UP045
@@ -113,7 +113,7 @@ Price = Annotated[
 ]
 Replies = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--judge-replies", metavar="FILE", help="Where every reply is kept, and looked for first."),
+    typer.Option("--judge-replies", metavar="FILE", help="Where every reply is saved, and looked up first."),
 ]
 Concurrency = Annotated[int, typer.Option("--judge-concurrency", min=1, help="Requests at a time.")]
 Timeout = Annotated[float, typer.Option("--judge-timeout", help="Longest wait for one reply, in seconds.")]

@@ -1,4 +1,4 @@
-"""The recipe: its sections, the one reader of recipe files and `--set`, and what it says of mistakes.
+"""The recipe: its sections, the one reader of recipe files and `--set`, and its error messages.
 
 Importing it imports neither torch nor numpy.
 """

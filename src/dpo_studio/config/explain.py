@@ -1,4 +1,4 @@
-"""What pydantic refuses, in the words of the recipe's author: the key, what is wrong, and what was meant."""
+"""pydantic's errors in terms of the recipe: the key, what is wrong, and a hint."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ __all__ = ["explain"]
 
 
 @dataclass
-class _Told:
-    """Problems in the author's words, and hints for misspelt names."""
+class _Problems:
+    """Problems in terms of the recipe, and hints for misspelt names."""
 
     problems: list[str] = field(default_factory=list)
     hints: list[str] = field(default_factory=list)
     refused: dict[str, tuple[list[str], str]] = field(default_factory=dict)
-    """A key -> what every kind of value that may stand there says of it, and what was given."""
+    """For each key the messages of every type that its value may have, and the value given."""
 
-    def tell(self, item: ErrorDetails, raw: object) -> None:
+    def add(self, item: ErrorDetails, raw: object) -> None:
         keys = _keys_of(item["loc"], raw, missing=item["type"] == "missing")
         key = ".".join(keys) or "recipe"
         if item["type"] in ("extra_forbidden", "unexpected_keyword_argument"):
@@ -39,7 +39,7 @@ class _Told:
         elif item["type"] == "missing":
             self.problems.append(f"{key} is required")
         else:
-            given = f" (given: {_shown(item['input'])})" if not isinstance(item["input"], dict | BaseModel) else ""
+            given = f" (given: {_value_text(item['input'])})" if not isinstance(item["input"], dict | BaseModel) else ""
             self.refused.setdefault(key, ([], given))[0].append(_what_is_wrong(item["type"], item["msg"]))
 
     def _unknown_key(self, key: str, keys: list[str]) -> None:
@@ -59,16 +59,16 @@ class _Told:
 
 
 def explain(error: ValidationError, raw: Mapping[str, object]) -> tuple[list[str], list[str]]:
-    """Problems in the author's words, and hints for misspelt names."""
-    told = _Told()
+    """Problems in terms of the recipe, and hints for misspelt names."""
+    found = _Problems()
     for item in error.errors(include_url=False):
-        told.tell(item, raw)
-    refused = [f"{key}: {', or '.join(messages)}{given}" for key, (messages, given) in told.refused.items()]
-    return [*told.problems, *refused], list(dict.fromkeys(told.hints))
+        found.add(item, raw)
+    refused = [f"{key}: {', or '.join(messages)}{given}" for key, (messages, given) in found.refused.items()]
+    return [*found.problems, *refused], list(dict.fromkeys(found.hints))
 
 
 def _keys_of(loc: tuple[int | str, ...], raw: object, *, missing: bool) -> list[str]:
-    """The author's keys in pydantic's path, which also names the members of the unions it has tried."""
+    """The recipe's keys in pydantic's path, which also names the members of the unions it has tried."""
     keys: list[str] = []
     for place, part in enumerate(loc):
         found, inside = _inside(raw, part)
@@ -91,17 +91,17 @@ def _inside(raw: object, part: int | str) -> tuple[bool, object]:
 
 def _what_is_wrong(kind: str, message: str) -> str:
     if kind in ("model_type", "dataclass_type", "union_tag_invalid"):
-        return "a section with keys of its own is wanted"
+        return "a section with keys is expected"
     message = message.removeprefix("Value error, ")
     return message[:1].lower() + message[1:]
 
 
-def _shown(value: object) -> str:
+def _value_text(value: object) -> str:
     return cut(repr(value))
 
 
 def _nearest(keys: list[str]) -> str | None:
-    """The key that was meant: the same name in another section, else one of this section spelt alike."""
+    """The key that was probably meant: the same name in another section, else a similar one in this section."""
     *section, name = keys
     if (ours := FOREIGN_KEYS.get(name.lower())) is not None and ours.split(".") != keys:
         return ours

@@ -1,4 +1,4 @@
-"""Keys of other trainers' recipes, for hints: people come from there."""
+"""Keys of other trainers' recipes, for hints."""
 
 from __future__ import annotations
 
@@ -43,6 +43,6 @@ FOREIGN_KEYS = {
     "ref_model": "reference.model",
     "precompute_ref_log_probs": "reference.mode",
 }
-"""Keys of TRL, Axolotl, LLaMA-Factory and Unsloth, and what does the same here."""
+"""Keys of TRL, Axolotl, LLaMA-Factory and Unsloth, and the corresponding keys here."""
 LESS_BITS = ("load_in_4bit", "load_in_8bit", "quantization_bit", "quantization")
-"""Keys that ask for fewer bits."""
+"""Keys that ask for a quantised base."""

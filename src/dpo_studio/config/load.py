@@ -23,7 +23,7 @@ __all__ = ["RecipeFile", "RecipeLike", "cache_folder", "load_recipe", "parse_ove
 
 @dataclass(frozen=True)
 class RecipeFile:
-    """A recipe ready to run, and what its author typed."""
+    """A resolved recipe, and its content as typed."""
 
     recipe: Recipe
     """Resolved: local paths are absolute, defaults filled in."""
@@ -34,7 +34,7 @@ class RecipeFile:
 
     @property
     def run_folder(self) -> Path:
-        """Where the run goes, relative to the working directory unless absolute.
+        """The run folder, relative to the working directory unless absolute.
 
         Raises:
             UsageError: the recipe's name does as no folder's, or leads out of `runs`.
@@ -52,7 +52,7 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] | None = None) -> R
     """Read, override, validate and resolve a recipe.
 
     Paths in a file are relative to the file, others and those in `overrides` (`a.b=c`) to the working directory. A
-    recipe that is no file is named `recipe`, and so is its run unless `run.folder` says otherwise. What is loaded
+    recipe that is not a file is named `recipe`, and so is its run unless `run.folder` says otherwise. What is loaded
     already is not read again.
 
     Raises:
@@ -77,7 +77,7 @@ def load_recipe(recipe: RecipeLike, overrides: Sequence[str] | None = None) -> R
 
 
 def _typed(recipe: str | Path | Mapping[str, object] | Recipe) -> tuple[dict[str, object], Path, Path]:
-    """(its plain content, free to be changed, its name, what its paths are relative to)."""
+    """(a copy of its plain content, its name, the folder that its paths are relative to)."""
     if isinstance(recipe, str | Path):
         file = user_path(recipe)
         if is_own_stream(file):
@@ -99,7 +99,7 @@ def validate_recipe(raw: Mapping[str, object], *, where: str) -> Recipe:
 
 
 def _refuse_empty_sections(raw: Mapping[str, object], where: str) -> None:
-    """`adapter: null`, or `adapter:` with nothing under it, could mean none or its defaults; we ask.
+    """`adapter: null`, or `adapter:` with nothing under it, could mean no section or its defaults; it is refused.
 
     Raises:
         RecipeError: a section is null.
@@ -115,7 +115,7 @@ def _refuse_empty_sections(raw: Mapping[str, object], where: str) -> None:
         hint = "leave the section out for its defaults"
         if ("adapter",) in empty:
             hint += "; training a whole model, without an adapter, is not built yet"
-        raise RecipeError(f"{where}: null where a section with keys of its own is wanted: {names}", hint=hint)
+        raise RecipeError(f"{where}: null where a section with keys is expected: {names}", hint=hint)
 
 
 def parse_override(text: str) -> tuple[list[str], object]:
@@ -159,7 +159,7 @@ def _read_yaml(file: Path) -> dict[str, object]:
     if isinstance(raw, list) and raw and all(isinstance(row, dict) for row in raw):
         raise _data_for_a_recipe(file)
     if not isinstance(raw, dict):
-        raise RecipeError(f"{shown} holds no recipe", hint="it needs at least model.path and data.train.source")
+        raise RecipeError(f"{shown} is not a recipe", hint="it needs at least model.path and data.train.source")
     return raw
 
 
@@ -177,13 +177,13 @@ _HUB_KEYS = (
     ("data", "held_out", "source"),
     ("reference", "model"),
 )
-"""Hub ids unless something of that name is there, or the name can only be a path."""
+"""Hub ids, unless a file or folder of that name exists, or the name can only be a path."""
 _FILE_KEYS = (("model", "adapter"), ("model", "chat_template"), ("reference", "adapter"))
 _DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv")
 
 
 def _with_absolute_paths(raw: dict[str, object], base: Path) -> dict[str, object]:
-    """A copy in which whatever is a local path is absolute; Hub ids and `bundled:` names stay."""
+    """A copy in which local paths are absolute; Hub ids and `bundled:` names are unchanged."""
     resolved = {key: dict(value) if isinstance(value, dict) else value for key, value in raw.items()}
     data = resolved.get("data")
     if isinstance(data, dict):
@@ -196,7 +196,7 @@ def _with_absolute_paths(raw: dict[str, object], base: Path) -> dict[str, object
 
 
 def _is_local(value: str, base: Path) -> bool:
-    """Whether a name that may be a Hub id means a path: it looks like one, or is there (`folder:split` too)."""
+    """Whether a name that may be a Hub id is a path: it looks like one, or exists (`folder:split` too)."""
     if value.startswith(BUNDLED):
         return False
     if value.startswith((".", "~", "/")) or value.partition(":")[0].lower().endswith(_DATA_FILES):

@@ -1,7 +1,7 @@
 """The recipe's sections: what is trained, on what, how.
 
 Every key is documented under its definition (the text becomes the JSON Schema that editors show), every section is
-frozen, and a key nobody knows is refused.
+frozen, and an unknown key is refused.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = [
 BUNDLED = "bundled:"
 LabelValue = str | int | float | bool
 _LARGEST_WHOLE = 2**53
-"""Whole numbers beyond it are no numbers of steps, tokens or rows, and some are not kept by JSON, float or torch."""
+"""Larger whole numbers are not meaningful counts of steps, tokens or rows, and JSON or float would round some."""
 MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
 
@@ -47,9 +47,9 @@ class Section(BaseModel):
     @field_validator("*", mode="before")
     @classmethod
     def _plain_value(cls, value: object) -> object:
-        """No key of the recipe is a yes or no, which pydantic would take for 1 or 0, or a number beyond all use."""
+        """Refuse booleans, which pydantic would read as 1 or 0, and numbers that are too large."""
         if isinstance(value, bool):
-            raise ValueError("is no yes or no (a text that YAML reads as one stands in quotes)")
+            raise ValueError("is not a boolean key (quote the value if it is text)")
         if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
             raise ValueError(f"is a number beyond {_LARGEST_WHOLE:,}")
         return value
@@ -71,7 +71,7 @@ class ModelSection(Section):
     chat_template: str | None = None
     """A Jinja file used in place of the tokenizer's own chat template."""
     residency: Literal["packed", "bf16"] = "packed"
-    """GPTQ bases: keep the 4-bit words and dequantise on the fly, or dequantise once."""
+    """GPTQ bases: keep the packed integers and dequantise for each product, or dequantise once."""
     compute: Literal["auto", "fp8"] = "auto"
     """GPTQ bases: the precision of the forward products."""
 
@@ -103,11 +103,11 @@ class SourceSection(ReadingSection):
 
 
 SourceLike = str | Path | SourceSection
-"""A source of pairs by its name, or with how it is read."""
+"""A source of pairs: its name, or a section with how it is read."""
 
 
 def as_source(source: SourceLike) -> SourceSection:
-    """The source with how it is read; of a name alone, as its first rows look.
+    """The source as a section; for a name alone, the format follows from the first rows.
 
     Raises:
         UsageError: the name is empty.
@@ -140,7 +140,7 @@ class HeldOutSection(ReadingSection):
         return self
 
     def as_source(self) -> SourceSection | None:
-        """The held-out source in the words of `data.train`, if there is one."""
+        """The held-out source as a section like `data.train`, if there is one."""
         if self.source is None:
             return None
         return SourceSection(**self.model_dump(exclude={"fraction"}))
@@ -175,7 +175,7 @@ class AdapterSection(Section):
 
 
 class ReferenceSection(Section):
-    """What the policy is held close to: the base with the adapter off, unless another is named."""
+    """What the policy is kept close to: the base with the adapter off, unless another is named."""
 
     mode: Literal["cached", "live"] = "cached"
     """cached: log-probs are computed once and kept on disk. live: computed in every step."""
@@ -186,7 +186,8 @@ class ReferenceSection(Section):
     update_every: Annotated[int, Field(gt=0)] | None = None
     """Move the reference towards the policy after every so many steps (TR-DPO, arXiv 2404.09656); needs mode: live."""
     update_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """How much of the policy the moving reference takes; what it was keeps the rest. 1: it becomes the policy."""
+    """The policy's share in the moving reference after an update; its old weights are the rest. 1: it becomes the
+    policy."""
 
     @model_validator(mode="before")
     @classmethod
@@ -198,7 +199,7 @@ class ReferenceSection(Section):
     @model_validator(mode="after")
     def _what_moves_is_an_adapter_on_the_base(self) -> ReferenceSection:
         if self.update_every is None and self.update_share != 1:
-            raise ValueError("update_share says how far the reference moves: say when, with update_every")
+            raise ValueError("update_share needs update_every, the number of steps between moves")
         if self.update_every is not None and self.mode == "cached":
             raise ValueError("log-probs of a reference that moves (update_every) grow stale: use mode: live")
         if self.update_every is not None and self.model is not None:
@@ -240,7 +241,7 @@ class TrainingSection(Section):
 
 
 class RunSection(Section):
-    """Where the run is kept and who else is told."""
+    """Where the run is stored, and the tracker that also gets its metrics."""
 
     folder: str | None = None
     """The run folder, relative to the working directory. Default: runs/<recipe's name>."""
@@ -260,11 +261,11 @@ class Recipe(Section):
     objective: Objective = DPO()
     """What is minimised: its kind and its parameters."""
     reference: ReferenceSection = ReferenceSection()
-    """What the policy is held close to."""
+    """What the policy is kept close to."""
     training: TrainingSection = TrainingSection()
     """How the adapter is fitted."""
     run: RunSection = RunSection()
-    """Where the run is kept and who else is told."""
+    """Where the run is stored, and the tracker that also gets its metrics."""
 
     @model_validator(mode="after")
     def _an_adapter_brings_its_own_shape(self) -> Recipe:
@@ -278,11 +279,11 @@ class Recipe(Section):
         named = [name for name in ("model", "adapter", "update_every") if getattr(self.reference, name) is not None]
         if named and not self.objective.needs_reference:
             keys = ", ".join(f"reference.{name}" for name in named)
-            raise ValueError(f"objective.kind {self.objective.kind} holds the policy to no reference; remove {keys}")
+            raise ValueError(f"objective.kind {self.objective.kind} uses no reference; remove {keys}")
         return self
 
     def to_plain(self) -> dict[str, object]:
-        """Every setting as plain data that reads back as the same recipe."""
+        """All settings as plain data, from which the same recipe can be loaded."""
         plain = self.model_dump(mode="json")
         if self.model.adapter is not None:
             del plain["adapter"]
@@ -292,10 +293,12 @@ class Recipe(Section):
 
 
 def add_objective(formula: type[Formula]) -> None:
-    """Let recipes name an objective that is not of this package: `objective: {kind: my_loss}`, or a mixture's term.
+    """Register an objective from outside this package, so that recipes can name it: `objective: {kind: my_loss}`, or a
+    mixture's term.
 
     Raises:
-        UsageError: it is no concrete `Formula`, no frozen dataclass, lacks a kind or a default, or its kind is taken.
+        UsageError: it is not a concrete `Formula` or a frozen dataclass, lacks a kind or a default, or its kind is
+        taken.
     """
     check_objective(formula)
     register(formula)

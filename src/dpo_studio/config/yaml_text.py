@@ -1,4 +1,4 @@
-"""YAML as people mean it: plain data from texts of strangers, with limits."""
+"""YAML as people mean it: plain data from untrusted text, with limits."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ MAX_BYTES = 200_000
 _DEPTH = 50
 """Levels of a recipe's YAML; a recipe has four."""
 _LONGEST_NUMBER = 100
-"""Characters of a number: 60,000 hexadecimal digits are read in no time and cannot be written again."""
+"""Characters of a number: 60,000 hexadecimal digits are parsed at once, but Python refuses to print them."""
 _TAGS = frozenset(f"tag:yaml.org,2002:{kind}" for kind in ("str", "int", "float", "bool", "null", "seq", "map"))
 """Plain data. All other tags make objects, merge mappings, or are ways to write a date."""
 
 
 class _Event(Protocol):
-    """What PyYAML's parser comes across; its own stubs leave it untyped."""
+    """The nodes of PyYAML's parser; its own stubs leave them untyped."""
 
     start_mark: yaml.error.Mark
 
@@ -30,7 +30,7 @@ class _Loader(yaml.SafeLoader):
     """YAML as people mean it, where YAML 1.1 surprises them or a file could do harm.
 
     5e-5 is a number (1.1: text), 2024-01-31 a text (1.1: a date), 1:30 a text (1.1: 90), a key given twice an error
-    (1.1: the last one wins). Aliases are refused: a recipe needs none, and nested ones unfold to gigabytes.
+    (1.1: the last one wins). Aliases are refused: a recipe needs none, and nested ones expand to gigabytes.
     """
 
     depth = 0
@@ -52,18 +52,18 @@ class _Loader(yaml.SafeLoader):
 
     def construct_mapping(self, node: yaml.Node, deep: bool = False) -> dict[Hashable, object]:
         if not isinstance(node, yaml.MappingNode):
-            raise yaml.constructor.ConstructorError(None, None, "what is tagged !!map is none", node.start_mark)
+            raise yaml.constructor.ConstructorError(None, None, "!!map: not a mapping", node.start_mark)
         made: dict[Hashable, object] = {}
         for key_node, value_node in node.value:
             key = str(self.construct_object(key_node)) if isinstance(key_node, yaml.ScalarNode) else None
             if key is None or key in made:
-                wrong = "a key is no text" if key is None else f"the key {cut(key)} is there twice"
+                wrong = "a key is not text" if key is None else f"the key {cut(key)} occurs twice"
                 raise yaml.constructor.ConstructorError(None, None, wrong, key_node.start_mark)
             made[key] = self.construct_object(value_node, deep=deep)
         return made
 
     def _number(self, node: yaml.ScalarNode) -> object:
-        """A number or truth value, or what is wrong with it: a tag may call anything one."""
+        """A number or boolean, or an error: a tag may name any text as one."""
         text, kind = str(self.construct_scalar(node)), node.tag.rpartition(":")[2]
         if ":" in text:  # a time of day, which YAML 1.1 reads to the base of 60
             return text
@@ -72,7 +72,9 @@ class _Loader(yaml.SafeLoader):
                 raise ValueError
             return _MAKE[kind](self, node)
         except (ValueError, KeyError, IndexError):
-            raise yaml.constructor.ConstructorError(None, None, f"{cut(text)} is no {kind}", node.start_mark) from None
+            raise yaml.constructor.ConstructorError(
+                None, None, f"{cut(text)} is not a {kind}", node.start_mark
+            ) from None
 
 
 _MAKE: dict[str, Callable[[yaml.SafeLoader, yaml.ScalarNode], object]] = {
@@ -92,7 +94,7 @@ _Loader.add_implicit_resolver(
 
 
 def parse_yaml(text: str) -> object:
-    """Plain data from YAML: no tags that make objects, no aliases, no key twice, however the text came here.
+    """Plain data from YAML: no tags that make objects, no aliases, no key twice, whatever the text came from.
 
     Raises:
         yaml.YAMLError: it is none, too long, or nested too deep.
@@ -101,18 +103,18 @@ def parse_yaml(text: str) -> object:
         raise yaml.YAMLError(f"over {MAX_BYTES:,} characters")
     try:
         return _Loader(text).get_single_data()
-    except (ValueError, OverflowError) as error:  # an escape that is no character
+    except (ValueError, OverflowError) as error:  # an escape that is not a character
         raise yaml.YAMLError(str(error)) from None
     except RecursionError:
         raise yaml.YAMLError("nested too deep") from None
 
 
 def one_line(error: BaseException) -> str:
-    """What the YAML reader says, without its line breaks."""
+    """The YAML reader's message, without line breaks."""
     text = str(error).replace('in "<unicode string>", ', "at ")
     return " ".join(text.split()) or type(error).__name__
 
 
 def cut(text: str) -> str:
-    """As much of a text as fits into a sentence."""
+    """The beginning of a text, short enough for a sentence."""
     return text if len(text) <= 80 else f"{text[:77]}..."

@@ -212,7 +212,7 @@ class _PlainTask:
     """Plain lines about one task: the first, the last, and one every few seconds between."""
 
     def __init__(self, write: Callable[[str], None], title: str, total: int | None, unit: str) -> None:
-        self._write, self._title, self._total, self._unit = write, title, total, unit
+        self._write_to, self._title, self._total, self._unit = write, title, total, unit
         self._started = time.monotonic()
         self._done = 0
         self._figures = ""
@@ -233,7 +233,7 @@ class _PlainTask:
     def _line(self) -> None:
         now = time.monotonic()
         parts = [f"{self._title} {_done(self._done, self._total, self._unit)}", self._figures, self._time(now)]
-        self._write("  ".join(part for part in parts if part))
+        self._write_to("  ".join(part for part in parts if part))
         self._written = (now, self._done)
 
     def _time(self, now: float) -> str:

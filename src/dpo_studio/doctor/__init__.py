@@ -1,1 +1,1 @@
-"""The data doctor: what is wrong with pairs, as text and as tokens, before a GPU is warm."""
+"""The data doctor: checks of pairs, as text and as tokens, before a training."""

@@ -1,4 +1,4 @@
-"""Pairs that are there twice, pairs that contradict each other, prompts on both sides of a split."""
+"""Duplicate pairs, contradictory pairs, and prompts on both sides of a split."""
 
 from __future__ import annotations
 
@@ -20,12 +20,10 @@ REMEMBERED = 200_000
 Exact ones are found among all pairs, at some 250 bytes each."""
 
 FEW_HELD_OUT = 20
-"""Held-out pairs below which a share of them says little: 19 of 20 right is anything from 76 to 99 % (Wilson)."""
+"""With fewer held-out pairs a share of them is too imprecise: 19 of 20 right is anything from 76 to 99 % (Wilson)."""
 
-_SEEN_TWICE = (
-    "It counts once more for each copy: the run learns it by heart, and hears fewer opinions than there are rows."
-)
-_FLATTERED = "Held-out numbers measure memory, and look better than the model is."
+_SEEN_TWICE = "It counts once more for each copy: the run memorises it, and sees fewer preferences than there are rows."
+_FLATTERED = "Held-out numbers then measure memorisation, and are too good."
 
 
 @dataclass
@@ -42,7 +40,7 @@ class _Tally:
 
 
 class Duplicates:
-    """Sees every pair to train on, then every pair to measure on, then says what was found."""
+    """Reads every training pair, then every held-out pair, then returns its findings."""
 
     def __init__(self) -> None:
         self.pairs = 0
@@ -67,7 +65,7 @@ class Duplicates:
 
     @property
     def saw_all(self) -> bool:
-        """Whether near duplicates were looked for among all pairs."""
+        """Whether near duplicates were searched among all pairs."""
         return self.pairs <= REMEMBERED
 
     def see(self, pair: Pair) -> None:
@@ -105,7 +103,7 @@ class Duplicates:
             self._held_out_signatures.append(signature(text_of_turns(pair.prompt)))
 
     def findings(self) -> list[Finding]:
-        """What was found, once everything was seen."""
+        """The findings, once all pairs were seen."""
         prompts_NK = _matrix(self._prompt_signatures)
         twins = nearest(prompts_NK)
         found = [self._same_twice(), self._contradictions(), self._near_pairs(twins), self._near_prompts(twins)]
@@ -115,7 +113,7 @@ class Duplicates:
         copies = self._copies
         return Finding(
             "duplicate-pairs",
-            "pairs that are there twice",
+            "pairs that occur twice",
             copies.count,
             self.pairs,
             level_of(copies.count, self.pairs, warning=0.02),
@@ -128,7 +126,7 @@ class Duplicates:
         opposites = self._opposites
         return Finding(
             "opposite-pairs",
-            "pairs that are there in both orders",
+            "pairs that occur in both orders",
             opposites.count,
             self.pairs,
             level_of(opposites.count, self.pairs, warning=0.005, stop=0.1),
@@ -205,7 +203,7 @@ class Duplicates:
 
 
 def text_of_turns(turns: Sequence[Message]) -> str:
-    """What is said in the turns, whoever says it."""
+    """The text of the turns, without roles."""
     return turns[0].content if len(turns) == 1 else "\n".join(turn.content for turn in turns)
 
 

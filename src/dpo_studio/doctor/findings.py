@@ -1,4 +1,4 @@
-"""What the data doctor says: findings, and the report they make together. Plain values, no text from data trusted."""
+"""The data doctor's findings, and the report of all of them. Plain values; text from the data is untrusted."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Example:
     row: int
     """Its place in the source, from 0."""
     text: str
-    """What was seen there, as it stands in the data: escape it before it is shown."""
+    """The text found there, unchanged from the data: escape it before it is shown."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Finding:
 
 
 def level_of(count: int, of: int, *, warning: float, stop: float | None = None) -> Level:
-    """How bad it is: fine at none, a note until its share is over `warning`, a stop over `stop` where there is one."""
+    """The level of a count: fine at 0, a note up to a share of `warning`, a stop over `stop` if that is given."""
     if not count:
         return "fine"
     share = count / of
@@ -81,7 +81,7 @@ class Histogram:
 
 
 def histogram_of(name: str, title: str, *, least: float | None = None, **series: NDArray[np.float64]) -> Histogram:
-    """Equal bins from `least` (or the least value) to the 99.5th percentile; what lies beyond is in the last."""
+    """Equal bins from `least` (or the least value) to the 99.5th percentile; larger values are in the last bin."""
     values = np.concatenate(list(series.values()))
     low = float(values.min()) if least is None else least
     edges = np.linspace(low, max(float(np.quantile(values, 0.995)), low + 1e-6), _BINS + 1)
@@ -103,14 +103,14 @@ class DataReport:
     prompts: int
     """Different prompts."""
     refused: Mapping[str, int]
-    """Rows that are no pair by reason, most frequent first."""
+    """Rows that are not a pair, by reason, most frequent first."""
     findings: Sequence[Finding]
-    """Of every check that was made, in the order they are made."""
+    """The findings of all checks, in order."""
     histograms: Sequence[Histogram] = ()
     model: str | None = None
-    """Whose tokenizer was asked."""
+    """The model whose tokenizer was used."""
     looked_at: str = ""
-    """What was left out of the more costly checks, if anything was."""
+    """What the more costly checks did not cover, if anything."""
 
     def at(self, level: Level) -> list[Finding]:
         """The findings of one level."""

@@ -1,4 +1,4 @@
-"""The data doctor: one pass over pairs and refusals, then what was found, what it does to a run, what to do.
+"""The data doctor's checks of text: one pass over pairs and refusals, then findings, their effect on a run, and advice.
 
 What needs a tokenizer is in `doctor.token_checks`. Memory grows by some 300 bytes a pair, and by 1 KB for the first
 200,000 (`duplicates`), never by their text.
@@ -24,9 +24,9 @@ _OPENING_WORDS = 3
 _OPENING_CHARACTERS = 24
 _COMMON_OPENING = 0.1
 _OPENING_APART = 0.05
-"""An opening that both sides have alike tells nothing of which was chosen; below this difference it is none."""
+"""The least difference in how often the two sides begin alike: a smaller one does not separate them."""
 _LEAST_ROWS = 20
-"""Below this many pairs a share says nothing."""
+"""With fewer pairs a share is too imprecise."""
 _LONGER_WINS = 0.7
 """PandaLM's three people chose the longer answer in 66 % of their pairs; more than that is worth a look."""
 _SMALL_MARGIN = 0.05
@@ -34,7 +34,7 @@ _SMALL_MARGIN = 0.05
 
 
 class TextChecks:
-    """Every check that reads text alone. See all rows, then all held-out pairs, then ask for the findings."""
+    """All checks that read only text. Add all rows, then all held-out pairs, then get the findings."""
 
     def __init__(self) -> None:
         self.duplicates = Duplicates()
@@ -63,7 +63,7 @@ class TextChecks:
         return self._paired_rows + self.refused.counts.total()
 
     def refuse(self, refusal: Refusal) -> None:
-        """A row that is no pair."""
+        """A row that is not a pair."""
         self.refused.add(refusal)
 
     def see(self, pair: Pair) -> None:
@@ -98,7 +98,7 @@ class TextChecks:
                     examples.append(Example(pair.row, turns[-1].content[:120]))
 
     def findings(self) -> list[Finding]:
-        """Of every check, in the order of the report."""
+        """The findings of all checks, in the order of the report."""
         found = [self._refused_rows()] if self.rows else []
         if not self.pairs:
             return found
@@ -119,7 +119,7 @@ class TextChecks:
         return found
 
     def _refused_rows(self) -> Finding:
-        """Ties are no reason to warn: such rows are as they should be, and hold no preference."""
+        """Ties are no reason to warn: such rows are valid, and have no preference."""
         counts, first = self.refused.counts, self.refused.first
         count = counts.total()
         reasons = [f"{number:,} x {reason}" for reason, number in counts.most_common(3)]
@@ -128,7 +128,7 @@ class TextChecks:
         shown = [first[reason] for reason, _ in counts.most_common(EXAMPLES)]
         return Finding(
             "refused-rows",
-            "rows that are no pair",
+            "rows that are not a pair",
             count,
             self.rows,
             "stop" if count == self.rows else level,

@@ -54,7 +54,7 @@ _CASES = {
 
 
 class TokenChecks:
-    """Every check that needs the model's tokenizer and chat template. See all pairs, then ask for the findings."""
+    """All checks that need the model's tokenizer and chat template. Add all pairs, then get the findings."""
 
     def __init__(self, encoder: ChatEncoder, *, max_length: int, too_long: TooLong) -> None:
         self._encoder, self._max_length, self._too_long = encoder, max_length, too_long
@@ -102,7 +102,7 @@ class TokenChecks:
             examples.append(Example(pair.row, text))
 
     def findings(self) -> list[Finding]:
-        """Of every check, in the order of the report."""
+        """The findings of all checks, in the order of the report."""
         found = rule_findings(self._counts, self.pairs, self._max_length, self._too_long, self._examples)
         found[0] = self._with_lengths(found[0])
         count = self._counts[_SPELLED]
@@ -190,7 +190,7 @@ def _over(counts: Mapping[str, int], pairs: int, max_length: int, too_long: TooL
         f"pairs over max_length ({max_length:,} tokens)",
         count,
         pairs,
-        level_of(count, pairs, warning=1.0 if too_long == "cut_answer_end" else 0.1),  # lost ends are told below
+        level_of(count, pairs, warning=1.0 if too_long == "cut_answer_end" else 0.1),  # lost ends are reported below
         does=_LOSING[too_long],
         todo="A larger data.max_length costs memory and time in proportion; see what is lost first.",
         detail=f"{prompts:,} by their prompt alone" if prompts else "",

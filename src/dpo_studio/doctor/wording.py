@@ -1,4 +1,4 @@
-"""What can be wrong with the words of one pair: each check looks at a pair and answers with what it saw, or None."""
+"""Checks of the wording of one pair: each reads a pair and returns an excerpt of what it found, or None."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = [
 ]
 
 _AROUND = 48
-"""Characters of text shown on either side of what was seen."""
+"""Characters of text shown on either side of a match."""
 
 _MARKUP = re.compile(
     r"<\|(?:im_start|im_end|im_sep|endoftext|end_of_text|begin_of_text|start_header_id|end_header_id|eot_id|eom_id|"
@@ -76,12 +76,12 @@ _SENTENCE_WORDS = 8
 
 @dataclass(frozen=True)
 class RowCheck:
-    """A check of single pairs, and what to say where it finds something."""
+    """A check of single pairs, and the text of its finding."""
 
     name: str
     title: str
     look: Callable[[Pair], str | None]
-    """What was seen in a pair, with some of the text around it; None where there is nothing."""
+    """What was found in a pair, with some text around it; None if nothing was."""
     warning: float
     """Over which share of the pairs it is a warning."""
     does: str
@@ -91,14 +91,14 @@ class RowCheck:
 def _markup(pair: Pair) -> str | None:
     for text in _texts(pair):
         if any(sign in text for sign in _COULD_BE_MARKUP) and (found := _MARKUP.search(text)):
-            return _shown(text, *found.span())
+            return _excerpt(text, *found.span())
     return None
 
 
 def _unseen(pair: Pair) -> str | None:
     for text in _texts(pair):
         if found := _UNSEEN.search(text):
-            return f"U+{ord(found[0]):04X} in: {_shown(text, *found.span())}"
+            return f"U+{ord(found[0]):04X} in: {_excerpt(text, *found.span())}"
     return None
 
 
@@ -113,7 +113,7 @@ def _refuses(turns: tuple[Message, ...]) -> str | None:
     plain = text.lower().replace("’", "'")
     for phrase in _REFUSALS:
         if (at := plain.find(phrase)) >= 0:
-            return _shown(text, at, at + len(phrase))
+            return _excerpt(text, at, at + len(phrase))
     return None
 
 
@@ -155,8 +155,8 @@ def _texts(pair: Pair) -> Iterator[str]:
             yield turn.content
 
 
-def _shown(text: str, start: int, end: int) -> str:
-    """What stands around a place."""
+def _excerpt(text: str, start: int, end: int) -> str:
+    """The text around a match."""
     before, after = text[max(0, start - _AROUND) : start], text[end : end + _AROUND]
     cut = "… " if start > _AROUND else "", " …" if end + _AROUND < len(text) else ""
     return f"{cut[0]}{before}{text[start:end]}{after}{cut[1]}"

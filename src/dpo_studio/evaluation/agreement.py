@@ -18,7 +18,7 @@ __all__ = ["agreement", "kappa", "leave_one_out", "majority"]
 
 
 def agreement(said: Sequence[Winner], meant: Sequence[Winner], prompt_of: Sequence[Hashable]) -> dict[str, Any]:
-    """How far what was said is what was meant.
+    """How far the judge's verdicts agree with the labels.
 
     `agreement` is over the comparisons where people prefer an answer: 1 for the same answer, one half for a tie, 0 for
     the other one. A judge that always ties, or tosses a coin, is at one half; the interval is clustered by prompt.
@@ -48,7 +48,7 @@ def kappa(said: Sequence[Winner], meant: Sequence[Winner]) -> float | None:
 
 
 def majority(labels: Sequence[Winner]) -> Winner | None:
-    """What most say, None where no word has more votes than another."""
+    """The majority's label, None where no label has most votes."""
     (first, votes), *others = Counter(labels).most_common() or [("tie", 0)]
     return first if votes and all(votes > fewer for _, fewer in others) else None
 
@@ -56,7 +56,8 @@ def majority(labels: Sequence[Winner]) -> Winner | None:
 def leave_one_out(
     labels: Sequence[Sequence[Winner]], verdicts: Sequence[Winner], prompt_of: Sequence[Hashable]
 ) -> dict[str, Any] | None:
-    """The annotators' own agreement, and the judge's on the same labels; None where nobody labelled with another.
+    """The annotators' own agreement, and the judge's on the same labels; None where no two annotators labelled the same
+    pair.
 
     `labels[i]` is what each annotator said of comparison i. Each annotator in turn stands against the majority of the
     others; where the others are split, there is nothing to stand against.

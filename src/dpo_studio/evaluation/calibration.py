@@ -1,4 +1,4 @@
-"""Do the margins mean what they say: is the answer that gets P(preferred) = 0.8 preferred in 80 of 100 pairs?
+"""Calibration of the margins: is the answer with P(preferred) = 0.8 preferred in 80 of 100 pairs?
 
 Under the Bradley-Terry model that DPO is derived from, the answer with the higher reward is preferred with probability
 1 / (1 + e^-|margin|) (arXiv 2305.18290, equation 1). No torch here.
@@ -15,15 +15,16 @@ __all__ = ["calibration"]
 
 _BINS = 10
 _LEAST_IN_A_BIN = 10
-"""Fewer pairs than this say nothing of a share: there are fewer bins then."""
+"""Fewer pairs than this do not determine a share: then there are fewer bins."""
 
 
 def calibration(margins: Sequence[float]) -> dict[str, Any]:
-    """What the margins claim beside what the labels say, in bins of equal size, and the expected calibration error.
+    """Predicted and observed shares in bins of equal size, and the expected calibration error.
 
-    `margins` are chosen minus rejected rewards. `claimed` and `found` are shares of pairs in which the answer with the
-    higher reward is the chosen one; their distance, averaged over pairs, is `error` (ECE: Naeini et al. 2015). A
-    positive `overconfidence` says that margins promise more than they hold: divide beta by something.
+    `margins` are chosen minus rejected rewards. `claimed` (predicted) and `found` (observed) are shares of pairs in
+    which the answer with the higher reward is the chosen one; their distance, averaged over pairs, is `error` (ECE:
+    Naeini et al. 2015). A positive `overconfidence` means that the predicted shares are too high: divide beta by
+    something.
     """
     margins_P = np.asarray(margins, np.float64)
     if not len(margins_P):

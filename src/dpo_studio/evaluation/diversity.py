@@ -1,4 +1,4 @@
-"""How much answers repeat themselves, and how much they are all alike. Words here are runs of letters and digits."""
+"""How much answers repeat themselves, and how much they resemble each other. A word is a run of letters and digits."""
 
 from __future__ import annotations
 
@@ -9,26 +9,26 @@ from statistics import fmean
 
 __all__ = ["distinct_n", "repetition"]
 
-_RUN = 4
-"""Words in a row that count as said again: fewer recur in any prose ("a lot of", "one of the")."""
+_N = 4
+"""The n of the n-grams whose repetition counts: shorter ones recur in any prose ("a lot of", "one of the")."""
 
 
 def repetition(texts: Sequence[str]) -> float | None:
-    """Share of an answer's runs of four words that it had said before, averaged over the answers; None of none."""
-    shares = [1 - len(set(runs)) / len(runs) if (runs := _runs(text, _RUN)) else 0.0 for text in texts]
+    """Share of an answer's 4-grams that occurred in it before, averaged over the answers; None without answers."""
+    shares = [1 - len(set(grams)) / len(grams) if (grams := _ngrams(text, _N)) else 0.0 for text in texts]
     return fmean(shares) if shares else None
 
 
 def distinct_n(texts: Iterable[str], n: int) -> float | None:
-    """Different runs of n words over all of them, the answers taken together (Li et al., arXiv 1510.03055).
+    """Different n-grams over all n-grams, of all answers together (Li et al., arXiv 1510.03055).
 
-    It falls as there is more text, whatever is said: compare only sets of answers to the same prompts, and mind their
-    lengths. None where no answer has n words.
+    It falls as the text gets longer: compare only sets of answers to the same prompts, of similar lengths. None where
+    no answer has n words.
     """
-    runs = list(chain.from_iterable(_runs(text, n) for text in texts))
-    return len(set(runs)) / len(runs) if runs else None
+    grams = list(chain.from_iterable(_ngrams(text, n) for text in texts))
+    return len(set(grams)) / len(grams) if grams else None
 
 
-def _runs(text: str, n: int) -> list[tuple[str, ...]]:
+def _ngrams(text: str, n: int) -> list[tuple[str, ...]]:
     words = re.findall(r"\w+", text.lower())
     return [tuple(words[i : i + n]) for i in range(len(words) - n + 1)]

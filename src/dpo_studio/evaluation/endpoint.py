@@ -1,11 +1,11 @@
-"""Asking an OpenAI-compatible server: many requests at once, each tried again while that can help.
+"""Requests to an OpenAI-compatible server: many at once, each retried while that can help.
 
 The key comes from an environment variable and from nowhere else. It goes to the server that was named and to no other
 that this one names, and is cut out of whatever comes back before anybody sees it: servers quote keys in their errors.
 
 What is tried again: a dropped connection, no answer within the time, 408, 409, 425, 429, any 5xx, and a reply that is
-no chat completion (a proxy's page, an error sent as 200). What is not: everything else a server says no to, because
-the next request would be told the same. All attempts at a request together have a limit, too: a server that answers a
+no chat completion (a proxy's page, an error sent as 200). What is not: everything else a server says no to, because the
+next request would get the same answer. All attempts at a request together have a limit, too: a server that answers a
 byte at a time costs twice `timeout_s`, one that asks for patience ten minutes.
 """
 
@@ -33,18 +33,18 @@ __all__ = ["Asking", "Declined", "Endpoint", "run"]
 
 DEFAULT_KEY_VARIABLE = "OPENAI_API_KEY"
 _NO_KEY = "none"
-"""What is sent where there is no key: local servers want a header, and look at nothing in it."""
+"""The key that is sent if there is none: local servers need the header, and ignore its value."""
 _AGAIN = frozenset({408, 409, 425, 429})
 _LONGEST_WAIT = 600.0
-"""Seconds between all attempts at one request. A server may ask for more: then it is left."""
+"""The most seconds of pauses between the attempts at one request. If a server asks for more, the judge gives up."""
 _TIMEOUTS = 2
-"""So many times `timeout_s` all attempts at one request may take, without the pauses between them."""
+"""The most time of all attempts at one request, without pauses, in multiples of `timeout_s`."""
 _DEPTH = 60
 """Levels of a reply; a chat completion with log-probs has nine."""
 _LEAST = 0.01
 """Seconds: with less left than that no server can answer."""
 _REASONS = 20
-"""Different reasons for another attempt that are told."""
+"""The most reasons for a retry that are reported."""
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _T = TypeVar("_T")
 
@@ -54,13 +54,13 @@ class Asking:
     """How requests are made."""
 
     key_variable: str | None = None
-    """The environment variable that holds the key; None: OPENAI_API_KEY, which is not sent in clear text to others."""
+    """The environment variable with the key; None: OPENAI_API_KEY, which is not sent in clear text to others."""
     concurrency: int = 8
     """Requests at a time."""
     timeout_s: float = 120.0
     """Longest wait for a whole reply."""
     attempts: int = 6
-    """How often one request is made before the judge gives up."""
+    """Attempts at one request before the judge gives up."""
     first_wait_s: float = 1.0
     """Seconds before the second attempt; twice as many before each further one, unless the server names a time."""
 
@@ -79,7 +79,7 @@ class Declined(Exception):
         self.kind = kind
         """`refused` or `too long`."""
         self.answer = answer
-        """Status and what the server said."""
+        """Status and message of the server."""
 
 
 class _Again(Exception):
@@ -92,7 +92,7 @@ class _Again(Exception):
 
 
 class Endpoint:
-    """One server, and how it is asked."""
+    """One server, and how requests are made."""
 
     def __init__(self, base_url: str, asking: Asking, say: Callable[[str], None]) -> None:
         """
@@ -103,7 +103,7 @@ class Endpoint:
         self.asking, self._say = asking, say
         self._key = self._find_key()
         self._secret = Secret(self._key)
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self.retries = 0
         """Attempts that were not the first of their request."""
 
@@ -111,9 +111,13 @@ class Endpoint:
         variable = self.asking.key_variable or DEFAULT_KEY_VARIABLE
         key = os.environ.get(variable, "").strip()
         if not key and self.asking.key_variable is not None:
-            raise UsageError(f"the environment variable {variable} holds no key", hint="export it, or name another")
+            raise UsageError(
+                f"the environment variable {variable} is unset or empty", hint="export it, or name another"
+            )
         if not all("!" <= character <= "~" for character in key):
-            raise UsageError(f"the key in {variable} holds a character that no key has", hint="was it copied whole?")
+            raise UsageError(
+                f"the key in {variable} has a character that is not allowed in a key", hint="was it copied whole?"
+            )
         url = urlsplit(self.base_url)
         if key and self.asking.key_variable is None and url.scheme == "http" and url.hostname not in _LOCAL:
             self._say(
@@ -150,11 +154,11 @@ class Endpoint:
             yield client
 
     async def complete(self, client: AsyncOpenAI, request: Mapping[str, Any]) -> dict[str, Any]:
-        """The server's chat completion, as it sent it, less the key.
+        """The server's chat completion, as it sent it, without the key.
 
         Raises:
             Declined: the server declines this one request.
-            JudgeError: it declines all, sends what is not taken, or gave no answer in `attempts` attempts.
+            JudgeError: it refuses the requests, sends invalid replies, or gave no answer in `attempts` attempts.
         """
         patience, asking = _LONGEST_WAIT, _TIMEOUTS * self.asking.timeout_s
         for attempt in range(1, self.asking.attempts + 1):
@@ -169,23 +173,23 @@ class Endpoint:
                 more = f"; it asks for {wait:,.0f} s more" if wait > patience else ""
                 raise JudgeError(
                     f"{self.base_url} gave no answer in {attempt} attempts: {why}{more}",
-                    hint="replies so far are kept: the same command asks only for the others",
+                    hint="replies so far are saved: the same command requests only the others",
                 )
-            self._tell(why, wait)
+            self._warn_of_retry(why, wait)
             self.retries += 1
             patience -= wait
             await asyncio.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
     def _wait(self, attempt: int, asked_for: float | None) -> float:
-        """Seconds; never the same for two workers, or they would all come back at once."""
+        """Seconds; different for each worker, so that they do not all retry at once."""
         seconds = asked_for if asked_for is not None else self.asking.first_wait_s * 2 ** (attempt - 1)
         return seconds * random.uniform(1.0, 1.25)
 
-    def _tell(self, why: str, wait: float) -> None:
-        """Each reason once; the rest is counted. A server that has a new reason every time is told of no more."""
-        if why not in self._told and len(self._told) < _REASONS:
-            self._told.add(why)
+    def _warn_of_retry(self, why: str, wait: float) -> None:
+        """Report each reason once, up to a limit; the rest is counted."""
+        if why not in self._reported and len(self._reported) < _REASONS:
+            self._reported.add(why)
             self._say(f"{why}: trying again in {wait:.0f} s")
 
     async def _attempt(self, client: AsyncOpenAI, request: Mapping[str, Any], limit_s: float) -> dict[str, Any]:
@@ -233,7 +237,7 @@ class Endpoint:
         return JudgeError(f"{self.base_url} says no (status {status}): {said}", hint=_hint(status))
 
     def _said(self, body: bytes) -> tuple[str, str]:
-        """Code and words of an error, less the key, which is looked for in what was parsed."""
+        """Code and message of an error, without the key, which is removed after parsing."""
         try:
             whole = self.without_key(parse_json(body, what="an error", depth=_DEPTH))
         except DataError:
@@ -258,10 +262,10 @@ def _checked_url(base_url: str) -> str:
     except ValueError:
         fine = False
     if not fine:
-        raise UsageError(f"{base_url!r} is no address of a server", hint="such as http://localhost:8000/v1")
+        raise UsageError(f"{base_url!r} is not the address of a server", hint="such as http://localhost:8000/v1")
     if url.username or url.password or url.query or url.fragment:  # it is written into files and reports
         raise UsageError(
-            "the judge's address holds more than a server and a path",
+            "the judge's address has more than a server and a path",
             hint="a key belongs in an environment variable, never in an address",
         )
     return base_url.rstrip("/")
@@ -282,12 +286,12 @@ def _cause(error: BaseException) -> str:
 
 
 def _short(text: str) -> str:
-    """One line of it. The key is cut out before: half of it would not be known again."""
+    """One line of it. The key is removed before: half of it could not be recognised."""
     return " ".join(text.split())[:200]
 
 
 def run(work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of asynchronous work, from where a loop runs already (a notebook) as well as from where none does."""
+    """The result of asynchronous work, whether or not an event loop runs already (in a notebook)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

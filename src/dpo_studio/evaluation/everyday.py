@@ -16,7 +16,7 @@ __all__ = ["EverydayRule", "content_stems", "everyday_judge"]
 
 @dataclass(frozen=True)
 class EverydayRule:
-    """Short complete answers win; an answer that says nothing loses.
+    """Short complete answers win; an empty answer loses.
 
     Two steps, the second only where the first does not decide:
 
@@ -34,7 +34,7 @@ class EverydayRule:
     name: ClassVar[str] = "everyday-rule"
 
     min_own_words: int = 8
-    """Fewer different content words of its own than this, and an answer says nothing."""
+    """Fewer different content words of its own than this, and an answer counts as empty."""
     max_words: int = 100
     """An answer that ended after more words than this rambles: it takes more than half a minute to read aloud."""
     repeat_words: int = 5
@@ -45,7 +45,7 @@ class EverydayRule:
         """The rule in prose with its numbers, for the report."""
         return (
             f"An answer is of use if it says something about the subject: at least {self.min_own_words} different "
-            "content words that the prompt does not hold, and at least one word that it shares with the prompt. An "
+            "content words that the prompt does not contain, and at least one word that it shares with the prompt. An "
             "answer of use beats one of no use; two of no use tie. Between two answers of use the one with fewer "
             "faults wins, and equal counts tie. The faults: it never ended within the token limit; it gives a made-up "
             "telephone number, link, e-mail address or blank such as [Your Name]; it repeats a sentence, or the same "

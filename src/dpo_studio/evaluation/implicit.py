@@ -30,7 +30,7 @@ class ImplicitReward:
     """A policy with its adapter; the reference is the same model without it."""
 
     typed: str
-    """What its user called it."""
+    """The name that the user gave."""
     policy: nn.Module
     encoder: ChatEncoder
     beta: float
@@ -50,7 +50,8 @@ class ImplicitReward:
         )
 
     def judge_all(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
-        """A verdict on each comparison, in order; a tie where the answers cannot be told apart or written as a chat.
+        """A verdict on each comparison, in order; a tie where the answers do not differ or cannot be rendered as a
+        chat.
 
         Raises:
             ModelError: log-probs are not the plain model's.
@@ -76,7 +77,7 @@ class ImplicitReward:
         return [verdicts[row] for row in range(len(comparisons))]
 
     def _as_generated(self, pair: EncodedPair, comparison: Comparison) -> EncodedPair:
-        """The very tokens that were drawn, where they are this model's own: their text could be told in others.
+        """The sampled tokens themselves, where they are this model's: their text could be encoded otherwise.
 
         Ids of another vocabulary are other words, or none at all: then both answers are read as text, as where there is
         no more than text. An answer that never ended goes without the end of turn that the template writes.
@@ -84,7 +85,7 @@ class ImplicitReward:
         a, b = comparison.a, comparison.b
         if a.ids and b.ids and a.vocabulary == b.vocabulary == self.encoder.vocabulary_digest:
             prompt = np.array(self.encoder.prompt_ids(comparison.prompt), np.int32)
-            return EncodedPair(pair.row, prompt, _drawn(a), _drawn(b))
+            return EncodedPair(pair.row, prompt, _sampled(a), _sampled(b))
         return replace(pair, chosen=_as_ended(pair.chosen, a.ended), rejected=_as_ended(pair.rejected, b.ended))
 
     def _logps(self, pairs: Sequence[EncodedPair], progress: Progress | None) -> PairLogps:
@@ -95,7 +96,7 @@ def _turn(answer: Completion) -> tuple[Message, ...]:
     return (Message("assistant", answer.text),)
 
 
-def _drawn(answer: Completion) -> EncodedAnswer:
+def _sampled(answer: Completion) -> EncodedAnswer:
     return EncodedAnswer(np.array(answer.ids, np.int32), np.ones(len(answer.ids), bool))
 
 

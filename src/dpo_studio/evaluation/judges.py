@@ -49,9 +49,9 @@ __all__ = [
 
 Winner = Literal["a", "b", "tie"]
 Opinion = Literal["a", "b", "tie", "unparsable", "refused", "too long"]
-"""What a judge said once: a winner, or why there is none."""
+"""A judge's opinion in one order: a winner, or why there is none."""
 Progress = Callable[[int], None]
-"""Hears how many more comparisons are judged."""
+"""Receives how many more comparisons are judged."""
 
 
 @dataclass(frozen=True)
@@ -75,9 +75,9 @@ class Verdict:
     reason: str
     """One short plain sentence for the report."""
     by_order: tuple[Opinion, Opinion] | None = None
-    """What was said with A shown first and with B shown first, where the judge was asked both; of the same A and B."""
+    """The opinions with A shown first and with B shown first, where the judge saw both orders."""
     judged: bool = True
-    """Not where the judge had nothing to say: that is a tie, too, and counted."""
+    """False where the judge had no opinion: that is a tie, too, and counted."""
 
 
 class Judge(Protocol):
@@ -109,7 +109,8 @@ class PricedJudge(Judge, Protocol):
 
 @dataclass(frozen=True)
 class RuleJudge:
-    """A judge from a rule that looks at one comparison at a time. It is asked both orders, for a rule can slip, too."""
+    """A judge from a rule that looks at one comparison at a time. It judges both orders, because a rule can have a
+    position bias, too."""
 
     name: str
     description: str
@@ -136,30 +137,30 @@ _NO_VERDICT = {
 
 
 def in_both_orders(a_first: Opinion, b_first: Opinion, reason: str) -> Verdict:
-    """One verdict from what was said of the same A and B in either order; whatever is not the same twice is a tie."""
+    """One verdict from the opinions in both orders; opinions that disagree are a tie."""
     failed = next((opinion for opinion in (a_first, b_first) if opinion not in _WINNERS), None)
     if failed is not None:
         return not_judged(_NO_VERDICT[failed], (a_first, b_first))
     if a_first != b_first:
-        said = f"{_shown(a_first)} when A came first, {_shown(b_first)} when B did"
+        said = f"{_opinion_text(a_first)} when A came first, {_opinion_text(b_first)} when B did"
         return Verdict("tie", f"The judge disagrees with itself: {said}.", (a_first, b_first))
     return Verdict(cast("Winner", a_first), reason, (a_first, b_first))
 
 
 def not_judged(why: str, by_order: tuple[Opinion, Opinion] | None = None) -> Verdict:
-    """The tie of a comparison about which the judge has nothing to say."""
+    """The tie of a comparison without an opinion."""
     return Verdict("tie", f"Not judged: {why}.", by_order, judged=False)
 
 
 def higher_wins(a: float, b: float, reason: str) -> Verdict:
-    """The verdict by a number of each answer; what is not finite is no result, but a tie that says so."""
+    """The verdict by a number of each answer; one that is not finite is not a result, but a tie with that reason."""
     if not (math.isfinite(a) and math.isfinite(b)):
         return not_judged("there is no number to compare")
     return Verdict("tie" if a == b else "a" if a > b else "b", reason)
 
 
 def check_some_finite(numbers: Sequence[float], judge: str) -> None:
-    """See that a judge that gives numbers has given any: ties everywhere would look like two answers of one quality.
+    """Check that a judge has given any finite number: ties everywhere would look like equal answers.
 
     Raises:
         NonFiniteError: there are numbers, and none is finite.
@@ -170,7 +171,7 @@ def check_some_finite(numbers: Sequence[float], judge: str) -> None:
         )
 
 
-def _shown(opinion: Opinion) -> str:
+def _opinion_text(opinion: Opinion) -> str:
     return "a tie" if opinion == "tie" else opinion.upper()
 
 
@@ -232,7 +233,7 @@ def add_judge(name: str, make: Callable[[str], Judge], *, usage: str | None = No
         UsageError: the name is taken or none, or `usage` is of another judge.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r:.80} is no name of a judge", hint="small letters, digits, - and _")
+        raise UsageError(f"{name!r:.80} is not a judge's name", hint="small letters, digits, - and _")
     if name in _OWN or name in _added:
         raise UsageError(f"the judge {name!r} is there already", hint=f"taken are {judges_help()}")
     if usage is not None and usage.partition(":")[0] != name:
@@ -293,7 +294,7 @@ def user_rule(spec: str) -> RuleJudge:
         with redirect_stdout(sys.stderr):
             found.loader.exec_module(module)
     except (Exception, SystemExit) as error:
-        raise JudgeError(f"{path} cannot be run: {_where(error, path)}") from None
+        raise JudgeError(f"{path} cannot be run: {_error_location(error, path)}") from None
     function = getattr(module, name, None)
     if not callable(function):
         there = ", ".join(key for key, value in vars(module).items() if callable(value) and not key.startswith("_"))
@@ -307,24 +308,24 @@ def _call(function: Callable[..., Any], comparison: Comparison, path: Path, name
         with redirect_stdout(sys.stderr):  # what it prints is not among the data of the command
             said = function(as_text(comparison.prompt), comparison.a, comparison.b)
     except (Exception, SystemExit) as error:
-        raise JudgeError(f"{path}, {name}: {_where(error, path)}", hint=_about(comparison)) from None
+        raise JudgeError(f"{path}, {name}: {_error_location(error, path)}", hint=_pair_hint(comparison)) from None
     winner, reason = said if isinstance(said, tuple) and len(said) == 2 else (said, f"{name} says so.")
     if isinstance(said, Verdict):
         winner, reason = said.winner, said.reason
     if not isinstance(winner, str) or winner not in _WINNERS or not isinstance(reason, str):
         raise JudgeError(
             f'{path}, {name} returned {said!r:.80}: expected "a", "b" or "tie", or a pair of that and a reason',
-            hint=_about(comparison),
+            hint=_pair_hint(comparison),
         )
     return Verdict(cast("Winner", winner), reason)
 
 
-def _where(error: BaseException, path: Path) -> str:
+def _error_location(error: BaseException, path: Path) -> str:
     """The error and the line of the user's file that led to it."""
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
     at = f"line {lines[-1]}: " if lines else ""
     return f"{at}{type(error).__name__}: {reason_of(error)}"
 
 
-def _about(comparison: Comparison) -> str:
+def _pair_hint(comparison: Comparison) -> str:
     return f"the prompt was {comparison.prompt[-1].content[:80]!r}"

@@ -16,14 +16,14 @@ from collections.abc import Hashable, Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-from dpo_studio.evaluation.winrate import DRAWS_AT_ONCE, NO_WIDTH, places_of, wilson
+from dpo_studio.evaluation.winrate import NO_WIDTH, RESAMPLES_AT_ONCE, places_of, wilson
 
 __all__ = ["length_controlled"]
 
 Floats = NDArray[np.float64]
 _ITERATIONS = 100
 _CLOSE = 1e-8
-"""Newton steps smaller than this, in logits, are no steps."""
+"""Newton steps smaller than this, in logits, are not steps."""
 _LONGEST_STEP = 2.0
 """In logits: the first steps of a nearly separated regression would overshoot."""
 _LEAST_INFORMATION = 1e-12
@@ -48,7 +48,7 @@ def length_controlled(
     place_N = places_of(range(len(y_N)) if prompt_of is None else prompt_of)
     share = float(_at_equal_length(y_N, x_N, np.ones((1, len(y_N))))[0])
     n_prompts = int(place_N.max()) + 1
-    rng, rows = np.random.default_rng(seed), max(1, DRAWS_AT_ONCE // max(len(y_N), n_prompts))
+    rng, rows = np.random.default_rng(seed), max(1, RESAMPLES_AT_ONCE // max(len(y_N), n_prompts))
     shares = []
     for start in range(0, resamples, rows):
         drawn_RG = rng.integers(n_prompts, size=(min(rows, resamples - start), n_prompts))

@@ -1,4 +1,4 @@
-"""An LLM as the judge: any chat model behind an OpenAI-compatible server, asked both orders of every comparison.
+"""An LLM as the judge: any chat model behind an OpenAI-compatible server, given every comparison in both orders.
 
 Every reply is written, as it came, to a file of JSON Lines before it is used, and the file is the memory: a comparison
 whose reply stands there is not asked again, whatever stopped the run before. A reply is found by what it depends on:
@@ -29,7 +29,7 @@ from dpo_studio.writing import check_continued
 __all__ = ["LLMJudge", "check_replies"]
 
 _OURS = {"dpo_studio": "judge reply"}
-"""What every line begins with: to a file whose first line does not, nothing is added."""
+"""The beginning of every line; a file whose first line differs is not appended to."""
 _BEFORE = frozenset({"key", "model", "base_url", "order", "reply"})
 """What a line had before that."""
 _CHARACTERS_A_TOKEN = 4
@@ -42,17 +42,17 @@ _USED = ("prompt_tokens", "completion_tokens")
 
 
 def _nobody(text: str) -> None:
-    """Hears what is said."""
+    """Receives progress messages."""
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What asking will cost, before anything is asked."""
+    """The cost of the requests, before they are made."""
 
     requests: int
     """Still to be made: two a comparison, less what is known."""
     known: int
-    """Replies that stand in the file."""
+    """Replies that are in the file already."""
     tokens_in: int
     """About: four characters a token."""
     tokens_out: int | None
@@ -70,7 +70,7 @@ class _Ask:
     """`ab`: A is shown first."""
     text: str
     prompt: str
-    """The beginning of what was asked, for whoever reads the file."""
+    """The beginning of the prompt, for readers of the file."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class LLMJudge:
     """As the server calls it."""
     endpoint: Endpoint
     replies: Path
-    """JSON Lines: every reply as it came, and the memory of what has been asked."""
+    """JSON Lines: every reply as it came; known requests are not repeated."""
     template: str = TEMPLATE
     parameters: Mapping[str, Any] = field(default_factory=lambda: {"temperature": 0, "max_tokens": 512})
     """Sent with every request."""
@@ -101,17 +101,17 @@ class LLMJudge:
         wording = "DPO Studio's own template" if self.template == TEMPLATE else f"a template of the user's ({digest})"
         return (
             f"The chat model {self.model}, asked with {wording} which of two answers is better, in both orders; where "
-            "the orders disagree, or a reply holds no verdict, it is a tie."
+            "the orders disagree, or a reply has no verdict, it is a tie."
         )
 
     def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:
-        """What `judge_all` would ask for."""
+        """The requests that `judge_all` would make."""
         asks = self._asks(comparisons)
         known = self._known(asks)
         return self._estimate([ask for key, ask in asks.items() if key not in known], len(known))
 
     def judge_all(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
-        """A verdict on each comparison, in order. Two answers of the same text are a tie, and not asked about.
+        """A verdict on each comparison, in order. Two answers of the same text are a tie without a request.
 
         Raises:
             JudgeError: the server declines, or stops answering. Replies that came are in the file.
@@ -133,7 +133,7 @@ class LLMJudge:
     # What is asked
 
     def _asks(self, comparisons: Sequence[Comparison]) -> dict[str, _Ask]:
-        """Every request there is to make, by its key: the same question twice is one."""
+        """Every request to make, by its key: equal requests are made once."""
         asks: dict[str, _Ask] = {}
         for comparison in comparisons:
             keys = self._keys(comparison)
@@ -166,13 +166,13 @@ class LLMJudge:
         return None if self.price is None else (read * self.price[0] + written * self.price[1]) / _PER
 
     def _tell_time(self, seconds: float, left: int) -> None:
-        """Nobody knows how many requests the server really answers at a time, so: from all of them to one."""
+        """How many requests the server answers at a time is unknown: the estimate is from all of them to one."""
         least, most = seconds * left / self.endpoint.asking.concurrency / 60, seconds * left / 60
         if most >= 1:
             self.say(f"the first reply took {seconds:.1f} s: {left:,} more take {least:.0f} to {most:.0f} minutes")
 
     def _tell_bill(self, replies: Sequence[Mapping[str, Any]]) -> None:
-        """What the server says it has read and written."""
+        """The tokens read and written, as the server reports them."""
         used: Counter[str] = Counter()
         for reply in replies:
             usage = reply["reply"].get("usage")
@@ -189,7 +189,7 @@ class LLMJudge:
     async def _ask_all(
         self, missing: Sequence[_Ask], known: dict[str, dict[str, Any]], answered: Callable[[str], None]
     ) -> None:
-        """Ask what is missing; each reply is in the file before it is in `known`.
+        """Request what is missing; each reply is in the file before it is in `known`.
 
         The first request is made alone: it shows whether the server can be asked at all, and how long a reply takes.
         """
@@ -225,7 +225,7 @@ class LLMJudge:
     # The file of replies
 
     def _keep(self, ask: _Ask, reply: dict[str, Any]) -> dict[str, Any]:
-        """One whole line, on disk before it is used."""
+        """Write one complete line to disk before the reply is used."""
         about = {**_OURS, "key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
         record: dict[str, Any] = self.endpoint.without_key(about | {"prompt": ask.prompt} | reply)
         append_line(self.replies, json.dumps(record).encode())
@@ -274,10 +274,10 @@ class _Answered:
 
 
 def check_replies(file: Path, reads: Iterable[str | Path | None] = ()) -> None:
-    """Before anything is asked: whether replies can be added to `file`, which is new or has replies of ours.
+    """Before any request: whether replies can be added to `file`, which is new or has replies of ours.
 
     Raises:
-        UsageError: it is no place for them.
+        UsageError: it is not a place for them.
         DataError: it is something else's.
     """
     check_continued(file, _is_of_replies, reads=reads, option="--judge-replies", what="a file of judge replies")
@@ -306,13 +306,13 @@ def _orders(comparison: Comparison) -> tuple[Comparison, Comparison]:
 
 
 def _of_answers(said: str, first: Opinion, second: Opinion) -> Opinion:
-    """An opinion on what was shown first and second, as one on A and B."""
+    """An opinion on the first and second answer, as one on A and B."""
     known: dict[str, Opinion] = {"1": first, "2": second, "tie": "tie", "refused": "refused", "too long": "too long"}
     return known.get(said, "unparsable")
 
 
 def _records(file: Path) -> Iterator[dict[str, Any]]:
-    """The whole lines of the file; half a line is a reply that never came."""
+    """The complete lines of the file; an incomplete one is not a reply."""
     if not file.exists():
         return
     with open_regular(file, what="--judge-replies", error=UsageError) as lines:

@@ -18,17 +18,17 @@ _OURS = {
     "model": "the model is named in --judge llm:MODEL@BASE_URL",
     "messages": "--judge-template changes what is asked",
     "extra_headers": "the key is the only header that is sent, from --judge-key-env",
-    "extra_query": "a query is no part of a request's parameters",
+    "extra_query": "a query is not part of a request's parameters",
     "extra_body": "name what is in it: --judge-param NAME=VALUE is sent as it is",
     "timeout": "--judge-timeout is the longest wait for a reply",
 }
 """Said elsewhere, and why."""
 _OTHER_REPLIES = {
     "stream_options": "replies are read whole",
-    "tools": "a call of a tool is no verdict",
-    "tool_choice": "a call of a tool is no verdict",
-    "functions": "a call of a function is no verdict",
-    "function_call": "a call of a function is no verdict",
+    "tools": "a tool call is not a verdict",
+    "tool_choice": "a tool call is not a verdict",
+    "functions": "a function call is not a verdict",
+    "function_call": "a function call is not a verdict",
     "audio": "a verdict is read, not heard",
     "background": "a reply that comes later never comes",
 }
@@ -54,23 +54,23 @@ def check_parameters(parameters: Mapping[str, Any]) -> None:
         if name in _ONLY and not any(type(value) is type(one) and value == one for one in _ONLY[name]):
             raise UsageError(
                 f"--judge-param {name}={value!r:.40} asks for replies that cannot be read",
-                hint="one reply is read, whole, as text that holds a line `Verdict: 1`, `2` or `tie`",
+                hint="one reply is read, whole, as text with a line `Verdict: 1`, `2` or `tie`",
             )
         _check_value(name, value, _DEPTH)
         _check_text(name, name)
     for name in ("max_tokens", "max_completion_tokens"):
         limit = parameters.get(name)
         if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or not 0 < limit < 2**31):
-            raise UsageError(f"--judge-param {name}={limit!r:.40} is no number of tokens")
+            raise UsageError(f"--judge-param {name}={limit!r:.40} is not a number of tokens")
 
 
 def _check_value(name: str, value: Any, depth: int) -> None:
     if depth == 0:
         raise UsageError(f"--judge-param {name} is nested deeper than {_DEPTH} levels")
     if isinstance(value, float) and not math.isfinite(value):
-        raise UsageError(f"--judge-param {name} holds {value}, which is no number that can be sent")
+        raise UsageError(f"--judge-param {name} contains {value}, which cannot be encoded as JSON")
     if isinstance(value, int) and abs(value) >= 2**64:
-        raise UsageError(f"--judge-param {name} holds a number that is too large to be sent")
+        raise UsageError(f"--judge-param {name} contains a number that is too large to be sent")
     if isinstance(value, str):
         _check_text(name, value)
     if isinstance(value, dict | list):
@@ -82,4 +82,4 @@ def _check_text(name: str, text: str) -> None:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise UsageError(f"--judge-param {name!a} holds half a character, which cannot be sent") from None
+        raise UsageError(f"--judge-param {name!a} contains a lone surrogate, which cannot be encoded as JSON") from None

@@ -1,7 +1,8 @@
-"""The HTTP client that judges are asked with: it stays with the server it was given, and no reply is without a bound.
+"""The HTTP client for LLM judges: it sends requests to its own server only, and every reply is limited in size.
 
-`openai` follows redirects, reads whatever comes, and unfolds it. Here a redirect is an error that names both hosts, for
-the one would get the prompts, and the key with them; a body is read up to a limit, and unfolded up to the same one.
+`openai` follows redirects, reads replies of any size, and decompresses them. Here a redirect is an error that names
+both hosts, because the other host would get the prompts and the key; a body is read up to a limit, and decompressed up
+to the same one.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import httpx2
 __all__ = ["LARGEST_REPLY", "BoundedClient", "ReplyRefusedError", "StatusError"]
 
 LARGEST_REPLY = 4 * 2**20
-"""Bytes, as sent and as unfolded. A reply of 100,000 tokens is half a megabyte; one of 512, each with the log-probs of
-20 others, is one."""
+"""Bytes, as sent and as decompressed. A reply of 100,000 tokens is half a megabyte; one of 512, each with the log-probs
+of 20 others, is one."""
 
 
 class ReplyRefusedError(Exception):
-    """A reply that is not taken, and that no further attempt would make better."""
+    """A reply that is refused, where a retry would not help."""
 
     def __init__(self, why: str, hint: str | None = None) -> None:
         super().__init__(why)
@@ -38,13 +39,13 @@ class StatusError(Exception):
 
 
 class BoundedClient(httpx2.AsyncClient):
-    """A client whose replies are whole, plain and of limited size when its caller sees them."""
+    """A client whose replies are complete, decompressed and of limited size."""
 
     async def send(self, request: httpx2.Request, **settings: Any) -> httpx2.Response:
-        """Send the request, to where it says and nowhere else.
+        """Send the request; redirects are not followed.
 
         Raises:
-            ReplyRefusedError: a redirect, or a body that is too large, unfolds to too much, or is not as it says.
+            ReplyRefusedError: a redirect, or a body that is too large, decompresses to too much, or is not as it says.
             StatusError: the server answers with an error.
         """
         request.headers["Accept-Encoding"] = "gzip, deflate"
@@ -52,7 +53,7 @@ class BoundedClient(httpx2.AsyncClient):
         try:
             if 300 <= response.status_code < 400:
                 raise _redirect(request, response)
-            body = _unfolded(await _whole(response), response.headers.get("content-encoding", ""))
+            body = _decompressed(await _whole(response), response.headers.get("content-encoding", ""))
         finally:
             await response.aclose()
         if response.status_code >= 400:
@@ -64,9 +65,9 @@ def _redirect(request: httpx2.Request, response: httpx2.Response) -> ReplyRefuse
     asked, status = request.url.netloc.decode("ascii", "replace"), response.status_code
     target = response.headers.get("location")
     if target is None:
-        return ReplyRefusedError(f"{asked} answers with status {status}, which is no reply")
+        return ReplyRefusedError(f"{asked} answers with status {status}, which is not a reply")
     return ReplyRefusedError(
-        f"{asked} sends its requests on to {_host(target) or asked} (status {status}): redirects are not followed, for "
+        f"{asked} sends its requests on to {_host(target) or asked} (status {status}): redirects are not followed: "
         "prompts and key would go there",
         "if that is the server you mean, name its own address: --judge llm:MODEL@BASE_URL",
     )
@@ -77,7 +78,7 @@ def _host(address: str) -> str:
     try:
         return urlsplit(address).netloc.rpartition("@")[2][:200]
     except ValueError:
-        return "an address that is none"
+        return "an invalid address"
 
 
 async def _whole(response: httpx2.Response) -> bytes:
@@ -89,8 +90,8 @@ async def _whole(response: httpx2.Response) -> bytes:
     return bytes(body)
 
 
-def _unfolded(body: bytes, encodings: str) -> bytes:
-    """The body as it was before it was compressed: once, with what every server has."""
+def _decompressed(body: bytes, encodings: str) -> bytes:
+    """The decompressed body: one encoding, gzip or deflate."""
     named = [name for part in encodings.split(",") if (name := part.strip().lower()) not in ("", "identity")]
     if not named:
         return body
@@ -104,7 +105,7 @@ def _unfolded(body: bytes, encodings: str) -> bytes:
     except zlib.error:
         raise ReplyRefusedError(f"a reply that says it is {named[0]} and is not") from None
     if len(plain) > LARGEST_REPLY:
-        raise _too_large(", unfolded")
+        raise _too_large(", decompressed")
     if body and not reader.eof:
         raise ReplyRefusedError(f"a reply whose {named[0]} breaks off")
     return plain

@@ -44,7 +44,7 @@ Chats = Sequence[tuple[Message, ...]]
 
 @dataclass(frozen=True)
 class Encoded:
-    """A whole chat as the model reads it."""
+    """A chat as the model reads it."""
 
     ids: list[int]
     types: list[int] | None = None
@@ -94,7 +94,7 @@ class RewardModel:
         ]
 
     def _rewards(self, chats: Chats, total: int, progress: Progress | None) -> list[float | str]:
-        """The reward of each chat, or why it has none. `progress` is told of `total` as its share of chats is read."""
+        """The reward of each chat, or why it has none. `progress` receives shares of `total` as chats are read."""
         encoded = self.encode(chats)
         rewards: list[float | str] = ["" for _ in chats]
         readable = []
@@ -105,16 +105,16 @@ class RewardModel:
                 rewards[place] = f"an answer is too long for the reward model, which reads {self.longest} tokens"
             else:
                 readable.append((place, its))
-        read, told = len(chats) - len(readable), 0
+        read, reported = len(chats) - len(readable), 0
         for batch in _batches(readable, _TOKENS_AT_ONCE[self.model.device.type]):
             for (place, _), reward in zip(batch, self._read([its for _, its in batch]).tolist(), strict=True):
                 rewards[place] = reward
             read += len(batch)
             if progress is not None:
-                progress(total * read // len(chats) - told)
-                told = total * read // len(chats)
+                progress(total * read // len(chats) - reported)
+                reported = total * read // len(chats)
         if progress is not None:
-            progress(total - told)
+            progress(total - reported)
         check_some_finite([reward for reward in rewards if isinstance(reward, float)], self.name)
         return rewards
 
@@ -198,7 +198,7 @@ def _batches(chats: Sequence[tuple[int, Encoded]], tokens: int) -> list[list[tup
 
 
 def _absent(ids: Sequence[list[int]], vocabulary: int) -> int:
-    """A token that none of the chats holds; 0 where one chat is all there is to read and holds them all."""
+    """A token that none of the chats contains; 0 for a single chat that contains all tokens."""
     used = set().union(*ids)
     return next((token for token in range(vocabulary) if token not in used), 0)
 

@@ -1,4 +1,4 @@
-"""Cutting a key out of what a server sent: out of parsed values, in whatever way it is written there.
+"""Removes a key from a server's reply: from parsed values, however it is encoded there.
 
 Servers quote keys in their errors, some of them escaped (`\\u0073\\u006b`), percent-encoded or in base64, and tokens of
 a reply stand one by one in its log-probs. So text is looked at after it was parsed, and texts that belong together (all
@@ -15,11 +15,11 @@ from typing import Any
 __all__ = ["Secret"]
 
 _SHORTEST = 8
-"""Shorter keys are no secrets but words such as `EMPTY`, which a reply may well hold."""
+"""Shorter keys are not secrets but words such as `EMPTY`, which a reply may contain."""
 _HALVES = 16
 """From here on each half is as secret as the whole: a key cut short by a server is one that can be guessed."""
 _BETWEEN = "[\\s\\u00ad\\u200b-\\u200f\\u2060\\ufeff]{0,64}"
-"""What may stand between two characters of a key: ends of lines, and what is not seen. Bounded, as all that repeats
+"""What may be between two characters of a key: ends of lines, and invisible characters. Bounded, as all that repeats
 here is: what matches must never take longer for being longer."""
 _LEFT_OUT = re.compile("[\\\\\\s\\u00ad\\u200b-\\u200f\\u2060\\ufeff]+")
 _ESCAPED = re.compile(r"\\[uxUX0-7]|%[0-9a-fA-F]{2}|&#|&amp;")
@@ -29,7 +29,7 @@ _CUT = "[key]"
 
 
 class Secret:
-    """A key that nobody is to see."""
+    """A key that must not be shown."""
 
     def __init__(self, key: str) -> None:
         self._pieces = _pieces(key)
@@ -68,7 +68,7 @@ class Secret:
 
 
 def _without(part: str, start: int, spans: Sequence[tuple[int, int]]) -> str:
-    """A part that begins at `start` of the whole, less what lies in the spans."""
+    """A part that begins at `start` of the whole, without the spans."""
     kept, at, end = [], start, start + len(part)
     for low, high in spans:
         if high <= at or low >= end:
@@ -79,7 +79,7 @@ def _without(part: str, start: int, spans: Sequence[tuple[int, int]]) -> str:
 
 
 def _texts(value: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Every text with where it stands; the items of a list stand in one place, and so do the names of an object."""
+    """Every text with its path; the items of a list have one path, and so do the names of an object."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, list):
@@ -126,7 +126,7 @@ def _written(character: str) -> str:
 
 
 def _encoded(piece: str) -> list[str]:
-    """Its hex, and what its base64 is wherever in a text it stands, for what comes before shifts it by 0, 1 or 2 bytes.
+    """Its hex, and what its base64 is wherever it is in a text, because what comes before shifts it by 0, 1 or 2 bytes.
 
     All in small letters, `-` and `_` for `+` and `/`.
     """

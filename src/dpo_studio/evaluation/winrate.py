@@ -1,8 +1,8 @@
-"""How sure a share is: win rates and accuracies with 95 % intervals that know which comparisons share a prompt.
+"""Win rates and accuracies with 95 % intervals that take account of comparisons which share a prompt.
 
-Verdicts on one prompt resemble each other, so prompts are what is drawn again, each with all of its comparisons: a
-percentile bootstrap over prompts. Where every drawing would say the same, the bootstrap's width is zero, which nobody
-should believe, and Wilson's interval over the number of prompts stands in. No torch here: reports recompute these.
+Verdicts on one prompt are correlated, so prompts are resampled, each with all of its comparisons: a percentile
+bootstrap over prompts. Where all resamples agree, the bootstrap's width is zero, which is too small, and Wilson's
+interval over the number of prompts takes its place. No torch here: reports recompute these.
 
 Shapes: G = prompts (groups of comparisons), R = resamples.
 """
@@ -24,8 +24,8 @@ __all__ = ["mean_ci95", "places_of", "share_ci95", "wilson", "win_rate"]
 POINTS = {"win": 1.0, "tie": 0.5, "loss": 0.0}
 Z95 = 1.959964
 """The normal distribution's 97.5 % point."""
-DRAWS_AT_ONCE = 2_000_000
-"""Indices held at a time: 16 MB, whatever the number of prompts."""
+RESAMPLES_AT_ONCE = 2_000_000
+"""Indices in memory at a time: 16 MB, whatever the number of prompts."""
 NO_WIDTH = 1e-9
 
 
@@ -39,7 +39,7 @@ class WinRate:
     ties: int
     losses: int
     n_prompts: int
-    """Different prompts: what the interval's width goes by."""
+    """Different prompts: the interval's width depends on their number."""
     n: int
     """Comparisons."""
 
@@ -51,7 +51,7 @@ def win_rate(
     seed: int = 0,
     resamples: int = 1000,
 ) -> WinRate:
-    """The share won. `prompt_of` names each comparison's prompt; without it every comparison is its own.
+    """The share won. `prompt_of` names each comparison's prompt; without it every comparison has its own.
 
     Raises:
         DataError: there is no verdict.
@@ -75,10 +75,11 @@ def share_ci95(
     """95 % interval of the mean of `points`, each between 0 and 1 (an accuracy: 1, 0, or one half for a tie).
 
     In 15 settings (60 to 200 prompts, shares 0.2 to 0.8, four correlated comparisons a prompt; 2,000 simulated
-    experiments each) it held the true share 93.9 to 95.2 times of 100; taking comparisons as apart, 80 to 86 times.
+    experiments each) it contained the true share 93.9 to 95.2 times of 100; with comparisons resampled as independent,
+    80 to 86 times.
 
     Raises:
-        DataError: there is nothing to take a share of.
+        DataError: `points` is empty.
     """
     low, high = mean_ci95(points, prompt_of, seed=seed, resamples=resamples)
     if high - low > NO_WIDTH:
@@ -90,10 +91,10 @@ def share_ci95(
 def mean_ci95(
     values: Sequence[float], prompt_of: Sequence[Hashable] | None = None, *, seed: int = 0, resamples: int = 1000
 ) -> tuple[float, float]:
-    """95 % interval of the mean of any numbers by the bootstrap over prompts alone: of no width where all are equal.
+    """95 % interval of the mean of any numbers by the bootstrap over prompts; of zero width where all are equal.
 
     Raises:
-        DataError: there is nothing to take a mean of.
+        DataError: `values` is empty.
     """
     if not values:
         raise DataError("no comparisons: a share of nothing has no value", hint="is the held-out side empty?")
@@ -138,11 +139,11 @@ def _by_prompt(
 def _resampled_means(
     sums_G: NDArray[np.float64], counts_G: NDArray[np.float64], *, seed: int, resamples: int
 ) -> NDArray[np.float64]:
-    """The mean in each of R drawings of G prompts, with replacement, (R,)."""
+    """The mean of each of R resamples of G prompts, with replacement, (R,)."""
     rng, n_prompts = np.random.default_rng(seed), len(sums_G)
-    rows = max(1, DRAWS_AT_ONCE // n_prompts)
+    rows = max(1, RESAMPLES_AT_ONCE // n_prompts)
     means = []
     for start in range(0, resamples, rows):
-        drawn_RG = rng.integers(n_prompts, size=(min(rows, resamples - start), n_prompts))
-        means.append(sums_G[drawn_RG].sum(1) / counts_G[drawn_RG].sum(1))
+        resampled_RG = rng.integers(n_prompts, size=(min(rows, resamples - start), n_prompts))
+        means.append(sums_G[resampled_RG].sum(1) / counts_G[resampled_RG].sum(1))
     return np.concatenate(means)

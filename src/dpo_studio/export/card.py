@@ -93,7 +93,7 @@ def quoted(name: str) -> str:
 
 
 def hub_id(name: str) -> str | None:
-    """The model or data set on the Hub that the name stands for, if it is no file or folder here."""
+    """The model or data set on the Hub that the name stands for, if it is not a file or folder here."""
     name = published_name(name)
     if name.startswith(BUNDLED):
         return None

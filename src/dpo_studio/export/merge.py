@@ -1,4 +1,4 @@
-"""The base and the adapter as one plain model: W + scale B A formed in fp32, rounded once, saved without PEFT.
+"""The base and the adapter as one plain model: W + scale B A computed in fp32, rounded once, saved without PEFT.
 
 Rounding is not innocent here. A bf16 base stands on bf16's grid, an adapter moves most weights by less than half a
 step of it, and rounding to the nearest puts those back: of the demo run's mean reward margin 7.56 it left 6.43. So an
@@ -153,7 +153,7 @@ def copy_tokenizer(source: Path, folder: Path, template: str | None) -> None:
     (folder / _TEMPLATE).write_text(template, encoding="utf-8")
     config = read_json(folder / "tokenizer_config.json")
     if config.pop("chat_template", None) is not None:
-        _write(folder / "tokenizer_config.json", config)
+        _write_json(folder / "tokenizer_config.json", config)
 
 
 def forget_where_from(folder: Path) -> None:
@@ -163,8 +163,8 @@ def forget_where_from(folder: Path) -> None:
         if known := [key for key in _WHERE_FROM if key in config]:
             for key in known:
                 del config[key]
-            _write(folder / name, config)
+            _write_json(folder / name, config)
 
 
-def _write(file: Path, config: dict[str, Any]) -> None:
+def _write_json(file: Path, config: dict[str, Any]) -> None:
     file.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

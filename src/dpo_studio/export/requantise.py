@@ -28,7 +28,7 @@ from dpo_studio.export.merge import copy_tokenizer, forget_where_from
 from dpo_studio.frozen.gptq_files import read_quantization
 from dpo_studio.tokens.encode import EncodedPair
 
-__all__ = ["Quantising", "calibration_rows", "check_gptqmodel", "file_dtype", "layer_count", "quantise", "settled"]
+__all__ = ["Quantising", "calibration_rows", "check_gptqmodel", "file_dtype", "layer_count", "quantise", "resolved"]
 
 BITS = (2, 3, 4, 8)
 GROUP_SIZES = (128, 64, 32)
@@ -69,7 +69,7 @@ def calibration_rows(pairs: Sequence[EncodedPair]) -> list[list[int]]:
     return [[*pair.prompt.tolist(), *pair.chosen.ids.tolist()] for pair in pairs]
 
 
-def settled(folder: Path, wanted: Quantising) -> Quantising:
+def resolved(folder: Path, wanted: Quantising) -> Quantising:
     """The settings with a group size that fits every layer of the model.
 
     Raises:
@@ -123,7 +123,7 @@ def quantise(
 ) -> None:
     """Quantise the dense model in `model` into `out`, an empty folder; `work` is for what is needed on the way.
 
-    `settings` are `settled`. The tensors that stay dense keep the source's precision, and its tokenizer its bytes.
+    `settings` are `resolved`. The tensors that stay dense keep the source's precision, and its tokenizer its bytes.
 
     Raises:
         ModelError: gptqmodel gave up, or what it left is not a GPTQ checkpoint.

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dpo_studio.disk import ROOM, make_folder, put_folder, scratch_folder, sweep_after, write_atomically
+from dpo_studio.disk import ROOM, make_folder, put_folder, remove_leftovers_of, scratch_folder, write_atomically
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.reading import read_json
 from dpo_studio.writing import check_run_place, resolved
@@ -43,7 +43,7 @@ def making(out: Path, *, overwrite: bool = False) -> Iterator[Making]:
     check_new(out, overwrite=overwrite)
     out = resolved(out, "OUT")
     try:
-        sweep_after(out)
+        remove_leftovers_of(out)
         with scratch_folder(out) as scratch:
             place = Making(scratch / "result", scratch / "work")
             make_folder(place.result)
@@ -82,7 +82,7 @@ def check_new(out: Path, *, reads: Iterable[str | Path | None] = (), overwrite: 
         raise RunError(f"{out} exists", hint="choose another folder, or remove this one")
     if not _is_ours(resolved(out, "OUT")):
         raise RunError(
-            f"{out} exists, and holds something that DPO Studio did not write there",
+            f"{out} exists, and contains something that DPO Studio did not write there",
             hint="choose another folder, or remove this one yourself: --overwrite replaces only a whole export",
         )
 

@@ -1,1 +1,1 @@
-"""Frozen weights: the kinds there are, how each is formed, the one product with them and the layer that holds one."""
+"""Frozen weights: their kinds, how each is dequantised, the one product with them, and the layer that has one."""

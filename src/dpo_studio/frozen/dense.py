@@ -27,7 +27,7 @@ class Dense:
         """(N, K)."""
         return self.weight_NK.shape[0], self.weight_NK.shape[1]
 
-    def formed(self, dtype: torch.dtype) -> Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         """(N, K), itself: its precision is the product's."""
         return self.weight_NK
 
@@ -40,14 +40,14 @@ class Dense:
         return Dense(self.weight_NK[:count])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What an operator is given."""
+        """The tensors that an operator gets."""
         return {"weight_NK": self.weight_NK}
 
     def numbers(self) -> list[int]:
-        """What must be known besides."""
+        """The numbers that an operator needs besides the tensors."""
         return []
 
     @classmethod
     def taken(cls, tensors: Iterator[Tensor], numbers: Iterator[int]) -> Dense:
-        """The weight of `tensors`, which go on behind it."""
+        """The weight read from the next of `tensors`."""
         return cls(next(tensors))

@@ -42,7 +42,7 @@ class Block8:
         """(N, K)."""
         return self.integers_NK.shape[0], self.integers_NK.shape[1]
 
-    def formed(self, dtype: torch.dtype) -> Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         """(N, K), scale x integer, rounded once: the same as the packed weight's."""
         if self.integers_NK.is_cuda:
             from dpo_studio.frozen.kernels import scaled_integers
@@ -74,21 +74,21 @@ class Block8:
         return Block8(self.integers_NK[:count], self.scales_NG[:count])
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a layer keeps and an operator is given, in the order in which `taken` takes it."""
+        """The tensors that a layer keeps and an operator gets, in the order in which `taken` reads them."""
         return {"integers_NK": self.integers_NK, "scales_NG": self.scales_NG}
 
     def numbers(self) -> list[int]:
-        """What must be known besides."""
+        """The numbers that an operator needs besides the tensors."""
         return []
 
     @classmethod
     def taken(cls, tensors: Iterator[Tensor], numbers: Iterator[int]) -> Block8:
-        """The weight of `tensors`, which go on behind it."""
+        """The weight read from the next of `tensors`."""
         return cls(next(tensors), next(tensors))
 
 
 def fp8_obstacle(inputs: int, outputs: int, bits: int, group_size: int, act_order: bool) -> str | None:
-    """Why a layer's products cannot be formed in FP8 without loss, if so."""
+    """Why a layer's products cannot be computed in FP8 without loss; None if they can."""
     if bits > 4:
         return f"{bits} bits do not fit in e4m3"
     if act_order:
@@ -99,7 +99,7 @@ def fp8_obstacle(inputs: int, outputs: int, bits: int, group_size: int, act_orde
 
 
 def device_obstacle(device: torch.device) -> str | None:
-    """Why this device has no such product, if so."""
+    """Why this device cannot compute them; None if it can."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (9, 0):
         return "needs an NVIDIA GPU of the Hopper generation or later"
     return None
@@ -114,7 +114,7 @@ def fp8_rows(x_MK: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def fp8_weight(weight: Packed) -> Block8:
-    """The weight with a byte for each integer: twice the words, and no work before each product."""
+    """The weight with a byte for each integer: twice the packed size, and no work before each product."""
     from dpo_studio.frozen.kernels import fp8_integers
 
     integers_NK = fp8_integers(

@@ -1,7 +1,8 @@
-"""GPTQ's words: integers of a few bits in a row of int32, and for every group of inputs an fp16 scale and a zero point.
+"""GPTQ's packed integers: a few bits each in a row of int32 words, and for every group of inputs an fp16 scale and a
+zero point.
 
-The weight is scale x (integer - zero point), formed exactly in fp32 and rounded once: to bfloat16 under bfloat16, else
-to float16, the precision of the checkpoint.
+The weight is scale x (integer - zero point), dequantised exactly in fp32 and rounded once: to bfloat16 under bfloat16,
+else to float16, the precision of the checkpoint.
 
 Shapes: N = outputs, K = inputs, W = words of a row (K x bits / 32), G = groups of inputs.
 """
@@ -15,14 +16,14 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from dpo_studio.frozen.forming import has_triton, rows_at_once, unpack
+from dpo_studio.frozen.dequantising import has_triton, rows_at_once, unpack
 
 __all__ = ["Packed"]
 
 
 @dataclass(frozen=True)
 class Packed:
-    """A weight as GPTQ keeps it, rows of words along the inputs."""
+    """A weight as GPTQ stores it, rows of packed int32 words along the inputs."""
 
     tag: ClassVar[str] = "gptq"
     words_NW: Tensor
@@ -41,7 +42,7 @@ class Packed:
         """(N, K)."""
         return self.words_NW.shape[0], self.words_NW.shape[1] * 32 // self.bits
 
-    def formed(self, dtype: torch.dtype) -> Tensor:
+    def dequantised(self, dtype: torch.dtype) -> Tensor:
         """(N, K), scale x (integer - zero point), rounded once; float32 stays as exact as float16 is."""
         rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         if self.words_NW.is_cuda and has_triton():
@@ -74,19 +75,19 @@ class Packed:
         return replace(self, words_NW=words_NW, scales_NG=scales_NG, zeros_NG=zeros_NG)
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a layer keeps and an operator is given, in the order in which `taken` takes it."""
+        """The tensors that a layer keeps and an operator gets, in the order in which `taken` reads them."""
         tensors = {"words_NW": self.words_NW, "scales_NG": self.scales_NG, "zeros_NG": self.zeros_NG}
         if self.group_K is not None:
             tensors["group_K"] = self.group_K
         return tensors
 
     def numbers(self) -> list[int]:
-        """What must be known besides."""
+        """The numbers that an operator needs besides the tensors."""
         return [self.bits, self.group_size, int(self.group_K is not None)]
 
     @classmethod
     def taken(cls, tensors: Iterator[Tensor], numbers: Iterator[int]) -> Packed:
-        """The weight of `tensors` and `numbers`, which go on behind it."""
+        """The weight read from the next of `tensors` and `numbers`."""
         bits, group_size, act_order = next(numbers), next(numbers), next(numbers)
         words_NW, scales_NG, zeros_NG = next(tensors), next(tensors), next(tensors)
         return cls(words_NW, scales_NG, zeros_NG, next(tensors) if act_order else None, bits, group_size)

@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_studio.errors import ModelError
-from dpo_studio.frozen.forming import unpack
+from dpo_studio.frozen.dequantising import unpack
 from dpo_studio.frozen.fp8 import fp8_obstacle, fp8_weight
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
@@ -73,7 +73,7 @@ def read_quantization(folder: Path) -> Quantization | None:
         form = "marlin"
     if form not in _FORMATS:
         raise ModelError(
-            f"{folder}: its GPTQ weights were packed anew for one kernel ({form})",
+            f"{folder}: its GPTQ weights were repacked for one kernel ({form})",
             hint="use the same model in the plain format: checkpoint_format gptq or gptq_v2",
         )
     try:
@@ -155,7 +155,7 @@ class Shards:
         return sorted(key.removesuffix(".qweight") for key in self.files if key.endswith(".qweight"))
 
     def plain(self) -> list[str]:
-        """The tensors that are no part of a quantised layer."""
+        """The tensors that do not belong to a quantised layer."""
         quantised = {f"{layer}.{part}" for layer in self.layers() for part in _PARTS}
         # old checkpoints kept what a config implies
         return [key for key in self.files if key not in quantised and not key.endswith("rotary_emb.inv_freq")]
@@ -231,12 +231,12 @@ class LayerReader:
         return ModelError(f"{file.name}: tensor {prefix}.{part} {what}", hint=_AGAIN)
 
     def _bits(self, prefix: str, words: Tensor, inputs: int, outputs: int) -> int:
-        """Bits by what the words hold, which must be what the config says unless its modules differ."""
+        """Bits by the shape of the packed integers, which must match the config unless its modules differ."""
         if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != outputs:
             raise self._wrong(prefix, "qweight", f"is {_look(words)}, not int32 ({inputs} x bits / 32, {outputs})")
         bits, rest = divmod(words.shape[0] * 32, inputs)
         if rest or inputs % _WORD_INPUTS or bits not in BITS:
-            raise self._wrong(prefix, "qweight", f"is {_look(words)}: that is no known number of bits a weight")
+            raise self._wrong(prefix, "qweight", f"is {_look(words)}: that is an unsupported number of bits a weight")
         if bits != self.quantization.bits and not self.quantization.mixed:
             raise self._wrong(prefix, "qweight", f"has {bits} bits a weight, the config says {self.quantization.bits}")
         return bits
@@ -315,10 +315,10 @@ def _three_bit_fields(words_GW: Tensor, outputs: int) -> Tensor:
 
 
 def _dense(weight: Packed, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    """A plain layer that holds the weights, formed once."""
+    """A plain layer with the weights, dequantised once."""
     outputs, inputs = weight.shape
     dense = nn.Linear(inputs, outputs, bias=False, device=torch.device("meta"))
-    dense.weight = nn.Parameter(weight.formed(dtype), requires_grad=False)
+    dense.weight = nn.Parameter(weight.dequantised(dtype), requires_grad=False)
     dense.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
     return dense
 

@@ -1,6 +1,6 @@
 """Triton kernels for packed weights: integers to bfloat16 or FP8 near the memory's own rate, activations to FP8.
 
-Each reads what it needs once and writes its result once: a 7B's weights are formed in 5 ms on an H200, where its
+Each reads what it needs once and writes its result once: a 7B's weights are dequantised in 5 ms on an H200, where its
 products over 8,192 tokens take 160. Imported only where there is a GPU; they know tensors, and no kind of weight.
 
 Shapes: N = outputs, K = inputs, W = words of a row, G = groups of inputs, M = rows of activations.
@@ -110,7 +110,7 @@ def _dequantise(  # type: ignore[no-untyped-def]
     k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     inside_N = n < outputs
     inside = inside_N[:, None] & (k < inputs)[None, :]
-    if BITS == 3:  # a field may lie in two words
+    if BITS == 3:  # a field may span two words
         first, shift = k * 3 // 32, k * 3 % 32
         low = tl.load(words_ptr + n[:, None] * row_words + first[None, :], mask=inside, other=0)
         high_inside = inside & (first + 1 < row_words)[None, :]

@@ -1,4 +1,4 @@
-"""The linear layer that holds a frozen weight of any kind: it computes as a dense one of the same values.
+"""The linear layer with a frozen weight of any kind: it computes as a dense one of the same values.
 
 To PEFT it is an `nn.Linear` without a weight: `all-linear` finds it, LoRA attaches to it, nothing can merge into it.
 
@@ -20,11 +20,11 @@ from dpo_studio.frozen.weights import Frozen, InFP8
 __all__ = ["FrozenLinear", "computes_in_fp8", "frozen_weight", "held_dense", "weight_count"]
 
 _SPARE = 0.8
-"""Share of the free memory that weights formed for a while may take."""
+"""Share of the free memory that temporarily dequantised weights may take."""
 
 
 class FrozenLinear(nn.Linear):
-    """y = W x + b with a W that is formed whenever it is needed, or multiplied as it is kept."""
+    """y = W x + b with a W that is dequantised for each product, or multiplied in its packed form."""
 
     def __init__(self, weight: Frozen, bias: Tensor | None = None) -> None:
         """Its buffers are the tensors of `weight`, by their names."""
@@ -40,7 +40,7 @@ class FrozenLinear(nn.Linear):
 
     @property
     def kept(self) -> Frozen:
-        """The weight as it is kept."""
+        """The weight in its packed form."""
         return self._kind.taken(iter([getattr(self, name) for name in self._names]), iter(self._numbers))
 
     @property
@@ -80,15 +80,14 @@ def frozen_weight(linear: nn.Linear) -> Frozen:
 
 @contextmanager
 def held_dense(model: nn.Module) -> Iterator[None]:
-    """Inside, weights that are formed for a product are formed once and kept if there is room: sampling reads each for
-    every token."""
+    """Inside, weights are dequantised once and kept if there is room: sampling reads each weight for every token."""
     layers = [m for m in model.modules() if isinstance(m, FrozenLinear) and not isinstance(m.kept, InFP8)]
     dtype: torch.dtype = getattr(model, "dtype", torch.bfloat16)
     size = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
     if layers and size > _SPARE * _free_bytes(layers[0].qweight.device):
         layers = []
     for layer in layers:
-        layer.held = layer.kept.formed(dtype)
+        layer.held = layer.kept.dequantised(dtype)
     try:
         yield
     finally:
@@ -97,7 +96,7 @@ def held_dense(model: nn.Module) -> Iterator[None]:
 
 
 def weight_count(model: nn.Module) -> int:
-    """Weights of a model, packed ones counted as what they stand for."""
+    """Number of weights of a model; packed ones count by their unpacked shape."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
     return packed + sum(p.numel() for p in model.parameters())
 

@@ -1,13 +1,13 @@
 """The one product with frozen weights: y = W x + B A x for layers that read the same input, dense or packed.
 
 Adding B A x to W x afterwards would read and write the widest tensors of a model once more. Here the narrow product is
-written first and the base's product accumulates onto it inside the matrix product. A packed weight is formed for the
-product and forgotten, and formed again in the backward pass: what autograd keeps of it is the words. Under FP8 the
-forward products take block-scaled e4m3 on both sides; the backward pass does not, for it contracts over the outputs,
-and GPTQ's scales change with each of them.
+written first and the base's product accumulates onto it inside the matrix product. A packed weight is dequantised for
+the product and freed, and dequantised again in the backward pass: autograd keeps the packed integers only. Under
+FP8 the forward products have block-scaled e4m3 on both sides; the backward pass does not, because it contracts over
+the outputs, and GPTQ's scales change with each of them.
 
 The operator is opaque to torch.compile, which would otherwise turn each accumulation into a copy and an addition.
-So a reference can be the policy's own compiled code with the adapter left out inside it (`base_alone`).
+So a reference can be the policy's own compiled code with the adapter disabled inside it (`adapter_disabled`).
 
 Shapes: T = tokens, K = inputs, N = outputs (a layer's own), R = ranks of the layers that read one input, in a row.
 """
@@ -25,24 +25,24 @@ from torch import Tensor
 from dpo_studio.frozen.fp8 import fp8_rows
 from dpo_studio.frozen.weights import Frozen, InFP8, flatten, unflatten
 
-__all__ = ["base_alone", "products"]
+__all__ = ["adapter_disabled", "products"]
 
-_base_alone = False
+_adapter_disabled = False
 
 
 @contextmanager
-def base_alone() -> Iterator[None]:
-    """Inside, `products` leaves the adapter out, as one of rank 0: W x, to the bit what a B of zeros gives.
+def adapter_disabled() -> Iterator[None]:
+    """Inside, `products` disables the adapter, as if its rank were 0: W x, to the bit what a B of zeros gives.
 
-    Read when the operator runs, so compiled code stays what it is. Plain products would be 1.6 % of a step cheaper, and
+    Read when the operator runs, so compiled code does not change. Plain products would be 1.6 % of a step cheaper, and
     in bf16 some nats a pair off.
     """
-    global _base_alone
-    before, _base_alone = _base_alone, True
+    global _adapter_disabled
+    before, _adapter_disabled = _adapter_disabled, True
     try:
         yield
     finally:
-        _base_alone = before
+        _adapter_disabled = before
 
 
 def products(x: Tensor, weights: Sequence[Frozen], down_RK: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:
@@ -55,9 +55,9 @@ def products(x: Tensor, weights: Sequence[Frozen], down_RK: Tensor, ups_Nr: list
 def _lora(
     x_TK: Tensor, kinds: str, weights: list[Tensor], numbers: list[int], down_RK: Tensor, ups_Nr: list[Tensor]
 ) -> list[Tensor]:
-    """[y of each layer (T, N)], and x A^T (T, R) for the backward pass; NaN, if the adapter was left out."""
+    """[y of each layer (T, N)], and x A^T (T, R) for the backward pass; NaN if the adapter is disabled."""
     rank = len(down_RK)
-    if _base_alone:
+    if _adapter_disabled:
         down_RK, ups_Nr = down_RK[:0], [up_Nr[:, :0] for up_Nr in ups_Nr]
     low_TR = x_TK @ down_RK.t()
     outputs = []
@@ -69,8 +69,8 @@ def _lora(
             y_TN = weight.product(*in_fp8)[: len(x_TK)]
             outputs.append(y_TN.addmm_(low_Tr, up_Nr.t()) if up_Nr.shape[1] else y_TN)
         else:
-            outputs.append((low_Tr @ up_Nr.t()).addmm_(x_TK, weight.formed(x_TK.dtype).t()))
-    return [*outputs, x_TK.new_full((len(x_TK), rank), math.nan) if _base_alone else low_TR]
+            outputs.append((low_Tr @ up_Nr.t()).addmm_(x_TK, weight.dequantised(x_TK.dtype).t()))
+    return [*outputs, x_TK.new_full((len(x_TK), rank), math.nan) if _adapter_disabled else low_TR]
 
 
 @_lora.register_fake
@@ -92,7 +92,7 @@ def _lora_backward(
     low_TR: Tensor,
     needs_input: bool,
 ) -> list[Tensor]:
-    """[dL/d(x A^T) (T, R)], dL/dB of each layer, and dL/dx (T, K) if it is wanted."""
+    """[dL/d(x A^T) (T, R)], dL/dB of each layer, and dL/dx (T, K) if it is needed."""
     slope_TR = torch.empty_like(low_TR)
     ups_slopes = []
     for gradient_TN, up_Nr, slope_Tr, low_Tr in zip(
@@ -104,7 +104,7 @@ def _lora_backward(
         return [slope_TR, *ups_slopes]
     x_slope_TK = slope_TR @ down_RK
     for gradient_TN, weight in zip(gradients_TN, unflatten(kinds, weights, numbers), strict=True):
-        x_slope_TK.addmm_(gradient_TN, weight.formed(gradient_TN.dtype))
+        x_slope_TK.addmm_(gradient_TN, weight.dequantised(gradient_TN.dtype))
     return [slope_TR, *ups_slopes, x_slope_TK]
 
 
@@ -144,7 +144,7 @@ def _slopes(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
         low_TR,
         ctx.needs_input,
     )
-    # outside the operator, where torch.compile may form x anew instead of keeping it
+    # outside the operator, where torch.compile may recompute x instead of keeping it
     down_slope_RK = slope_TR.t() @ x_TK
     x_slope_TK = rest[count] if ctx.needs_input else None
     none: list[None] | None = (

@@ -21,14 +21,14 @@ __all__ = ["KINDS", "Frozen", "InFP8", "flatten", "unflatten"]
 Frozen = Dense | Packed | Block8
 """What a frozen weight may be."""
 InFP8 = Block8
-"""Those that are multiplied in FP8; the others are formed in the precision of the input first."""
+"""The kinds that are multiplied in FP8; the others are dequantised to the precision of the input first."""
 
 KINDS: dict[str, type[Frozen]] = {kind.tag: kind for kind in get_args(Frozen)}
 """By tag: what `Frozen` names."""
 
 
 def flatten(weights: Sequence[Frozen]) -> tuple[str, list[Tensor], list[int]]:
-    """Weights as an operator takes them: the tags of their kinds, in a row (it takes no list of words), all their
+    """Weights as an operator takes them: the tags of their kinds, in a row (it takes no list of strings), all their
     tensors, all their numbers."""
     tensors = [tensor for weight in weights for tensor in weight.tensors().values()]
     return " ".join([weight.tag for weight in weights]), tensors, [n for weight in weights for n in weight.numbers()]

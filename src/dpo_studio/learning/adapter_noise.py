@@ -1,4 +1,4 @@
-"""An adapter that does something: one that was just made has B = 0, and whatever would be wrong with it is hidden."""
+"""Noise in the adapter: a fresh one has B = 0, which would hide whatever is wrong with it."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ __all__ = ["noisy_adapters"]
 _SIZE = 0.1
 """Of the change B A makes to a weight, relative to the weight (Frobenius norms)."""
 _ROWS = 64
-"""Of a weight, to know its size: packed ones have to be formed."""
+"""Rows of a weight from which its size is estimated: packed ones have to be dequantised."""
 
 
 @contextmanager
 def noisy_adapters(model: nn.Module, *, seed: int = 0, only: Collection[str] | None = None) -> Iterator[None]:
-    """Inside, seeded noise is added to every B of every adapter, or of those in `only`; afterwards B is what it was, to
+    """Inside, seeded noise is added to every B of every adapter, or of those in `only`; afterwards B is restored, to
     the bit.
 
-    The tensors stay where they are in memory, and no other random state is touched.
+    The tensors keep their place in memory, and no other random state is touched.
     """
     draw = torch.Generator().manual_seed(seed)
     kept: list[tuple[Tensor, Tensor]] = []

@@ -26,7 +26,7 @@ from dpo_studio.tokens.pack import micro_batches
 __all__ = ["COLUMNS", "batched_logps", "from_columns"]
 
 COLUMNS = ("chosen_P", "rejected_P", "chosen_shared_P", "rejected_shared_P")
-"""What is kept of a pair. Token counts follow from its ids."""
+"""The log-probs that are stored for a pair. Token counts follow from its ids."""
 
 
 @torch.no_grad()
@@ -38,9 +38,9 @@ def batched_logps(
     agreement: bool = False,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> PairLogps:
-    """Log-probs of `pairs` under `model` as it is, in order, on the CPU; `progress` hears how many more are done.
+    """Log-probs of `pairs` under `model` as it is, in order, on the CPU; `progress` receives how many more are done.
 
-    `token_budget`: tokens of a row, by default as many as keep the device busy.
+    `token_budget`: tokens of a row, by default enough to keep the device busy.
 
     Raises:
         RunError: a single pair does not fit in memory.
@@ -62,7 +62,9 @@ def batched_logps(
         done += batch.pairs
         columns.append(torch.stack([getattr(logps, name) for name in names]))
         progress(len(batch))
-    columns_CP = torch.cat(columns, 1).cpu() if columns else torch.zeros(len(names), 0)  # read once: nobody waits a row
+    columns_CP = (
+        torch.cat(columns, 1).cpu() if columns else torch.zeros(len(names), 0)
+    )  # one transfer: no row waits for the device
     place = {position: index for index, position in enumerate(done)}
     return from_columns(names, columns_CP[:, [place[position] for position in range(len(pairs))]], pairs)
 

@@ -1,9 +1,9 @@
-"""Checkpoints: whole or not there. Safetensors and JSON, a manifest last, one rename.
+"""Checkpoints: complete or absent. Safetensors and JSON files, a manifest last, one rename.
 
 checkpoints/step-50/
   adapter/                 as PEFT saves it
   optimizer.safetensors    AdamW's averages, by parameter
-  reference.safetensors    where a moving reference has got to
+  reference.safetensors    the current weights of a moving reference
   state.json               the step and what else must be equal on a resume
   manifest.json            size and sha256 of each file, written last
 """
@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from dpo_studio.config import ReferenceSection
-from dpo_studio.disk import check_space, drop_folder, put_folder, scratch_folder, sweep, sync, sync_folder
+from dpo_studio.disk import check_space, delete_folder, put_folder, remove_leftovers, scratch_folder, sync, sync_folder
 from dpo_studio.errors import RunError, reason_of
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.policy.policy import Policy
@@ -39,7 +39,7 @@ _REFERENCE = "reference.safetensors"
 _STATE = "state.json"
 _ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
 _FILES = {*_ADAPTER, "optimizer.safetensors", _REFERENCE, _STATE, _MANIFEST}
-"""All that a checkpoint is made of: whatever else lies in its folder is somebody's, and stays."""
+"""All files of a checkpoint: any other file in its folder belongs to the user, and stays."""
 _LARGEST_JSON = 1_000_000
 """Bytes; a manifest has a thousand."""
 
@@ -47,24 +47,26 @@ _LARGEST_JSON = 1_000_000
 def save_checkpoint(
     folder: Path, policy: Policy, state: TrainingState, *, base: str, held_out_loss: float | None = None
 ) -> Path:
-    """Write step-N beside its final name, sync, rename; then drop all but the newest few and the best.
+    """Write step-N under a scratch name, sync, rename; then remove all but the newest few and the best.
 
-    Folders of later steps are damaged ones that the run was continued from before: they go too, and count for nothing.
+    Folders of later steps are damaged: the run was continued from an earlier one. They are removed too.
     `held_out_loss` is this step's, where it was measured.
 
     Raises:
-        RunError: the disk has not the room, or a folder with files of somebody's own is in the way.
-        OSError, SafetensorError: the disk is full or read-only after all; what was there before still is.
+        RunError: the disk has too little space, or a folder with other files is in the way.
+        OSError, SafetensorError: the disk is full or read-only; earlier checkpoints are unchanged.
     """
     final = folder / f"step-{state.step}"
     if final.is_dir() and not final.is_symlink() and _damage(final) is None:
         return final
-    sweep(folder)
+    remove_leftovers(folder)
     check_space(folder, checkpoint_bytes(policy, state.reference), f"the checkpoint of step {state.step}")
     with scratch_folder(final) as scratch:
-        _write(scratch, policy, state, base, held_out_loss)
-        if not _drop(final):
-            raise RunError(f"{final} holds files that are no checkpoint's", hint="move them to another place")
+        _write_files(scratch, policy, state, base, held_out_loss)
+        if not _remove(final):
+            raise RunError(
+                f"{final} contains files that do not belong to a checkpoint", hint="move them to another place"
+            )
         put_folder(scratch, final)
     sync(folder.parent)  # which may not know of `folder` yet
     so_far = [path for step, path in _by_step(folder) if step <= state.step]
@@ -72,19 +74,19 @@ def save_checkpoint(
     losses = [(loss, path) for path in so_far if (loss := _held_out_loss(path)) is not None]
     best = min(losses)[1] if losses else None
     for old in [*(path for path in so_far[:-KEPT] if path != best), *later]:
-        _drop(old)
+        _remove(old)
     return final
 
 
 def checkpoint_bytes(policy: Policy, reference: ReferenceSection) -> int:
-    """What a checkpoint will take on the disk: the adapter thrice (AdamW keeps two averages), and a moved reference."""
+    """Bytes of a checkpoint on the disk: three times the adapter (AdamW keeps two averages), and a moved reference."""
     trained = sum(p.numel() * p.element_size() for p in policy.trained.values())
     moved = policy.reference_state() if reference.update_every is not None else {}
     small_files = 4096 * (len(_FILES) + 2)
     return 3 * trained + sum(x.numel() * x.element_size() for x in moved.values()) + small_files
 
 
-def _write(scratch: Path, policy: Policy, state: TrainingState, base: str, held_out_loss: float | None) -> None:
+def _write_files(scratch: Path, policy: Policy, state: TrainingState, base: str, held_out_loss: float | None) -> None:
     entries: dict[str, Future[dict[str, int | str]]] = {}
     with ThreadPoolExecutor(max_workers=1) as hasher:  # while the next file is written and synced: a third faster
 
@@ -110,19 +112,19 @@ def _write(scratch: Path, policy: Policy, state: TrainingState, base: str, held_
 
 
 def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Path | None:
-    """The newest checkpoint whose every file is as its manifest says; `warn` hears of each that is passed over."""
+    """The newest checkpoint whose every file matches its manifest; `warn` receives a line for each that is skipped."""
     for _, path in reversed(_by_step(folder)):
         if (damage := _damage(path)) is None:
             return path
-        warn(f"{path} is damaged or incomplete and is passed over: {damage}")
+        warn(f"{path} is damaged or incomplete and is skipped: {damage}")
     return None
 
 
 def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> None:
-    """Put weights, optimizer, step and a moving reference back as they were.
+    """Restore weights, optimizer, step and a moving reference.
 
     Raises:
-        RunError: the checkpoint is whole, and of another adapter or with a state that is none.
+        RunError: the checkpoint is complete, but belongs to another adapter, or its state is invalid.
     """
     try:
         policy.restore(load_file(checkpoint / "adapter" / "adapter_model.safetensors"))
@@ -155,7 +157,7 @@ def _optimizer_tensors(policy: Policy, optimizer: torch.optim.Optimizer) -> dict
 
 
 def _by_step(folder: Path) -> list[tuple[int, Path]]:
-    """The folders named step-N; a link is none, whatever it leads to."""
+    """The folders named step-N; links are not counted, whatever they point to."""
     if not folder.is_dir():
         return []
     found = ((_NAME.fullmatch(path.name), path) for path in folder.iterdir() if path.is_dir() and not path.is_symlink())
@@ -205,25 +207,25 @@ def _damage(folder: Path) -> str | None:
 
 
 def _inside(folder: Path) -> Iterator[str]:
-    """Names of all files below, links too, but the manifest."""
+    """Names of all files below, links included, the manifest excluded."""
     files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_symlink() or not path.is_dir())
     yield from sorted(name for name in files if name != _MANIFEST)
 
 
-def _drop(checkpoint: Path) -> bool:
-    """Remove a checkpoint. A folder that holds anything else is left alone, and the answer is False."""
+def _remove(checkpoint: Path) -> bool:
+    """Remove a checkpoint. A folder that contains any other file is left unchanged, and False is returned."""
     if checkpoint.is_symlink():
         return False
     if not checkpoint.exists():
         return True
     if not checkpoint.is_dir() or not _FILES.issuperset(_inside(checkpoint)):
         return False
-    drop_folder(checkpoint)
+    delete_folder(checkpoint)
     return True
 
 
 def _entry(file: Path) -> dict[str, int | str]:
-    """A file as the manifest has it."""
+    """A file's entry in the manifest."""
     return {"bytes": file.stat().st_size, "sha256": _sha256(file)}
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 
 from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
-from dpo_studio.models.layers import as_trained, causal_lm
+from dpo_studio.models.layers import as_compiled_for_training, causal_lm
 from dpo_studio.models.refusals import long_rope_limit
 from dpo_studio.objectives import PairLogps
-from dpo_studio.tokens.pack import MicroBatch, on_each_side
+from dpo_studio.tokens.pack import MicroBatch, split_at_position
 
 __all__ = ["pair_logps", "token_logps"]
 
@@ -58,8 +58,8 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     config = base.config.get_text_config()
     head, law = head_of(base), head_law(base.config)
     limit = long_rope_limit(config)
-    rows = [] if limit is None else on_each_side(batch, limit)
-    with as_trained(model):
+    rows = [] if limit is None else split_at_position(batch, limit)
+    with as_compiled_for_training(model):
         hidden = [
             body_of(base)(**row_inputs(config, row), use_cache=False)
             .last_hidden_state[0]
@@ -75,7 +75,7 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
 
 
 class _Context(Protocol):
-    """What torch hands to both passes."""
+    """The context that torch passes to forward and backward."""
 
     needs_input_grad: tuple[bool, ...]
     saved_tensors: tuple[Tensor, ...]
@@ -86,8 +86,8 @@ class _Context(Protocol):
 class _HeadLogps(torch.autograd.Function):
     """log softmax(law(hidden @ head))[target], a slice of rows at a time, logits never kept.
 
-    d logp / d hidden = ((onehot(target) - softmax) * the law's slope) @ head does not depend on what comes back from
-    the loss but for a factor a row, so it is formed while the logits are at hand: two products instead of the three
+    d logp / d hidden = ((onehot(target) - softmax) * the law's slope) @ head depends on the
+    loss only by a factor a row, so it is computed while the logits are in memory: two products instead of the three
     that recomputing the logits in the backward pass takes, and N x H saved values instead of N x V. The head is frozen
     and gets no gradient.
     """
@@ -104,7 +104,7 @@ class _HeadLogps(torch.autograd.Function):
     ) -> Tensor:
         slope_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
         logps_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
-        # compiled, the two kinds of pass would be two kernels that sum in other orders: one kernel, whatever is wanted
+        # compiled, the two kinds of pass would be two kernels that sum in different orders: one kernel serves both
         terms: _Terms = _compiled_head_terms(law) if hidden_NH.is_cuda else partial(_head_terms, law)
         with_slope = hidden_NH.is_cuda or slope_NH is not None
         rows = max(1, _LOGITS_AT_ONCE[hidden_NH.device.type] // len(head_VH))
@@ -140,7 +140,7 @@ def _logits(hidden_nH: Tensor, head_VH: Tensor, bias_V: Tensor | None) -> Tensor
 def _head_terms(
     law: HeadLaw, logits_nV: Tensor, target_n1: Tensor, slope_dtype: torch.dtype | None
 ) -> tuple[Tensor, Tensor | None]:
-    """log softmax at the targets, (n,) fp32; and -d logp / d (hidden @ head), (n, V), where it is wanted."""
+    """log softmax at the targets, (n,) fp32; and -d logp / d (hidden @ head), (n, V), where it is needed."""
     logits_nV = law(logits_nV)
     # log_softmax, although only one column is read: torch's logsumexp takes four times as long on a CPU
     logps_nV = logits_nV.log_softmax(-1, dtype=torch.float32)

@@ -1,7 +1,7 @@
-"""Memory, so that nobody has to think about it: how many tokens fit, and what to do when they do not after all.
+"""GPU memory: how many tokens fit, and what happens after an out-of-memory.
 
-Tokens in memory at once change speed only: an out-of-memory halves them, and the step is taken again with the same
-pairs. When a single pair is too much, the backward pass recomputes more instead of keeping it (activation
+The token budget changes speed only: an out-of-memory halves it, and the step is repeated with the same pairs. When a
+single pair is too large, the backward pass recomputes more activations instead of keeping them (activation
 checkpointing).
 """
 
@@ -20,7 +20,7 @@ from dpo_studio.errors import RunError
 from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.layers import RUNGS, Recompute, is_compiled, set_recompute
-from dpo_studio.models.lora import forget_what_is_ready
+from dpo_studio.models.lora import free_shared_outputs
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
 
@@ -39,27 +39,27 @@ CPU_TOKEN_BUDGET = 2048
 _GPU_WORK = 6e13
 """Weights x tokens that keep a GPU busy: 8,192 tokens of a 7B. On an H200 twice as many were 1 % faster."""
 _GPU_TOKENS = (8192, 65536)
-"""Fewest that are aimed at whatever the model's size, and most."""
+"""The smallest and the largest token budget that is tried, whatever the model's size."""
 _SPARE = 0.9
-"""Share of the free memory that is planned with: fragments, other lengths, and the loss take the rest."""
+"""Share of the free memory that is used for planning: fragments, other lengths, and the loss take the rest."""
 _LESS = 0.9
-"""What is tried of a plan that did not fit."""
+"""Share of a token budget that did not fit which is tried next."""
 _T = TypeVar("_T")
 
 
 @dataclass(frozen=True)
 class MemoryLimit:
-    """What is kept in memory at once, from a step on."""
+    """The token budget and the activation checkpointing from one step on."""
 
     step: int
     tokens: int
     """The token budget of a micro-batch; a single longer pair has one of its own."""
     recompute: Recompute = "nothing"
-    """What the backward pass recomputes."""
+    """What the backward pass recomputes (activation checkpointing)."""
 
 
 class MemoryLimits:
-    """The memory limits of a run, from step to step: those it knows and those it meets."""
+    """The memory limits of a run, by step: known ones from earlier starts, and new ones from out-of-memory errors."""
 
     def __init__(
         self,
@@ -79,7 +79,7 @@ class MemoryLimits:
         return self._at(step).tokens
 
     def packed(self, micro_batches: list[MicroBatch], step: int) -> list[MicroBatch]:
-        """The step's micro-batches as its limit has them: these, or packed again."""
+        """The step's micro-batches within its limit: these, or repacked ones."""
         limit = self._at(step)
         if self._now is None or limit.recompute != self._now.recompute:
             set_recompute(self._model, limit.recompute)
@@ -110,25 +110,27 @@ class MemoryLimits:
         return [limit for limit in self._limits if limit.step <= step][-1]
 
     def _learn(self, limit: MemoryLimit) -> None:
-        """A later word on a step replaces what was said of it and of later ones."""
+        """A new limit replaces the earlier ones of its step and of later steps."""
         self._limits = [known for known in self._limits if known.step < limit.step] + [limit]
 
 
 def unless_out_of_memory(model: nn.Module, compute: Callable[[], _T]) -> _T | None:
-    """What `compute` does with `model`, or None where memory did not suffice; what the attempt held is given back."""
+    """The result of `compute` with `model`, or None after an out-of-memory; the memory of the attempt is freed."""
     try:
         return compute()
     except torch.OutOfMemoryError:
         pass  # and on, out of the handler: while it runs, the traceback holds the attempt's tensors
-    forget_what_is_ready(model)
+    free_shared_outputs(model)
     gc.collect()
     torch.cuda.empty_cache()
     return None
 
 
 def tokens_without_gradient(tokens: int, model: nn.Module) -> int:
-    """Tokens at once in passes without a backward pass: a GPU has room for its full measure of them where nothing is
-    kept. Compiled layers keep as much as in training, for they run the same code (`models.layers.as_trained`)."""
+    """The token budget of passes without a backward pass: a GPU has room for more where no activations are kept.
+
+    Compiled layers keep as many as in training: they run the same code (`models.layers.as_compiled_for_training`).
+    """
     on_gpu = next(model.parameters()).device.type == "cuda"
     return max(tokens, _GPU_TOKENS[0]) if on_gpu and not is_compiled(model) else tokens
 
@@ -162,12 +164,12 @@ def plan_limit(
             tokens = _in_whole_blocks(fitting, longest)
             if tokens == longest or _fits(policy, _row(by_length, tokens)):
                 return MemoryLimit(0, tokens, recompute)
-            fitting = max(longest, _LESS * fitting)  # short rows waste parts of torch's blocks: the line is too flat
+            fitting = max(longest, _LESS * fitting)  # short rows waste parts of torch's blocks: the slope is too small
     raise too_long_for_memory(longest)
 
 
 def _fits(policy: nn.Module, row: MicroBatch) -> bool:
-    """Whether a row leaves what is to be spared: on a large card one look is enough."""
+    """Whether a row leaves the spare memory free: on a large card one try is enough."""
     before = torch.cuda.memory_allocated()
     peak = unless_out_of_memory(policy, partial(_peak_bytes, policy, row))
     policy.zero_grad(set_to_none=True)
@@ -227,7 +229,7 @@ def _in_whole_blocks(tokens: float, longest: int) -> int:
 
 
 def too_long_for_memory(longest: int) -> RunError:
-    """What to say of a pair that does not fit on its own."""
+    """The error for a pair that does not fit by itself."""
     return RunError(
         f"the longest pair, {longest} tokens, does not fit in the GPU's memory",
         hint="lower data.max_length, or choose a smaller or quantised base",

@@ -21,7 +21,7 @@ _ROWS_SHOWN = 64
 
 @dataclass
 class StepMetrics:
-    """Collects a step's numbers on the device; they leave it once, together."""
+    """Collects a step's numbers on the device; they are transferred once, together."""
 
     objective: Formula
     columns: list[Tensor] = field(default_factory=list)
@@ -62,7 +62,7 @@ class StepMetrics:
         return metrics, ratios.mean().item()
 
     def what_is_not_finite(self, pairs: Sequence[EncodedPair]) -> str:
-        """The pairs whose own numbers are not; all of the step's where only the gradient shows it. By source row."""
+        """Which pairs have a non-finite number, by source row; all of the step's where only the gradient has one."""
         finite_CP = torch.cat(self.columns, 1).isfinite()
         for fine_P in (finite_CP[1:].all(0), finite_CP[0]):  # AOT's losses are by rank, and name the wrong pairs
             odd = [pairs[place].row for place, fine in zip(self.pairs, fine_P.tolist(), strict=True) if not fine]

@@ -1,8 +1,8 @@
-"""What is seen before a run's first number counts: its log-probs are those of the plain model, adapter off and on.
+"""The check before the first step: a run's log-probs are those of the plain model, adapter off and on.
 
 ln 2 at step 0 cannot catch a wrong mask: policy and reference err alike. So the pairs in which an error would show
-(`telling_pairs`) are computed the way the run computes and the textbook's way (`plain`), twice: as the reference and as
-the policy, with noise in every B so that an adapter which is not switched off, or not on everywhere, shows too.
+(`probe_pairs`) are computed as the run computes them and the textbook's way (`plain`), twice: as the reference and as
+the policy, with noise in every B, so that an adapter which is not switched off, or not on everywhere, shows too.
 
 Shapes: N = scored tokens of a pair, both answers', the chosen one's first.
 """
@@ -25,7 +25,7 @@ from dpo_studio.learning.adapter_noise import noisy_adapters
 from dpo_studio.learning.logprobs import token_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, too_long_for_memory, unless_out_of_memory
 from dpo_studio.learning.plain import computes_in_fp32, in_fp32, plain_model, plain_token_logps
-from dpo_studio.learning.telling_pairs import TellingPair, limits_of, telling_pairs
+from dpo_studio.learning.probe_pairs import ProbePair, limits_of, probe_pairs
 from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval
 from dpo_studio.models.layers import causal_lm
 from dpo_studio.preferences.pair import Pair
@@ -37,14 +37,14 @@ from dpo_studio.tokens.scored_text import check_scored
 __all__ = ["check_packing"]
 
 _TIMES = 3
-"""How many times the plain model's own rounding a pair's may be, ..."""
+"""The limit of a pair's difference, in multiples of the plain model's own rounding, ..."""
 _APART = 1e-4
 """... and what is always allowed, in nats a token: fp32 run and plain are 1e-6 to 1e-5 apart."""
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One of the ways the run computes, and what it must equal."""
+    """One of the ways in which the run computes, and the state of the plain model that it must equal."""
 
     name: str
     adapter: str | None
@@ -66,7 +66,7 @@ def check_packing(
     `adapters` are the folders that the model's adapters, by name, were loaded from. `token_budget`: tokens of a row.
 
     Raises:
-        ModelError: weights are not finite; an adapter is not what its folder holds; text of a prompt is scored; or a
+        ModelError: weights are not finite; an adapter differs from its folder's files; text of a prompt is scored; or a
             pair's log-probs differ by more than three times what this precision explains.
     """
     _check_finite(model)
@@ -74,7 +74,7 @@ def check_packing(
         _check_loaded(model, name, folder)
     if encoder is not None:
         check_scored(pairs, texts, encoder)
-    sample = telling_pairs(pairs, limits_of(model))
+    sample = probe_pairs(pairs, limits_of(model))
     while True:
         difference = unless_out_of_memory(model, partial(_compare, model, pairs, sample, token_budget))
         if difference is not None:
@@ -86,7 +86,7 @@ def check_packing(
         sample.remove(longest)
 
 
-def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[TellingPair], token_budget: int) -> float:
+def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[ProbePair], token_budget: int) -> float:
     chosen = [pairs[one.place] for one in sample]
     off = []
     with torch.no_grad(), in_eval(model), noisy_adapters(model):
@@ -103,7 +103,7 @@ def _check_switch(model: nn.Module, pair: EncodedPair, token_budget: int) -> Non
     """Raises ModelError if the reference changes with the policy's adapter.
 
     What one layer does without its switch can be less than bfloat16 rounds. So nothing is compared with a plain model:
-    the same computation with and without noise in the adapter gives the same numbers, as far as it does twice.
+    the same computation with and without noise in the adapter gives the same numbers, as far as a repetition does.
     """
     if POLICY not in adapter_names(model):
         return
@@ -116,7 +116,7 @@ def _check_switch(model: nn.Module, pair: EncodedPair, token_budget: int) -> Non
         raise ModelError(
             f"log-probs of the reference change by {with_noise:.3g} nats a token with what is in the policy's adapter "
             f"(row {pair.row}, the adapter off): a layer that is adapted is not switched off",
-            hint="please report the model; adapter.targets without that layer is the way on",
+            hint="please report the model; train without that layer (adapter.targets)",
         )
 
 
@@ -132,7 +132,7 @@ def _passes(model: nn.Module) -> list[_Pass]:
 
 
 def _packed(model: nn.Module, pairs: Sequence[EncodedPair], token_budget: int) -> list[Tensor]:
-    """Each pair's log-probs (N,), from rows as a run lays them."""
+    """Each pair's log-probs (N,), from rows packed as in a run."""
     found: dict[int, Tensor] = {}
     device = causal_lm(model).device
     for batch in micro_batches(pairs, range(len(pairs)), token_budget):
@@ -158,7 +158,7 @@ def _plain(model: nn.Module, adapter: str | None, pairs: Sequence[EncodedPair], 
 
 def _judge(
     name: str,
-    sample: Sequence[TellingPair],
+    sample: Sequence[ProbePair],
     pairs: Sequence[EncodedPair],
     ours: Sequence[Tensor],
     exact: Sequence[Tensor],
@@ -168,7 +168,7 @@ def _judge(
     """The mean difference of all tokens; raises ModelError for the first pair whose own is too large.
 
     What the precision explains is the plain model's distance from fp32 on that pair or on all of them, whichever is
-    larger: that of a pair with two answer tokens is now and then next to nothing by chance.
+    larger: that of a pair with two answer tokens is sometimes close to zero by chance.
     """
     rounding = (torch.cat(list(own)) - torch.cat(list(exact))).abs().mean().item()
     for one, pair, ours_N, exact_N, own_N in zip(sample, pairs, ours, exact, own, strict=True):
@@ -181,14 +181,14 @@ def _judge(
             precision = "fp8" if computes_in_fp8(model) else str(causal_lm(model).dtype).removeprefix("torch.")
             raise ModelError(
                 f"packed and plain log-probs differ by {difference:.3g} nats a token {where}, where {precision} "
-                f"explains {explained:.2g}: this model is not computed as it should be",
+                f"explains {explained:.2g}: this model is computed incorrectly",
                 hint="try model.attention: sdpa; if it stays, please report the model",
             )
     return (torch.cat(list(ours)) - torch.cat(list(exact))).abs().mean().item()
 
 
 def _check_finite(model: nn.Module) -> None:
-    """Raises ModelError with the name of a tensor that holds NaN or infinity."""
+    """Raises ModelError with the name of a tensor that contains NaN or infinity."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
             total = tensor.detach().sum(dtype=torch.float32).item()  # no copy, and what is not finite stays so
@@ -201,7 +201,7 @@ def _check_finite(model: nn.Module) -> None:
 
 
 def _check_loaded(model: nn.Module, name: str, folder: Path) -> None:
-    """Raises ModelError if a tensor of the adapter in memory is another than its file's."""
+    """Raises ModelError if a tensor of the adapter in memory differs from its file's."""
     tensors = dict(model.named_parameters())
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no dict

@@ -1,8 +1,8 @@
 """The plain side of the check at the start: transformers' own forward, eager attention, PEFT's own LoRA layers, one
 sequence at a time; in the model's precision, or in fp32 a layer at a time where the model as a whole would not fit.
 
-Nothing of ours computes here, except that packed weights are formed (exactly, by plain torch) before they are
-multiplied: no other code knows their layout.
+No code of this package computes here, except that packed weights are dequantised (exactly, by plain torch) before they
+are multiplied: no other code knows their layout.
 
 Shapes: T = tokens of a sequence, A = answer tokens, N = scored ones, V = vocabulary.
 """
@@ -35,7 +35,7 @@ _COARSE = (torch.bfloat16, torch.float16)
 
 @torch.no_grad()
 def plain_token_logps(model: nn.Module, prompt: Sequence[int], answer: EncodedAnswer) -> Tensor:
-    """Log-prob of every scored token of an answer as textbooks have it: one sequence, its own logits; fp32, (N,)."""
+    """Log-prob of every scored token of an answer, the textbook's way: one sequence, its own logits; fp32, (N,)."""
     base = causal_lm(model)
     ids_1T = torch.tensor([[*prompt, *answer.ids.tolist()]], device=base.device)
     kept = len(answer.ids) + 1
@@ -71,15 +71,15 @@ def plain_model(model: nn.Module, adapter: str | None) -> Iterator[None]:
 
 
 def computes_in_fp32(model: nn.Module) -> bool:
-    """Whether there is nothing of a coarser precision in the model: then its own numbers are the exact ones."""
+    """Whether there is nothing of a coarser precision in the model: then its own numbers are exact."""
     coarse = any(x.dtype in _COARSE for module in model.modules() for x in _own_tensors(module))
     return not coarse and not computes_in_fp8(model)
 
 
 @contextmanager
 def in_fp32(model: nn.Module) -> Iterator[None]:
-    """Inside, `model` computes in fp32 with the very weights it has: each layer's are widened when it is called and put
-    back behind it, the same tensors, so no more than one layer is ever there twice."""
+    """Inside, `model` computes in fp32 with its own weights: each layer's are widened when it is called and restored
+    after it, the same tensors, so at most one layer is in memory twice."""
     dtype = causal_lm(model).dtype
     with ExitStack() as restored:
         for module in model.modules():
@@ -95,7 +95,7 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def _packed_in_fp32(linear: FrozenLinear, x: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """The product with the weight that this run forms: rounded to bfloat16 under bfloat16, else to float16."""
+    """The product with the weight that this run dequantises: rounded to bfloat16 under bfloat16, else to float16."""
     weight_NK = linear.dense_weight(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
     return nn.functional.linear(x.float(), weight_NK.float(), None if linear.bias is None else linear.bias.float())
 
@@ -145,7 +145,7 @@ def _configs(model: nn.Module) -> list[PreTrainedConfig]:
 
 
 def _put_forward(restored: ExitStack, module: nn.Module, forward: MethodType) -> None:
-    if "forward" in module.__dict__:  # somebody else's, which stays somebody else's
+    if "forward" in module.__dict__:  # another library's patch, which is restored
         restored.callback(setattr, module, "forward", module.__dict__["forward"])
     else:
         restored.callback(module.__dict__.pop, "forward")

@@ -36,7 +36,7 @@ class ReferenceChoice:
 
     @classmethod
     def of(cls, recipe: Recipe) -> ReferenceChoice:
-        """The recipe's: an adapter that is trained further is its own reference, unless another one is named."""
+        """The recipe's: an adapter whose training is continued is its own reference, unless another one is named."""
         section = recipe.reference
         adapter = section.adapter or (recipe.model.adapter if section.model is None else None)
         is_start = section.model is None and section.adapter is None
@@ -44,13 +44,13 @@ class ReferenceChoice:
 
     @property
     def beside(self) -> Path | None:
-        """The adapter that lies beside the policy's own, on the same base."""
+        """The reference adapter on the policy's own base, if there is one."""
         return self.adapter if self.model is None else None
 
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """Log-probs under what the policy is held close to: looked up where a cache has them, else computed."""
+    """Log-probs under the reference: looked up where a cache has them, else computed."""
 
     model: nn.Module
     """Computes them; the policy's own model, unless the recipe names another."""
@@ -88,7 +88,7 @@ def reference_logps(
     cache: ReferenceCache | None,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> PairLogps:
-    """The reference's log-probs of all `pairs`, in order, on the CPU; only what the cache lacks is computed.
+    """The reference's log-probs of all `pairs`, in order, on the CPU; only those missing in the cache are computed.
 
     `model` computes as the reference does when called (see `models.adapters.as_reference`).
     """

@@ -1,6 +1,6 @@
 """The reference's log-probs on disk, so that they are computed once.
 
-One entry a pair, so added data reuses what is there. The key is exactly what a number depends on: weights, starting
+One entry a pair, so added data reuses the entries. The key is exactly what a number depends on: weights, starting
 adapter, numerics, token ids and which of them are scored; never beta, the learning rate or the template's text.
 """
 
@@ -26,7 +26,7 @@ from dpo_studio.tokens.encode import EncodedPair
 
 __all__ = ["ReferenceCache"]
 
-_TABLE = (  # named anew when the columns change: entries of another shape are not looked at
+_TABLE = (  # renamed when the columns change: entries with other columns are not read
     "CREATE TABLE IF NOT EXISTS logps5 (pair BLOB PRIMARY KEY, chosen REAL, rejected REAL, "
     "chosen_shared REAL, rejected_shared REAL, digest BLOB) WITHOUT ROWID"
 )
@@ -62,26 +62,26 @@ class ReferenceCache:
         self._use(lambda database: database.executemany(insert, kept))
 
     def _use(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
-        """One transaction; on a damaged file once more with a new one, for what was in it can be computed again."""
+        """One transaction; repeated with a new file where this one is damaged: its entries can be recomputed."""
         make_folder(self.folder)
         with self.held():
             return self._used(work)
 
     def held(self) -> AbstractContextManager[None]:
         """Inside, no process removes the entries, however full the cache is."""
-        with suppress(OSError):  # told of by whoever writes
+        with suppress(OSError):  # reported when it is written
             make_folder(self.folder)
         return held(self.file)
 
     def trim(self) -> None:
-        """Other references' entries go, the oldest first, where all take more than they may."""
+        """Remove the oldest entries of other references where the cache exceeds its limit."""
         trim(self.folder, limit_bytes())
 
     def _used(self, work: Callable[[sqlite3.Connection], _T]) -> _T:
         try:
             result = self._transaction(work)
             with suppress(OSError):
-                os.utime(self.file)  # used now, though nothing may have been written
+                os.utime(self.file)  # marks it as used, although nothing may have been written
             return result
         except sqlite3.DatabaseError as error:
             if isinstance(error, sqlite3.OperationalError):  # locked, disk full, read-only: not a damaged file

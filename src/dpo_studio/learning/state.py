@@ -1,4 +1,4 @@
-"""What a training is between two steps: optimizer, schedule, and the few numbers that a checkpoint keeps."""
+"""The state of a training between two steps: optimizer, schedule, and the few numbers that a checkpoint saves."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ class TrainingState:
     ranks: Ranks = _ALONE
     step: int = 0
     mean_log_ratio: float = 0.0
-    """Of all answers of a step, averaged over the steps taken, in nats: BCO's threshold is made of it."""
+    """Of all answers of a step, averaged over the steps taken, in nats: BCO's threshold depends on it."""
     skipped: int = 0
     """Steps that were not taken because a number in them was not finite."""
     skipped_in_a_row: int = 0
     last: dict[str, float] = field(default_factory=dict)
-    """Gradient norm and learning rate of the last step, and what a move of the reference cut off."""
+    """Gradient norm and learning rate of the last step, and the part that a move of the reference truncated."""
 
     @classmethod
     def fresh(
@@ -62,7 +62,7 @@ class TrainingState:
         return cls(optimizer, section, total_steps, reference, ranks)
 
     def advance(self, policy: Policy) -> None:
-        """Clip, set the learning rate, let the optimizer step, forget the gradients, step += 1.
+        """Clip, set the learning rate, step the optimizer, clear the gradients, step += 1.
 
         Raises:
             NonFiniteError: the gradient is not finite; weights, averages and step are as they were.
@@ -82,7 +82,7 @@ class TrainingState:
         self.last = {"grad_norm": norm, "learning_rate": rate}
 
     def skip(self) -> None:
-        """Pass over a step: weights and averages stay, its gradients go, the schedule and the order of pairs go on."""
+        """Skip a step: weights and averages stay, gradients are cleared, schedule and order of pairs continue."""
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.skipped += 1
@@ -90,30 +90,30 @@ class TrainingState:
         self.last = {"skipped": 1.0}
 
     def numbers(self) -> dict[str, float]:
-        """What a checkpoint keeps of all this besides the optimizer."""
+        """The numbers that a checkpoint saves besides the optimizer."""
         return {name: getattr(self, name) for name in _NUMBERS}
 
     def restore(self, numbers: Mapping[str, object]) -> None:
-        """Take back what `numbers` once returned; what an older checkpoint lacks stays as it is in a fresh state.
+        """Restore what `numbers` returned; a number missing in an older checkpoint keeps its initial value.
 
         Raises:
-            TypeError, ValueError: a number is none.
+            TypeError, ValueError: a value is not a number.
         """
         for name in _NUMBERS:
             setattr(self, name, type(getattr(self, name))(numbers.get(name, getattr(self, name))))
 
     def remember(self, log_ratio: float) -> None:
-        """Take the mean log-ratio of the step just taken into the running one; every step counts the same."""
+        """Add the mean log-ratio of the last step to the running mean; every step has the same weight."""
         self.mean_log_ratio += (log_ratio - self.mean_log_ratio) / (self.step - self.skipped)
 
     def move_reference(self, policy: Policy) -> None:
-        """Every `update_every` steps, let the reference take its share of the policy's weights; nothing by default."""
+        """Every `update_every` steps, move the reference towards the policy; never by default."""
         every = self.reference.update_every
         if every is not None and self.step % every == 0:
             self.last["reference/cut"] = policy.move_reference(self.reference.update_share)
 
     def is_finite(self, policy: Policy) -> bool:
-        """Whether the trained weights and the averages of their gradients are finite: one look for all of them."""
+        """Whether the trained weights and the averages of their gradients are finite: one norm for all of them."""
         kept = [p.detach() for p in policy.trained.values()]
         kept += [x for known in self.optimizer.state.values() for x in known.values() if isinstance(x, Tensor)]
         return bool(torch.isfinite(nn.utils.get_total_norm(kept, norm_type=math.inf)))

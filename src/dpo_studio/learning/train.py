@@ -23,12 +23,12 @@ from dpo_studio.tokens.pack import MicroBatch, Steps
 __all__ = ["LiveReference", "StepReport", "train"]
 
 LiveReference = Callable[[Sequence[MicroBatch]], list[PairLogps]]
-"""The log-probs of a step's micro-batches: asked for together, because changing a model over to its reference takes
-25 ms of a 7B's, a tenth of the pass itself."""
+"""The log-probs of a step's micro-batches: requested together, because switching a 7B
+to its reference takes 25 ms, a tenth of the pass itself."""
 _SUMS = ("chosen_P", "rejected_P", "chosen_shared_P", "rejected_shared_P")
-"""The log-probs that a loss may have a gradient in."""
+"""The log-probs with respect to which a loss may have a gradient."""
 SKIPS = 3
-"""So many steps in a row with numbers that are not finite, and a run stops itself: one odd pair is passed over."""
+"""A run stops after this many steps in a row with numbers that are not finite: a single such step is skipped."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class StepReport:
     """Tokens read, each shared prompt once."""
     seconds: float
     skipped: str = ""
-    """Why the step was not taken, with the rows of its pairs; empty if it was. Its metrics then are few."""
+    """Why the step was not taken, with the rows of its pairs; empty if it was. It then has few metrics."""
 
 
 def train(
@@ -56,19 +56,19 @@ def train(
 ) -> Iterator[StepReport]:
     """Fit the policy to the pairs; yield what each optimizer step did.
 
-    Every micro-batch brings its reference's log-probs, or `live_reference` computes them; an objective that needs none
-    gets none. A step that runs out of memory is taken again with the same pairs in smaller micro-batches. A step with a
-    number that is not finite is not taken: its report says which pairs it had.
+    Every micro-batch has its reference's log-probs, or `live_reference` computes them; an objective that needs none
+    gets none. A step that runs out of memory is repeated with the same pairs in smaller micro-batches. A step with a
+    number that is not finite is skipped: its report names its pairs.
 
     Raises:
-        NonFiniteError: so many steps in a row were not taken, the last of them reported; or an update made weights or
-            averages of numbers that are none (`TrainingState.is_finite` says whether they are).
+        NonFiniteError: `SKIPS` steps in a row were skipped, the last of them reported; or an update made weights or
+            averages that are not finite (`TrainingState.is_finite` checks them).
         RunError: a single pair does not fit in memory.
     """
     limits = limits or MemoryLimits(policy.model, steps)
     started = time.perf_counter()
     for micro_batches in steps(after=state.step, token_budget=limits.token_budget):
-        formula = objective.with_running_mean(state.mean_log_ratio)  # BCO's threshold moves, nothing else
+        formula = objective.with_running_mean(state.mean_log_ratio)  # changes BCO's threshold only
         numbers = None
         while numbers is None:
             micro_batches = limits.packed(micro_batches, state.step + 1)
@@ -80,7 +80,7 @@ def train(
                 numbers = None
         means, log_ratio = numbers.means()
         skipped = "" if _taken(policy, state, means, log_ratio) else numbers.what_is_not_finite(steps.pairs)
-        state.move_reference(policy)  # TR-DPO; without reference.update_every it stays where it is
+        state.move_reference(policy)  # TR-DPO; without reference.update_every it does not move
         now = time.perf_counter()
         known = {} if skipped else means
         metrics = {"epoch": steps.epoch_at(state.step)} | known | state.last | {"pairs": len(numbers.pairs)}
@@ -88,7 +88,7 @@ def train(
         yield StepReport(state.step, metrics, len(numbers.pairs), tokens, now - started, skipped)
         if state.skipped_in_a_row >= SKIPS:
             raise NonFiniteError(
-                f"step {state.step}: {skipped}, and so it was in the {state.skipped_in_a_row - 1} steps before; "
+                f"step {state.step}: {skipped}, as in the {state.skipped_in_a_row - 1} steps before; "
                 "the weights are those of the last step that was finite",
                 hint="look at these rows, lower training.learning_rate, or use model.dtype: float32 to find the cause",
             )
@@ -96,13 +96,13 @@ def train(
 
 
 def _taken(policy: Policy, state: TrainingState, means: dict[str, float], log_ratio: float) -> bool:
-    """Let the optimizer step, or pass the step over: no number that is not finite reaches weights or averages."""
+    """Step the optimizer, or skip the step: no number that is not finite reaches weights or averages."""
     finite = all(map(math.isfinite, (*means.values(), log_ratio)))
     if not state.ranks.any(not finite):
         try:
             state.advance(policy)
         except NonFiniteError:
-            pass  # of the gradient alone: nothing was moved
+            pass  # only the gradient is not finite: nothing was updated
         else:
             if not state.is_finite(
                 policy
@@ -125,7 +125,7 @@ def _learn_from(
     state: TrainingState,
     live_reference: LiveReference | None,
 ) -> StepMetrics:
-    """The gradient of one step, added to what the parameters hold. Nothing in here waits for the device."""
+    """The gradient of one step, accumulated in the parameters. Nothing in here waits for the device."""
     pairs_in_step = sum(len(batch) for batch in micro_batches)
     micro_batches = _on_device(micro_batches, policy.device, live_reference)
     slopes = _whole_step_slopes(policy, micro_batches, objective, state) if objective.whole_step else None

@@ -58,7 +58,7 @@ def refuse_strange_lora(raw: Any, defaults: Mapping[str, Any], name: str) -> Non
     for key, names in _NAMES_OF_HEAD_OR_EMBEDDING:
         if value := raw.get(key):
             raise ModelError(
-                f"{name}: this adapter adapts {names} ({key}: {_shown(value)}); not supported",
+                f"{name}: this adapter adapts {names} ({key}: {_value_text(value)}); not supported",
                 hint="an adapter of attention and dense MLPs can be used; or merge this one into its base first",
             )
     strange = [key for key in defaults if key not in _LORA_KEYS and raw.get(key) and raw[key] != defaults[key]]
@@ -67,14 +67,14 @@ def refuse_strange_lora(raw: Any, defaults: Mapping[str, Any], name: str) -> Non
     if raw.get("peft_type") != "LORA" or strange:
         raise ModelError(
             f"{name}: only plain LoRA adapters can be used; this is "
-            f"{', '.join([_shown(raw.get('peft_type')), *strange])}",
+            f"{', '.join([_value_text(raw.get('peft_type')), *strange])}",
             hint="merge it into its base first, or train a LoRA adapter",
         )
     for key, value in raw.items():
-        if key not in defaults and key not in _LORA_KEYS and not _says_nothing(value):
+        if key not in defaults and key not in _LORA_KEYS and not _is_empty(value):
             raise ModelError(
-                f"{name}: adapter_config.json has {_shown(key)}: {_shown(value)}, which PEFT {version('peft')} does "
-                "not know, so nobody can say what it would change",
+                f"{name}: adapter_config.json has {_value_text(key)}: {_value_text(value)}, which PEFT "
+                f"{version('peft')} does not know, so its effect is unknown",
                 hint="remove the key if you know that the adapter is plain LoRA without it",
             )
     start = raw.get("init_lora_weights")
@@ -82,14 +82,14 @@ def refuse_strange_lora(raw: Any, defaults: Mapping[str, Any], name: str) -> Non
         raise _wrong(name, "init_lora_weights", start, "true, false or a name")
     if start not in _HARMLESS_STARTS:
         raise ModelError(
-            f"{name}: init_lora_weights: {_shown(start)} changes the base when it is loaded",
+            f"{name}: init_lora_weights: {_value_text(start)} changes the base when it is loaded",
             hint="PEFT makes plain LoRA of it: save_pretrained(path_initial_model_for_weight_conversion=...)",
         )
     for key in ("rank_pattern", "alpha_pattern"):
         for pattern in _members(raw.get(key)):
             if not _PLAIN_PATTERN.fullmatch(str(pattern)):
                 raise ModelError(
-                    f"{name}: {key} names layers by an expression ({_shown(pattern)}): write their names out"
+                    f"{name}: {key} names layers by an expression ({_value_text(pattern)}): write their names out"
                 )
     for key, (fits, words) in _TYPES.items():
         if key in raw and not fits(raw[key]):
@@ -125,7 +125,7 @@ def lora_settings(raw: Mapping[str, Any], ranks: Mapping[str, int], name: str) -
     if wrong := sorted(layer for layer, rank in ranks.items() if rank not in (0, expected[layer])):
         layer = wrong[0]
         raise ModelError(
-            f"{name}: adapter_config.json gives {_shown(layer)} rank {expected[layer]:,}, its tensors have "
+            f"{name}: adapter_config.json gives {_value_text(layer)} rank {expected[layer]:,}, its tensors have "
             f"{ranks[layer]:,}",
             hint="r and rank_pattern must be those that the adapter was trained with",
         )
@@ -151,21 +151,22 @@ def base_named_by(raw: Any, revision: Any, name: str) -> str:
     bare = raw.removeprefix("bundled:") if isinstance(raw, str) else ""
     if not _NAME.fullmatch(bare) or ".." in Path(bare).parts:
         raise ModelError(
-            f"{name}: the base that its adapter_config.json names leads elsewhere: {_shown(repr(raw))}",
+            f"{name}: the base that its adapter_config.json names leads elsewhere: {_value_text(repr(raw))}",
             hint="if you trust it: name the base as model.path and this folder as model.adapter in a recipe",
         )
     if revision is not None and (not isinstance(revision, str) or revision.startswith("refs/")):
         raise ModelError(
-            f"{name}: its adapter_config.json names a revision that is no branch or commit: {_shown(repr(revision))}"
+            f"{name}: its adapter_config.json names a revision that is not a branch or commit: "
+            f"{_value_text(repr(revision))}"
         )
     return str(raw)
 
 
 def _wrong(name: str, key: str, value: Any, words: str) -> ModelError:
-    return ModelError(f"{name}: adapter_config.json has {key}: {_shown(value)}, which is not {words}")
+    return ModelError(f"{name}: adapter_config.json has {key}: {_value_text(value)}, which is not {words}")
 
 
-def _says_nothing(value: Any) -> bool:
+def _is_empty(value: Any) -> bool:
     """null, [], {}, false or the empty text; a zero says something."""
     return value is None or value is False or (isinstance(value, str | list | dict) and not value)
 
@@ -174,7 +175,7 @@ def _members(value: Any) -> tuple[Any, ...]:
     return tuple(value) if isinstance(value, dict | list) else ()
 
 
-def _shown(value: Any) -> str:
+def _value_text(value: Any) -> str:
     """A stranger's setting in a message: short, whatever it is."""
     text = ", ".join(map(str, value[:20])) if isinstance(value, list) else str(value)
     return text if len(text) < 80 else f"{text[:77]}..."
@@ -207,7 +208,7 @@ def _places(value: Any) -> bool:
 
 def _by_name(fits: Callable[[Any], bool]) -> Callable[[Any], bool]:
     def fit(value: Any) -> bool:
-        return _says_nothing(value) or (isinstance(value, dict) and all(map(fits, value.values())))
+        return _is_empty(value) or (isinstance(value, dict) and all(map(fits, value.values())))
 
     return fit
 

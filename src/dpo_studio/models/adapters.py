@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError, reason_of
-from dpo_studio.frozen.products import base_alone
+from dpo_studio.frozen.products import adapter_disabled
 from dpo_studio.models.adapter_settings import lora_settings, refuse_strange_lora
 from dpo_studio.models.lora import LoraLinear, link_mates
 from dpo_studio.models.targets import all_linear, not_adaptable, refuse_targets, short_names
@@ -86,7 +86,7 @@ def attach(
 
 
 def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str = POLICY) -> PeftModel:
-    """The adapter saved in `folder` on `base`, or beside the adapters `base` already has.
+    """The adapter saved in `folder` on `base`, in addition to the adapters `base` already has.
 
     Raises:
         ModelError: the folder holds no LoRA adapter in safetensors, or one made for other layers.
@@ -132,7 +132,7 @@ def read_adapter_config(folder: Path) -> LoraConfig:
     if not (folder / "adapter_config.json").is_file():
         inside = (folder / "adapter" / "adapter_config.json").is_file()
         hint = f"{folder / 'adapter'} does" if inside else "an adapter folder has adapter_config.json in it"
-        raise ModelError(f"{folder} holds no adapter", hint=hint)
+        raise ModelError(f"{folder} contains no adapter", hint=hint)
     scan_folder(folder, str(folder))
     if not (folder / "adapter_model.safetensors").is_file():
         raise ModelError(
@@ -217,7 +217,8 @@ def save_adapter(policy: PeftModel, folder: Path, *, base: str, tensors: Mapping
 
 @contextmanager
 def as_reference(policy: nn.Module) -> Iterator[None]:
-    """Inside, the policy computes as its reference does: adapter off, or the frozen adapter beside it; no dropout."""
+    """Inside, the policy computes as its reference does: adapter off, or the frozen reference adapter on; no
+    dropout."""
     with in_eval(policy):
         if not isinstance(policy, PeftModel):
             yield
@@ -228,13 +229,13 @@ def as_reference(policy: nn.Module) -> Iterator[None]:
             finally:
                 policy.base_model.set_adapter(POLICY)
         else:
-            with base_alone():  # PEFT's own switch turns every parameter's gradient off and on: 25 ms on a 7B
+            with adapter_disabled():  # PEFT's own switch turns every parameter's gradient off and on: 25 ms on a 7B
                 yield
 
 
 @contextmanager
 def in_eval(model: nn.Module) -> Iterator[None]:
-    """Inside, nothing drops out; afterwards every module trains or not as before."""
+    """Inside, dropout is off; afterwards every module's mode is restored."""
     before = [module for module in model.modules() if module.training]
     model.eval()
     try:
@@ -254,7 +255,7 @@ def train_mode(policy: PeftModel) -> None:
 
 @contextmanager
 def quiet_peft() -> Iterator[None]:
-    """No warnings that the person at the keyboard cannot act on, and no gptqmodel.
+    """Inside, PEFT gives no warnings that the user cannot act on, and does not use gptqmodel.
 
     PEFT 0.21 reads a property that transformers 5.23 has renamed, and of missing tensors it only warns: that we refuse.
     Where gptqmodel is installed PEFT imports it to ask whether a layer is one of its own (never, here): 5 s, 500 MB
@@ -287,7 +288,7 @@ def _check_layers(policy: PeftModel, what: str) -> None:
     if strange := not_adaptable(under, sorted(adapted)):
         raise ModelError(
             f"{what} adapts {strange[1]} ({strange[0]}), which DPO Studio cannot train",
-            hint="take it out of the targets; `all-linear` leaves it out by itself",
+            hint="remove it from the targets; `all-linear` does not include it",
         )
     for name, module in adapted.items():
         if type(module) is not LoraLinear or module.lora_variant:
@@ -297,7 +298,7 @@ def _check_layers(policy: PeftModel, what: str) -> None:
             )
     ours = {id(p) for module in adapted.values() for p in (*module.lora_A.parameters(), *module.lora_B.parameters())}
     if others := sorted(name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in ours):
-        raise ModelError(f"{what} would train {others[0]}, which no adapter's file would hold")
+        raise ModelError(f"{what} would train {others[0]}, which no adapter's file would contain")
 
 
 def _ready_to_train(policy: PeftModel) -> PeftModel:

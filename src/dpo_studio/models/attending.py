@@ -35,14 +35,14 @@ _CHANGE_NOTHING = {
     *("cache", "cache_position", "dropout", "max_length_k", "max_length_q", "past_key_values", "position_embeddings"),
     *("position_ids", "sliding_window", "cu_seq_lens_k", "cu_seq_lens_q", "cu_seqlens"),
 }
-"""What models hand on that is in q, k, the mask or this pack already."""
+"""Arguments of models that are in q, k, the mask or the pack already."""
 
 
 def pack_note(spans: Sequence[Span], window: int | None) -> Tensor:
     """Where the pairs lie and how far a token sees, in the place of a mask: int64 (1, 1, 1 + P, 4), the window first.
 
     4-D masks reach the attention function as they are, even in models that hand on nothing else (StableLM, Nemotron),
-    and when a layer is formed again in the backward pass.
+    and when a layer is recomputed in the backward pass.
     """
     return torch.tensor([[[[window or 0, 0, 0, 0], *spans]]])
 
@@ -105,8 +105,8 @@ def _attend_plainly(
 
 @cache
 def _compiled_flex() -> Any:
-    """FlexAttention as a kernel: without compilation it forms every score, and so it does beyond torch's own limit of
-    eight kernels."""
+    """FlexAttention as a kernel: without compilation it computes every score, and so it does beyond torch's own limit
+    of eight kernels."""
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     return torch.compile(flex_attention, dynamic=False)
 
@@ -149,7 +149,7 @@ def _attend_flex(
 
 @cache
 def _capping(softcap: float) -> Callable[..., Tensor]:
-    """The same function for the same cap: a new one would be compiled anew."""
+    """The same function for the same cap: a new one would be compiled again."""
 
     def capped(score: Tensor, _batch: Any, _head: Any, _q: Any, _k: Any) -> Tensor:
         return softcap * torch.tanh(score / softcap)
@@ -169,7 +169,7 @@ def _attend_pairs(
     """Every pair of the row on its own: prompt and chosen answer causally, then the rejected answer behind the prompt.
 
     A dense mask over a row of four pairs spends most of its products on what it then masks: on two cores a step took
-    1.4 times as long. On a CPU the scores are formed in fp32, nearer to the textbook and, strangely, faster: torch's
+    1.4 times as long. On a CPU the scores are computed in fp32, nearer to the textbook and, strangely, faster: torch's
     bf16 kernel takes twice as long for answers of a hundred tokens, and a step 1.2 times.
     """
     if attention_mask is None or attention_mask.dtype != torch.int64:
@@ -214,7 +214,7 @@ def _attend(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if softcap is not None:
         assert mask is not None
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the scores are formed again, not kept
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the scores are recomputed, not kept
             return checkpoint(_attend_capped, q, k, v, mask, scale, softcap, use_reentrant=False)  # type: ignore[no-any-return]
         return _attend_capped(q, k, v, mask, scale, softcap)
     if sink_H is not None:

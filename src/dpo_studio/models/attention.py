@@ -90,7 +90,7 @@ def dense_mask(batch: MicroBatch, window: int | None = None) -> Tensor:
 
 
 def block_mask(batch: MicroBatch, window: int | None = None) -> BlockMask:
-    """The same for FlexAttention. Which blocks it visits follows from their extremes; no T x T mask is formed."""
+    """The same for FlexAttention. Which blocks it visits follows from their extremes; no T x T mask is built."""
     # a pair over its room is met rarely, and each length would have a kernel of its own
     room = batch.token_budget if batch.tokens <= batch.token_budget else 1 << (batch.tokens - 1).bit_length()
     batch = _whole_blocks(batch, max(room, _LEAST_ROOM))

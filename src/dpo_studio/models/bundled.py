@@ -20,7 +20,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_studio.config import BUNDLED, cache_folder
-from dpo_studio.disk import put_folder, scratch_folder, sweep_after
+from dpo_studio.disk import put_folder, remove_leftovers_of, scratch_folder
 from dpo_studio.errors import ModelError
 
 __all__ = ["BUNDLED_ID", "BUNDLED_MODEL", "bundled_folder", "published_name"]
@@ -48,7 +48,7 @@ def bundled_folder(name: str, say: Callable[[str], None] = lambda _: None) -> Pa
             return folder
         say(f"the bundled model in {folder} is damaged or from an older version: it is made again")
     try:
-        sweep_after(folder)
+        remove_leftovers_of(folder)
         with scratch_folder(folder) as scratch:
             _make(folder, scratch, say)
     except (OSError, SafetensorError) as error:

@@ -120,7 +120,9 @@ def add_family(family: Family) -> None:
     if family.model_type in _by_type:
         raise ValueError(f"the model type {family.model_type!r} has a family already: {_by_type[family.model_type]}")
     if family.layout not in get_args(Layout):
-        raise ValueError(f"{family.model_type}: the layout {family.layout!r} is none of {', '.join(get_args(Layout))}")
+        raise ValueError(
+            f"{family.model_type}: the layout {family.layout!r} is not one of {', '.join(get_args(Layout))}"
+        )
     _by_type[family.model_type] = family
 
 

@@ -27,7 +27,7 @@ def check_finite_adapter(folder: Path) -> None:
                 if not torch.isfinite(tensor.float()).all():
                     what = "NaN" if tensor.float().isnan().any() else "infinity"
                     raise NonFiniteError(
-                        f"{folder} is no result: tensor {name} has {what}",
+                        f"{folder} is not a result: tensor {name} has {what}",
                         hint="the training that made it had failed: train again with a lower training.learning_rate",
                     )
     except (OSError, SafetensorError) as error:

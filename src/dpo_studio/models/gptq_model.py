@@ -79,7 +79,7 @@ def _dense_twin(model: nn.Module, prefix: str, name: str, shards: Shards) -> nn.
     if not isinstance(layer, nn.Linear):
         file = shards.files[f"{prefix}.qweight"].name
         raise ModelError(
-            f"{name}: {file} has quantised weights for {prefix}, which is no linear layer of this model",
+            f"{name}: {file} has quantised weights for {prefix}, which is not a linear layer of this model",
             hint="the weights are not this model's; nothing is ever filled in at random",
         )
     return layer

@@ -39,7 +39,7 @@ class HeadLaw:
 
 
 _SMELLS = re.compile(r"(?=.*(logit|lm_head|output))(?=.*(scal|mult|cap|temper|divis))")
-"""Of keys that may change logits; which are none: scores and routers have logits, too."""
+"""Keys that may change the logits, unless `_INNER` matches: attention and routers have logits, too."""
 _INNER = re.compile(r"attn|attention|query|key|value|router|expert|moe|mlp|ssm|gate|contrastive|init|vision|audio")
 
 
@@ -58,7 +58,7 @@ def head_law(config: PreTrainedConfig) -> HeadLaw:
         _number(text, capped, None),
     )
     if law.scale == 0 or law.cap == 0:
-        raise ModelError(f"{kind} makes all its logits alike: {divided or multiplied or capped} in config.json")
+        raise ModelError(f"{kind} makes all logits equal: {divided or multiplied or capped} in config.json")
     for key, value in vars(text).items():
         if key in (divided, multiplied, capped) or not _SMELLS.search(key) or _INNER.search(key):
             continue

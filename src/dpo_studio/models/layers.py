@@ -1,4 +1,5 @@
-"""The decoder's layers while they are trained: compiled once for all of them, keeping less where memory is short.
+"""The decoder's layers while they are trained: compiled once for all of them, with activation checkpointing where
+memory is short.
 
 Shapes: none of its own; a layer takes hidden states (1, T, H) and returns the same.
 """
@@ -19,7 +20,7 @@ from dpo_studio.models.families import is_gated
 __all__ = [
     "RUNGS",
     "Recompute",
-    "as_trained",
+    "as_compiled_for_training",
     "causal_lm",
     "compiled_layers",
     "is_compiled",
@@ -29,9 +30,9 @@ __all__ = [
 
 Recompute = Literal["nothing", "mlp", "layer"]
 RUNGS: tuple[Recompute, ...] = ("nothing", "mlp", "layer")
-"""What the backward pass computes a second time instead of keeping it, the cheapest first."""
+"""What the backward pass recomputes instead of keeping it, the cheapest first."""
 _ALLOW_MATES = "skip_fwd_side_effects_in_bwd_under_checkpoint"
-"""torch's name for it: what a checkpointed part hands from q to k and v never leaves that part. Else it stays eager."""
+"""torch's name for the setting that compiles a checkpointed part in which q passes outputs to k and v."""
 
 
 @contextmanager
@@ -39,7 +40,7 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     """Inside, every layer runs compiled: one compilation serves them all, whatever the row's length.
 
     Layers rather than the whole model: a 7B's forward and backward take 8 s instead of minutes, and run as fast. The
-    first layer's input is made to need a gradient it has no use for, or that layer would be compiled on its own.
+    first layer's input is made to require an unused gradient; otherwise that layer would be compiled separately.
     """
     layers = _layers(model)
     for layer in layers:
@@ -65,12 +66,12 @@ def is_compiled(model: nn.Module) -> bool:
 
 
 @contextmanager
-def as_trained(model: nn.Module) -> Iterator[None]:
-    """Inside, compiled layers run the code they are trained with, a gradient being wanted or not.
+def as_compiled_for_training(model: nn.Module) -> Iterator[None]:
+    """Inside, compiled layers run the code compiled for training, whether or not a gradient is needed.
 
-    A pass that keeps nothing for a backward pass is compiled apart, and rounds elsewhere: a policy that had not moved
+    A pass without a backward pass is compiled separately, and rounds differently: a policy that had not moved
     was 0.25 nats a pair off its reference (bf16, four small layers), and the loss of a 7B in FP8 began at 0.82 instead
-    of ln 2. What it keeps is let go with its result. Eager layers round alike anyway.
+    of ln 2. The activations it keeps are freed with its result. Eager layers round alike anyway.
     """
     if torch.is_grad_enabled() or not is_compiled(model):
         yield
@@ -94,9 +95,10 @@ def plain_layers(model: nn.Module) -> Iterator[None]:
 
 
 def set_recompute(model: nn.Module, what: Recompute) -> None:
-    """Choose what the backward pass of `model` computes again (Chen et al. 2016, arXiv 1604.06174).
+    """Choose what the backward pass of `model` recomputes: activation checkpointing (Chen et al. 2016, arXiv
+    1604.06174).
 
-    Even with "nothing", compiled layers form act(gate) * up again: that takes 3 % of a layer's time in one memory-bound
+    Even with "nothing", compiled layers recompute act(gate) * up: that takes 3 % of a layer's time in one memory-bound
     pass, and keeping it a fifth of its memory.
 
     Not transformers' own switch: it works in training mode alone, in which BioGPT's layers drop activations of the
@@ -112,7 +114,7 @@ def set_recompute(model: nn.Module, what: Recompute) -> None:
 
 @cache
 def _checkpointed(plain: Any) -> Any:
-    """The class of a layer that keeps its inputs alone, and is computed again, in eval mode, in the backward pass."""
+    """The class of a layer that keeps only its inputs, and recomputes the rest, in eval mode, in the backward pass."""
 
     class Recomputing(plain):  # type: ignore[misc]
         def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -125,7 +127,7 @@ def _checkpointed(plain: Any) -> Any:
 
 @cache
 def _recomputing(plain: Any, *, whole: bool) -> Any:
-    """The class of an MLP that forms its activations, or `whole` all it keeps, a second time.
+    """The class of an MLP that recomputes its activations, or all that it keeps if `whole`.
 
     A class, not a function put on each module: all layers must look alike to torch.compile, or each is compiled.
     """
@@ -135,7 +137,7 @@ def _recomputing(plain: Any, *, whole: bool) -> Any:
             if whole:
                 return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]
             gate, up = self.gate_proj(x), self.up_proj(x)
-            if not torch.compiler.is_compiling():  # eager autograd would form the down projection again as well
+            if not torch.compiler.is_compiling():  # eager autograd would recompute the down projection as well
                 return self.down_proj(self._activate(gate, up))  # type: ignore[no-any-return]
             return self.down_proj(checkpoint(self._activate, gate, up, use_reentrant=False))  # type: ignore[no-any-return]
 

@@ -158,7 +158,7 @@ def load_weights(kind: Any, folder: ModelFolder, dtype: torch.dtype, attention: 
     """
     name, config = folder.name, folder.config
     if type(config) not in kind._model_mapping:
-        raise ModelError(f"{name} ({config.model_type}) is no model of this kind ({kind.__name__})")
+        raise ModelError(f"{name} ({config.model_type}) is not a model of this kind ({kind.__name__})")
     if getattr(config, "quantization_config", None):
         raise ModelError(f"{name} is quantised, and is only read so as a base to train")
     check_model_size(kind, deepcopy(config), folder.shapes, name)

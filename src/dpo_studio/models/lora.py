@@ -21,10 +21,10 @@ from dpo_studio.errors import ModelError
 from dpo_studio.frozen.linear import FrozenLinear, frozen_weight
 from dpo_studio.frozen.products import products
 
-__all__ = ["LoraLinear", "forget_what_is_ready", "link_mates"]
+__all__ = ["LoraLinear", "free_shared_outputs", "link_mates"]
 
 READ_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Names of layers that stand in one module and read the same tensor, in the order they are called."""
+"""Names of layers that are in one module and read the same tensor, in the order they are called."""
 
 
 class LoraLinear(lora.Linear):  # type: ignore[misc]
@@ -36,7 +36,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
     """(input, output) of this layer, computed in its leader's call and not asked for yet."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """The adapted output for the one active adapter; whatever else PEFT can do is PEFT's."""
+        """The adapted output for the one active adapter; everything else is computed by PEFT."""
         if self.disable_adapters and not self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         active = [name for name in self.active_adapters if name in self.lora_A]
@@ -47,7 +47,9 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
             return ready[1]
         (name,) = active
         dropout = self.lora_dropout[name]
-        if isinstance(dropout, nn.Dropout) and dropout.training:  # each layer drops its own: nothing is shared
+        if (
+            isinstance(dropout, nn.Dropout) and dropout.training
+        ):  # each layer has its own dropout mask: nothing is shared
             return self._with_dropout(x, name)
         layers = [layer for layer in self.mates if name in layer.lora_A] or [self]
         mine, *others = lora_outputs(x, layers, name)
@@ -96,8 +98,8 @@ def link_mates(model: nn.Module) -> None:
                 mates[0].mates = mates
 
 
-def forget_what_is_ready(model: nn.Module) -> None:
-    """Let go of outputs nobody will ask for: a forward pass broke off between a layer and its mates."""
+def free_shared_outputs(model: nn.Module) -> None:
+    """Free outputs that no layer will read: a forward pass stopped between a layer and its mates."""
     for module in model.modules():
         if isinstance(module, LoraLinear):
             module._ready = None

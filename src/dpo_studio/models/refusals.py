@@ -46,7 +46,7 @@ def _wrapper(config: PreTrainedConfig) -> tuple[str, str] | None:
         return None
     if config.get_text_config() is not config:
         return (
-            "is a multimodal wrapper whose text model is not told apart yet",
+            "is a multimodal wrapper whose text model is not separated yet",
             "use a text-only model of the same family; of the wrappers, Gemma 3 and Gemma 4 work",
         )
     return "is not a causal language model", "use a model that writes text, one token after the other"

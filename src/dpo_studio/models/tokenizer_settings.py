@@ -145,7 +145,7 @@ def _check_added_tokens(decoder: Any, where: str) -> None:
         ModelError: not ids and tokens, or an id that no vocabulary has.
     """
     if decoder is not None and not isinstance(decoder, dict):
-        raise ModelError(f"{where}: its added tokens are no object of ids and tokens")
+        raise ModelError(f"{where}: its added tokens are not an object of ids and tokens")
     for number in decoder or ():
         if not (number.isascii() and number.isdecimal() and len(number) < 9 and int(number) <= _LARGEST_ID):
-            raise ModelError(f"{where}: {number[:40]!r} is no token id")
+            raise ModelError(f"{where}: {number[:40]!r} is not a token id")

@@ -27,14 +27,14 @@ class AOT(Formula):
 
     kind: Literal["aot"] = "aot"
     beta: Positive = 0.1
-    """How strongly the policy is held to its reference: the larger, the closer it stays."""
+    """How strongly the policy is kept close to its reference: the larger, the closer."""
     label_smoothing: Share = 0.0
     """Share of pairs assumed mislabelled."""
     whole_step: ClassVar[bool] = True
 
     @property
     def saturates(self) -> bool:
-        """Unless some pairs count the other way round: those cost more the wider the margin."""
+        """True without label smoothing: with it, a wider margin raises the loss of the swapped share."""
         return self.label_smoothing == 0
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
@@ -54,14 +54,14 @@ class AOTUnpaired(Formula):
 
     kind: Literal["aot_unpaired"] = "aot_unpaired"
     beta: Positive = 0.1
-    """How strongly the policy is held to its reference: the larger, the closer it stays."""
+    """How strongly the policy is kept close to its reference: the larger, the closer."""
     label_smoothing: Share = 0.0
     """Share of pairs assumed mislabelled."""
     whole_step: ClassVar[bool] = True
 
     @property
     def saturates(self) -> bool:
-        """Unless some pairs count the other way round: those cost more the wider the margin."""
+        """True without label smoothing: with it, a wider margin raises the loss of the swapped share."""
         return self.label_smoothing == 0
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:

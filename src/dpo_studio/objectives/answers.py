@@ -1,4 +1,4 @@
-"""Objectives that ask something of each answer by itself, not only of the margin between the two.
+"""Objectives with a term for each answer by itself, not only for the margin between the two.
 
 Shapes: P = pairs.
 """
@@ -21,8 +21,8 @@ __all__ = ["BCO", "NCA", "SPPO", "APODown", "APOZero"]
 
 @dataclass(frozen=True)
 class NCA(Formula):
-    """Noise contrastive: the chosen answer told from noise, and neither drifting off (Chen et al. 2024, arXiv
-    2402.05369, section 4.1). Unlike DPO it keeps the chosen answer's likelihood from falling."""
+    """Noise contrastive: the chosen answer is classified against noise, and neither answer drifts (Chen et al. 2024,
+    arXiv 2402.05369, section 4.1). Unlike DPO it keeps the chosen answer's likelihood from falling."""
 
     kind: Literal["nca"] = "nca"
     beta: Positive = 0.01

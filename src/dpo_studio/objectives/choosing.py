@@ -1,4 +1,4 @@
-"""Which objectives there are, and how a recipe's section finds its own by `kind`."""
+"""The known objectives, and how a recipe's section selects one by `kind`."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class ByKind:
     """In `Annotated[Formula, ByKind()]`: pydantic takes any objective that is known when the schema is built."""
 
     without: str | None = None
-    """A kind that may not stand here."""
+    """A kind that is not allowed here."""
 
     def __get_pydantic_core_schema__(self, source: object, handler: GetCoreSchemaHandler) -> CoreSchema:
         kinds = {kind: formula for kind, formula in _known.items() if kind != self.without}
@@ -55,38 +55,40 @@ def to_objective(section: object) -> Formula:
 
 
 def register(formula: type[Formula]) -> None:
-    """Make an objective one that recipes may name; the same class again changes nothing.
+    """Register an objective that recipes may name; registering the same class again changes nothing.
 
     Raises:
         UsageError: its kind is taken.
     """
     if _known.setdefault(formula.kind, formula) is not formula:
         raise UsageError(
-            f"the objective {formula.kind!r} is there already: {_named(_known[formula.kind])}",
+            f"the objective {formula.kind!r} is already registered: {_named(_known[formula.kind])}",
             hint=f"give {_named(formula)} a kind of its own",
         )
 
 
 def _kind_of(section: object) -> str:
-    """Which objective a recipe's section means: plain DPO unless it says."""
+    """Which objective a recipe's section means: DPO by default."""
     if isinstance(section, dict):
         return str(section.get("kind", _DEFAULT))
     return str(getattr(section, "kind", type(section).__name__))
 
 
 def check_objective(formula: object) -> None:
-    """See that a recipe's section can be a class that somebody else wrote.
+    """Check that a class from outside this package can be a recipe's section.
 
     Raises:
-        UsageError: it is no concrete `Formula`, no frozen dataclass, or lacks a kind or a default.
+        UsageError: it is not a concrete `Formula` or a frozen dataclass, or lacks a kind or a default.
     """
     if not (isinstance(formula, type) and issubclass(formula, Formula)):
-        raise UsageError(f"{formula!r:.80} is no objective", hint="an objective is a subclass of objectives.Formula")
+        raise UsageError(
+            f"{formula!r:.80} is not an objective", hint="an objective is a subclass of objectives.Formula"
+        )
     name = _named(formula)
     if inspect.isabstract(formula):
         raise UsageError(f"{name} does not define {', '.join(sorted(formula.__abstractmethods__))}")
     if "__dataclass_fields__" not in vars(formula):
-        raise UsageError(f"{name} is no dataclass", hint="write @dataclass(frozen=True) over it")
+        raise UsageError(f"{name} is not a dataclass", hint="write @dataclass(frozen=True) over it")
     if "kind" not in (field.name for field in fields(formula)) or not hasattr(formula, "kind"):
         raise UsageError(f"{name} has no kind", hint='its name in a recipe: kind: Literal["my_loss"] = "my_loss"')
     try:
@@ -97,9 +99,9 @@ def check_objective(formula: object) -> None:
         hint = "it is a frozen dataclass whose fields are typed, at the top of a module, and have defaults"
         raise UsageError(f"{name} cannot be a recipe's section: {error}", hint=hint) from None
     if not (isinstance(made.kind, str) and re.fullmatch(r"[a-z][a-z0-9_]*", made.kind)):
-        raise UsageError(f"{name}: kind {made.kind!r} is no name", hint="small letters, digits and _")
+        raise UsageError(f"{name}: kind {made.kind!r} is not a name", hint="small letters, digits and _")
     if isinstance(made.beta, bool) or not isinstance(made.beta, int | float):
-        raise UsageError(f"{name}: beta is no number", hint="beta: Positive = 0.1")
+        raise UsageError(f"{name}: beta is not a number", hint="beta: Positive = 0.1")
 
 
 def _named(formula: type[Formula]) -> str:

@@ -1,4 +1,4 @@
-"""What every objective is: a formula from log-probs to losses, and the facts that training asks of it.
+"""What every objective is: a formula from log-probs to losses, and the properties that training reads.
 
 Torch is imported when a formula is called, never before: a recipe must load without it.
 """
@@ -51,7 +51,7 @@ class Formula(ABC):
 
     @property
     def needs_reference(self) -> bool:
-        """Whether the loss reads the reference; where not, none is computed for training pairs and None is given."""
+        """Whether the loss reads the reference; if not, none is computed for training pairs, and None is passed."""
         return True
 
     @property
@@ -66,10 +66,10 @@ class Formula(ABC):
 
     @property
     def saturates(self) -> bool:
-        """Whether a pair's loss is flat once its reward margin in the metrics is wide, however that came about.
+        """Whether a pair's loss is flat once its reward margin in the metrics is wide, whatever widened it.
 
         From there on the margin only drifts. Not where the margin is of log-probs a token, is pulled to a target, or
-        counts each answer by itself.
+        scores each answer by itself.
         """
         return False
 
@@ -83,5 +83,5 @@ class Formula(ABC):
         return False
 
     def with_running_mean(self, mean_log_ratio: float) -> Self:
-        """The objective of the next step, after steps whose log-ratios were `mean_log_ratio` on average."""
+        """The objective of the next step, after steps with a mean log-ratio of `mean_log_ratio`."""
         return self

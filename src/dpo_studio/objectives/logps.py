@@ -28,17 +28,17 @@ class PairLogps:
     """How many tokens each sum runs over, (P,)."""
     rejected_tokens_P: Tensor
     chosen_shared_P: Tensor | None = None
-    """The sums again, over no more tokens than the pair's shorter answer has."""
+    """The sums over the first tokens only, as many as the pair's shorter answer has."""
     rejected_shared_P: Tensor | None = None
     agreement_P: Tensor | None = None
-    """How far the pair is the model's own text, in nats: log p - log of the sum of p^2 over the vocabulary, averaged
-    over each answer's tokens, both answers added. Computed for objectives that ask; carries no gradient."""
+    """How likely the model would write this pair itself, in nats: log p - log of the sum of p^2 over the vocabulary,
+    averaged over each answer's tokens, both answers added. Computed for objectives that need it; has no gradient."""
 
     def __len__(self) -> int:
         return len(self.chosen_P)
 
     def map(self, change: Callable[[Tensor], Tensor]) -> PairLogps:
-        """Every tensor changed alike: `logps.map(Tensor.detach)`."""
+        """Apply a function to every tensor: `logps.map(Tensor.detach)`."""
 
         def of(column: Tensor | None) -> Tensor | None:
             return None if column is None else change(column)
@@ -80,7 +80,7 @@ def required(reference: PairLogps | None) -> PairLogps:
         ValueError: there is none.
     """
     if reference is None:
-        raise ValueError("this objective compares the policy with a reference, and got None for its log-probs")
+        raise ValueError("this objective compares the policy with a reference, but its log-probs are None")
     return reference
 
 
@@ -101,7 +101,7 @@ def margin(policy: PairLogps, reference: PairLogps | None) -> Tensor:
 
 
 def per_token(logps: PairLogps, chosen_P: Tensor, rejected_P: Tensor) -> tuple[Tensor, Tensor]:
-    """Both columns divided by their answers' tokens; an answer of which nothing is scored counts one."""
+    """Both columns divided by their answers' tokens; an answer without scored tokens counts one."""
     return chosen_P / logps.chosen_tokens_P.clamp(min=1), rejected_P / logps.rejected_tokens_P.clamp(min=1)
 
 
@@ -118,5 +118,5 @@ def log_sigmoid(x_P: Tensor) -> Tensor:
 
 
 def smoothed_logistic(margin_P: Tensor, label_smoothing: float) -> Tensor:
-    """The logistic loss where this share of the pairs is taken to be the other way round."""
+    """The logistic loss with label smoothing: this share of the pairs is assumed to be swapped."""
     return -(1 - label_smoothing) * log_sigmoid(margin_P) - label_smoothing * log_sigmoid(-margin_P)

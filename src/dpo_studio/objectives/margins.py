@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["DPO", "EXO", "FDPO", "IPO", "LDDPO", "WPO", "DPONorm", "DiscoPOP", "Hinge", "Robust"]
 
 _LARGEST_EXPONENT = 80.0
-"""e^80 is 5.5e34: fp32 holds it, and a thousand times it. TRL stops there too."""
+"""e^80 is 5.5e34: fp32 can represent it, and a thousand times it. TRL stops there too."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class DPO(Formula):
 
     kind: Literal["dpo"] = "dpo"
     beta: Positive = 0.1
-    """How strongly the policy is held to its reference: the larger, the closer it stays."""
+    """How strongly the policy is kept close to its reference: the larger, the closer."""
     label_smoothing: Share = 0.0
     """Share of pairs assumed mislabelled (conservative DPO, Mitchell 2023, Eq. 3 of the note)."""
 
@@ -45,7 +45,7 @@ class DPO(Formula):
 
     @property
     def saturates(self) -> bool:
-        """Unless some pairs count the other way round: those cost more the wider the margin."""
+        """True without label smoothing: with it, a wider margin raises the loss of the swapped share."""
         return self.label_smoothing == 0
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
@@ -55,12 +55,12 @@ class DPO(Formula):
 
 @dataclass(frozen=True)
 class DPONorm(Formula):
-    """DPO on log-ratios a token, so that a long answer weighs no more than a short one (Tülu 3, Lambert et al. 2024,
+    """DPO on log-ratios per token, so that a long answer weighs no more than a short one (Tülu 3, Lambert et al. 2024,
     arXiv 2411.15124; TRL's `sigmoid_norm`)."""
 
     kind: Literal["dpo_norm"] = "dpo_norm"
     beta: Positive = 5.0
-    """As DPO's, for log-ratios that are some hundred times smaller: Tülu 3 takes 5."""
+    """As DPO's, for log-ratios about a hundred times smaller: Tülu 3 takes 5."""
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
         """Loss of each pair, (P,)."""
@@ -101,7 +101,7 @@ class Hinge(Formula):
 @dataclass(frozen=True)
 class Robust(Formula):
     """DPO whose average over mislabelled pairs is the loss of the right labels (Ray Chowdhury et al. 2024, arXiv
-    2403.00409, section 3.1). Unlike conservative DPO it has no margin at which a pair is settled."""
+    2403.00409, section 3.1). Unlike conservative DPO it has no margin at which the loss is least."""
 
     kind: Literal["robust"] = "robust"
     beta: Positive = 0.1
@@ -113,7 +113,7 @@ class Robust(Formula):
 
     @property
     def saturates(self) -> bool:
-        """Where this is DPO; else the loss falls without end."""
+        """True where this is DPO; otherwise the loss falls without bound."""
         return self.label_smoothing == 0
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
@@ -126,7 +126,7 @@ class Robust(Formula):
 class EXO(Formula):
     """The reverse KL from the policy's preference to the (smoothed) label (Ji et al. 2024, arXiv 2402.00856, Eq. 16).
 
-    DPO's is the forward KL. This one has a floor: a margin at which the policy's preference is the label's.
+    DPO's is the forward KL. This one has a minimum: the margin at which the policy's preference equals the label's.
     """
 
     kind: Literal["exo"] = "exo"
@@ -181,7 +181,7 @@ class FDPO(Formula):
 
     @property
     def saturates(self) -> bool:
-        """Where this is DPO; the rewards of other divergences are not beta times the log-ratio."""
+        """True where this is DPO; the rewards of other divergences are not beta times the log-ratio."""
         return self.divergence == "reverse_kl"
 
     @property
@@ -212,7 +212,7 @@ class LDDPO(Formula):
     beta: Positive = 0.1
     """As DPO's."""
     alpha: Annotated[float, Field(ge=0, le=1, strict=True)] = 0.5
-    """Weight of those tokens: 1 is DPO, 0 leaves them out. TRL's `ld_alpha`."""
+    """Weight of those tokens: 1 is DPO, 0 ignores them. TRL's `ld_alpha`."""
     saturates: ClassVar[bool] = True
 
     def __call__(self, policy: PairLogps, reference: PairLogps | None) -> Tensor:
@@ -234,8 +234,8 @@ class LDDPO(Formula):
 
 @dataclass(frozen=True)
 class WPO(Formula):
-    """DPO that hears the pairs most that the policy could have written itself (Zhou et al. 2024, arXiv 2406.11827,
-    Eq. 2, the weights aligned by what a token drawn from the policy would have)."""
+    """DPO weighted by how likely the policy would write the pair itself (Zhou et al. 2024, arXiv 2406.11827,
+    Eq. 2, the weights normalised by those of tokens sampled from the policy)."""
 
     kind: Literal["wpo"] = "wpo"
     beta: Positive = 0.1

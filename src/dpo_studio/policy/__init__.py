@@ -1,1 +1,1 @@
-"""What is trained, and what it is held close to: the only room that knows a policy is a LoRA adapter of PEFT's."""
+"""The policy and its moving reference: the only package that knows that a policy is a LoRA adapter of PEFT."""

@@ -1,10 +1,11 @@
-"""A reference that moves (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656, section 3), held as one more LoRA adapter.
+"""A reference that moves (TR-DPO, Gorbatovski et al. 2024, arXiv 2404.09656, section 3), kept as one more LoRA adapter.
 
 Soft update: theta_ref <- share * theta_policy + (1 - share) * theta_ref. Hard update: theta_ref <- theta_policy.
 
-Policy and reference have the base's weights in common, so only the products scale * B A are mixed. Mixing the factors
-would be another model: (B + B')(A + A') has cross terms. A sum of products is a product of stacks, [B B'] [A; A'], and
-so an adapter whose rank is the sum of the ranks. It grows with every soft update, until singular values are cut off.
+Policy and reference share the base's weights, so only the products scale * B A are interpolated. Interpolating the
+factors would give another model: (B + B')(A + A') has cross terms. A sum of products is a product of stacks,
+[B B'] [A; A'], an adapter whose rank is the sum of the ranks. The rank grows with every soft update, until it is
+truncated (SVD).
 
 Shapes: O, I = outputs and inputs of a linear layer, R = rank, K = the smaller of rank and width.
 """
@@ -24,24 +25,24 @@ __all__ = ["RANKS_KEPT", "move_reference", "put_reference", "reference_state"]
 
 RANKS_KEPT = 4
 """The reference's rank, at most, in ranks of the policy's adapter. In training successive policies share most of their
-directions: on SmolLM2-135M 4 cut off 7e-6, less than bf16 rounds; of twelve unrelated policies it would be 2 %."""
+directions: on SmolLM2-135M 4 truncate 7e-6, less than bf16 rounds; of twelve unrelated policies it would be 2 %."""
 
 
 @torch.no_grad()
 def move_reference(policy: PeftModel, share: float) -> float:
-    """Let the reference take `share` of the policy's weights and keep the rest of its own.
+    """Interpolate: `share` of the policy's weights, the rest of the reference's own.
 
-    Returns what the limit on its rank cut off in the worst layer: Frobenius norm of the rest over that of the whole.
-    Such errors fade with the old reference, a geometric series: together they come to the worst cut / share at most.
+    Returns the relative truncation error of the worst layer, in Frobenius norms. Such errors decay with the old
+    reference, a geometric series: their sum is at most the worst cut / share.
     """
     most = RANKS_KEPT * max(config.r for config in policy.peft_config.values())
     worst = 0.0
     for layer in _layers(policy).values():
-        A_RI, B_OR = _mixed(layer, share)
+        A_RI, B_OR = _interpolated(layer, share)
         if len(A_RI) > most:
             A_RI, B_OR, cut = _truncated(A_RI, B_OR, most)
             worst = max(worst, cut)
-        _hold(layer, A_RI, B_OR)
+        _set_reference(layer, A_RI, B_OR)
     _make_known(policy)
     return worst
 
@@ -53,12 +54,12 @@ def reference_state(policy: PeftModel) -> dict[str, Tensor]:
 
 
 def put_reference(policy: PeftModel, tensors: dict[str, Tensor]) -> None:
-    """Make the reference what `reference_state` once returned."""
+    """Restore the reference that `reference_state` returned."""
     for name, layer in _layers(policy).items():
         A_RI, B_OR = (tensors.get(f"{name}.{factor}.{REFERENCE}.weight") for factor in ("lora_A", "lora_B"))
         if A_RI is not None and B_OR is not None:
             device = next(iter(layer.lora_A.values())).weight.device
-            _hold(layer, A_RI.to(device), B_OR.to(device))
+            _set_reference(layer, A_RI.to(device), B_OR.to(device))
     _make_known(policy)
 
 
@@ -66,11 +67,11 @@ def _layers(policy: PeftModel) -> dict[str, lora.LoraLayer]:
     return {name: module for name, module in policy.named_modules() if isinstance(module, lora.LoraLayer)}
 
 
-def _mixed(layer: lora.LoraLayer, share: float) -> tuple[Tensor, Tensor]:
-    """The stacks whose product is the mixture. B's columns carry the weights, so that one scale suits them all."""
+def _interpolated(layer: lora.LoraLayer, share: float) -> tuple[Tensor, Tensor]:
+    """The stacks whose product is the interpolated one. B's columns include the weights: one scale serves all."""
     there = [name for name in (POLICY, REFERENCE) if name in layer.lora_A]
     if share == 1:
-        there = there[:1]  # the policy's own bits
+        there = there[:1]  # a copy of the policy, to the bit
     weights = {POLICY: share, REFERENCE: 1 - share}
     A_RI = torch.cat([layer.lora_A[name].weight for name in there])
     columns = [weights[name] * (layer.scaling[name] / _scale(layer)) * layer.lora_B[name].weight for name in there]
@@ -93,8 +94,8 @@ def _truncated(A_RI: Tensor, B_OR: Tensor, rank: int) -> tuple[Tensor, Tensor, f
     return A.to(A_RI.dtype), B.to(B_OR.dtype), cut.item()
 
 
-def _hold(layer: lora.LoraLayer, A_RI: Tensor, B_OR: Tensor) -> None:
-    """Give a layer its reference adapter, of any rank, in place of the one it has."""
+def _set_reference(layer: lora.LoraLayer, A_RI: Tensor, B_OR: Tensor) -> None:
+    """Replace a layer's reference adapter by one of any rank."""
     layer.scaling[REFERENCE] = _scale(layer)
     layer.r[REFERENCE] = len(A_RI)
     layer.lora_dropout[REFERENCE] = nn.Identity().eval()
@@ -113,7 +114,7 @@ def _frozen(weight_OI: Tensor) -> nn.Linear:
 
 
 def _make_known(policy: PeftModel) -> None:
-    """Tell PEFT of the reference adapter, if it has not loaded one itself."""
+    """Register the reference adapter with PEFT, unless PEFT has loaded one."""
     if REFERENCE not in policy.peft_config:
         config = copy(policy.peft_config[POLICY])
         config.inference_mode = True

@@ -1,4 +1,4 @@
-"""The policy: what is trained. Today a LoRA adapter on a frozen base; beside it there may be a frozen reference."""
+"""The policy: the model that is trained. A LoRA adapter on a frozen base, with a frozen reference adapter if named."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = ["Policy"]
 
 @dataclass(frozen=True, eq=False)
 class Policy:
-    """What is trained, on the model that computes it. Loop, checkpoints and reports know it by these members alone."""
+    """The trained adapter and the model that computes it. Loop, checkpoints and reports use only these members."""
 
     model: PeftModel
     """Computes log-probs as the policy does when it is called."""
@@ -45,7 +45,7 @@ class Policy:
         """A fresh adapter on `base`: A random from `seed`, B zero, so the policy starts as the base.
 
         Raises:
-            ModelError: a target names no linear layer, or one that is never adapted.
+            ModelError: a target names no linear layer, or one that cannot be adapted.
         """
         return cls(attach(base, section, seed=seed, say=say))
 
@@ -54,12 +54,12 @@ class Policy:
         """The adapter saved in `folder` on `base`.
 
         Raises:
-            ModelError: the folder holds no LoRA adapter in safetensors, or one made for other layers.
+            ModelError: the folder contains no LoRA adapter in safetensors, or one made for other layers.
         """
         return cls(attach_existing(base, folder, trainable=trainable))
 
     def hold_close_to(self, folder: Path) -> None:
-        """Put the adapter saved in `folder` beside the policy's: a frozen reference.
+        """Load the adapter saved in `folder` as the frozen reference.
 
         Raises:
             ModelError: as `saved`.
@@ -78,15 +78,15 @@ class Policy:
         return adapter_state(self.model)
 
     def train_mode(self) -> None:
-        """Dropout in the adapter alone; the frozen base has none."""
+        """Turn on dropout, in the adapter only."""
         train_mode(self.model)
 
     def in_eval(self) -> AbstractContextManager[None]:
-        """Inside, nothing drops out."""
+        """Inside, dropout is off."""
         return in_eval(self.model)
 
     def as_reference(self) -> AbstractContextManager[None]:
-        """Inside, `model` computes as the reference does: adapter off, or the frozen one beside it; no dropout."""
+        """Inside, `model` computes as the reference does: adapter off, or the reference's adapter on; no dropout."""
         return as_reference(self.model)
 
     def state(self) -> dict[str, Tensor]:
@@ -94,7 +94,7 @@ class Policy:
         return saved_tensors(self.model)
 
     def restore(self, saved: Mapping[str, Tensor]) -> None:
-        """Make the trained tensors what `state` once returned.
+        """Restore the trained tensors that `state` returned.
 
         Raises:
             KeyError, RuntimeError: a tensor is missing or has another shape.
@@ -107,7 +107,7 @@ class Policy:
         save_adapter(self.model, folder, base=base)
 
     def prove(self, folder: Path) -> None:
-        """See that plain PEFT loads the adapter in `folder` as this policy.
+        """Check that plain PEFT loads the adapter in `folder` as this policy.
 
         Raises:
             ModelError: it does not.
@@ -115,7 +115,7 @@ class Policy:
         prove_adapter(self.model, folder)
 
     def prove_trial(self, scratch: Path, *, base: str) -> None:
-        """The same before anything is trained, with noise in every tensor, saved to `scratch`; nothing changes here.
+        """The same before training, with noise in every tensor, saved to `scratch`; the policy is unchanged.
 
         Raises:
             ModelError: plain PEFT would not compute with what this training saves.
@@ -123,7 +123,7 @@ class Policy:
         prove_trial(self.model, scratch, base=base)
 
     def move_reference(self, share: float) -> float:
-        """Let the reference take `share` of the policy's weights (TR-DPO); returns what its limit on rank cut off."""
+        """Move the reference by `share` towards the policy (TR-DPO); returns the truncation error."""
         return move_reference(self.model, share)
 
     def reference_state(self) -> dict[str, Tensor]:
@@ -131,5 +131,5 @@ class Policy:
         return reference_state(self.model)
 
     def restore_reference(self, saved: dict[str, Tensor]) -> None:
-        """Make the reference what `reference_state` once returned."""
+        """Restore the reference that `reference_state` returned."""
         put_reference(self.model, saved)

@@ -1,8 +1,8 @@
-"""The proof that plain PEFT reads an adapter back as it was saved, before a night is spent on training it.
+"""The proof, before training, that plain PEFT loads an adapter as it was saved.
 
-PEFT renames tensors while it loads (its own rules, and those of transformers for the family), and of what then finds no
-layer it only warns: such layers keep the values they were made with. So the adapter is loaded the way its user will,
-onto an empty base of the same class and config, and every tensor is looked for at the module it was saved from.
+PEFT renames tensors while it loads (its own rules, and those of transformers for the family), and it only
+warns of tensors without a layer: such layers keep their initial values. So the adapter is loaded as a user loads it,
+onto an empty base of the same class and config, and every tensor is compared at the module it was saved from.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ _SUFFIX = f".{POLICY}.weight"
 
 
 def prove_trial(policy: PeftModel, scratch: Path, *, base: str, seed: int = 0) -> None:
-    """Save the policy's adapter to `scratch` with noise in every tensor, and prove that; the policy stays as it is.
+    """Save the policy's adapter to `scratch` with noise in every tensor, and prove that; the policy is unchanged.
 
-    A fresh adapter's own B is zero, and so is that of a layer whose tensors were lost.
+    Without noise a fresh adapter's B is zero, like that of a layer whose tensors were lost.
 
     Raises:
         ModelError: plain PEFT would not compute with what this training saves.
@@ -41,11 +41,11 @@ def prove_trial(policy: PeftModel, scratch: Path, *, base: str, seed: int = 0) -
 
 
 def prove_adapter(policy: PeftModel, folder: Path, meant: dict[str, Tensor] | None = None) -> None:
-    """See that plain PEFT loads `folder` as what was `meant`, by default the policy's own adapter.
+    """Check that plain PEFT loads `folder` as the tensors `meant`, by default the policy's own adapter.
 
     Raises:
-        ModelError: a tensor is missing, is another, or is on another layer; or something else would be adapted, or
-            with another scale.
+        ModelError: a tensor is missing, differs, or is on another layer; or other layers would be adapted, or with
+            another scale.
     """
     meant = saved_tensors(policy) if meant is None else meant
     _check_file(folder, meant)
@@ -56,10 +56,10 @@ def _check_file(folder: Path, meant: dict[str, Tensor]) -> None:
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         names = set(file.keys())
         for name in sorted(names ^ meant.keys()):
-            raise _broken(f"its file {'lacks' if name in meant else 'also holds'} the tensor {name}")
+            raise _broken(f"its file {'lacks' if name in meant else 'also has'} the tensor {name}")
         for name in sorted(names):
             if not _same(file.get_tensor(name), meant[name]):
-                raise _broken(f"in its file the tensor {name} is another than the one that was trained")
+                raise _broken(f"in its file the tensor {name} differs from the trained one")
 
 
 def _loaded(policy: PeftModel, folder: Path) -> PeftModel:
@@ -101,10 +101,10 @@ def _same(one: Tensor, other: Tensor) -> bool:
 
 
 def _empty_like(model: PreTrainedModel) -> nn.Module:
-    """A model of the same class and config, on the CPU, whose weights take no memory and hold nothing.
+    """A model of the same class and config, on the CPU, whose weights take no memory and have no values.
 
     On `meta`, where weights take no memory either, PEFT 0.21 loads nothing. A quantised base's layers are plain ones
-    here: PEFT names tensors by where a layer is.
+    here: PEFT names tensors by the module's path.
     """
     config = deepcopy(model.config)
     for part in (config, config.get_text_config()):
@@ -128,12 +128,12 @@ def _empty_like(model: PreTrainedModel) -> nn.Module:
 
 
 def _empty(tensor: Tensor) -> Tensor:
-    """A tensor of this shape with one element behind it."""
+    """A tensor of this shape with one element of memory."""
     return torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
 
 
 def _broken(what: str) -> ModelError:
     return ModelError(
         f"plain PEFT would not load what this training saves: {what}",
-        hint="leave that layer out (adapter.targets), and please report the model",
+        hint="train without that layer (adapter.targets), and please report the model",
     )

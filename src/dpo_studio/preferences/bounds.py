@@ -1,7 +1,7 @@
-"""What a row and a file of rows may have at most, and the opening of both: nothing is read that is not counted.
+"""What a row and a file of rows may have at most, and the opening of both: nothing is read uncounted.
 
 Every limit is far above what honest data has, and one line says which was met: memory and time follow from them, not
-from what a stranger wrote.
+from untrusted data.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ MAX_DEPTH = 100
 _MAX_VALUES = 1_000_000
 """Values of a row, each a Python object of some 60 bytes: the same 16 MiB as `[],[],...` would take half a gigabyte."""
 _COUNT_FROM = MIB  # a shorter row cannot have so many
-_MOST_UNFOLDED = 100
-"""How many times its size a .gz may unfold to. Text unfolds to 3 to 20 times; only the same again and again to more."""
+_MOST_DECOMPRESSED = 100
+"""How many times its size a .gz may decompress to. Text decompresses to 3 to 20 times; only repetition to more."""
 _ALWAYS_UNFOLDED = 64 * MIB
 
 
@@ -63,7 +63,7 @@ def checked(row: object, opened: int) -> object:
 
 
 def too_many_values(text: str | bytes) -> BadRow | None:
-    """Told from a row's text before it is parsed."""
+    """Decided by a row's text before it is parsed."""
     if len(text) < _COUNT_FROM:
         return None
     marks = text.count(",") + text.count("[") if isinstance(text, str) else text.count(b",") + text.count(b"[")
@@ -84,10 +84,10 @@ def numbered(rows: Iterator[object], name: str) -> Iterator[tuple[int, object]]:
 
 @contextmanager
 def reading_rows(path: Path | str) -> Iterator[BinaryIO]:
-    """A source of rows, opened once; what a .gz holds is unfolded. What goes wrong while it is read names it.
+    """A source of rows, opened once; a .gz is decompressed. Errors while reading name it.
 
     Raises:
-        DataError: it cannot be opened or read, or unfolds to too much.
+        DataError: it cannot be opened or read, or decompresses to too much.
     """
     with open_rows(path) as stream:
         try:
@@ -111,7 +111,7 @@ def as_utf8(stream: BinaryIO) -> str:
 
 
 def open_rows(path: Path | str) -> BinaryIO:
-    """The bytes of a source: those of a .gz unfolded, and counted."""
+    """The bytes of a source: those of a .gz decompressed, and counted."""
     stream = open_input(path, what="source")
     if not os.fspath(path).lower().endswith(".gz"):
         return stream
@@ -119,12 +119,12 @@ def open_rows(path: Path | str) -> BinaryIO:
 
 
 class _Unfolded(io.RawIOBase):
-    """What a gzip holds, until it is more than text of that size can be."""
+    """The content of a gzip, up to the most that text of that size can be."""
 
     def __init__(self, folded: BinaryIO, name: str) -> None:
         size = os.fstat(folded.fileno()).st_size
         self._folded, self._gzip, self._name = folded, gzip.GzipFile(fileobj=folded), name
-        self._most, self._so_far = max(_ALWAYS_UNFOLDED, _MOST_UNFOLDED * size), 0
+        self._most, self._so_far = max(_ALWAYS_UNFOLDED, _MOST_DECOMPRESSED * size), 0
 
     def readable(self) -> bool:
         return True
@@ -137,8 +137,8 @@ class _Unfolded(io.RawIOBase):
         self._so_far += count
         if self._so_far > self._most:
             raise DataError(
-                f"{self._name} unfolds to over {self._most // MIB:,} MiB, {_MOST_UNFOLDED} times its size",
-                hint="text does not; if you trust it, unpack it with gunzip and name what it gives",
+                f"{self._name} decompresses to over {self._most // MIB:,} MiB, {_MOST_DECOMPRESSED} times its size",
+                hint="text does not; if you trust it, unpack it with gunzip and name the result",
             )
         return count
 

@@ -1,7 +1,7 @@
-"""What a row or a message holds beside its text: empty, harmless, used, or refused by name, never left out in silence.
+"""What a row or a message contains besides its text: empty, harmless, used, or refused with its name, never dropped.
 
 A server renders an answer's thoughts, a row's tools and a template's settings; trained without them, a model learns
-another prompt than the one it will be asked, and nobody is told.
+another prompt than the one it will be asked, unnoticed.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ _ROLES = frozenset(
 )
 _MESSAGE_LISTS = ("messages", "conversations", "conversation")
 _LONGEST_JSON = 1_000_000
-"""Characters that are looked into: a longer text is an answer of its own kind."""
+"""Characters that are searched: a longer text is an ordinary answer."""
 _AS_PYTHON = re.compile(
     r"(?:array\()?[\[(]?\s*\{\s*(?:"
     r"'(?:role|content|from|value|messages|conversations)'"
@@ -65,7 +65,7 @@ def is_empty(value: object) -> bool:
 def strange_in_row(row: Mapping[str, object]) -> str | None:
     """The first column that a server would render and we do not, in words; None where there is none."""
     for name in row:
-        if (plain := _plain(name)) in _PLAIN_ROW and _holds(row[name]):
+        if (plain := _plain(name)) in _PLAIN_ROW and _is_set(row[name]):
             return f"row has {name}, which are not supported"
         if plain in _PLAIN_SETTINGS and not is_empty(row[name]):  # `false` is a setting like others
             return f"row has {name}, which are not supported"
@@ -74,7 +74,7 @@ def strange_in_row(row: Mapping[str, object]) -> str | None:
     return None
 
 
-def _holds(value: object) -> bool:
+def _is_set(value: object) -> bool:
     return value is not False and not is_empty(value)
 
 
@@ -84,7 +84,7 @@ def strange_in_message(message: Mapping[str, object], role: str) -> str | None:
         if name in ("role", "content"):
             continue
         plain = _plain(name)
-        if (plain in _PLAIN_MESSAGE or (role == "tool" and name in _TOOL_TURN)) and _holds(value):
+        if (plain in _PLAIN_MESSAGE or (role == "tool" and name in _TOOL_TURN)) and _is_set(value):
             what = "tool calls" if name in ("tool_calls", "function_call") else name
             return f"has a message with {what}, which are not supported"
         if plain in _TRAINED and weight_of(value) == 0:

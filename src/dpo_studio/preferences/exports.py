@@ -4,7 +4,7 @@
     argilla-2      fields {prompt, response_a, response_b}, responses {preference: [{value, user_id, status}]};
                    or one column each, preference.responses being a list (what `to_datasets` writes)
 
-Columns are found by their names where there is no choice (`guesses.py`), else `--map` names them.
+Columns are found by their names where these are unambiguous (`guesses.py`), else `--map` names them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _COLUMNS = "its columns do not say which is the prompt and which two are the ans
 
 
 def majority(meanings: Sequence[str]) -> str:
-    """What more than half of the annotators said; the first of them alone decides nothing.
+    """The value of more than half of the annotators; the first of them alone does not decide.
 
     Raises:
         RowError: no meaning has more than half of the votes, which is a tie, or there is no vote.

@@ -44,7 +44,7 @@ UNREAD = {
 """Files that people have and that are not read, and what to do with them."""
 _MAX_WHOLE = 64 * MIB  # an object around the array is read whole: some 1 GB of Python objects at the worst
 _MAX_LINE = 2**30
-"""Bytes of a line that are passed over: a line has an end, or the file is no JSON Lines."""
+"""Bytes of a line that are skipped: a longer line means that the file is not JSON Lines."""
 _MAX_BLANK = 1_000_000
 """Blank lines one after the other: a .gz of nothing else is small, and takes minutes."""
 _DECODER = json.JSONDecoder(parse_constant=lambda name: None)
@@ -53,10 +53,10 @@ _SPACE = re.compile(r"[ \t\n\r]*")
 
 
 def file_rows(path: Path | str) -> Iterator[object]:
-    """The rows of a file by its ending; of a stream (`-`, /dev/fd/N) as JSON, which says itself what it is.
+    """The rows of a file by its ending; of a stream (`-`, /dev/fd/N) as JSON, whose content shows its shape.
 
     Raises:
-        DataError: it is no kind of file that is read; while rows are drawn: it cannot be read.
+        DataError: it is not a kind of file that is read; while rows are drawn: it cannot be read.
     """
     name = str(path).lower()
     if is_own_stream(path) or name.endswith((".json", ".json.gz")):
@@ -69,7 +69,7 @@ def file_rows(path: Path | str) -> Iterator[object]:
         return csv_rows(Path(path), "\t")
     if name.endswith(".parquet"):
         return parquet_rows(Path(path))
-    open_rows(path).close()  # what is no file at all is told first
+    open_rows(path).close()  # a missing file is reported first
     advice = UNREAD.get(Path(name).suffix)
     hint = f"{advice}; " if advice else ""
     raise DataError(
@@ -86,7 +86,7 @@ def _json_lines(path: Path | str) -> Iterator[object]:
 
 
 def _rows_of_lines(stream: BinaryIO, path: Path | str) -> Iterator[object]:
-    """One row a line; blank lines are no rows. Only a newline ends a line: U+2028 may stand in an answer."""
+    """One row a line; blank lines are not rows. Only a newline ends a line: U+2028 may be in an answer."""
     blank = 0
     for number, line in enumerate(_lines(stream, path), 1):
         if line is None:
@@ -103,7 +103,7 @@ def _rows_of_lines(stream: BinaryIO, path: Path | str) -> Iterator[object]:
 
 
 def _lines(stream: BinaryIO, path: Path | str) -> Iterator[bytes | None]:
-    """The lines of a file; None for one that is too long, whose rest is passed over."""
+    """The lines of a file; None for one that is too long, whose rest is skipped."""
     while line := stream.readline(MAX_ROW):
         if len(line) < MAX_ROW or line.endswith(b"\n"):
             yield line
@@ -114,7 +114,7 @@ def _lines(stream: BinaryIO, path: Path | str) -> Iterator[bytes | None]:
             if length > _MAX_LINE:
                 raise DataError(
                     f"{shown_path(path)} has a line of over {_MAX_LINE // MIB:,} MiB",
-                    hint="each line holds one JSON object",
+                    hint="each line must be one JSON object",
                 )
         yield None
 
@@ -125,7 +125,7 @@ def _parse_line(line: bytes, stream: BinaryIO, path: Path | str, number: int) ->
     except UnicodeDecodeError:
         raise DataError(f"{shown_path(path)}, line {number}: not UTF-8 text", hint=as_utf8(stream)) from None
     except (ValueError, RecursionError) as error:
-        hint = "each line holds one JSON object" + (
+        hint = "each line must be one JSON object" + (
             "; a file that is one JSON array is named .json" if line.lstrip()[:1] == b"[" else ""
         )
         raise DataError(f"{shown_path(path)}, line {number}: not JSON ({_why(error)})", hint=hint) from None
@@ -180,7 +180,7 @@ def _elements(text: str, stream: TextIO, path: Path | str) -> Iterator[object]:
 
 
 def _element(text: str, at: int) -> tuple[object, int, str]:
-    """The element that begins here, where the comma or bracket after it stands, and which of the two it is."""
+    """The element that begins here, the position of the comma or bracket after it, and which of the two it is."""
     element, end = _DECODER.raw_decode(text, _after_space(text, at))
     end = _after_space(text, end)
     if text[end] not in ",]":

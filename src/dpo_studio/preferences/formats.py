@@ -21,7 +21,7 @@
     ultrafeedback-raw instruction, completions [{response, fine-grained_score}]: the best against the worst
     label-studio      data, annotations; argilla-2: fields, responses (exports.py): the majority holds
 
-A label that says tie is looked at before the answers are: a tie is no broken row.
+A label that says tie is read before the answers: a tie is not a broken row.
 """
 
 from __future__ import annotations
@@ -313,7 +313,7 @@ def add_format(name: str, columns: Iterable[str], parse: Parser) -> None:
         UsageError: the name is taken or none, or no column is named.
     """
     if not _NAME.fullmatch(name):
-        raise UsageError(f"{name!r:.80} is no name of a format", hint="small letters, digits, - and _")
+        raise UsageError(f"{name!r:.80} is not a format's name", hint="small letters, digits, - and _")
     if name in FORMATS or name in _OTHER_NAMES:
         raise UsageError(f"the format {name!r} is there already", hint=f"taken are {formats_help()}")
     named = [columns] if isinstance(columns, str) else list(columns)

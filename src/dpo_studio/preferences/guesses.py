@@ -35,7 +35,7 @@ _ORDERED = (("a", "b"), ("1", "2"), ("0", "1"), ("left", "right"), ("first", "se
 _SIDES = ("first", "second")
 _TIES = {"tie", "tied", "equal", "equally", "same", "draw", "both", "neither", "none"}
 _SHORT = 40
-"""Characters: what is longer is no label."""
+"""Characters: anything longer is not a label."""
 
 
 def words_of(name: object) -> tuple[str, ...]:
@@ -98,14 +98,14 @@ def suggested_map(rows: Sequence[Row]) -> str | None:
     if prompt is None:
         return None
     answers = [name for name in texts if name != prompt and not _NUMBERS & {*words_of(name)}]
-    better, worse = (_only(name for name in answers if side & {*words_of(name)}) for side in (_BETTER, _WORSE))
+    better, worse = (_only_one(name for name in answers if side & {*words_of(name)}) for side in (_BETTER, _WORSE))
     if better is not None and worse is not None:
         return _options({"prompt": prompt, "chosen": better, "rejected": worse})
     both = answer_columns(answers)
     if both is None:
         return _two_lists(rows, prompt)
     columns = {"prompt": prompt, "first": both[0], "second": both[1]}
-    label = _only(name for name in _names(rows) if name not in both and _is_label(name, rows))
+    label = _only_one(name for name in _names(rows) if name not in both and _is_label(name, rows))
     if label is not None:
         return _options(columns | {"label": label}, _label_options(rows, label, both))
     numbers = _in_order(name for name in _names(rows) if _NUMBERS & {*words_of(name)} - {"id", "index"})
@@ -149,7 +149,7 @@ def _names(rows: Sequence[Row]) -> list[str]:
     return list(dict.fromkeys(name for row in rows for name in row if isinstance(name, str)))
 
 
-def _only(names: Iterable[str]) -> str | None:
+def _only_one(names: Iterable[str]) -> str | None:
     found = list(names)
     return found[0] if len(found) == 1 else None
 

@@ -1,4 +1,4 @@
-"""Any other shape, by the user's own words: `map` names the columns, `label` says what the label's values mean.
+"""Any other shape, by the user's options: `map` names the columns, `label` says what the label's values mean.
 
     map: {prompt: question, chosen: good, rejected: bad, system: system}
 
@@ -218,7 +218,7 @@ def _flat(value: object) -> list[object]:
 
 
 def _dig(row: object, path: str, *, through_lists: bool = False) -> object:
-    """What stands at a column, or at a path of keys and list places with dots; None if nothing does.
+    """The value of a column, or at a path of keys and list positions with dots; None if it is missing.
 
     Through lists: a name is looked up in the objects of lists within a list too.
     """

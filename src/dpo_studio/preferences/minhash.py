@@ -53,7 +53,7 @@ def signature(text: str) -> Signatures:
 
 def filled(signatures_NK: Signatures) -> Signatures:
     """(N, K) with each empty place filled from the next that is not, counted round, marked by how far that was."""
-    for start in range(0, len(signatures_NK), 256):  # what is formed on the way takes 8 KB a text
+    for start in range(0, len(signatures_NK), 256):  # intermediate values take 8 KB a text
         part_NK = signatures_NK[start : start + 256]
         if (part_NK == _EMPTY).any():
             signatures_NK[start : start + 256] = _borrowed(part_NK)

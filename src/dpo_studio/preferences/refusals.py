@@ -1,4 +1,4 @@
-"""Rows that are no pair: counted by reason, the first of each kept to be shown, and what to do about each reason."""
+"""Refused rows: counted by reason, the first of each kept as an example, with advice for each reason."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ _ADVICE = (  # the first whose words are in the reason
     ("JSON object", "Every line or element is to be one JSON object: mend these rows."),
     ("longer than", "One row this long is rarely a pair: look whether a line break is missing."),
     ("weight", "weight is 1 (learned) or 0 (context), and an answer needs a turn of weight 1."),
-    ("tool", "What a run cannot learn is refused by name: take it out of the rows, or leave these out."),
+    ("tool", "What a run cannot learn is refused: take it out of the rows, or leave these out."),
     ("is empty", "Fill the column in, or drop these rows."),
-    ("is missing", "Fill the column in, or drop these rows; if another column holds it, name that with --map."),
+    ("is missing", "Fill the column in, or drop these rows; if another column contains it, name that with --map."),
     ("is not a number", "Ratings and scores are numbers: mend the rows, or name another column with --map."),
 )
 _ELSE = "Name the columns with --map, or the shape with --format, if the reason is not what you expect."
@@ -30,7 +30,7 @@ _ELSE = "Name the columns with --map, or the shape with --format, if the reason 
 
 @dataclass(frozen=True, slots=True)
 class Refusal:
-    """A row that is no pair, and why."""
+    """A row that is not a pair, and why."""
 
     row: int
     """Where it stood in its source, from 0."""
@@ -48,7 +48,7 @@ class RefusedRows:
         self.first: dict[str, Refusal] = {}
 
     def add(self, refusal: Refusal) -> None:
-        """One more row that is no pair."""
+        """Add a refused row."""
         self.counts[refusal.reason] += 1
         self.first.setdefault(refusal.reason, refusal)
 
@@ -81,5 +81,5 @@ def is_tie(reason: str) -> bool:
 def advice(reason: str) -> str:
     """What to do about rows refused for this reason."""
     if is_tie(reason):
-        return "Nothing: a tie holds no preference to learn. `dpo judge check` counts ties in."
+        return "Nothing: a tie has no preference to learn. `dpo judge check` counts ties in."
     return next((todo for words, todo in _ADVICE if words in reason), _ELSE)

@@ -40,9 +40,9 @@ _SPLIT_WORD = re.compile(rf"(?<![a-z])({'|'.join(_SPLIT_WORDS)})(?![a-z])")
 _NOT_ON_THE_HUB = (*SUFFIXES, ".gz", *UNREAD)  # a name that ends so was meant as a file
 _ROWS_AT_ONCE = 1024
 _MAX_STATE = 4_000_000
-"""Bytes of what `datasets` says of a saved set: a thousand shards take a hundred thousand."""
+"""Bytes of the description that `datasets` writes of a saved set: a thousand shards take a hundred thousand."""
 _MAX_ENTRIES = 200_000
-"""Files and folders that are looked at in a source's folder: more is a home folder or a disk, not a set of pairs."""
+"""Files and folders that are listed in a source's folder: more is a home folder or a disk, not a set of pairs."""
 
 T = TypeVar("T")
 
@@ -169,18 +169,18 @@ def _folder_files(folder: Path, wanted: str | None) -> list[Path]:
         if file.name.split(".")[0] == wanted:
             named.append(file)
     if not by_split:
-        raise DataError(f"{folder} holds no data files", hint=f"looked for {', '.join(SUFFIXES)}")
+        raise DataError(f"{folder} contains no data files", hint=f"looked for {', '.join(SUFFIXES)}")
     if named and wanted not in by_split:
         return named
     return by_split[_choose_split(str(folder), sorted(by_split), wanted)]
 
 
 def _data_files(folder: Path) -> Iterator[Path]:
-    """What is named as data is data: a pipe or a link to nothing among them is told of when it is read."""
+    """What is named as data is data: a pipe or a broken link among them is reported when it is read."""
     for count, file in enumerate(folder.rglob("*")):
         if count >= _MAX_ENTRIES:
             raise DataError(
-                f"{shown_path(folder)} holds over {_MAX_ENTRIES:,} files and folders",
+                f"{shown_path(folder)} contains over {_MAX_ENTRIES:,} files and folders",
                 hint="name the folder of the data",
             )
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)
@@ -228,7 +228,7 @@ def _member(file: Path, name: str) -> list[Any]:
 
 
 def _plain(name: Any, folder: Path) -> str:
-    """A name that leads nowhere but to a member of the folder."""
+    """A name of a member of the folder; it cannot point elsewhere."""
     if not isinstance(name, str) or not name or "\0" in name or name == ".." or Path(name).name != name:
         raise DataError(f"{shown_path(folder)} names a file that is not in it: {str(name)[:80]!r}", hint=_SAVE_AGAIN)
     return name
@@ -267,17 +267,17 @@ def _hub_error(name: str, error: Exception) -> DataError:
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}
     if isinstance(error, ConnectionError) and offline:
         return DataError(
-            f"{name} is no file or folder here, nor a dataset in the cache, and HF_HUB_OFFLINE keeps the Hub away",
+            f"{name} is not a file or folder here, nor a dataset in the cache, and HF_HUB_OFFLINE keeps the Hub away",
             hint="unset HF_HUB_OFFLINE to download it once, or name a file or folder",
         )
     if isinstance(error, ConnectionError):
         return DataError(
-            f"{name} is no file or folder here, and the Hub cannot be reached",
+            f"{name} is not a file or folder here, and the Hub cannot be reached",
             hint="with a copy in the cache set HF_HUB_OFFLINE=1; without one name a file or folder",
         )
     if type(error).__name__ == "DatasetNotFoundError":
         return DataError(
-            f"{name} is no file or folder here, and no dataset on the Hub that you may read",
+            f"{name} is not a file or folder here, and not a dataset on the Hub that you may read",
             hint="check the spelling; for a private or gated one log in with `hf auth login`",
         )
     return DataError(f"{name} cannot be loaded: {_first_line(error)}", hint="the form is name[/config][:split]")

@@ -33,7 +33,7 @@ _EXPECTED = (
     "or those of docs/data.md"
 )
 _ORIGINS = ("source", "dataset", "domain")
-_LONGEST_ORIGIN = 100  # characters: what is longer is no name of a set
+_LONGEST_ORIGIN = 100  # characters: anything longer is not the name of a data set
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class PairStream:
     format: str
     """The shape its rows are read as."""
     results: Iterator[Pair | Refusal]
-    """Every row in source order: its pair (nectar-all: its pairs), or why it is none. May raise a DataError."""
+    """Every row in source order: its pair (nectar-all: its pairs), or why it is not one. May raise a DataError."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class PairSource:
         return dict(_by_reason(self.refused).counts.most_common())
 
     def refused_lines(self) -> list[str]:
-        """The same in words, each with its first row and what stood there."""
+        """The same as text, each with its first row and the value there."""
         refused = _by_reason(self.refused)
         return [f"{count} rows refused: {refused.described(reason)}" for reason, count in refused.counts.most_common()]
 
@@ -81,7 +81,7 @@ def _by_reason(refused: Iterable[Refusal]) -> RefusedRows:
 
 
 def read_pairs(section: SourceSection, *, seed: int = 0) -> PairSource:
-    """Every pair of a source, and every row that is none with its reason.
+    """Every pair of a source, and every refused row with its reason.
 
     Raises:
         DataError: the source is missing, unreadable, of no known shape, or holds not one usable row.
@@ -109,7 +109,7 @@ def open_pairs(section: SourceSection, *, seed: int = 0) -> PairStream:
     rows = read_rows(section, seed=seed)
     first = list(itertools.islice(rows, _LOOK_AT))
     if not first:
-        raise DataError(f"{section.source} holds no rows", hint="it needs at least one preference pair")
+        raise DataError(f"{section.source} has no rows", hint="it needs at least one preference pair")
     name, parse = _format(section, [row for _, row in first])
     results = _results(itertools.chain(first, rows), parse, _used(section))
     return PairStream(section.source, name, results)
@@ -153,7 +153,7 @@ def _checked(row: object) -> Row:
 
 
 def nothing_usable(source: PairStream, refused: RefusedRows) -> DataError:
-    """What to say of a source that has rows and not one pair."""
+    """The error for a source that has rows but no pair."""
     counts = "; ".join(refused.lines(5))
     hint = refused.advice()
     if refused.only_ties:
@@ -193,7 +193,7 @@ def _format(section: SourceSection, first: list[object]) -> tuple[str, Parser]:
 
 
 def _wrong_columns(section: SourceSection, rows: list[Row]) -> DataError:
-    """What the columns are not, what the file may be instead, and how to name them: ready to be typed where guessed."""
+    """The error for unknown columns: what the file may be, and the options that name them, ready to be typed."""
     said = f"{section.source}: its columns ({columns_of(rows)}) are not those of a known format"
     if (options := suggested_map(rows)) is not None:
         once = f"`dpo data convert {shlex.quote(section.source)} pairs.jsonl {options}`"
@@ -202,7 +202,7 @@ def _wrong_columns(section: SourceSection, rows: list[Row]) -> DataError:
             hint=f"probably {options} (a recipe: data.train.map). {once} makes a file that needs none of it",
         )
     by_hand = (
-        "say which column holds what: --map prompt=COLUMN --map chosen=COLUMN --map rejected=COLUMN; or first and "
+        "say which column contains what: --map prompt=COLUMN --map chosen=COLUMN --map rejected=COLUMN; or first and "
         "second, and a label: --map label=COLUMN --label first=VALUE --label second=VALUE (a recipe: data.train.map)"
     )
     if (other := other_kind(rows)) is not None:

@@ -1,7 +1,7 @@
-"""Pairs -> what is learned from and what is measured on, by prompt.
+"""Pairs -> training pairs and held-out pairs, by prompt.
 
 Rows about one prompt stay on one side: a prompt seen in training would make the held-out number flatter than it is.
-The side is a hash of (seed, prompt) and of nothing else, so it can be told of one row in a stream, and rows added to
+The side is a hash of (seed, prompt) and of nothing else, so it is known for each row of a stream, and rows added to
 a file move no row that was there. A prompt that nearly repeats an earlier one goes where that one goes: held out beside
 its copy it would measure memory.
 """
@@ -34,7 +34,7 @@ _MOST_PROMPTS = 10_000  # of an origin whose share is counted out; beyond, chanc
 
 @dataclass(frozen=True)
 class Split:
-    """Two lists of pairs that share no prompt, each in source order."""
+    """Two lists of pairs without a common prompt, each in source order."""
 
     train: list[Pair]
     """Pairs to learn from."""
@@ -43,7 +43,7 @@ class Split:
     shared_prompts_dropped: int
     """Training pairs dropped because an explicit held-out source has their prompt."""
     near_copies: int = 0
-    """Pairs that went to the side of an earlier prompt which theirs nearly repeats."""
+    """Pairs on the side of an earlier prompt that theirs nearly repeats."""
 
 
 def is_held_out(key: str, *, seed: int, fraction: float) -> bool:
@@ -124,8 +124,8 @@ def _by_hash(pairs: list[Pair], *, seed: int, fraction: float) -> Split:
 def _followed(pairs: list[Pair], keys: list[str], fraction: float) -> dict[str, str]:
     """For each prompt that nearly repeats an earlier one, the first of its kind.
 
-    A kind with more prompts than half of what is to be held out is no set of copies but a form, such as short questions
-    in one long instruction; on one side it would take everything along.
+    A kind with more prompts than half of what is to be held out is not a set of copies but a form, such as short
+    questions in one long instruction; on one side it would take everything along.
     """
     by_key: dict[str, Pair] = {}
     for pair, key in zip(pairs, keys, strict=True):

@@ -1,6 +1,6 @@
 """Rows of tables: CSV and TSV, Parquet, and the Arrow files that `datasets` saves.
 
-A table's file says little about what it unfolds to: a Parquet file of two kilobytes repeats one long text by number.
+A table's file says little about its size in memory: a Parquet file of two kilobytes repeats one long text by number.
 Texts therefore stay such numbers until a row is known to be no longer than a row may be.
 """
 
@@ -23,7 +23,7 @@ _ROWS_AT_ONCE = 4096
 _MAX_FOOTER = 64 * MIB
 """Bytes of a Parquet file's own description: a thousand row groups of a hundred columns take ten."""
 _MAX_GROUP = 4 * 2**30
-"""Bytes that a row group may unfold to, by the file's description: writers make 1 GiB at most."""
+"""Bytes of a row group in memory, by the file's description: writers make 1 GiB at most."""
 _MAX_GROUP_VALUES = 2**27
 """Values of one column in a row group: writers make a million rows at most, each of a hundred turns."""
 _MAX_PARTS = 20_000
@@ -38,7 +38,8 @@ _OBJECT = 56
 def csv_rows(path: Path, delimiter: str | None = None) -> Iterator[object]:
     """Rows by the header's names. A row too long has a key None, a row too short has None values (csv.DictReader).
 
-    Commas stand between fields; or semicolons or tabs, where the header has none of the former: one column is no pair.
+    Fields are separated by commas; or semicolons or tabs, where the header has none of the former: one column is not a
+    pair.
     """
     csv.field_size_limit(MAX_ROW)  # its own limit of 131,072 characters is shorter than some answers
     with reading_rows(path) as raw:
@@ -64,12 +65,12 @@ def csv_rows(path: Path, delimiter: str | None = None) -> Iterator[object]:
         except csv.Error as error:
             raise DataError(
                 f"{shown_path(path)}, the row from line {lines.first + 1} on: not CSV ({error})",
-                hint='a field with a comma, quote or newline stands in double quotes, a quote in it is written ""',
+                hint='a field with a comma, quote or newline must be in double quotes, a quote in it is written ""',
             ) from None
 
 
 class _RowLines:
-    """The lines that a row of a CSV stands in: a quote that is never closed takes one of them after the other."""
+    """The lines of one row of a CSV: a quote that is never closed takes one of them after the other."""
 
     def __init__(self, header: str, stream: TextIO) -> None:
         self._next, self._stream = header, stream
@@ -110,7 +111,7 @@ def parquet_rows(path: Path) -> Iterator[object]:
     """Rows of a Parquet file, some at a time; a row that is too long is not made.
 
     Raises:
-        DataError: it is none, or says that it unfolds to more than any honest one.
+        DataError: it is not a Parquet file, or describes itself as larger than any legitimate one.
     """
     import pyarrow.parquet as parquet  # type: ignore[import-untyped] # half a second, and only Parquet needs it
 
@@ -134,7 +135,7 @@ def parquet_rows(path: Path) -> Iterator[object]:
 
 
 def _check_footer(stream: BinaryIO, name: str) -> None:
-    """The length of the description stands before the last four bytes."""
+    """The length of the description is before the last four bytes."""
     stream.seek(max(0, stream.seek(0, os.SEEK_END) - 8))
     length = int.from_bytes(stream.read(8)[:4], "little")
     stream.seek(0)
@@ -146,7 +147,7 @@ def _check_footer(stream: BinaryIO, name: str) -> None:
 
 
 def _check_metadata(described: Any, name: str) -> tuple[list[str], int]:
-    """(the columns of texts, how many rows to read at once): what the file says of itself is within the limits.
+    """(the columns of texts, how many rows to read at once): the file's description is within the limits.
 
     Raises:
         DataError: too many columns, or more in a row group than any writer puts there.
@@ -158,18 +159,18 @@ def _check_metadata(described: Any, name: str) -> tuple[list[str], int]:
     for number in range(described.num_row_groups):
         group = described.row_group(number)
         chunks = [group.column(index) for index in range(group.num_columns)]
-        unfolded = max(sum(chunk.total_uncompressed_size for chunk in chunks), group.total_byte_size)
+        unpacked = max(sum(chunk.total_uncompressed_size for chunk in chunks), group.total_byte_size)
         values = max((chunk.num_values for chunk in chunks), default=0)
-        if unfolded > _MAX_GROUP or values > _MAX_GROUP_VALUES:
+        if unpacked > _MAX_GROUP or values > _MAX_GROUP_VALUES:
             raise DataError(
-                f"{name}: a row group of {values:,} values that unfolds to {unfolded:,} bytes; the most is "
+                f"{name}: a row group of {values:,} values that takes {unpacked:,} bytes in memory; the most is "
                 f"{_MAX_GROUP_VALUES:,} and {_MAX_GROUP:,}",
                 hint="write it again with smaller row groups, or as .jsonl",
             )
         for chunk in chunks:
             if chunk.physical_type == "BYTE_ARRAY":
                 texts.add(chunk.path_in_schema)
-            if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each text repeats the beginning of the one before, unfolded
+            if "DELTA_BYTE_ARRAY" in chunk.encodings:  # each text repeats the beginning of the one before, unpacked
                 repeating.add(chunk.path_in_schema)
                 if "." in chunk.path_in_schema:
                     raise DataError(
@@ -203,7 +204,7 @@ def arrow_rows(path: Path) -> Iterator[object]:
 
 def batch_rows(batch: Any) -> Iterator[object]:
     """Rows as plain Python: those of a batch at once where together they are no longer than one may be."""
-    if batch.num_rows and sum(map(_unfolded, batch.columns)) > MAX_ROW:
+    if batch.num_rows and sum(map(_size_in_memory, batch.columns)) > MAX_ROW:
         if batch.num_rows == 1:
             yield TOO_LONG
             return
@@ -215,26 +216,26 @@ def batch_rows(batch: Any) -> Iterator[object]:
     yield from (dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True))
 
 
-def _unfolded(array: Any) -> int:
+def _size_in_memory(array: Any) -> int:
     """Bytes that an array takes once its texts are written out, each as often as it occurs."""
     from pyarrow import compute, types
 
     kind = array.type
     if types.is_dictionary(kind):
         if not (types.is_string(kind.value_type) or types.is_binary(kind.value_type)):
-            return _unfolded(array.cast(kind.value_type))
+            return _size_in_memory(array.cast(kind.value_type))
         lengths = compute.binary_length(array.dictionary)
         return int(compute.sum(lengths.take(array.indices)).as_py() or 0) + len(array)
     if types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind) or types.is_map(kind):
         inner = array.flatten() if not types.is_map(kind) else _entries(array)
-        return _OBJECT * len(array) + sum(map(_unfolded, inner if isinstance(inner, list) else [inner]))
+        return _OBJECT * len(array) + sum(map(_size_in_memory, inner if isinstance(inner, list) else [inner]))
     if types.is_struct(kind):
-        return _OBJECT * len(array) + sum(map(_unfolded, array.flatten()))
+        return _OBJECT * len(array) + sum(map(_size_in_memory, array.flatten()))
     return max(int(array.nbytes), len(array))
 
 
 def _written_out(array: Any) -> Any:
-    """The same array with every text where its number stood, of which Arrow makes Python texts six times faster."""
+    """The same array with every text in place of its number, of which Arrow makes Python texts six times faster."""
     plain = _without_numbers(array.type)
     return array if plain == array.type else array.cast(plain)
 
@@ -262,8 +263,8 @@ def _entries(array: Any) -> list[Any]:
 
 
 def _values(column: Any) -> list[object]:
-    """A column's values; where Python has none for them (a time of nanoseconds), their type, which is no text."""
+    """A column's values; where Python has none for them (a time of nanoseconds), their type, which is not text."""
     try:
         return cast("list[object]", column.to_pylist())
-    except Exception:  # whatever it is, only a row that needs this column suffers
+    except Exception:  # whatever it is, only a row that needs this column is refused
         return [column.type] * len(column)

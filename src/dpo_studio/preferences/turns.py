@@ -64,7 +64,7 @@ class RowError(Exception):
         self.reason = reason
         """The same text for the same kind of problem, so that it can be counted."""
         self.seen = "" if seen is None else _shortened(seen)
-        """The value that stood there; never a part of the reason."""
+        """The value found there; never a part of the reason."""
 
 
 def _shortened(value: object) -> str:
@@ -183,12 +183,12 @@ def _checked(prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
             raise RowError(f"{side} has no assistant turn of weight 1")
     if _stripped(chosen) == _stripped(rejected):
         raise RowError("chosen and rejected are identical")
-    prompt = tuple(turn if turn.learned else replace(turn, learned=True) for turn in prompt)  # of it nothing is learned
+    prompt = tuple(turn if turn.learned else replace(turn, learned=True) for turn in prompt)  # nothing of it is learned
     return Pair(prompt, chosen, rejected)
 
 
 def _bare(turns: Turns) -> list[tuple[str, str]]:
-    """What is said, whatever its weight."""
+    """The text, whatever its weight."""
     return [(turn.role, turn.content) for turn in turns]
 
 
@@ -225,7 +225,7 @@ def is_missing(value: object) -> bool:
 
 
 def value_of(row: Row, name: str) -> object:
-    """What stands in a column, where something does."""
+    """A column's value, if it is not empty."""
     value = row.get(name)
     if is_missing(value):
         raise RowError(f"{name} is missing")

@@ -11,7 +11,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from dpo_studio.console.text import count, percent, significant
 from dpo_studio.doctor.findings import DataReport, Finding, Histogram
-from dpo_studio.reports.data_table import told
+from dpo_studio.reports.data_table import reported
 from dpo_studio.reports.drawing import PALETTE, blank, styled
 from dpo_studio.reports.html import page
 from dpo_studio.reports.markup import block, clipped, esc, section, table
@@ -46,7 +46,7 @@ def render_data_page(report: DataReport) -> str:
     sections = [_verdict(report), _cards(report), _findings(report), _figures(report), _rest(report)]
     footer = (
         f"Made by DPO Studio {esc(importlib.metadata.version('dpo-studio'))}. "
-        "This page holds everything it shows: no scripts, no requests. Rows count from 0."
+        "This page contains everything it shows: no scripts, no requests. Rows count from 0."
     )
     return page("data report", report.source, [(name, value) for name, value in about if value], sections, footer)
 
@@ -77,7 +77,7 @@ def _cards(report: DataReport) -> str:
 
 
 def _findings(report: DataReport) -> str:
-    found = told(report)
+    found = reported(report)
     body = "".join(_panel(finding) for finding in found)
     lead = "The worst first. A stop would make a run worthless, a warning costs it something, a note is worth knowing."
     return section("findings", "What was found", body, lead)
@@ -102,15 +102,15 @@ def _figures(report: DataReport) -> str:
     figures = ""
     with styled():
         for histogram in report.histograms:
-            svg = inline_svg(_drawn(histogram), f"data-{histogram.name}", histogram.title, _in_words(histogram))
+            svg = inline_svg(_figure_of(histogram), f"data-{histogram.name}", histogram.title, _in_words(histogram))
             caption = f"<figcaption><h3>{esc(histogram.title)}</h3><p>{esc(_CAPTIONS[histogram.name])}</p></figcaption>"
             figures += f"<figure>{caption}{svg}</figure>"
     return section("figures", "Lengths and margins", f'<div class="charts">{figures}</div>' if figures else "")
 
 
 _CAPTIONS = {
-    "characters": "Where the curves part, length tells chosen from rejected. The last bin holds all that is longer.",
-    "tokens": "The same in tokens of the model. The last bin holds all that is longer.",
+    "characters": "Where the curves part, length tells chosen from rejected. The last bin contains all that is longer.",
+    "tokens": "The same in tokens of the model. The last bin contains all that is longer.",
     "margins": "Left of zero the judge liked the rejected answer more; near zero it could have chosen either.",
 }
 
@@ -119,7 +119,7 @@ _UNITS = {"characters": "characters", "tokens": "tokens", "margins": "points"}
 """What the axis counts, by histogram."""
 
 
-def _drawn(histogram: Histogram) -> Any:
+def _figure_of(histogram: Histogram) -> Any:
     figure, axes = blank(top=26)
     axes.grid(axis="y", color=PALETTE["grid"], linewidth=0.8)
     edges = np.asarray(histogram.edges)

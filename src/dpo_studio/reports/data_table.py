@@ -13,7 +13,7 @@ from dpo_studio.doctor.findings import DataReport, Finding, Level
 if TYPE_CHECKING:  # rich costs 50 ms
     from rich.table import Table
 
-__all__ = ["plain_report", "print_report", "told"]
+__all__ = ["plain_report", "print_report", "reported"]
 
 _COLOURS = {"stop": "bold red", "warning": "yellow", "note": "cyan"}
 """The level stands there as a word too: colour alone says nothing."""
@@ -34,7 +34,7 @@ def print_report(report: DataReport) -> None:
     grave = report.at("stop") or not report.usable
     console.print(Text(one_line(report.verdict), style="bold red" if grave else "bold"), highlight=False)
     console.print(Text(_source_line(report), style="dim"), highlight=False)
-    if found := told(report):
+    if found := reported(report):
         console.print(_table(found))
     console.print(Text(_nothing_found(report), style="dim"), highlight=False)
 
@@ -42,16 +42,16 @@ def print_report(report: DataReport) -> None:
 def plain_report(report: DataReport) -> str:
     """The report as lines of text: the verdict first."""
     lines = [one_line(report.verdict), _source_line(report), ""]
-    for finding in told(report):
+    for finding in reported(report):
         lines.append(f"{finding.level:8}{percent(finding.share):>7}{count(finding.count):>9}  {finding.title}")
         for name, text in _particulars(finding):
             lines += textwrap.wrap(
                 f"{name}: {text}", 110, initial_indent=" " * 26, subsequent_indent=" " * 28, break_on_hyphens=False
             )
-    return "\n".join([*lines, *([""] if told(report) else []), _nothing_found(report)]) + "\n"
+    return "\n".join([*lines, *([""] if reported(report) else []), _nothing_found(report)]) + "\n"
 
 
-def told(report: DataReport) -> list[Finding]:
+def reported(report: DataReport) -> list[Finding]:
     """What was found, the worst first."""
     return [finding for level in _TOLD for finding in report.at(level)]
 

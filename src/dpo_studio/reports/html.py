@@ -64,7 +64,7 @@ def render_report(facts: RunFacts) -> str:
         details_section(facts),
         glossary_section(facts),
     ]
-    return page("run report", facts.name, _about(facts), parts, _footer(facts))
+    return page("run report", facts.name, _header_facts(facts), parts, _footer(facts))
 
 
 def page(kind: str, name: str, about: Sequence[tuple[str, str]], sections: Sequence[str], footer: str) -> str:
@@ -94,7 +94,7 @@ def _packaged(name: str) -> str:
     return resources.files("dpo_studio.reports").joinpath(name).read_text(encoding="utf-8")
 
 
-def _about(facts: RunFacts) -> list[tuple[str, str]]:
+def _header_facts(facts: RunFacts) -> list[tuple[str, str]]:
     """The model, the pairs, the objective, the day: what tells this run from its neighbours."""
     objective = " ".join(filter(None, (_at(facts.recipe, "objective", "kind"), _beta(facts))))
     found = [
@@ -132,5 +132,5 @@ def _footer(facts: RunFacts) -> str:
     return (
         made
         + (f" from a run of {esc(date)}" if date else "")
-        + ". This page holds everything it shows: no scripts, no requests."
+        + ". This page contains everything it shows: no scripts, no requests."
     )

@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 
 _SHOWN = 40
 """Comparisons a temperature on the first page, which stays below a megabyte; the others have a page each."""
-_FOOTER = "This page holds everything it shows: no scripts, no requests. Paths beside it lead to the rest of the run."
+_FOOTER = "This page contains everything it shows: no scripts, no requests. Links lead to the other files of the run."
 _NAMES = {"tuned": "won by the tuned model", "tie": "tied", "base": "lost"}
 _REPORT = ((f"../{RunFolder.REPORT}", "The run's report"),)
 

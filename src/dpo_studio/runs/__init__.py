@@ -1,3 +1,3 @@
-"""Run folders: their files, the lock, what they say of a run, and whether it is well. Nothing here imports torch."""
+"""Run folders: their files, the lock, the facts of a run, and its health. Nothing here imports torch."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What goes wrong in a run, and how its curve shows it: one pure function of the steps so far for each.
+"""Problems of a run that its curve shows: one pure function of the steps so far for each.
 
 A step's numbers are averages over its pairs, and as noisy as these are few. So nothing is read off one step but a
 gradient spike: "recent" means the latest steps that together hold `RECENT_PAIRS` pairs, and at least `RECENT_STEPS`.
@@ -24,7 +24,7 @@ Row = Mapping[str, Any]
 RECENT_PAIRS, RECENT_STEPS = 64, 5
 """64 pairs know an accuracy of 0.9 to 4 points; five steps, so that one of 64 pairs is not a trend."""
 FALL = 0.05
-"""Nats a token that both answers must have lost: a twentieth of its likelihood at every token. Below lies noise."""
+"""Nats a token that both answers must have lost: a twentieth of its likelihood at every token. Below it is noise."""
 SHARED_FALL = 0.5
 """Share of the rejected answers' fall that chosen ones share. From one half on they fall further than they part."""
 COLLAPSE = 0.5
@@ -38,13 +38,13 @@ BEHIND = 0.1
 EXPLODED = 16.0
 """Mean reward margin. e^-16 is fp32's rounding of 1: the logistic loss of such a pair is flat to the last bit."""
 SPIKE = 10.0
-"""A gradient norm so many times its usual size. From pair to pair it varies by 2 or 3."""
+"""A gradient norm this many times its usual size. From pair to pair it varies by 2 or 3."""
 USUAL_STEPS = 16
-"""Steps that say what is usual: those before the spike, and those the run began with."""
+"""Steps from which the usual size is estimated: those before the spike, and those the run began with."""
 MOVED = 0.02
 """Share of its first value that the loss must have lost by half of the run: DPO's goes from 0.693 to 0.679."""
 HIDDEN = 0.1
-"""Share of its first value whose fall the noise may not hide (two standard errors): else nothing is said."""
+"""Share of its first value which must exceed the noise (two standard errors): otherwise nothing is reported."""
 MOST_STEPS = 256
 """Steps over which that is averaged, at most: a quarter of a night's run is more than is needed, at every step."""
 TURNED = 0.05
@@ -75,7 +75,7 @@ class Curve:
 
     @property
     def step(self) -> float:
-        """How far the run has got."""
+        """The last step."""
         return finite(self.steps[-1], "step") or 0 if self.steps else 0
 
     def recent(self, *keys: str) -> tuple[float, ...] | None:
@@ -83,7 +83,7 @@ class Curve:
         return _means(self.latest, keys)
 
     def first(self, *keys: str) -> tuple[float, ...] | None:
-        """The same of the run's beginning."""
+        """The same for the run's beginning."""
         return _means(self.beginning, keys)
 
 
@@ -119,12 +119,12 @@ def _pairs(row: Row) -> float:
 
 @dataclass(frozen=True)
 class Detector:
-    """One thing that goes wrong, how it is seen, and the way on."""
+    """One problem, how it is detected, and what to do."""
 
     name: str
     title: str
     look: Callable[[Curve], str | None]
-    """What it sees in the steps so far; None where they do not show it."""
+    """Its finding in the steps so far; None if there is none."""
     advice: str
     if_it_saturates: bool = False
     """Looked for only where the objective's loss is flat at wide margins (`Formula.saturates`)."""
@@ -139,7 +139,7 @@ def _both_rewards_fall(curve: Curve) -> str | None:
         return None
     return (
         f"chosen answers have lost {significant(-known[0])} nats against the reference and rejected ones "
-        f"{significant(-known[1])}: the policy moves away from both more than it tells them apart"
+        f"{significant(-known[1])}: the policy moves away from both more than it separates them"
     )
 
 
@@ -172,9 +172,9 @@ def _accuracy_saturates(curve: Curve) -> str | None:
     held_out = finite(curve.held_out[-1], "eval_rewards/accuracies") if curve.held_out else None
     evaluated = finite(curve.held_out[-1], "step") if curve.held_out else None
     if held_out is not None and evaluated and held_out < known[0] - BEHIND:  # step 0's says nothing of training
-        return f"{said}, and held-out accuracy {percent(held_out)}: it knows its pairs, not what they have in common"
+        return f"{said}, held-out accuracy {percent(held_out)}: it memorised its pairs, not what they share"
     if curve.step <= EARLY * curve.total_steps:
-        return f"{said}: the pairs are told apart by something easy, and the rest of the run only widens margins"
+        return f"{said}: something easy separates the answers, and the rest of the run only widens margins"
     return None
 
 
@@ -287,4 +287,4 @@ DETECTORS = (
         "pairs put the turn later",
     ),
 )
-"""What is looked for at every step. The length of answers is sampled after training: `health.lengthening`."""
+"""The detectors that run at every step. The length of answers is sampled after training: `health.lengthening`."""

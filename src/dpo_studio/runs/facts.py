@@ -1,4 +1,4 @@
-"""What a run folder says, read with patience: any file or key may be missing, a last line half written."""
+"""The facts of a run folder: any file or key may be missing, and a last line may be incomplete."""
 
 from __future__ import annotations
 
@@ -40,15 +40,15 @@ class RunFacts:
     answers: list[Row]
     """What the demo compared."""
     notes: tuple[str, ...] = ()
-    """What could not be read, for the reader of the report."""
+    """The files that could not be read, for the reader of the report."""
     win_rates: Row = field(default_factory=dict)
     """evaluation/winrate.json: what an evaluation measured at each temperature."""
     comparisons: list[Row] = field(default_factory=list)
     """What `dpo eval` compared: both answers and the verdict, temperature by temperature."""
     win_rates_svg: str = ""
-    """The figure it drew of it."""
+    """Its figure."""
     pages: frozenset[str] = frozenset()
-    """Names of the pages that lie in its folder `evaluation`, of those that a report links to."""
+    """Names of the pages in its folder `evaluation` that a report links to."""
 
     @property
     def temperatures(self) -> list[Row]:
@@ -63,7 +63,7 @@ class RunFacts:
 
     @property
     def saturates(self) -> bool:
-        """What the recipe's objective says of itself; as plain DPO where there is none to read."""
+        """The recipe's objective; plain DPO if it cannot be read."""
         try:
             return to_objective(self.recipe.get("objective") or {}).saturates
         except ValueError:
@@ -164,17 +164,17 @@ def _read_object(path: Path, notes: list[str]) -> Row:
     value = _parsed(text)
     if isinstance(value, dict):
         return value
-    notes.append(f"{path.name} is not a JSON object and was left out")
+    notes.append(f"{path.name} is not a JSON object and was skipped")
     return {}
 
 
 def _read_lines(path: Path, notes: list[str]) -> list[Row]:
-    """The objects of a JSONL file. A last line that a running command is still writing is not missed."""
+    """The objects of a JSONL file. An incomplete last line is not counted as missing."""
     lines = _read_text(path).split("\n")
     values = [_parsed(line) for line in lines if line.strip()]
     broken = sum(not isinstance(value, dict) for value in values[:-1])
     if broken:
-        notes.append(f"{path.name}: {broken} unreadable line{'s' * (broken > 1)} left out")
+        notes.append(f"{path.name}: {broken} unreadable line{'s' * (broken > 1)} skipped")
     return [value for value in values if isinstance(value, dict)]
 
 
@@ -190,6 +190,6 @@ def _read_recipe(path: Path, notes: list[str]) -> tuple[Row, str]:
     try:
         recipe = parse_yaml(text)
     except yaml.YAMLError:
-        notes.append(f"{path.name} is not YAML and is shown as it stands")
+        notes.append(f"{path.name} is not YAML and is shown unchanged")
         return {}, text
     return (recipe if isinstance(recipe, dict) else {}), text

@@ -1,6 +1,6 @@
-"""The run folder: what a recipe produced, and the only place that knows its layout.
+"""The run folder: the results of a recipe. Only this module knows its layout.
 
-recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` settled
+recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` resolved
 recipe.typed.yaml   as given
 data.json           the date, and a digest of every pair (runs.kept)
 metrics.jsonl       one line a step; equal after a resume
@@ -32,7 +32,7 @@ import yaml
 
 from dpo_studio import __version__
 from dpo_studio.config import Recipe, RecipeFile, parse_yaml, validate_recipe
-from dpo_studio.disk import UNFINISHED, make_folder, sweep, sync, write_atomically
+from dpo_studio.disk import UNFINISHED, make_folder, remove_leftovers, sync, write_atomically
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
 from dpo_studio.runs.lock import LOCK
@@ -42,7 +42,7 @@ __all__ = ["RunFolder", "environment", "is_run", "was_begun"]
 
 _MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", "run.folder")
 _MAY_GROW = ("training.epochs", "training.max_steps")
-_SETTLED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
+_RESOLVED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
 """Keys whose `auto` is decided once and written into the run."""
 _LARGEST = 20_000_000
 """Bytes of a file that is read whole; of a recipe, `parse_yaml` takes less."""
@@ -74,9 +74,9 @@ class RunFolder:
         *(RECIPE, TYPED_RECIPE, DATA, RESULT, ENVIRONMENT, REPORT, STATUS),
         *(CHECKPOINTS, ADAPTER, EVALUATION),
     )
-    """What a run is made of. Whatever else lies in its folder is its user's, and is not opened."""
+    """The files of a run. Any other file in its folder belongs to the user, and is not opened."""
     TRACES = (TYPED_RECIPE, METRICS, RESULT, ENVIRONMENT)
-    """Files beside a recipe that only a run has."""
+    """Files that only a run has, besides a recipe."""
 
     @property
     def checkpoints(self) -> Path:
@@ -117,12 +117,12 @@ class RunFolder:
             raise RunError(f"{file} cannot be read: {error}") from None
 
     def refuse_what_leads_out(self) -> None:
-        """A run that came from somewhere may not have a file of this machine in the place of one of its own.
+        """Refuse links: a downloaded run must not read files of this machine in place of its own.
 
         What it says is shown in reports and copied into exports. Of a run in the Hub's cache every file is a link.
 
         Raises:
-            RunError: a link that leads out of the run, or something that is no file, among what a run is made of.
+            RunError: a link that leads out of the run, or something that is not a file, among the run's files.
         """
         inside = where_files_may_be(self.path)
         waiting = [self.path / name for name in self.PARTS]
@@ -130,7 +130,7 @@ class RunFolder:
             path = waiting.pop()
             if path.is_symlink() and not any(_target(path).is_relative_to(place) for place in inside):
                 raise RunError(
-                    f"{path} is a link that leads out of the run; a run keeps to its own folder",
+                    f"{path} is a link that points out of the run; a run uses only its own folder",
                     hint="put the file itself there; the whole run folder may be a link to another disk",
                 )
             if path.is_dir():
@@ -138,11 +138,11 @@ class RunFolder:
             elif path.exists() and not path.is_file():
                 kind = kind_of_file(path.stat().st_mode)
                 raise RunError(
-                    f"{path} is {kind}, not a file", hint="a device or a pipe in a run folder is no accident"
+                    f"{path} is {kind}, not a file", hint="a device or a pipe in a run folder is never legitimate"
                 )
 
     def result(self) -> dict[str, Any] | None:
-        """What the finished run reported, None before that."""
+        """The result of the finished run, None before."""
         if not self.result_file.exists():
             return None
         content = read_bytes(self.result_file, what="the run's result", limit=_LARGEST, error=RunError)
@@ -153,11 +153,12 @@ class RunFolder:
             raise
         return raw if isinstance(raw, dict) else None
 
-    def settle(self, wanted: Recipe) -> Recipe:
-        """The recipe to run here: `wanted`, with what an earlier start of the same run has settled.
+    def resolve(self, wanted: Recipe) -> Recipe:
+        """The recipe to run here: `wanted`, with what an earlier start of the same run has resolved.
 
         Raises:
-            RunError: the folder holds another recipe's run (with the difference), something that is no run, or links.
+            RunError: the folder contains another recipe's run (with the difference), files that are not a run, or
+            links.
         """
         self._refuse_links()
         there = self.recipe()
@@ -170,7 +171,7 @@ class RunFolder:
         if not self._has_begun():
             return wanted
         old, new = _flat(there.to_plain()), _flat(wanted.to_plain())
-        for key, auto in _SETTLED.items():
+        for key, auto in _RESOLVED.items():
             if new[key] == auto:
                 new[key] = old[key]
         differences = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not _allowed(key, old, new)]
@@ -183,27 +184,27 @@ class RunFolder:
         return validate_recipe(_nested(new), where=str(self.path))
 
     def _has_begun(self) -> bool:
-        """Whether anything is here that a run with other settings would spoil."""
+        """Whether the folder has results that a run with other settings would overwrite."""
         return (
             self.result_file.exists() or self.checkpoints.exists() or next(self.lines(self.METRICS), None) is not None
         )
 
     def has_checkpoint(self) -> bool:
-        """Whether it has learned anything that a later start goes on from."""
+        """Whether it has a checkpoint or metrics from which a later start continues."""
         return any(self.checkpoints.glob("step-*"))
 
     def start(self, loaded: RecipeFile, recipe: Recipe) -> None:
-        """Make the folder and write down what is run, before anything long begins."""
+        """Make the folder and write the recipe, before any long work."""
         with _writing(self.path):
             make_folder(self.path)
-            sweep(self.path)
-        if not self._has_begun():  # of a start that got no further, with other numbers perhaps
+            remove_leftovers(self.path)
+        if not self._has_begun():  # of an earlier start without a result, perhaps with other settings
             (self.path / self.MEMORY).unlink(missing_ok=True)
         self.write_yaml(self.RECIPE, recipe.to_plain())
         self.write_yaml(self.TYPED_RECIPE, loaded.typed)
 
     def _refuse_links(self) -> None:
-        """A run writes, and removes old checkpoints, in its own folder only.
+        """Refuse links: a run writes, and removes checkpoints, in its own folder only.
 
         Raises:
             RunError: something in it leads elsewhere.
@@ -211,7 +212,7 @@ class RunFolder:
         for path in (self.checkpoints, self.adapter, self.evaluation, *(self.path / name for name in self.LINES)):
             if path.is_symlink():
                 raise RunError(
-                    f"{path} is a link; a run keeps to its own folder",
+                    f"{path} is a link; a run uses only its own folder",
                     hint="put the files themselves there; the whole run folder may be a link to another disk",
                 )
 
@@ -221,7 +222,7 @@ class RunFolder:
         )
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
-        """Write a whole file; a ValueError for a number that JSON has no word for."""
+        """Write a whole file; ValueError for NaN and infinity, which JSON does not have."""
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(self.path / name, text, hint=_MORE_ROOM)
 
@@ -239,7 +240,7 @@ class RunFolder:
             sync(self.path)
 
     def lines(self, name: str) -> Iterator[dict[str, Any]]:
-        """The whole lines of a .jsonl file; one cut off by a crash, or what a broken disk left of one, is none."""
+        """The whole lines of a .jsonl file; lines that a crash or a broken disk cut off are ignored."""
         file = self.path / name
         if not file.exists():
             return
@@ -253,8 +254,8 @@ class RunFolder:
                 return
             yield line
 
-    def cut_back(self, step: int) -> None:
-        """Forget what came after `step`: a resumed run writes those lines again."""
+    def truncate_after(self, step: int) -> None:
+        """Remove the lines after `step`: a resumed run writes them again."""
         for name in (self.METRICS, self.TIMING):
             kept = [line for line in self.lines(name) if line["step"] <= step]
             if (self.path / name).exists():
@@ -268,13 +269,13 @@ def is_run(path: str | Path) -> bool:
 
 
 def was_begun(folder: Path) -> bool:
-    """Whether a command has begun a run here; a recipe alone may be anybody's, in a folder of anything."""
+    """Whether a command has begun a run here; a recipe alone may be in any folder."""
     return is_run(folder) and any((folder / name).exists() for name in RunFolder.TRACES)
 
 
 @contextmanager
 def _writing(path: Path) -> Iterator[None]:
-    """A full or read-only disk is told of with the name of what was being written."""
+    """Report a full or read-only disk with the name of the file that was being written."""
     try:
         yield
     except OSError as error:
@@ -285,7 +286,7 @@ def _writing(path: Path) -> Iterator[None]:
 
 
 def environment(device: str, **more: Any) -> dict[str, Any]:
-    """What the run ran on."""
+    """The machine and the versions of the run."""
     packages = ("torch", "transformers", "peft", "accelerate", "datasets")
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
@@ -299,7 +300,7 @@ def environment(device: str, **more: Any) -> dict[str, Any]:
 
 
 def _target(link: Path) -> Path:
-    """Where a link leads; the root for one that leads to itself, and so nowhere."""
+    """The target of a link; the root for one that points to itself."""
     try:
         return link.resolve()
     except (OSError, RuntimeError):
@@ -307,12 +308,12 @@ def _target(link: Path) -> Path:
 
 
 def _is_something(path: Path) -> bool:
-    """Whether a file in a folder without a recipe is more than a killed start left there."""
+    """Whether a file in a folder without a recipe is more than a leftover of a killed start."""
     return path.name != LOCK and not (path.name.startswith(".") and UNFINISHED in path.name)
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: null stands for it."""
+    """Replace NaN, which JSON does not have, by null."""
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1,4 +1,4 @@
-"""Whether a run is well: what its curve shows that its final number hides, and what to do about it.
+"""The health of a run: problems that its curve shows and its final number hides, and what to do about them.
 
 Training writes facts (metrics.jsonl); this room alone judges them, the same way while the run goes, in result.json and
 on the page.
@@ -27,31 +27,31 @@ _LENGTH_ADVICE = (
 
 @dataclass(frozen=True)
 class HealthFinding:
-    """What a detector saw in a run."""
+    """A detector's finding in a run."""
 
     name: str
     title: str
     first_step: int
     last_step: int
-    """The last step at which it was still seen."""
+    """The last step at which it was detected."""
     saw: str
     """At the last of these steps."""
     advice: str
 
     def to_plain(self) -> dict[str, Any]:
-        """As result.json holds it."""
+        """The finding as in result.json."""
         return dict(vars(self))
 
     def words(self) -> str:
-        """As it is told while the run goes."""
+        """The text of the warning during the run."""
         return f"step {self.first_step}: {self.title[0].lower()}{self.title[1:]}: {self.saw}\n  hint: {self.advice}"
 
 
 class HealthWatch:
-    """All detectors over a run, line by line: what is new is told once, and what was seen is kept."""
+    """All detectors over a run, line by line: new findings are returned once, and all are kept."""
 
     def __init__(self, total_steps: int, *, saturates: bool = True) -> None:
-        """`saturates`: as the objective says of itself."""
+        """`saturates`: as the objective's property."""
         self._curve = Curve(total_steps)
         self._detectors = detectors_of(saturates)
         self._findings: dict[str, HealthFinding] = {}
@@ -62,7 +62,7 @@ class HealthWatch:
         return list(self._findings.values())
 
     def see(self, row: Row) -> list[HealthFinding]:
-        """Take in the next line of metrics.jsonl; the findings that no earlier one gave."""
+        """Add the next line of metrics.jsonl; returns the findings that are new."""
         self._curve.add(row)
         if not self._curve.steps:
             return []
@@ -80,12 +80,12 @@ class HealthWatch:
 
 
 def detectors_of(saturates: bool) -> tuple[Detector, ...]:
-    """What is looked for in a run whose objective `saturates`, or does not."""
+    """The detectors for a run whose objective `saturates`, or does not."""
     return tuple(detector for detector in DETECTORS if saturates or not detector.if_it_saturates)
 
 
 def judge(rows: Iterable[Row], total_steps: int, *, saturates: bool = True) -> list[HealthFinding]:
-    """What the lines of a metrics.jsonl show, in order: the very findings a live run told of."""
+    """What the lines of a metrics.jsonl show, in order: the same findings that were reported during the run."""
     watch = HealthWatch(total_steps, saturates=saturates)
     for row in rows:
         watch.see(row)

@@ -1,4 +1,4 @@
-"""What a run keeps of its data, so that it never continues with other pairs or on another date: RUN/data.json.
+"""The digests of a run's data, so that it never continues with other pairs or on another date: RUN/data.json.
 
 One line of JSON:
 date        the day the run was begun, which chat templates may write into every prompt
@@ -32,9 +32,9 @@ if TYPE_CHECKING:
 __all__ = ["check_same_data", "date_of", "digest_data", "recipe_of", "run_date", "write_data"]
 
 _DIGITS = 16
-"""Hex digits of a pair's digest: 8 bytes, for which a million pairs have a chance of 3e-8 to hold two alike."""
+"""Hex digits of a pair's digest: 8 bytes, for which a million pairs have a chance of 3e-8 to contain two equal ones."""
 _SHOWN = 5
-"""Rows that a message names."""
+"""The most rows that a message names."""
 _SIDES = ("train", "held_out")
 _LARGEST = 1_000_000_000
 """Bytes. A million pairs have 25 million."""
@@ -67,7 +67,7 @@ class KeptData:
 def digest_data(
     train: Sequence[EncodedPair], held_out: Sequence[EncodedPair], encoder: ChatEncoder, date: datetime.date
 ) -> KeptData:
-    """What is kept of these pairs, which `encoder` made on `date`."""
+    """The digests of these pairs, which `encoder` made on `date`."""
     return KeptData(date, encoder.template_digest, encoder.vocabulary_digest, _side(train), _side(held_out))
 
 
@@ -76,7 +76,7 @@ def _side(pairs: Sequence[EncodedPair]) -> Side:
 
 
 def _digest(pair: EncodedPair) -> str:
-    """Of every id and of which ids are scored; the row is no part of it."""
+    """The digest of all ids and of which are scored; without the row."""
     digest = blake2b(digest_size=_DIGITS // 2)
     for array in (pair.prompt, *(part for one in (pair.chosen, pair.rejected) for part in (one.ids, one.scored))):
         digest.update(f"{array.dtype.str}{len(array)}:".encode() + array.tobytes())
@@ -84,7 +84,7 @@ def _digest(pair: EncodedPair) -> str:
 
 
 def date_of(run: RunFolder) -> datetime.date | None:
-    """The date on which a run renders its chats; None in one that keeps none: new, or of an older version.
+    """The date on which a run renders its chats; None if it has none: a new run, or one of an older version.
 
     Raises:
         RunError: its data.json is damaged.
@@ -94,19 +94,19 @@ def date_of(run: RunFolder) -> datetime.date | None:
 
 
 def run_date(run: RunFolder, today: datetime.date | None = None) -> datetime.date:
-    """The date of a run's next start: its own once it has learned something, before that `today`, None today's."""
+    """The date of a run's next start: its own once it has trained a step; before that `today`, by default today's."""
     own = date_of(run) if run.has_checkpoint() else None
     return own or today or datetime.date.today()
 
 
 def write_data(run: RunFolder, kept: KeptData) -> None:
-    """Keep it, from before the first step on."""
+    """Write data.json, before the first step."""
     plain = asdict(kept) | {"date": kept.date.isoformat()}
     write_atomically(_file(run), json.dumps(plain, separators=(",", ":")) + "\n")
 
 
 def check_same_data(run: RunFolder, now: KeptData, warn: Callable[[str], None]) -> None:
-    """See that a run which has learned from pairs continues with the same ones, id for id and in the same order.
+    """Check that a run continues with the same pairs, id for id and in the same order.
 
     Where they stand in their source may change, and so may a template or a tokenizer that still makes the same ids.
     One that has learned nothing yet may begin with any pairs.
@@ -119,8 +119,8 @@ def check_same_data(run: RunFolder, now: KeptData, warn: Callable[[str], None]) 
     before = _read(run)
     if before is None:
         warn(
-            f"{run.path} was begun by a version that kept no digest of its pairs, so nobody can say whether these are "
-            "still the same; it continues, and keeps one from here on"
+            f"{run.path} was begun by a version that stored no digest of its pairs, so it is unknown whether these are "
+            "still the same; it continues, and stores one from here on"
         )
         return
     sides = {"training pairs": (before.train, now.train), "held-out pairs": (before.held_out, now.held_out)}
@@ -145,13 +145,13 @@ def check_same_data(run: RunFolder, now: KeptData, warn: Callable[[str], None]) 
 
 
 def recipe_of(run: RunFolder) -> Recipe:
-    """The recipe of a run that may be a stranger's: a template that it names is the one the run was made with.
+    """The recipe of an untrusted run: a template that it names must be the one the run was made with.
 
     Any file of this machine could stand there; what it holds would go into prompts and exports. The run keeps its
     template's sha256, and whoever does not know the file does not know that.
 
     Raises:
-        RunError: no recipe; or a template that is another than the run's, or that nobody can tell from another.
+        RunError: no recipe; or a template that differs from the run's, or cannot be compared with it.
     """
     recipe = run.recipe()
     if recipe is None:
@@ -171,7 +171,7 @@ def recipe_of(run: RunFolder) -> Recipe:
 
 
 def _changes(before: Side, now: Side) -> str:
-    """In words; a row is changed if what stood there is gone and something new stands there."""
+    """In words; a row is changed if its old pair is gone and it has a new one."""
     old, new = before.each(), now.each()
     gone, came = (Counter(digest for digest, _ in side) for side in (old, new))
     gone, came = gone - came, came - gone

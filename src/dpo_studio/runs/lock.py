@@ -1,4 +1,4 @@
-"""One process a run folder: a lock which the system itself takes back when its process is gone, however it went."""
+"""One process per run folder: a lock that the system releases when its process ends."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ LOCK = ".lock"
 
 @dataclass(frozen=True)
 class Held:
-    """A folder that nobody else trains in."""
+    """A run folder locked by this process."""
 
     folder: Path
     descriptor: int
 
     def check(self) -> None:
-        """Ask whether the folder is still there and still the one that was locked; one `stat`.
+        """Check that the folder still exists and is the one that was locked; one `stat`.
 
         Raises:
             RunError: it was removed, moved away or replaced.
@@ -32,13 +32,13 @@ class Held:
         if not _is_at(self.descriptor, self.folder / LOCK):
             raise RunError(
                 f"{self.folder} was removed, moved or replaced while it was being trained in; nothing more is written",
-                hint="if it was moved, name its new place (--set run.folder=NAME): it goes on from its last checkpoint",
+                hint="if it was moved, name its new place (--set run.folder=NAME): it continues from there",
             )
 
 
 @contextmanager
 def held(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator[Held]:
-    """Inside, this process alone trains in `folder`, which is made, and removed again if nothing else is in it then.
+    """Inside, only this process trains in `folder`, which is made if missing, and removed afterwards if it is empty.
 
     Raises:
         RunError: another process has it, or the folder cannot be written.
@@ -55,7 +55,7 @@ def held(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator
     try:
         yield Held(folder, descriptor)
     finally:
-        if _is_at(descriptor, folder / LOCK):  # and not one that a stranger has put there since
+        if _is_at(descriptor, folder / LOCK):  # and not a file that another process has put there since
             (folder / LOCK).unlink()
         os.close(descriptor)
         with suppress(OSError):  # something is in it
@@ -84,7 +84,7 @@ def _taken(file: Path, warn: Callable[[str], None]) -> int:
             os.ftruncate(descriptor, 0)
             os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
             return descriptor
-        os.close(descriptor)  # whoever had it has removed it in this moment
+        os.close(descriptor)  # its holder has just removed it
 
 
 def _is_at(descriptor: int, file: Path) -> bool:

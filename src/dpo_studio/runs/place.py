@@ -1,4 +1,4 @@
-"""Where a run may be: in a folder of its own, in nothing that it reads and in no other run."""
+"""Where a run may be: in a folder of its own, outside everything that it reads and outside other runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def check_place(loaded: RecipeFile) -> None:
     """Before anything is read or made.
 
     Raises:
-        UsageError: `$DPO_STUDIO_CACHE_GIB` is no number.
+        UsageError: `$DPO_STUDIO_CACHE_GIB` is not a number.
         RunError: `run.folder` is in the model's, an adapter's or a source's folder, in any other model or in a run.
     """
     recipe = loaded.recipe
@@ -29,4 +29,4 @@ def check_place(loaded: RecipeFile) -> None:
             recipe.data.held_out.source,
         ],
     )
-    limit_bytes()  # told of now, not when the model is loaded
+    limit_bytes()  # an invalid value is reported now, not when the model is loaded

@@ -40,7 +40,7 @@ from dpo_studio.sampling.completion import Completion
 
 __all__ = ["generate", "stream"]
 
-LUCK_BITS = 53
+UNIFORM_BITS = 53
 """What a float64 between 0 and 1 holds."""
 COLDEST = 1e-6
 """Below this a temperature only overflows: two bf16 logits that differ do so by more than 1e-3 of their size."""
@@ -50,7 +50,7 @@ GROWTH = 64
 """Columns the cache grows by: memory follows the answers that are still being written, not `max_new_tokens`."""
 
 Choose = Callable[[Tensor, Tensor], Tensor]
-"""Logits (B, V) and luck (B,) to ids (B,)."""
+"""Logits (B, V) and uniforms (B,) to ids (B,)."""
 Step = tuple[list[int], list[int]]
 """The rows still being written, and the token each of them got."""
 
@@ -71,9 +71,10 @@ def generate(
 ) -> list[Completion]:
     """One answer to each prompt, in the prompts' order. `progress` hears how many tokens each step wrote.
 
-    The k-th time a prompt stands in the list it has luck of its own; otherwise neither its place nor its neighbours
-    matter (in bf16 they round). Two models given the same seed share their luck; give the other one another seed for
-    answers that are independent. At temperature 0 the most likely token is taken, and seed and sample mean nothing.
+    The k-th occurrence of a prompt in the list has uniforms of its own; otherwise neither its position nor its
+    neighbours matter (in bf16 they change the rounding). Two models given the same seed share their uniforms; give the
+    other one another seed for independent answers. At temperature 0 the most likely token is taken, and seed and
+    sample mean nothing.
 
     Raises:
         UsageError: a length or a temperature that means nothing.
@@ -84,14 +85,16 @@ def generate(
     _check(model, prompts, max_new_tokens, temperature)
     if not prompts:
         return []
-    luck = _luck(prompts, max_new_tokens, f"{seed} {sample} {float(temperature)!r}")
+    uniforms = _uniforms(prompts, max_new_tokens, f"{seed} {sample} {float(temperature)!r}")
     choose = partial(_choose, temperature=float(temperature))
     answers: list[list[int]] = [[] for _ in prompts]
     with in_eval(model), held_dense(model):
         if long_rope_limit(_text_config(model)) is not None:
             batch_size = 1  # the longest row would choose the rope of all
         for places in _batches(prompts, batch_size):
-            for rows, ids in _write(model, [prompts[i] for i in places], luck[places], choose, eos_ids, pad_id):
+            for rows, ids in _generate_steps(
+                model, [prompts[i] for i in places], uniforms[places], choose, eos_ids, pad_id
+            ):
                 for row, token in zip(rows, ids, strict=True):
                     answers[places[row]].append(token)
                 if progress is not None:
@@ -119,9 +122,9 @@ def stream(
     if not 0 < top_p <= 1:
         raise UsageError(f"top_p is {top_p:g}", hint="a share above 0, at most 1 (1 keeps every token)")
     _check(model, [prompt], max_new_tokens, temperature)
-    luck = _luck([prompt], max_new_tokens, f"{seed} 0 {float(temperature)!r}")
+    uniforms = _uniforms([prompt], max_new_tokens, f"{seed} 0 {float(temperature)!r}")
     choose = partial(_choose, temperature=float(temperature), top_p=top_p)
-    steps = _write(model, [prompt], luck, choose, eos_ids, pad_id=prompt[0])
+    steps = _generate_steps(model, [prompt], uniforms, choose, eos_ids, pad_id=prompt[0])
     return _pieces(_step_by_step_in_eval(model, steps), decode, eos_ids)
 
 
@@ -186,7 +189,7 @@ def _batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
-def _luck(prompts: Sequence[Sequence[int]], tokens: int, key: str) -> NDArray[np.float64]:
+def _uniforms(prompts: Sequence[Sequence[int]], tokens: int, key: str) -> NDArray[np.float64]:
     """A number in [0, 1) for each token of each answer, (prompts, tokens); more tokens begin with the same numbers.
 
     PCG64's raw stream is guaranteed to stay what it is over numpy's versions; its distributions are not.
@@ -197,7 +200,7 @@ def _luck(prompts: Sequence[Sequence[int]], tokens: int, key: str) -> NDArray[np
         ids = tuple(prompt)
         digest = hashlib.sha256(f"{key} {seen[ids]} {ids}".encode()).digest()
         raw = np.random.PCG64(int.from_bytes(digest, "big")).random_raw(tokens)
-        row[:] = (raw >> np.uint64(64 - LUCK_BITS)) * 2.0**-LUCK_BITS
+        row[:] = (raw >> np.uint64(64 - UNIFORM_BITS)) * 2.0**-UNIFORM_BITS
         seen[ids] += 1
     return rows
 
@@ -208,10 +211,10 @@ def _completion(answer: list[int], decode: Callable[[list[int]], str], eos_ids: 
     return Completion(text=text, ended=ended, tokens=len(answer), ids=tuple(answer))
 
 
-def _write(
+def _generate_steps(
     model: nn.Module,
     prompts: Sequence[Sequence[int]],
-    luck: NDArray[np.float64],
+    uniforms: NDArray[np.float64],
     choose: Choose,
     eos_ids: Collection[int],
     pad_id: int,
@@ -225,7 +228,7 @@ def _write(
     rows = list(range(len(prompts)))
     limit = long_rope_limit(_text_config(model))
     whole_BW = ids_BW
-    for step in range(luck.shape[1]):
+    for step in range(uniforms.shape[1]):
         if step and limit is not None and int(mask_BW.sum()) == limit + 1:  # from here on other angles, for all tokens
             cache, ids_BW = Cache(layer_class_to_replicate=_CacheLayer), whole_BW
         with torch.inference_mode():
@@ -238,7 +241,7 @@ def _write(
                 logits_to_keep=1,
                 **{name: cache},
             )
-            chosen_B = choose(output.logits[:, -1], torch.as_tensor(luck[rows, step], device=device))
+            chosen_B = choose(output.logits[:, -1], torch.as_tensor(uniforms[rows, step], device=device))
         chosen: list[int] = chosen_B.tolist()
         yield rows, chosen
         order = _closed_up([token not in eos_ids for token in chosen])
@@ -274,8 +277,8 @@ def _closed_up(alive: Sequence[bool]) -> list[int]:
     return [row if alive[row] else next(movers) for row in range(count)]
 
 
-def _choose(logits_BV: Tensor, luck_B: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
-    """The likeliest token at temperature 0, else the first whose cumulative probability exceeds the luck, (B,)."""
+def _choose(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
+    """The likeliest token at temperature 0, else the first whose cumulative probability exceeds the uniforms, (B,)."""
     if temperature == 0:
         best_B = logits_BV.max(-1)
         _check_finite(best_B.values)
@@ -283,25 +286,25 @@ def _choose(logits_BV: Tensor, luck_B: Tensor, *, temperature: float, top_p: flo
     # float(): the division is what rounds, and softmax subtracts the largest logit before it can overflow
     shares_BV = torch.softmax(logits_BV.float() / max(temperature, COLDEST), -1)
     _check_finite(shares_BV[:, 0])
-    return _inverse(_nucleus(shares_BV, top_p) if top_p < 1 else shares_BV, luck_B)
+    return _inverse(_nucleus(shares_BV, top_p) if top_p < 1 else shares_BV, uniforms_B)
 
 
-def _inverse(shares_BV: Tensor, luck_B: Tensor) -> Tensor:
-    """Where the running sum of the shares passes `luck` times their total, (B,): never at a share of zero.
+def _inverse(shares_BV: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Where the running sum of the shares passes `uniforms` times their total, (B,): never at a share of zero.
 
     One running sum over 49,152 fp32 shares loses the tail; sums of blocks, then one block, keep it and are quicker.
     """
     rows = torch.arange(len(shares_BV), device=shares_BV.device)
     blocks = pad(shares_BV, (0, -shares_BV.shape[1] % BLOCK)).view(len(shares_BV), -1, BLOCK)
-    block_B, luck_B = _pass(blocks.sum(-1), luck_B)
-    place_B, _ = _pass(blocks[rows, block_B], luck_B)
+    block_B, uniforms_B = _pass(blocks.sum(-1), uniforms_B)
+    place_B, _ = _pass(blocks[rows, block_B], uniforms_B)
     return block_B * BLOCK + place_B
 
 
-def _pass(weights_BN: Tensor, luck_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The place where the running sum passes luck, and how far into that place's weight, from 0 to 1: (B,) each."""
+def _pass(weights_BN: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The place where the running sum passes uniforms, and how far into that place's weight, from 0 to 1: (B,) each."""
     running_BN = weights_BN.double().cumsum(-1)
-    target_B = torch.minimum(luck_B * running_BN[:, -1], running_BN[:, -1].nextafter(running_BN.new_zeros(())))
+    target_B = torch.minimum(uniforms_B * running_BN[:, -1], running_BN[:, -1].nextafter(running_BN.new_zeros(())))
     place_B1 = (running_BN <= target_B[:, None]).sum(-1, keepdim=True)
     weight_B = weights_BN.gather(1, place_B1)[:, 0].double()
     before_B = running_BN.gather(1, place_B1)[:, 0] - weight_B

@@ -34,7 +34,7 @@ T = TypeVar("T")
 
 _QUESTION = Message("user", " Wie  hoch ist der Berg?\n\n- 3.776 m\n")
 _ANSWER = Message(ASSISTANT, "Fuji 富士山: 3,776 m. 🙂\n")
-"""What every template must be able to render, and every tokenizer to encode in pieces."""
+"""The chats that every template must render, and every tokenizer must encode in pieces."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class AnswerIds:
 
     ids: list[int]
     scored: list[bool]
-    """Which of the ids the assistant says itself: all, unless the answer has several turns."""
+    """Which of the ids are the assistant's: all, unless the answer has several turns."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,11 +96,11 @@ class ChatEncoder:
         except PairError as error:
             raise ModelError(f"on a question and an answer: {error.message}", hint=NO_TEMPLATE_HINT) from None
         self._trial = [asked, answered]
-        self._texts.settle(self._trial)
+        self._texts.find_anchor(self._trial)
 
     @property
     def pad_id(self) -> int:
-        """What fills up rows of unequal length; never looked at."""
+        """The padding id; masked out."""
         return int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos)
 
     def spelled(self, text: str) -> str | None:
@@ -195,7 +195,7 @@ class ChatEncoder:
     def _answer_ids(
         self, pair: PartedPair, answer: PartedAnswer, prompt: list[int], whole: Mapping[str, list[int]]
     ) -> AnswerIds:
-        """What of the chat's ids follows the prompt's; encoded by itself where they do not begin with the prompt's.
+        """The chat's ids after the prompt's; encoded by itself where they do not begin with the prompt's.
 
         So it is at the borders within an answer of several turns: no token is half the assistant's.
         """
@@ -224,7 +224,7 @@ def _borders(answer: PartedAnswer) -> list[int]:
 
 
 def _texts_of(pair: PartedPair) -> Iterator[Shielded]:
-    """What has to be encoded of a pair."""
+    """The texts of a pair to encode."""
     yield pair.prompt
     for answer in (pair.chosen, pair.rejected):
         for border in _borders(answer)[1:]:

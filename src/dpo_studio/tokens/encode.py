@@ -1,4 +1,4 @@
-"""Pairs as token ids under the length rule, with a count of everything that happened to them.
+"""Pairs as token ids under the length rule, with counts of what was changed or dropped.
 
 Shapes: L = prompt tokens, A = answer tokens. `max_length` is for L + A, and a pair is over it if either answer is.
 """
@@ -52,7 +52,7 @@ class EncodedPair:
     row: int
     """`Pair.row`."""
     prompt: NDArray[np.int32]
-    """(L,) what both answers begin with."""
+    """(L,) the prompt of both answers."""
     chosen: EncodedAnswer
     rejected: EncodedAnswer
 
@@ -63,11 +63,11 @@ class EncodedPair:
 
 @dataclass(frozen=True)
 class Encoded:
-    """Pairs ready to be packed, and what became of the others."""
+    """Pairs ready to be packed, and the reasons for the others."""
 
     pairs: list[EncodedPair]
     counts: dict[str, int]
-    """Pairs by what happened to them; nothing is listed that did not. `dropped: ...` add up to `refused`."""
+    """Pairs by what was changed; counts of 0 are not listed. `dropped: ...` add up to `refused`."""
     refused: list[tuple[int, str]]
     """(`Pair.row`, reason) of the dropped."""
 
@@ -100,7 +100,7 @@ def encode_pairs(
 def fit_pair(
     pair: Pair, ids: PairIds | PairError, encoder: ChatEncoder, max_length: int | None, too_long: TooLong
 ) -> tuple[EncodedPair, list[str]]:
-    """The pair under the length rule, and what had to be done to it.
+    """The pair under the length rule, and how it was changed.
 
     Raises:
         PairError: why the pair has to go.
@@ -136,7 +136,7 @@ def _longest(ids: PairIds) -> int:
 
 
 def _cut_answers(ids: PairIds, max_length: int) -> PairIds:
-    """What is over goes from the end, the end of turn first: a cut answer has none to learn."""
+    """Cut tokens from the end, the end of turn first: a cut answer has none to learn."""
     room = max_length - len(ids.prompt)
     if room <= 0:
         raise _too_long(ids, max_length)
@@ -145,7 +145,7 @@ def _cut_answers(ids: PairIds, max_length: int) -> PairIds:
 
 
 def _cut_prompt(pair: Pair, ids: PairIds, encoder: ChatEncoder, max_length: int) -> PairIds:
-    """The same pair with as many of the prompt's turns as fit, rendered anew."""
+    """The same pair with as many of the prompt's turns as fit, rendered again."""
     while _longest(ids) > max_length:
         shorter = _without_oldest_exchange(pair.prompt)
         if shorter is None:

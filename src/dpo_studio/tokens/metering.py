@@ -1,4 +1,4 @@
-"""The meter that chat templates run on, and their filters and functions, each of which pays for what it makes."""
+"""The meter that chat templates run on, and their filters and functions, each of which is charged for its result."""
 
 from __future__ import annotations
 
@@ -56,18 +56,18 @@ _LARGEST_SIZE = 1000
 
 
 class TemplateLimit(SecurityError):
-    """A template asked for more time or memory than any honest one."""
+    """A template needs more time or memory than any legitimate one."""
 
 
 class Meter:
-    """What one rendering has left."""
+    """The remaining budget of one rendering."""
 
     def __init__(self) -> None:
         self._left = _MOST_WORK
         self._until = time.thread_time() + _SECONDS
 
     def spend(self, characters: int) -> None:
-        """Pay for a step that makes or looks at so many characters."""
+        """Charge a step that makes or reads this many characters."""
         self._left -= characters + _STEP
         if self._left < 0:
             raise TemplateLimit(f"it makes more than {_MOST_WORK:,} characters, or takes {_MOST_WORK // _STEP:,} steps")
@@ -75,19 +75,19 @@ class Meter:
             raise TemplateLimit(f"it takes more than {_SECONDS:g} seconds")
 
     def make(self, characters: int) -> None:
-        """Pay for a value of that size before it is made."""
+        """Charge for a value of that size before it is made."""
         if characters > _LONGEST_VALUE:
             raise TemplateLimit(f"it makes a value of {characters:,} characters")
         self.spend(characters)
 
     def bounded(self, value: Any) -> Any:
-        """The value, paid for."""
+        """Charge for the value and return it."""
         self.make(weight(value))
         return value
 
 
 METER: ContextVar[Meter] = ContextVar("meter")
-"""Of the rendering that this thread is at."""
+"""The meter of this thread's rendering."""
 
 
 def weight(value: Any, depth: int = 0) -> int:
@@ -154,7 +154,7 @@ def length_replaced(text: str, old: Any, new: Any) -> int:
 
 
 def _paying(filter_: Callable[..., Any]) -> Callable[..., Any]:
-    """A filter whose result is no larger than its input, paid for."""
+    """A filter whose result is no larger than its input, charged for."""
 
     def paying(*arguments: Any, **named: Any) -> Any:
         meter = METER.get()
@@ -249,7 +249,7 @@ def _dated(today: datetime.date) -> Callable[[str], str]:
 
 
 def functions(today: datetime.date) -> dict[str, Callable[..., Any]]:
-    """What a template may call by name, on that day."""
+    """The functions that a template may call, on that day."""
     return {
         "range": _range,
         "dict": _new_dict,

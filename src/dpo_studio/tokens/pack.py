@@ -1,10 +1,10 @@
 """Pairs -> micro-batches: many pairs in one row, each prompt stored once for both its answers, no padding.
 
-A pair lies in its row as prompt, chosen, rejected. Position ids restart so that the rejected answer stands where the
-chosen one does, right after the prompt; the attention mask (`models/attention.py`) keeps pairs apart and answers blind
-to each other. The last token of an answer predicts nothing and is left out.
+A pair is in its row as prompt, chosen, rejected. Position ids restart, so that the rejected answer has the positions of
+the chosen one, right after the prompt; the attention mask (`models/attention.py`) separates pairs, and the two answers
+of a pair. The last token of an answer predicts nothing and is left out.
 
-Which pairs form a step is a pure function of (seed, epoch); how they are laid into rows changes speed only.
+Which pairs are in a step is a pure function of (seed, epoch); how they are packed into rows changes speed only.
 
 Shapes: T = tokens of the row, N = scored answer tokens, P = pairs, A = answers (2 x P).
 """
@@ -25,7 +25,17 @@ from torch import Tensor
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 
-__all__ = ["MicroBatch", "Span", "Steps", "fit", "micro_batches", "on_each_side", "pack", "packed_tokens", "pair_order"]
+__all__ = [
+    "MicroBatch",
+    "Span",
+    "Steps",
+    "assign_to_rows",
+    "micro_batches",
+    "pack",
+    "packed_tokens",
+    "pair_order",
+    "split_at_position",
+]
 
 
 class Span(NamedTuple):
@@ -39,16 +49,16 @@ class Span(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class MicroBatch:
-    """A row of pairs, and where to read off each answer token's log-prob."""
+    """A row of pairs, and the position that predicts each answer token."""
 
     pairs: tuple[int, ...]
     """Positions of the pairs in their list."""
     spans: tuple[Span, ...]
-    """Where each pair lies in the row."""
+    """The place of each pair in the row."""
     ids_1T: Tensor
     position_ids_1T: Tensor
     seen_until_T: Tensor
-    """How far down the row a token is seen, itself included: q sees k when k <= q < seen_until[k]."""
+    """The end of the positions that see a token, itself included: q sees k when k <= q < seen_until[k]."""
     predictor_N: Tensor
     """The position in the row whose hidden state predicts each scored token."""
     target_N: Tensor
@@ -56,9 +66,9 @@ class MicroBatch:
     tokens_A: Tensor
     """How many scored tokens each answer has, in the order of `target_N`: chosen, rejected, chosen, ..."""
     shared_N: Tensor
-    """Which scored tokens stand no further back in their answer than the other answer is long."""
+    """Which scored tokens are within the length of the pair's shorter answer."""
     token_budget: int = 0
-    """Tokens the row could have held: rows of one run differ in length, and one kernel serves them all."""
+    """The most tokens the row could have: rows of one run differ in length, and one kernel serves them all."""
     reference: PairLogps | None = None
     """The reference's log-probs of these pairs, when they are known before the step."""
 
@@ -71,7 +81,7 @@ class MicroBatch:
         return self.ids_1T.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
-        """The same micro-batch on `device`; a GPU copies it while it still computes what came before."""
+        """The same micro-batch on `device`; a GPU copies it while it still computes."""
 
         def move(x: Tensor) -> Tensor:
             return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
@@ -87,7 +97,7 @@ def packed_tokens(pair: EncodedPair) -> int:
 
 
 def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -> MicroBatch:
-    """Lay pairs into one row."""
+    """Pack pairs into one row."""
     ids, places, seen_until, predictors, targets = ([] for _ in range(5))
     counts: list[int] = []
     shared = []
@@ -129,11 +139,12 @@ def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -
     )
 
 
-def on_each_side(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor]]:
-    """The row as rows whose sequences (a prompt with one whole answer) are all within `limit` tokens, or all longer.
+def split_at_position(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor]]:
+    """Split the row into rows whose sequences (a prompt with one whole answer) are all within `limit` tokens, or all
+    longer.
 
     For long rope: a model that chooses its factors by the longest position of a forward pass computes a sequence in
-    either row as it does by itself. A pair that straddles the limit lies in both, each answer with its prompt. With
+    either row as it does by itself. A pair that straddles the limit is in both, each answer with its prompt. With
     each row comes the place (n,) of its scored tokens among those of `batch`.
     """
     answers = [(span, side) for span in batch.spans for side in (0, 1)]
@@ -144,9 +155,9 @@ def on_each_side(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor
         here_A = torch.tensor([o == over for o in over_A], device=answer_N.device)
         places = here_A[answer_N].nonzero()[:, 0]
         kept = list(zip(over_A[0::2], over_A[1::2], batch.spans, strict=True))
-        row = _only(batch, [(span, c == over, r == over) for c, r, span in kept if over in (c, r)], places)
+        row = _subset(batch, [(span, c == over, r == over) for c, r, span in kept if over in (c, r)], places)
         longest = max(_whole_length(*answer) for answer, o in zip(answers, over_A, strict=True) if o == over)
-        # the last token of an answer predicts nothing and is not in the row, and yet it counts
+        # the last token of an answer is not in the row, but it counts for the length
         rows.append((_with_last_position(row, limit) if over and longest == limit + 1 else row, places))
     return rows
 
@@ -157,7 +168,7 @@ def _whole_length(span: Span, side: int) -> int:
     return span.prompt_end - span.start + answer + 1
 
 
-def _only(batch: MicroBatch, kept: Sequence[tuple[Span, bool, bool]], places_n: Tensor) -> MicroBatch:
+def _subset(batch: MicroBatch, kept: Sequence[tuple[Span, bool, bool]], places_n: Tensor) -> MicroBatch:
     """The row with no answers but the `kept` (span, chosen?, rejected?), and the scored tokens at `places_n` alone."""
     keep_T = torch.zeros(batch.tokens, dtype=torch.bool)
     spans = []
@@ -185,7 +196,7 @@ def _only(batch: MicroBatch, kept: Sequence[tuple[Span, bool, bool]], places_n: 
 
 
 def _with_last_position(row: MicroBatch, position: int) -> MicroBatch:
-    """The row with one token more, at `position`, that sees itself alone and that nobody reads."""
+    """The row with one token more, at `position`, that sees itself alone and that no output depends on."""
     end = row.tokens
     return replace(
         row,
@@ -196,8 +207,8 @@ def _with_last_position(row: MicroBatch, position: int) -> MicroBatch:
     )
 
 
-def fit(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
-    """Which items share a row of at most `token_budget` tokens: best fit, longest first.
+def assign_to_rows(lengths: Sequence[int], token_budget: int) -> list[list[int]]:
+    """Which items share a row of at most `token_budget` tokens: best assign_to_rows, longest first.
 
     An item over the token budget gets a row of its own. Deterministic: equal lengths keep their order.
     """
@@ -230,7 +241,7 @@ class Steps:
     pairs: Sequence[EncodedPair]
     pairs_per_step: int
     token_budget: int
-    """Tokens of a micro-batch: it decides how a step's pairs are laid into rows, never which they are."""
+    """Tokens of a micro-batch: it decides how a step's pairs are packed into rows, never which pairs they are."""
     seed: int
     epochs: float
     max_steps: int | None = None
@@ -239,7 +250,7 @@ class Steps:
 
     @property
     def per_epoch(self) -> int:
-        """Steps an epoch; the last one may hold fewer pairs."""
+        """Steps an epoch; the last one may have fewer pairs."""
         return math.ceil(len(self.pairs) / self.pairs_per_step)
 
     @property
@@ -287,7 +298,7 @@ def micro_batches(
     reference: Callable[[Sequence[int]], PairLogps] | None = None,
 ) -> Iterator[MicroBatch]:
     """The pairs at `positions` in rows of at most `token_budget` tokens."""
-    for row in fit([packed_tokens(pairs[position]) for position in positions], token_budget):
+    for row in assign_to_rows([packed_tokens(pairs[position]) for position in positions], token_budget):
         chosen = [positions[item] for item in row]
         batch = replace(pack([pairs[position] for position in chosen], chosen), token_budget=token_budget)
         yield replace(batch, reference=reference(chosen)) if reference is not None else batch

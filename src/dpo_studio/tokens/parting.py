@@ -1,4 +1,4 @@
-"""Pairs parted into the prompt that a server sends and what is learned of each answer, as text.
+"""Pairs split into the prompt that a server sends and the learned part of each answer, as text.
 
 `tokens.split` has the rule; here a pair is rendered for it, and the answer's own text is found in the rendering. Texts
 alone do not tell where a turn stands: an answer may quote the question, or say "end" as `<|im_end|>` does. So turns are
@@ -34,7 +34,7 @@ class PartedAnswer:
     text: str
     """Up to and including the end of the last turn that is learned."""
     spans: tuple[tuple[int, int], ...]
-    """The parts of `text` that the assistant says itself, where it is to be learned."""
+    """The learned parts of `text`: those of the assistant."""
     ended: bool
     """Whether the template writes an end of turn."""
     thought_left_out: bool
@@ -69,11 +69,11 @@ class _Found:
     """Where the thought that the template leaves out is not, its text begins."""
     end: int
     thought: str
-    """What stands before the text in what people wrote."""
+    """The source's text before it."""
 
 
 class Parter:
-    """Renders pairs and parts them."""
+    """Renders pairs and splits them."""
 
     def __init__(self, writer: TemplateWriter, encoder: TextEncoder) -> None:
         self._writer, self._encoder = writer, encoder
@@ -111,7 +111,7 @@ class Parter:
         return self._marked(prompt, turns, whole)
 
     def _between_known_words(self, prompt: _Prompt, whole: str, turn: Message) -> PartedAnswer | None:
-        """The answer, if it stands between words that are known to be the template's."""
+        """The answer, if it is between texts that are known to be the template's."""
         text = prompt.writer.shield(turn.content).strip()
         if not self._known or not text:
             return None
@@ -174,7 +174,7 @@ class Parter:
 
 
 class _Prompt:
-    """Turns before an answer, rendered as far as somebody asks."""
+    """Turns before an answer, rendered on demand."""
 
     def __init__(self, writer: Writer, turns: Sequence[Message], opened: bool) -> None:
         """`opened`: the assistant comes next, as it does unless an answer begins with somebody else's turn."""
@@ -185,7 +185,7 @@ class _Prompt:
     def _closed(self) -> str | None:
         try:
             return self.writer.write(self.turns, open_answer=False)
-        except PairError:  # a template that wants an answer
+        except PairError:  # a template that requires an answer
             return None
 
     def closed(self) -> str | None:
@@ -211,7 +211,7 @@ class _Prompt:
 
 
 def _learned_turns(answer: Sequence[Message]) -> Sequence[Message]:
-    """The answer up to the last turn that is learned: nothing behind it changes what is."""
+    """The answer up to the last turn that is learned: later turns do not change it."""
     own = [at for at, turn in enumerate(answer) if turn.role == ASSISTANT]
     if not own:
         raise PairError("answer without an assistant turn", "an answer has no assistant turn")
@@ -268,7 +268,7 @@ def _find(
 
 
 def _last(whole: str, text: str, prompt: _Prompt) -> Iterator[int]:
-    """Where the text stands last; nothing at all stands where the answer begins."""
+    """The last position of the text; that of an empty text is where the answer begins."""
     if text:
         found = whole.rfind(text)
         if found >= 0:

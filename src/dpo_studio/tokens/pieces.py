@@ -49,7 +49,7 @@ class TextEncoder:
             split_special_tokens=split_special_tokens,
             return_attention_mask=False,
             return_token_type_ids=False,
-            verbose=False,  # or it warns about lengths, which are ours to judge
+            verbose=False,  # or it warns about lengths, which are checked elsewhere
         )
         ids: list[list[int]] = encoded["input_ids"]
         return ids
@@ -92,7 +92,7 @@ class TextEncoder:
         return ids
 
     def _encode_pieces(self, texts: Sequence[str], anchors: Sequence[str]) -> list[list[int]]:
-        """Each text as it would be encoded where it stands: behind its anchor, if it has one."""
+        """Each text encoded as it would be in its place: after its anchor, if it has one."""
         anchor = anchors[-1]
         (anchor_ids,) = self.plain([anchor], split_special_tokens=True) if anchor else ([],)
         filled = [before + text if text else "" for before, text in zip(anchors, texts, strict=True)]
@@ -109,13 +109,13 @@ class TextEncoder:
                 )
         return pieces
 
-    def settle(self, chats: Sequence[str]) -> None:
+    def find_anchor(self, chats: Sequence[str]) -> None:
         """Find what a piece must follow so that pieces add up to the whole: nothing or, in SentencePiece, a newline.
 
         Some of those put a space before the first word of a string, and a piece from the middle has none.
 
         Raises:
-            ModelError: neither will do on these chats, which spell nothing.
+            ModelError: neither works on these chats, which spell no special token.
         """
         whole = self.plain(chats, split_special_tokens=False)
         for anchor in ("", "\n"):

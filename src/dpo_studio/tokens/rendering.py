@@ -27,7 +27,7 @@ __all__ = ["NO_TEMPLATE_HINT", "PairError", "Places", "Shielded", "TemplateWrite
 
 NO_TEMPLATE_HINT = "model.chat_template: FILE names a Jinja file to use"
 _TEMPLATE_ERRORS = (TemplateError, ArithmeticError, AttributeError, LookupError, TypeError, ValueError)
-"""What a template's own code can raise: it is a program, run on somebody's data."""
+"""The exceptions that a template's code can raise."""
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
@@ -40,7 +40,7 @@ class PairError(DataError):
 
 
 class Shielded(NamedTuple):
-    """A text with stand-ins for the special tokens that people spelled, by code point."""
+    """A text with stand-ins for the special tokens that it spells, by code point."""
 
     text: str
     spelled: Mapping[int, str]
@@ -48,14 +48,14 @@ class Shielded(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Places:
-    """Where the marks of the turns stand in a rendering."""
+    """The positions of the turns' marks in a rendering."""
 
     ends: Sequence[Sequence[int]]
     """By turn: wherever its text ends."""
     middles: Sequence[Sequence[int]]
     """By turn: wherever the middle of its text is."""
     whole: bool
-    """Whether all turns were marked; else only those asked for, and of the others nothing is known."""
+    """Whether all turns were marked; otherwise only the requested ones, and the others are unknown."""
 
 
 class TemplateWriter:
@@ -81,7 +81,7 @@ class TemplateWriter:
         self.spelled_pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def of(self, *chats: Sequence[Message]) -> Writer:
-        """A writer of what these turns are made of, in any choice and order."""
+        """A renderer for these turns, in any selection and order."""
         return Writer(self, [turn for chat in chats for turn in chat])
 
 
@@ -113,12 +113,12 @@ class Writer:
         """The chat; with `open_answer` as a server sends it, the generation prompt at its end.
 
         Raises:
-            PairError: the template refuses it, or it is no chat.
+            PairError: the template refuses it, or it is not a chat.
             ModelError: the template has to be stopped.
         """
-        return self._write(turns, [self.shield(turn.content) for turn in turns], open_answer)
+        return self._render_contents(turns, [self.shield(turn.content) for turn in turns], open_answer)
 
-    def _write(self, turns: Sequence[Message], contents: Sequence[str], open_answer: bool) -> str:
+    def _render_contents(self, turns: Sequence[Message], contents: Sequence[str], open_answer: bool) -> str:
         if not turns:
             raise PairError("prompt without turns", "the prompt has no turns")
         if (length := sum(map(len, contents))) > LONGEST_CHAT:
@@ -128,18 +128,20 @@ class Writer:
         ]
         try:
             text = self._template.render(messages, add_generation_prompt=open_answer)
-        except TemplateLimit as error:  # what an honest one needs for so long a chat is far below: no pair will do
+        except (
+            TemplateLimit
+        ) as error:  # a legitimate template needs far less for a chat this long: not this pair's fault
             raise ModelError(f"the chat template is stopped: {error}", hint=NO_TEMPLATE_HINT) from None
         except _TEMPLATE_ERRORS as error:
             raise PairError("refused by the chat template", f"the chat template refuses it: {error}") from None
         if not _is_unicode(text):
-            raise PairError("text is not Unicode", "the text holds half of a surrogate pair, which is no character")
+            raise PairError("text is not Unicode", "the text contains a lone surrogate, which is not a character")
         return text
 
     def places(
         self, turns: Sequence[Message], text: str, *, own: Collection[int], open_answer: bool = False
     ) -> Places | None:
-        """Where the turns stand in `text`, which `write` made of them; `own` are those that must be found.
+        """The positions of the turns in `text`, which `write` made of them; `own` are those that must be found.
 
         None where marks change what the template writes: it compares or rewrites what it is given.
         """
@@ -153,7 +155,7 @@ class Writer:
                 for turn, (content, (end, middle)) in enumerate(zip(contents, marks, strict=True))
             ]
             try:
-                written = self._write(turns, marked, open_answer)
+                written = self._render_contents(turns, marked, open_answer)
             except PairError:
                 continue
             clean, found = _read(written, {mark for pair in marks for mark in pair})
@@ -174,7 +176,7 @@ def _marked(content: str, end: str, middle: str) -> str:
 
 
 def _read(written: str, marks: Collection[str]) -> tuple[str, dict[str, list[int]]]:
-    """The text without its marks, and where in it each of them stood."""
+    """The text without its marks, and the position of each of them."""
     found: dict[str, list[int]] = {}
     clean: list[str] = []
     at = 0

@@ -1,4 +1,4 @@
-"""Whether text of a prompt is among the tokens that are learned: what no mask and no loss would ever show.
+"""Whether text of a prompt is among the scored tokens: neither mask nor loss would show it.
 
 Where a template moves or rewrites a turn, a split at the wrong place makes the user's question a part of the answer. It
 is looked for by its effect: with other words in the prompt the scored tokens must stay as they are. Where they do not,
@@ -25,7 +25,7 @@ _OTHER_WORDS = "Zebra quux 77 vexes"
 
 
 def check_scored(pairs: Sequence[EncodedPair], texts: Sequence[Pair], encoder: ChatEncoder) -> None:
-    """Look at pairs of every shape.
+    """Check pairs of every shape.
 
     Raises:
         ModelError: text of a turn that nobody learns is among a pair's scored tokens.
@@ -35,7 +35,7 @@ def check_scored(pairs: Sequence[EncodedPair], texts: Sequence[Pair], encoder: C
     sample = [known[place] for place in _of_every_shape([text for _, text in known])]
     others = encoder.pairs([_with_other_words(text) for _, text in sample])
     for (pair, text), other in zip(sample, others, strict=True):
-        if isinstance(other, PairError):  # a template that wants certain words: nothing to compare with
+        if isinstance(other, PairError):  # a template that requires certain words: nothing to compare with
             continue
         for side in ("chosen", "rejected"):
             answer = getattr(text, side)
@@ -52,7 +52,7 @@ def check_scored(pairs: Sequence[EncodedPair], texts: Sequence[Pair], encoder: C
 def _scored_turn(
     answer: EncodedAnswer, unlearned: Sequence[Message], other: AnswerIds, encoder: ChatEncoder
 ) -> str | None:
-    """The text of the turn that is scored and should not be, if one is."""
+    """The text of a turn that is scored and should not be, if there is one."""
     scored = answer.ids[answer.scored].tolist()
     there = [i for i, own in zip(other.ids, other.scored, strict=True) if own]
     if scored == there[: len(scored)]:

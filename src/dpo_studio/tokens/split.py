@@ -1,4 +1,4 @@
-"""Where a rendered chat parts into prompt and answer: the rule of token ids, on text alone.
+"""Where a rendered chat is split into prompt and answer: the rule of token ids, on text alone.
 
 P = the prompt's turns as a server sends them, with the generation prompt; P0 = the same without it; F = the whole chat
 with one answer; `at` = where the answer's own text begins in F. The prompt is P, and the answer is what of F follows:
@@ -29,7 +29,7 @@ __all__ = ["CASES", "Case", "Split", "common_prefix", "own_texts", "split_chat"]
 Case = Literal["1", "3a", "3b", "3c", "4"]
 
 CASES: Final[tuple[Case, ...]] = ("1", "3a", "3b", "3c", "4")
-"""From the plainest on: a pair is of the later case of its two answers."""
+"""From the simplest to the most special: a pair has the later case of its two answers."""
 
 THOUGHT_MARKS: Final = (
     ("<think>", "</think>"),
@@ -58,7 +58,7 @@ THOUGHT_MARKS: Final = (
     ("<unused94>thought", "<unused95>"),
     ("Here are my reasoning steps:", "[BEGIN FINAL RESPONSE]"),
 )
-"""What opens and closes a thought in the chat formats there are."""
+"""The marks that open and close a thought in known chat formats."""
 
 _CLOSING = dict(THOUGHT_MARKS)
 _MARK = re.compile("|".join(re.escape(mark) for pair in THOUGHT_MARKS for mark in pair))
@@ -90,7 +90,7 @@ def split_chat(
     The answer's own text is `whole[at:end]`.
 
     Raises:
-        PairError: the answer's text is no part of what follows the prompt, or the two cannot be told apart.
+        PairError: the answer's text does not follow the prompt, or the two cannot be separated.
     """
     if whole.startswith(served):
         if end < len(served) or (end == len(served) and at < end):
@@ -130,13 +130,13 @@ def _other_header(served: str, base: str, whole: str, at: int, end: int) -> Spli
 
 
 def leaves_open(text: str) -> bool:
-    """Whether an opening mark stands behind the last closing one."""
+    """Whether there is an opening mark after the last closing one."""
     opened = max(text.rfind(opening) for opening in _CLOSING)
     return opened > max(text.rfind(closing) for closing in _CLOSING.values())
 
 
 def own_texts(answer: str) -> Iterator[tuple[str, str]]:
-    """The texts that may stand for an answer, and the thought that each leaves out: all of it first.
+    """The texts that may represent an answer, and the thought that each omits: the complete text first.
 
     A thought ends at a closing mark; templates cut at the first one or at the last.
     """
@@ -175,7 +175,7 @@ def common_prefix(one: str, other: str) -> int:
 
 
 def _edge(served: str, whole: str, parted: int, least: int) -> int:
-    """`parted`, moved back to the beginning of a mark or control token that it stands inside of."""
+    """`parted`, moved back to the beginning of a mark or control token that it is inside of."""
     for text in (served, whole):
         for pattern in (_MARK, _SPECIAL):
             for match in pattern.finditer(text, least):
@@ -185,7 +185,7 @@ def _edge(served: str, whole: str, parted: int, least: int) -> int:
 
 
 def _has_thought(text: str) -> bool:
-    """Whether something is thought in it: an empty thought is the template's own."""
+    """Whether the thought has text: an empty one is the template's own."""
     return any(
         text[begin + len(opening) : end].strip()
         for opening, closing in THOUGHT_MARKS

@@ -1,4 +1,4 @@
-"""Chat templates are programs that come with a model: run in jinja's sandbox, and on a meter, so that they end.
+"""Chat templates are untrusted programs: they run in jinja's sandbox with a budget, so that they end.
 
 jinja's sandbox keeps a template away from the machine, not from its time and memory: ten nested loops, `2 ** 10 ** 9`
 or a list that holds itself twice, forty times over, take for ever inside a single call, where no signal and no other
@@ -59,7 +59,7 @@ _WIDE = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})")
 
 
 class ChatTemplate:
-    """A template that ends, whatever it was written to do."""
+    """A template with limits on time and memory."""
 
     def __init__(
         self, source: str, special_tokens: Mapping[str, object], *, today: datetime.date | None = None
@@ -85,7 +85,7 @@ class ChatTemplate:
         self._template = environment.template_class.from_code(environment, code, environment.make_globals(None))
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
-        """The chat as the template writes it.
+        """The chat rendered by the template.
 
         Raises:
             TemplateLimit: it takes too long or makes too much.
@@ -159,7 +159,7 @@ class _Generation(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """jinja as chat templates know it, with whatever makes something on the meter."""
+    """jinja as chat templates need it, with every operation that makes a value charged."""
 
     intercepted_binops = frozenset({"+", "*", "**", "%"})
 
@@ -169,7 +169,7 @@ class _Environment(ImmutableSandboxedEnvironment):
             lstrip_blocks=True,
             extensions=[_Generation, loopcontrols],
             finalize=_output,
-            optimized=False,  # constants would be formed while compiling, off the meter
+            optimized=False,  # constants would be computed while compiling, uncharged
         )
         self._template_length = template_length
         self.filters = metered(self.filters)
@@ -240,7 +240,7 @@ def _check_method(meter: Meter, method: Any, arguments: Sequence[Any]) -> None:
         meter.make(length_replaced(owner, *arguments[:2]))
     elif isinstance(owner, str) and name == "join" and arguments:
         if not isinstance(arguments[0], list | tuple | str | dict):
-            raise SecurityError("it joins what is no list: put `|list` before")
+            raise SecurityError("it joins something that is not a list: put `|list` before")
         meter.make(weight(arguments[0]) + len(arguments[0]) * len(owner))
 
 

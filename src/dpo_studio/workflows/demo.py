@@ -1,4 +1,4 @@
-"""`dpo demo`: the whole story on the bundled model and pairs, on a CPU, in minutes. Nothing in it is staged."""
+"""`dpo demo`: train, answer, judge and report on the bundled model and pairs, on a CPU, in minutes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from dpo_studio.workflows.training.preparing import read_and_split
 __all__ = ["SHOWCASE", "run_demo"]
 
 SHOWCASE = "I have dropped my phone in water. Now it is not working what should I do now?"
-"""The prompt of the tutorial this project grew from; its own tuned model rambled into questions nobody had asked."""
+"""The prompt of the tutorial this project grew from; its own tuned model rambled on into further questions."""
 _SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
 _PROMPTS = 120
 """Held-out prompts that both models answer."""
@@ -52,7 +52,7 @@ def run_demo(out: str | Path = "runs/demo", *, progress: Progress | None = None)
         trained = run_training(demo_recipe(out), shown, {"kind": "demo"})
         if "win_rate" in trained.result:
             return trained.result
-        if trained.base is None or trained.policy is None:  # trained by an earlier start that got no further
+        if trained.base is None or trained.policy is None:  # trained by an earlier start that was interrupted
             loaded = load_any(str(trained.folder.path), say=shown.say)
             held_out: Sequence[Pair] = read_and_split(demo_recipe(out).recipe, shown)[1].held_out
         else:
@@ -108,12 +108,12 @@ def _evaluate(run: RunFolder, held_out: Sequence[Pair], loaded: LoadedModel, pro
             "judge_description": f"{judge.description} {_CAUTION}",
             "showcase_prompt": SHOWCASE,
         }
-        | _about("base", base)
-        | _about("tuned", tuned)
+        | _answer_statistics("base", base)
+        | _answer_statistics("tuned", tuned)
     )
 
 
-def _about(side: str, answered: Sequence[Completion]) -> dict[str, Any]:
+def _answer_statistics(side: str, answered: Sequence[Completion]) -> dict[str, Any]:
     *held_out, showcase = answered
     return {
         f"stop_rate_{side}": sum(answer.ended for answer in held_out) / len(held_out),

@@ -47,11 +47,11 @@ _LLM = re.compile(r"llm:(?P<model>.+?)@(?P<url>https?://.*)")
 
 @dataclass(frozen=True)
 class LLMOptions:
-    """What the command line says of an LLM judge besides its name."""
+    """The command line's options of an LLM judge, besides its name."""
 
     template: Path | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """Changes what is sent with every request; None takes a parameter out."""
+    """Parameters sent with every request; None removes one."""
     price: tuple[float, float] | None = None
     replies: Path | None = None
     """Default: a file in the cache, by the model's name."""
@@ -115,7 +115,7 @@ def _llm(model: str, url: str, options: LLMOptions, say: Callable[[str], None]) 
     parameters = {name: value for name, value in wanted.items() if value is not None}
     check_parameters(parameters)
     if options.price is not None and not all(0 <= price < float("inf") for price in options.price):
-        raise UsageError(f"--judge-price {options.price} are no prices")
+        raise UsageError(f"--judge-price {options.price} is not a pair of prices")
     slug = re.sub(r"[^\w.-]+", "-", model)
     replies = options.replies or cache_folder() / "judge-replies" / f"{slug}.jsonl"
     check_replies(replies, [options.template])
@@ -172,17 +172,19 @@ def check_judge(
             verdicts = judge.judge_all(comparisons, advance)
     labels = [[_side(label, flip) for label in row.labels] for row, flip in zip(rows, flips, strict=True)]
     if out is not None:
-        _write(out, rows, flips, labels, verdicts, overwrite=overwrite)
-    return _about(read, len(rows)) | _measured(judge, comparisons, labels, verdicts)
+        _write_verdicts(out, rows, flips, labels, verdicts, overwrite=overwrite)
+    return _source_facts(read, len(rows)) | _measured(judge, comparisons, labels, verdicts)
 
 
 def _files_of(spec: str) -> list[str]:
-    """What a judge is read from, if it is of this machine: `FILE.py:function`, `reward:MODEL`, `implicit:RUN`."""
+    """The file or folder that a judge is read from, if it is local: `FILE.py:function`, `reward:MODEL`,
+    `implicit:RUN`."""
     return [spec.rpartition(":")[0], spec.partition(":")[2]]
 
 
 def _flip(seed: int, row: int) -> bool:
-    """Whether the second answer is A: a coin a row, so that a judge that always says A is right half the time."""
+    """Whether the second answer is A: a coin flip per row, so that a judge that always says A is right half the
+    time."""
     return hashlib.sha256(f"{seed}:{row}".encode()).digest()[0] % 2 == 1
 
 
@@ -193,7 +195,7 @@ def _comparison(row: Labelled, flip: bool) -> Comparison:
 
 
 def _completion(text: str) -> Completion:
-    """A written answer: it ended, and without its model's tokenizer words are the nearest to tokens."""
+    """A written answer: it is complete, and without its model's tokenizer words replace tokens."""
     return Completion(text, ended=True, tokens=len(text.split()) + 1)
 
 
@@ -203,7 +205,7 @@ def _side(label: Label, flip: bool) -> Winner:
     return "a" if (label == "first") != flip else "b"
 
 
-def _about(read: LabelledSource, judged: int) -> dict[str, Any]:
+def _source_facts(read: LabelledSource, judged: int) -> dict[str, Any]:
     refused = read.refused_by_reason()
     if several := len(read.comparisons) - judged:
         refused["an answer of several turns"] = several
@@ -246,7 +248,7 @@ def _estimate(judge: Judge, comparisons: Sequence[Comparison], progress: Progres
     return {"judge": judge.name} | vars(cost)
 
 
-def _write(
+def _write_verdicts(
     file: Path,
     rows: Sequence[Labelled],
     flips: Sequence[bool],

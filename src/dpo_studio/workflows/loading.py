@@ -1,4 +1,4 @@
-"""A MODEL or RUN as people name them: a base, a run folder, or an adapter folder."""
+"""A MODEL or RUN by name: a base, a run folder, or an adapter folder."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class LoadedModel:
     """The run's own, None outside a run."""
     adapter: Path | None
     other_reference: str | None = None
-    """The model that the run was held close to where that is not the policy's own base; it is not loaded here."""
+    """The run's reference model where that is not the policy's own base; it is not loaded here."""
     reference_adapter: Path | None = None
-    """The adapter that the run was held close to."""
+    """The run's reference adapter."""
 
     @property
     def adapters(self) -> dict[str, Path]:
@@ -49,7 +49,7 @@ class LoadedModel:
         return {name: folder for name, folder in folders.items() if folder is not None}
 
     def check_reference(self) -> None:
-        """See that the reference can be computed.
+        """Check that the reference can be computed.
 
         Raises:
             RunError: it is another model.
@@ -98,20 +98,20 @@ def load_any(
 
 
 def find_any(name: str, *, with_reference: bool = False, say: Callable[[str], None] = lambda _: None) -> None:
-    """See that there is something behind a name which is loaded later; a model of the Hub is fetched.
+    """Check a name that is loaded later; a Hub model is downloaded.
 
     Raises:
         ModelError, RunError: nothing is; or `with_reference`, a run whose reference is another model.
     """
     folder = _folder(name)
     if is_run(folder):
-        _look_at(RunFolder(folder), with_reference, lambda _: None)  # said when it is loaded
+        _look_at(RunFolder(folder), with_reference, lambda _: None)  # reported when it is loaded
     elif not (folder / "adapter_config.json").is_file():
         open_model(name, say=say)
 
 
 def _folder(name: str) -> Path:
-    if not name:  # which as a path would be the working directory
+    if not name:  # as a path it would be the working directory
         raise UsageError("the name of a model is empty", hint="give a folder, a Hub id, or a run")
     return user_path(name)
 
@@ -158,13 +158,13 @@ def adapter_of(run: RunFolder, say: Callable[[str], None]) -> Path:
 
 def _not_loaded(reference: str, adapter: Path | None) -> RunError:
     return RunError(
-        f"the run's reference is another model ({reference}), which is not loaded beside it",
+        f"the run's reference is another model ({reference}), which is not loaded",
         hint=f"name {adapter} instead of the run, for then its base is the reference; `dpo eval` has --against MODEL",
     )
 
 
 def _run_around(folder: Path) -> RunFolder | None:
-    """The run that an adapter folder, a checkpoint's perhaps, is a part of."""
+    """The run that an adapter folder, perhaps a checkpoint's, belongs to."""
     return next((RunFolder(parent) for parent in list(folder.resolve().parents)[:3] if is_run(parent)), None)
 
 

@@ -1,4 +1,4 @@
-"""The models that a recipe names: each folder opened once, looked over before weights are loaded, and loaded from."""
+"""The models that a recipe names: each folder is opened once, checked before weights are loaded, and loaded from."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ __all__ = ["check_same_vocabulary", "find_models", "look_at_models", "reference_
 
 @dataclass(frozen=True)
 class RecipeModels:
-    """The folders of a recipe's models, looked over."""
+    """The checked folders of a recipe's models."""
 
     base: ModelFolder
     encoder: ChatEncoder
-    """The base's."""
+    """The folder of the base."""
     reference: ModelFolder | None
-    """That of `reference.model`, where the recipe has one."""
+    """The folder of `reference.model`, where the recipe has one."""
 
 
 def find_models(recipe: Recipe) -> dict[str, ModelFolder]:
@@ -54,7 +54,7 @@ def look_at_models(
     today: datetime.date,
     say: Callable[[str], None] = lambda _: None,
 ) -> RecipeModels:
-    """Every model that the recipe names, looked over before weights are loaded; those of `found` are open already.
+    """Every model that the recipe names, checked before weights are loaded; those in `found` are open already.
 
     `today` is the run's date, which a chat template may write.
 
@@ -77,7 +77,7 @@ def reference_section(recipe: Recipe, path: str) -> ModelSection:
 
 
 def check_same_vocabulary(recipe: Recipe, base: ChatEncoder, other: ChatEncoder) -> None:
-    """See that the reference reads the same ids as the base.
+    """Check that the reference reads the same ids as the base.
 
     Raises:
         ModelError: it has another vocabulary.

@@ -86,7 +86,7 @@ def side_logps(
     tuned: bool,
     texts: Sequence[Pair] = (),
 ) -> PairLogps:
-    """Log-probs of the pairs under the policy (tuned) or its reference, in order; both are checked before the policy's.
+    """Log-probs of the pairs under the policy (tuned) or its reference, in order; both models are checked first.
 
     `texts`: what the pairs were encoded from, where they were.
 
@@ -128,7 +128,7 @@ def score_to_file(
     """`score_pairs` into a file that appears whole or not at all.
 
     Raises:
-        DPOStudioError: as `score_pairs`; or the file is there and nobody said `overwrite`, or is no place for it.
+        DPOStudioError: as `score_pairs`; or the file exists without `overwrite`, or cannot be written there.
     """
     source = as_source(source)
     check_outputs({"--out": file}, reads=[source.source, name], overwrite=overwrite)

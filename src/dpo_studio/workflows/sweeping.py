@@ -80,9 +80,9 @@ def run_sweep(
             except NonFiniteError as error:
                 stopped = error.message
                 shown.warn(f"{member.name} stopped itself: {error.message}")
-            gc.collect()  # a model is full of cycles, and the next one needs its memory
+            gc.collect()  # a model has reference cycles, and the next one needs its memory
             measured.append(measure(member.loaded.run_folder, member.name, stopped))
-            _write(folder, members, measured)
+            _write_summary(folder, members, measured)
     if all(run.stopped is not None for run in measured):
         raise NonFiniteError(
             f"every run of {folder} stopped itself: there is nothing to choose from",
@@ -96,7 +96,7 @@ def plan_sweep(recipe: RecipeLike, overrides: Sequence[str], out: Path | None) -
 
     Raises:
         UsageError: no key has several values, or one has the same twice, or names the run's folder.
-        RecipeError: a combination is no recipe.
+        RecipeError: a combination is not a valid recipe.
     """
     swept, fixed = _swept(overrides)
     base = load_recipe(recipe, fixed)
@@ -115,13 +115,13 @@ def plan_sweep(recipe: RecipeLike, overrides: Sequence[str], out: Path | None) -
 
 
 def _swept(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
-    """Keys with several values, and the overrides that hold for every run."""
+    """Keys with several values, and the overrides of every run."""
     swept: dict[str, list[Any]] = {}
     fixed: list[str] = []
     for text in overrides:
         name, _, listed = text.partition("=")
         keys, values = parse_override(f"{name}=[{listed}]")
-        assert isinstance(values, list)  # what stands in brackets is one, or no YAML
+        assert isinstance(values, list)  # what is in brackets is a list, or not YAML
         key = ".".join(keys)
         if key == "run.folder":
             raise UsageError("run.folder is each run's own in a sweep", hint="--out names the sweep's folder")
@@ -130,7 +130,7 @@ def _swept(overrides: Sequence[str]) -> tuple[dict[str, list[Any]], list[str]]:
             continue
         texts = list(map(_text, values))
         if key in swept or len(set(texts)) < len(texts):
-            raise UsageError(f"--set {text}: a value or a key is there twice", hint=f"--set {key}=A,B,C, each once")
+            raise UsageError(f"--set {text}: a value or a key occurs twice", hint=f"--set {key}=A,B,C, each once")
         swept[key] = values
     if not swept:
         raise UsageError("nothing to sweep: no --set has several values", hint="--set objective.beta=0.03,0.1,0.3")
@@ -142,10 +142,10 @@ def _text(value: Any) -> str:
 
 
 def _check_place(folder: Path, members: Sequence[Member]) -> None:
-    """Before anything is trained: the folder is new, or this sweep's or another's; nobody else's file is replaced.
+    """Before training: check that the folder is new or a sweep's; other files are never replaced.
 
     Raises:
-        RunError: it holds something else, or lies in what is read.
+        RunError: it contains something else, or is inside what is read.
     """
     for member in members:
         check_place(member.loaded)
@@ -168,7 +168,7 @@ def _is_summary(file: Path) -> bool:
     return isinstance(summary, dict) and {"runs", "planned"} <= summary.keys()
 
 
-def _write(folder: Path, members: Sequence[Member], measured: Sequence[Measured]) -> None:
+def _write_summary(folder: Path, members: Sequence[Member], measured: Sequence[Measured]) -> None:
     """sweep.json, sweep.md and the figure, of the runs so far."""
     runs = [
         {"folder": member.loaded.run_folder.name, "values": member.values} | run.to_plain()

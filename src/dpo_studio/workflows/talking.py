@@ -32,13 +32,13 @@ _LARGEST_PROMPTS = 64 * 2**20
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn."""
+    """How answers are sampled."""
 
     temperature: float = 0.7
     """0 takes the likeliest token every time."""
     max_new_tokens: int = 256
     top_p: float = 1.0
-    """Draw from the likeliest tokens that together hold this share; 1 draws from all."""
+    """Sample from the likeliest tokens with this share of probability (nucleus); 1 samples from all."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -100,7 +100,7 @@ def answers(
 
 
 def check_batched(sampling: Sampling, samples: int = 1) -> None:
-    """Told before a model is loaded.
+    """Check the options before a model is loaded.
 
     Raises:
         UsageError: `sampling.top_p` is not 1, which only a stream draws by; or several samples of one answer.
@@ -117,7 +117,7 @@ def read_prompts(file: Path) -> list[str]:
     """Prompts of a file or of stdin (`-`): of a .jsonl each line's text `prompt`, of any other each line not empty.
 
     Raises:
-        DataError: it cannot be read, has no prompt, or a line is no JSON object with one.
+        DataError: it cannot be read, has no prompt, or a line is not a JSON object with one.
     """
     lines = input_text(file, what="prompts", limit=_LARGEST_PROMPTS).splitlines()
     numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
@@ -142,7 +142,7 @@ def _prompt_in(line: str, where: str) -> str:
 def stream_answer(
     loaded: LoadedModel, chat: Sequence[Message], sampling: Sampling, *, tuned: bool = True
 ) -> Generator[str, None, bool]:
-    """The answer to a chat, piece by piece as it is drawn; returns whether the model ended its turn itself."""
+    """The answer to a chat, piece by piece as it is sampled; returns whether the model ended its turn itself."""
     encoder = loaded.base.encoder
     with loaded.tuned(tuned), held_dense(loaded.policy):
         return (
@@ -168,12 +168,12 @@ class Chat:
     system: str | None = None
     tuned: bool = True
     cut: bool = False
-    """The last whole answer stopped at `max_new_tokens`, not where the model would have."""
+    """Whether the last complete answer stopped at `max_new_tokens` instead of an end of turn."""
     turns: list[Message] = field(default_factory=list)
     _turn: count[int] = field(default_factory=count)
 
     def say(self, text: str) -> Generator[str, None, None]:
-        """Answer one more user turn; the turn counts as said once its answer is whole."""
+        """Answer one more user turn; the turn is remembered once its answer is complete."""
         system = [Message("system", self.system)] if self.system else []
         asked = Message("user", text)
         seed = self.sampling.seed + next(self._turn)

@@ -1,4 +1,4 @@
-"""Answers that are kept: written once, on disk before anybody judges them, found again after an interruption."""
+"""Stored answers: generated once, written to disk before they are judged, and reused after an interruption."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _LARGEST = 1 << 30
 
 
 class Speaker:
-    """One side of a comparison: a loaded model that answers prompts, and the folder its answers are kept in."""
+    """One side of a comparison: a loaded model that answers prompts, and the folder of its answers."""
 
     def __init__(self, loaded: LoadedModel, folder: Path, side: str, *, tuned: bool) -> None:
         self.loaded, self.folder, self.side, self.tuned = loaded, folder, side, tuned
@@ -57,10 +57,10 @@ class Speaker:
         seed: int,
         progress: Progress,
     ) -> list[Completion]:
-        """One answer to each chat, from the file of an earlier start if it is there and whole.
+        """One answer to each chat, from the file of an earlier start if that is complete.
 
-        A file's name holds a digest of all its answers depend on, so another model, prompt, length or precision makes
-        another file.
+        A file's name has a digest of everything that its answers depend on, so another model, prompt, length or
+        precision makes another file.
         """
         prompts = self.prompt_ids(chats)
         asked = {"temperature": temperature, "sample": sample, "max_new_tokens": max_new_tokens, "seed": seed}
@@ -94,12 +94,12 @@ def _of(vocabulary: str, answers: Sequence[Completion]) -> list[Completion]:
 
 
 def _line(answer: Completion) -> dict[str, Any]:
-    """What a file holds of an answer: its prompts' ids are in the file's name, so the vocabulary need not be."""
+    """An answer as a file has it: the prompts' ids are in the file's name, so the vocabulary is not in the lines."""
     return answer.shown() | {"ids": answer.ids}
 
 
 def _read(file: Path, count: int) -> list[Completion] | None:
-    """The answers of a file, None if it is not there or not what was written."""
+    """The answers of a file, None if it is missing or damaged."""
     try:
         lines = read_text(file, what="kept answers", limit=_LARGEST, error=RunError).splitlines()
         rows: list[dict[str, Any]] = [parse_json(line, what=file.name, error=RunError) for line in lines]
@@ -110,6 +110,6 @@ def _read(file: Path, count: int) -> list[Completion] | None:
 
 
 def _is_whole(answer: Completion) -> bool:
-    """Whether a line of a file, which may have been edited, holds what an answer does."""
+    """Whether a line of a file, which may have been edited, has all fields of an answer."""
     kinds = isinstance(answer.text, str) and isinstance(answer.ended, bool) and type(answer.tokens) is int
     return kinds and all(type(token) is int for token in answer.ids)

@@ -52,7 +52,7 @@ REFERENCE = "reference"
 Chat = tuple[Message, ...]
 Answers = dict[tuple[float, int], list[Completion]]
 """By temperature and sample."""
-_IN_THE_RUN = "an evaluation is kept in its run: copy the run to where you may write, and evaluate the copy"
+_IN_THE_RUN = "an evaluation is written into its run: copy the run to where you may write, and evaluate the copy"
 _OUTCOMES = {"a": "loss", "b": "win", "tie": "tie"}
 _WINNERS = {"a": "base", "b": "tuned", "tie": "tie"}
 """A is the other side's answer, B the policy's."""
@@ -115,7 +115,7 @@ def evaluate_run(
         loaded = load_any(run, with_reference=against == REFERENCE, say=shown.say)
         asked_judge = (
             judge(loaded=loaded) if callable(judge) else judge_from(judge, loaded=loaded, say=shown.say)
-        )  # what is wrong with it is told before anything long begins
+        )  # errors in it are reported before any long work
         if against != REFERENCE:
             find_any(against, say=shown.say)
         _make(folder.evaluation / folder.COMPLETIONS)
@@ -163,7 +163,7 @@ def _make(completions: Path) -> None:
 
 
 def default_judge(run: str) -> str:
-    """The rule that the bundled pairs were written to; there is no such judge of anybody else's pairs.
+    """The rule that the bundled pairs were written to; other pairs have no default judge.
 
     Raises:
         RunError: not a run.
@@ -186,17 +186,17 @@ def judges_of(runs: Sequence[str], judge: str | None, against: str = REFERENCE) 
     Each run takes its hours, so what may be wrong with the last one is looked for before the first begins.
 
     Raises:
-        UsageError: more runs than a figure can tell apart, one that is there twice, or one without a default judge.
-        RunError: one that is no run, or cannot be loaded.
+        UsageError: more runs than a figure can tell apart, one that occurs twice, or one without a default judge.
+        RunError: one is not a run, or cannot be loaded.
     """
     if len(runs) > MOST_RUNS:
-        raise UsageError(f"{len(runs)} runs in one figure: nobody tells more than {MOST_RUNS} apart")
+        raise UsageError(f"{len(runs)} runs in one figure: more than {MOST_RUNS} cannot be told apart")
     folders = [user_path(run).resolve() for run in runs]
     for place, run in enumerate(runs):
         _recipe(run)
         find_any(run, with_reference=against == REFERENCE)
         if folders[place] in folders[:place]:
-            raise UsageError(f"{run} is there twice")
+            raise UsageError(f"{run} occurs twice")
     return [judge or default_judge(run) for run in runs]
 
 
@@ -232,7 +232,7 @@ def _pairs(recipe: Recipe, source: SourceLike | None, run: str, progress: Progre
     _, split = read_and_split(recipe, progress)
     if source is None:
         if not split.held_out:
-            raise RunError(f"{run} holds no pairs out", hint="name pairs it was not trained on: --source SOURCE")
+            raise RunError(f"{run} has no held-out pairs", hint="name pairs it was not trained on: --source SOURCE")
         return split.held_out
     trained_on = {prompt_key(pair.prompt) for pair in split.train}
     found = read_pairs(as_source(source))
@@ -265,7 +265,7 @@ def _other_side(
 def _held_out(loaded: LoadedModel, objective: Formula, pairs: Sequence[Pair], progress: Progress) -> dict[str, Any]:
     """Accuracy and margin on the labelled pairs, and whether the margins mean what they say, if they say anything."""
     if loaded.other_reference is not None:
-        progress.warn(f"no margins and no KL: the run's reference, {loaded.other_reference}, is not loaded beside it")
+        progress.warn(f"no margins and no KL: the run's reference, {loaded.other_reference}, is not loaded")
         return {}
     encoded = encode_pairs(pairs, loaded.base.encoder, max_length=None).pairs
     if not encoded:
@@ -292,7 +292,7 @@ def _kl(policy: Speaker, chats: Sequence[Chat], answers: Answers, progress: Prog
     """log-prob under the policy minus under the reference of each answer drawn at temperature 1, in nats.
 
     Their mean estimates KL(policy || reference) over answers of at most `max_new_tokens`. Answers drawn at another
-    temperature are another distribution's, so there is no such number for those.
+    temperature are from another distribution, so this number is missing for those.
     """
     drawn = [answer for (t, _), found in answers.items() if t == 1 for answer in found]
     if not drawn or policy.loaded.adapter is None or policy.loaded.other_reference is not None:
@@ -354,14 +354,14 @@ def _at_temperature(
         "losses": rate.losses,
         "n_prompts": rate.n_prompts,
         "n": rate.n,
-        **_about(after, ""),
-        **_about(before, "reference_"),
+        **_answer_statistics(after, ""),
+        **_answer_statistics(before, "reference_"),
         "kl": None if kl is None else fmean(kl),
         "kl_ci95": None if kl is None else list(mean_ci95(kl, prompt_of, seed=seed)),
     }
 
 
-def _about(answers: Sequence[Completion], prefix: str) -> dict[str, Any]:
+def _answer_statistics(answers: Sequence[Completion], prefix: str) -> dict[str, Any]:
     texts = [answer.text for answer in answers]
     found = {
         "stop_rate": fmean(answer.ended for answer in answers),

@@ -1,4 +1,4 @@
-"""`dpo export` and `dpo quantize`: what leaves, looked at again before it is done."""
+"""`dpo export` and `dpo quantize`: exports, verified before they are finished."""
 
 from dpo_studio.workflows.exporting.run import Quantising, export_run
 

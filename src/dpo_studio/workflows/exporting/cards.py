@@ -1,4 +1,4 @@
-"""The model cards of what leaves: our own words, the figures, and names with no path of this machine in them."""
+"""The model cards of exports: fixed text, figures, and names without local paths."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def quantised_card(out: Path, model: str, folder: Path, result: Mapping[str, Any
 
 
 def perplexity_line(result: Mapping[str, Any]) -> str:
-    """What quantising cost, in one line."""
+    """The loss by quantising, in one line."""
     return (
         f"perplexity of {result['held_out_answers']} held-out chosen answers: "
         f"{result['perplexity_before']:.3f} before, {result['perplexity']:.3f} after"
@@ -114,7 +114,7 @@ def _name(model: str) -> str:
 
 
 def _rounded(model: str) -> Sequence[str]:
-    """What the bundled model's name on the Hub does not say."""
+    """A note on the bundled model, which differs from the Hub's."""
     return (
         ["the base's weights had been rounded to 4 bits (its Q4_1 GGUF, dequantised)"] if model == BUNDLED_MODEL else []
     )

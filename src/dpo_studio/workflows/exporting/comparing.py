@@ -1,4 +1,4 @@
-"""The run's own model and the exported one asked the same: log-probs of held-out pairs, and a few answers."""
+"""The run's own model and the exported one, compared: log-probs of held-out pairs, and a few answers."""
 
 from __future__ import annotations
 
@@ -42,29 +42,29 @@ _SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
 
 @dataclass(frozen=True, eq=False)
 class RunModel:
-    """What the run's own model says, before it makes room for the exported one."""
+    """The results of the run's own model, which is then freed for the exported one."""
 
     base: ModelFolder
-    """What its base was loaded from."""
+    """The folder of its base."""
     deltas: dict[str, Delta]
     pairs: list[EncodedPair]
     prompts: list[str]
     """The key of each pair's prompt."""
     held_out: bool
-    """Whether the pairs are held out; a run that holds none out is compared on what it was trained on."""
+    """Whether the pairs are held out; a run without any is compared on its training pairs."""
     policy: PairLogps
     reference: PairLogps
     chats: list[Sequence[Message]]
     answers: list[Completion]
     training: list[EncodedPair]
     weights: int
-    """Of the base, packed ones counted as what they stand for."""
+    """Number of the base's weights; packed ones count by their unpacked shape."""
     linear: int
-    """Of its linear layers but the head, which are what GPTQ makes smaller."""
+    """Weights of its linear layers except the head: those that GPTQ quantises."""
 
 
 def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress, *, today: datetime.date | None = None) -> RunModel:
-    """Everything there is to know of the run's own model, in chats of the run's date."""
+    """Compute the results of the run's own model, with chats of the run's date."""
     base = load_chat_model(recipe.model, say=progress.say, today=today)
     linear = _linear_weights(base.model)
     source, split = read_and_split(recipe, progress)
@@ -95,7 +95,7 @@ def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress, *, today: dat
 def look_again(
     known: RunModel, recipe: Recipe, folder: Path, progress: Progress, *, today: datetime.date | None = None
 ) -> tuple[ExportCheck, list[Completion]]:
-    """The exported folder, loaded as anyone would load it, asked what the run's own model was asked."""
+    """Load the exported folder as a user would, and compute the same results."""
     back = load_chat_model(
         ModelSection(path=str(folder), dtype=recipe.model.dtype, attention=recipe.model.attention),
         say=progress.say,
@@ -106,9 +106,9 @@ def look_again(
     return comparison, _answers(back, back.model, known.chats, progress)
 
 
-def stop_rate(told: Sequence[Completion]) -> float:
+def stop_rate(answers: Sequence[Completion]) -> float:
     """Share of the held-out prompts' answers that ended by themselves; the last answer is to the showcase's."""
-    *held_out, _ = told
+    *held_out, _ = answers
     return sum(answer.ended for answer in held_out) / max(len(held_out), 1)
 
 
@@ -118,7 +118,9 @@ def _compared(
     """The side that both models are compared on, as text and as ids."""
     side, pairs = held_out, data.held_out.pairs
     if not pairs:
-        progress.warn("the run holds no pairs out: nothing can be verified on held-out pairs, training pairs are used")
+        progress.warn(
+            "the run has no held-out pairs: nothing can be verified on held-out pairs, training pairs are used"
+        )
         side, pairs = train, data.train.pairs
     if len(pairs) > _COMPARED:
         progress.say(f"comparing on {_COMPARED} of {len(pairs)} pairs")
@@ -133,7 +135,7 @@ def _logps(model: nn.Module, pairs: Sequence[EncodedPair], title: str, progress:
 def _reference(
     recipe: Recipe, base: ChatModel, policy: Policy, pairs: Sequence[EncodedPair], progress: Progress
 ) -> PairLogps:
-    """What the training compared with, from its cache where that is still there."""
+    """The reference's log-probs, from the training's cache where that still exists."""
     reference = make_reference(recipe, base, policy)
     budget = tokens_without_gradient(CPU_TOKEN_BUDGET, reference.model)
     with progress.task("its reference", len(pairs), "pairs") as advance:

@@ -1,4 +1,5 @@
-"""`dpo quantize`: a dense model into a GPTQ one, calibrated on the user's own pairs, its loss measured on others."""
+"""`dpo quantize`: a dense model is quantised to GPTQ, calibrated on the user's pairs, and its loss measured on
+others."""
 
 from __future__ import annotations
 
@@ -24,7 +25,7 @@ from dpo_studio.export.requantise import (
     check_gptqmodel,
     layer_count,
     quantise,
-    settled,
+    resolved,
 )
 from dpo_studio.export.whole import check_new, making
 from dpo_studio.learning.batched import batched_logps
@@ -42,7 +43,7 @@ from dpo_studio.workflows.exporting.cards import quantised_card
 __all__ = ["Calibration", "Quantising", "quantize_model"]
 
 _BUNDLED_PAIRS = BUNDLED + "everyday:train"
-"""The side of the bundled pairs that recipes train on: the other one stays unseen."""
+"""The side of the bundled pairs that recipes train on: the held-out side stays unseen."""
 _MEASURED = 64
 """Held-out pairs, at most: 6,000 answer tokens give a perplexity good to 2 %."""
 _FRACTION = 0.1
@@ -52,14 +53,14 @@ _ON_THE_WAY = 2.5
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the integers are fitted to."""
+    """The calibration data."""
 
     source: SourceLike | None = None
     """Pairs; None: the bundled ones, for the bundled model."""
     rows: int = 128
     """Prompts with their chosen answers."""
     max_length: int = 1024
-    """Tokens of a prompt and its answer; what is over is cut from the answer's end."""
+    """Tokens of a prompt and its answer; longer ones are cut at the answer's end."""
 
 
 def quantize_model(
@@ -87,7 +88,7 @@ def quantize_model(
     with progress or Progress() as shown:
         opened = _dense_folder(model, shown)
         folder = opened.path
-        settings = settled(folder, settings)
+        settings = resolved(folder, settings)
         pairs, measured = _pairs(wanted, model, opened, shown)
         check_space(out, int(_ON_THE_WAY * _weight_bytes(folder)), "quantising")
         base = load_chat_model(ModelSection(path=model), folder=opened, say=shown.say)
@@ -128,14 +129,14 @@ def _weight_bytes(folder: Path) -> int:
 
 
 def free_memory() -> None:
-    """What nobody holds any more, on the GPU too: gptqmodel's process needs the room."""
+    """Free unreferenced memory, on the GPU too: gptqmodel's process needs it."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
 
 
 def _dense_folder(model: str, progress: Progress) -> ModelFolder:
-    """Where the model's files are, looked over.
+    """The checked folder of the model.
 
     Raises:
         RunError, ModelError: a run, an adapter, or quantised already.
@@ -152,7 +153,7 @@ def _dense_folder(model: str, progress: Progress) -> ModelFolder:
 def _pairs(
     wanted: Calibration, model: str, folder: ModelFolder, progress: Progress
 ) -> tuple[list[EncodedPair], list[EncodedPair]]:
-    """(to calibrate on, to measure on), which share no prompt.
+    """(calibration rows, measured rows), without a common prompt.
 
     Raises:
         UsageError, DataError: no source, or no pair in it can be used.

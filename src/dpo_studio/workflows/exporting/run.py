@@ -1,4 +1,4 @@
-"""`dpo export`: a run's adapter, one merged model or one GPTQ folder, looked at again before it is done."""
+"""`dpo export`: a run's adapter, a merged model or a GPTQ folder, verified before it is finished."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from dpo_studio.export.requantise import (
     file_dtype,
     layer_count,
     quantise,
-    settled,
+    resolved,
 )
 from dpo_studio.export.verify import BARS, ExportCheck
 from dpo_studio.export.whole import Making, check_new, making
@@ -90,7 +90,7 @@ def export_run(
 
 
 def _typed_base(run: RunFolder, recipe: Recipe) -> str:
-    """The base as the user gave it: never where a cache keeps it."""
+    """The base as the user gave it, never its place in a cache."""
     model = run.typed().get("model")
     return str(model["path"]) if isinstance(model, dict) and "path" in model else recipe.model.path
 
@@ -104,7 +104,7 @@ def _template(recipe: Recipe) -> str | None:
 def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path, *, overwrite: bool) -> dict[str, Any]:
     """A folder that plain PEFT loads; the numbers on its card are the run's own.
 
-    Tensors and settings are read and written again: what is in no tensor and in no setting of LoRA's stays here.
+    Tensors and settings are read and written again: anything that is not a tensor or a LoRA setting is left out.
     """
     config = read_adapter_config(adapter)
     known = config.to_dict()
@@ -115,7 +115,7 @@ def _export_adapter(run: RunFolder, recipe: Recipe, adapter: Path, out: Path, *,
         "rank": config.r,
         "versions": versions("peft", "transformers"),
     }
-    if base == BUNDLED_MODEL:  # whose name on the Hub is that of other weights
+    if base == BUNDLED_MODEL:  # its name on the Hub belongs to other weights
         result["trained_on"] = base
     with making(out, overwrite=overwrite) as place:
         save_file(
@@ -144,7 +144,7 @@ def _write_json(file: Path, content: dict[str, Any]) -> None:
 
 @dataclass
 class _Export:
-    """One export of whole weights under way."""
+    """One export of a whole model."""
 
     run: RunFolder
     recipe: Recipe
@@ -158,7 +158,7 @@ class _Export:
     progress: Progress
 
     def make(self) -> dict[str, Any]:
-        """Merge, quantise if that is asked for, load back, compare; then `out` is there."""
+        """Merge, quantise if asked, load back, compare, and put the result at `out`."""
         today = date_of(self.run)
         known = ask_the_run(self.recipe, self.adapter, self.progress, today=today)
         free_memory()
@@ -167,7 +167,7 @@ class _Export:
             base_folder = self._merge(known, place)
             if self.to == "gptq":
                 self._requantise(known.training, place)
-            comparison, told = look_again(known, self.recipe, place.result, self.progress, today=today)
+            comparison, answers = look_again(known, self.recipe, place.result, self.progress, today=today)
             for line in comparison.lines():
                 self.progress.say(line)
             misses = comparison.misses(BARS[self.to])
@@ -178,7 +178,7 @@ class _Export:
                 )
             for miss in misses:
                 self.progress.warn(f"made all the same: {miss}")
-            result = self._result(known, comparison, told, misses)
+            result = self._result(known, comparison, answers, misses)
             _write_json(place.result / "export.json", result)
             quantised = self.settings if self.to == "gptq" else None
             base = _typed_base(self.run, self.recipe)
@@ -203,7 +203,7 @@ class _Export:
 
     def _requantise(self, training: Sequence[EncodedPair], place: Making) -> None:
         merged = place.work / "merged"
-        self.settings = settings = settled(merged, self.settings)
+        self.settings = settings = resolved(merged, self.settings)
         chosen = [pair for _, pair in sample(((pair.row, pair) for pair in training), self.rows, seed=0)]
         self.progress.say(
             f"{settings.bits} bits in groups of {settings.group_size}, "
@@ -214,7 +214,7 @@ class _Export:
             quantise(merged, place.result, rows, settings, place.work, name=str(self.run.path), progress=advance)
 
     def _result(
-        self, known: RunModel, comparison: ExportCheck, told: Sequence[Completion], misses: Sequence[str]
+        self, known: RunModel, comparison: ExportCheck, answers: Sequence[Completion], misses: Sequence[str]
     ) -> dict[str, Any]:
         quantised = vars(self.settings) if self.to == "gptq" else {}
         packages = ("torch", "transformers", *(("gptqmodel",) if self.to == "gptq" else ()))
@@ -229,16 +229,16 @@ class _Export:
             "bars": vars(BARS[self.to]),
             "misses": list(misses),
             "stop_rate_before": stop_rate(known.answers),
-            "stop_rate": stop_rate(told),
+            "stop_rate": stop_rate(answers),
             "showcase_prompt": SHOWCASE,
             "showcase_answer_before": known.answers[-1].text,
-            "showcase_answer": told[-1].text,
+            "showcase_answer": answers[-1].text,
             "versions": versions(*packages),
         }
 
 
 def _exact_dtype(folder: ModelFolder) -> Any:
-    """The precision that the base's weights are kept in: nothing is rounded before the adapter is added."""
+    """The precision of the base's weights: nothing is rounded before the adapter is added."""
     kept = torch.bfloat16 if folder.quantization is not None else file_dtype(folder.path)
     return str(kept).removeprefix("torch.")
 

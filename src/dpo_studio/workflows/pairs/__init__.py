@@ -1,1 +1,1 @@
-"""`dpo data ...`: pairs looked at, converted and split."""
+"""`dpo data ...`: pairs are checked, converted and split."""

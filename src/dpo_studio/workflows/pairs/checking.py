@@ -1,4 +1,4 @@
-"""`dpo data check`: what is wrong with pairs, before a GPU is warm; and its short form before training."""
+"""`dpo data check`: checks of pairs; and their short form before training."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ from dpo_studio.tokens.encode import Encoded
 __all__ = ["check_source", "look_at_lengths", "look_at_pairs"]
 
 _AT_ONCE = 256
-"""Rows between two movements of the bar, and pairs a call of the tokenizer."""
+"""Rows between two updates of the progress bar, and pairs per call of the tokenizer."""
 _BEFORE_TRAINING = 10_000
-"""Pairs that the short form looks at: three seconds. A larger set is sampled."""
+"""Pairs that the short form checks: three seconds. A larger set is sampled."""
 
 
 def check_source(
@@ -36,7 +36,7 @@ def check_source(
     too_long: TooLong = "drop",
     progress: Progress | None = None,
 ) -> DataReport:
-    """Read every row of a source once and say what is wrong with it; memory does not grow with its text.
+    """Read every row of a source once and report its problems; memory does not grow with its text.
 
     With a model, its tokenizer and chat template are asked too (no weights are read). With a held-out source, what
     its prompts share with the pairs is reported.
@@ -82,7 +82,7 @@ def check_source(
 
 
 def _token_checks(model: ModelSection, max_length: int, too_long: TooLong, progress: Progress) -> TokenChecks:
-    from dpo_studio.models.folder import open_model  # torch, which the checks of text do without
+    from dpo_studio.models.folder import open_model  # imports torch, which the checks of text do not need
 
     folder = open_model(model.path, model.revision, progress.say)
     return TokenChecks(folder.encoder(model), max_length=max_length, too_long=too_long)
@@ -98,12 +98,12 @@ def _see_held_out(texts: TextChecks, held_out: SourceLike) -> None:
         else:
             texts.see_held_out(row)
             pairs += 1
-    if not pairs:  # silence would read as: no prompt of it is trained on
+    if not pairs:  # otherwise the report would suggest that none of its prompts is trained on
         raise nothing_usable(stream, refused)
 
 
 def look_at_pairs(recipe: Recipe, split: Split, progress: Progress, *, anyway: bool) -> None:
-    """The short form of the checks of text, before training; at most 10,000 pairs are looked at.
+    """The short form of the checks of text, before training; at most 10,000 pairs are checked.
 
     Raises:
         DataError: what was found makes the run worthless, and nobody said `anyway`.
@@ -115,7 +115,7 @@ def look_at_pairs(recipe: Recipe, split: Split, progress: Progress, *, anyway: b
     for pair in _some(split.held_out, seed):
         texts.see_held_out(pair)
     of = f"{texts.pairs:,} of {len(split.train):,}" if texts.pairs < len(split.train) else f"{texts.pairs:,}"
-    _tell(
+    _report_findings(
         [_shared_prompts(split), _few_held_out(split), *texts.findings()],
         f"{of} training pairs",
         progress,
@@ -130,7 +130,7 @@ def _some(pairs: list[Pair], seed: int) -> list[Pair]:
 
 
 def _shared_prompts(split: Split) -> Finding:
-    """The training pairs that an explicit held-out source has cost."""
+    """The training pairs dropped because of an explicit held-out source."""
     dropped, of = split.shared_prompts_dropped, len(split.train) + split.shared_prompts_dropped
     return Finding(
         "shared-prompts",
@@ -144,7 +144,7 @@ def _shared_prompts(split: Split) -> Finding:
 
 
 def _few_held_out(split: Split) -> Finding:
-    """Held-out pairs that are too few to measure anything by."""
+    """Too few held-out pairs to measure anything."""
     count, of = len(split.held_out), len(split.train) + len(split.held_out)
     few = 0 < count < FEW_HELD_OUT
     return Finding(
@@ -159,22 +159,22 @@ def _few_held_out(split: Split) -> Finding:
 
 
 def look_at_lengths(recipe: Recipe, encoded: Encoded, progress: Progress, *, anyway: bool) -> None:
-    """The short form of the checks of tokens, from what encoding the training pairs has counted.
+    """The short form of the checks of tokens, from the counts of encoding the training pairs.
 
     Raises:
         DataError: what was found makes the run worthless, and nobody said `anyway`.
     """
     pairs = len(encoded.pairs) + len(encoded.refused)
     found = rule_findings(encoded.counts, pairs, recipe.data.max_length, recipe.data.too_long)
-    _tell(found, "token ids of the training pairs", progress, anyway=anyway)
+    _report_findings(found, "token ids of the training pairs", progress, anyway=anyway)
 
 
-def _tell(findings: list[Finding], what: str, progress: Progress, *, anyway: bool) -> None:
-    """Each stop and warning in a line; then on or not."""
+def _report_findings(findings: list[Finding], what: str, progress: Progress, *, anyway: bool) -> None:
+    """Report each stop and warning in a line; raise if there is a stop, unless `anyway`."""
     grave = [finding for finding in findings if finding.level == "stop"]
     told = [*grave, *(finding for finding in findings if finding.level == "warning")]
     if not told:
-        progress.say(f"checked {what}: nothing stands out")
+        progress.say(f"checked {what}: no problems found")
     for finding in told:
         progress.warn(f"{_line(finding)}. {finding.does}")
     if grave and not anyway:

@@ -47,9 +47,9 @@ def convert_pairs(
         tally = _Tally()
         for result in _counted(stream, tally, shown, "converting"):
             if isinstance(result, Refusal):
-                _write(refused, _refused_line(result))
+                _write_line(refused, _refused_line(result))
             else:
-                _write(kept, trl_row(result))
+                _write_line(kept, trl_row(result))
         if not tally.pairs:
             raise nothing_usable(stream, tally.refused)
     return tally.summary(stream) | {"out": str(out), "refused_out": str(apart)}
@@ -92,10 +92,10 @@ def split_source(
         counts: dict[str, Counter[str]] = {}
         for result in _counted(stream, tally, shown, "splitting"):
             if isinstance(result, Refusal):
-                _write(refused, _refused_line(result))
+                _write_line(refused, _refused_line(result))
                 continue
             apart = is_apart(prompt_key(result.prompt))
-            _write(measured if apart else learned, trl_row(result))
+            _write_line(measured if apart else learned, trl_row(result))
             counts.setdefault(origins.name(result.origin), Counter(train=0, held_out=0))[_SIDES[apart]] += 1
         if not tally.pairs:
             raise nothing_usable(stream, tally.refused)
@@ -120,7 +120,7 @@ class _Origins:
         self._known: set[str] = set()
 
     def name(self, origin: str | None) -> str:
-        """The origin's own name for the first few of them."""
+        """The origin's own name, for the first few origins."""
         if origin is None:
             return "(no source)"
         if len(self._known) < _MOST_ORIGINS:
@@ -129,7 +129,7 @@ class _Origins:
 
 
 def refused_beside(out: Path) -> Path:
-    """Where the refused rows go: `pairs.jsonl` -> `pairs.refused.jsonl`; of a stream they are counted only."""
+    """The file of refused rows: `pairs.jsonl` -> `pairs.refused.jsonl`; of a stream they are counted only."""
     if stream_of(out) is not None:
         return Path(os.devnull)
     return out.parent / f"{out.name.removesuffix('.jsonl')}.refused.jsonl"
@@ -137,7 +137,7 @@ def refused_beside(out: Path) -> Path:
 
 @dataclass
 class _Tally:
-    """What has been read so far."""
+    """The counts so far."""
 
     rows: int = 0
     pairs: int = 0
@@ -173,9 +173,9 @@ def _counted(stream: PairStream, tally: _Tally, progress: Progress, doing: str) 
 
 
 def _refused_line(refusal: Refusal) -> dict[str, Any]:
-    """`seen` stands there where a value explains the reason."""
+    """`seen` is added where a value explains the reason."""
     return {"row": refusal.row, "reason": refusal.reason} | ({"seen": refusal.seen} if refusal.seen else {})
 
 
-def _write(stream: TextIO, row: dict[str, Any]) -> None:
+def _write_line(stream: TextIO, row: dict[str, Any]) -> None:
     stream.write(json.dumps(row, ensure_ascii=False) + "\n")

@@ -1,6 +1,6 @@
-"""What a training would take, before weights are loaded: its tokens, and the time of their matrix products here.
+"""A forecast of a training before weights are loaded: its tokens, and the time of their matrix products here.
 
-A training takes longer than its products; on a machine that is busy now, they seem to take longer than they will.
+A training takes longer than its products; on a machine that is busy now, the forecast is too high.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ __all__ = ["forecast"]
 _FORWARD, _BACKWARD = 2, 2
 """Operations a weight and a token take: forward, and backward for the activations alone, as the base is frozen."""
 _LOOKED_UP = ("embed", "wte", "wpe", "lm_head")
-"""Weights that are looked up, not multiplied; the head is multiplied at answers only, and left out of a lower bound."""
+"""Weights that are looked up, not multiplied; the head only at answers: a lower bound leaves it out."""
 _SIZE = 1024
 
 
 def forecast(recipe: Recipe, folder: ModelFolder, pairs: Sequence[EncodedPair], taken: int) -> str:
-    """`123,456 tokens an epoch, 370,368 in all; ... 12 min`; `taken` pairs are learned from in all steps.
+    """`123,456 tokens an epoch, 370,368 in all; ... 12 min`; all steps together train on `taken` pairs.
 
     `folder` is the base's.
     """
@@ -46,9 +46,9 @@ def forecast(recipe: Recipe, folder: ModelFolder, pairs: Sequence[EncodedPair], 
 
 
 def _multiplied(shapes: Shapes) -> int | None:
-    """How many weights every token is multiplied by; None where they are packed, and their number is not their count.
+    """How many weights every token is multiplied by; None where they are packed.
 
-    Of experts only some are taken for a token: none is counted.
+    A token uses only some of the experts: none is counted.
     """
     if any(name.endswith(("qweight", "weight_packed")) for name in shapes):
         return None

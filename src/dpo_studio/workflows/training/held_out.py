@@ -1,4 +1,4 @@
-"""How a run measures its held-out pairs: before the first step, on the way, and after the last."""
+"""How a run measures its held-out pairs: before the first step, during the run, and after the last step."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class HeldOut:
     token_budget: int
     progress: Progress
     logps: PairLogps | None = None
-    """The policy's, of the last measurement; None before it and where no pairs are held out."""
+    """The policy's log-probs in the last measurement; None before it and where no pairs are held out."""
     metrics: dict[str, float] = field(default_factory=dict)
-    """Of the last measurement, by TRL's names."""
+    """The metrics of the last measurement, by TRL's names."""
 
     def measure(self, mean_log_ratio: float) -> dict[str, float]:
-        """Compute the policy's log-probs now; nothing where no pairs are held out."""
+        """Compute the policy's log-probs and return the metrics; empty where no pairs are held out."""
         pairs = self.data.held_out.pairs
         if not pairs:
             return {}
@@ -48,7 +48,7 @@ class HeldOut:
         return self.metrics
 
     def at_start(self, *, is_reference: bool, mean_log_ratio: float) -> dict[str, float]:
-        """Before the first step. While the policy still is its reference, no pass over the pairs is needed."""
+        """The metrics before the first step. While the policy equals its reference, no pass is needed."""
         if not self.data.held_out.pairs:
             return {}
         if not is_reference or self.objective.needs_agreement:
@@ -63,6 +63,6 @@ class HeldOut:
         summary: dict[str, Any] = finite_summary(self.logps, self.reference, prompts, beta=beta)
         if (found := log_prob_differences(self.logps, self.reference)) is not None:
             summary["log_prob_differences"] = found
-        loss = self.metrics["eval_loss"]  # a mean over all pairs: one that is not finite makes it none
+        loss = self.metrics["eval_loss"]  # a mean over all pairs: it is not finite if one of them is not
         summary["held_out_loss"] = loss if math.isfinite(loss) else None
         return summary

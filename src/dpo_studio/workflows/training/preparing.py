@@ -1,4 +1,4 @@
-"""What a training needs before its first step: pairs as token ids, a policy, and something to be its reference."""
+"""What a training needs before its first step: pairs as token ids, a policy, and its reference."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ __all__ = [
     "encode_both",
     "make_reference",
     "read_and_split",
-    "settle_dtype",
-    "settle_tokens",
+    "resolve_dtype",
+    "resolve_token_budget",
     "steps_of",
 ]
 
@@ -54,7 +54,7 @@ class RunData:
 
 
 def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Split]:
-    """The pairs of the recipe's sources on their two sides, with every refusal told."""
+    """The pairs of the recipe's sources on their two sides; every refusal is reported."""
     source = read_pairs(recipe.data.train, seed=recipe.data.split_seed)
     progress.say(f"{source.name}: {source.rows} rows ({source.format}), {len(source.pairs)} pairs")
     for line in source.refused_lines():
@@ -67,7 +67,7 @@ def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Spli
 
 
 def encode_both(recipe: Recipe, source: PairSource, split: Split, encoder: ChatEncoder, progress: Progress) -> RunData:
-    """Both sides as token ids under the recipe's length rule, with every cut and drop told.
+    """Both sides as token ids under the recipe's length rule; every cut and drop is reported.
 
     Raises:
         DataError: nothing is left to train on.
@@ -92,21 +92,21 @@ def encode_both(recipe: Recipe, source: PairSource, split: Split, encoder: ChatE
 
 
 def steps_of(recipe: Recipe, pairs: Sequence[EncodedPair], token_budget: int) -> Steps:
-    """The run's steps, in the recipe's words."""
+    """The steps that the recipe asks for."""
     section = recipe.training
     return Steps(pairs, section.pairs_per_step, token_budget, section.seed, section.epochs, section.max_steps)
 
 
-def settle_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
-    """The precision the base was loaded in, for good."""
+def resolve_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
+    """The recipe with the precision in which the base was loaded, in place of `auto`."""
     dtype: Any = str(base.model.dtype).removeprefix("torch.")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
 
-def settle_tokens(
+def resolve_token_budget(
     recipe: Recipe, policy: Policy, pairs: Sequence[EncodedPair], device: torch.device, progress: Progress
 ) -> tuple[Recipe, MemoryLimit]:
-    """How many tokens are in memory at once: the recipe's number, or measured, and then it stays so."""
+    """The recipe with its token budget, measured where it is `auto`; the run keeps it from then on."""
     tokens = recipe.training.tokens_per_micro_batch
     if tokens != "auto":
         return recipe, MemoryLimit(0, tokens)
@@ -114,12 +114,12 @@ def settle_tokens(
     if device.type == "cuda":
         again = f", each {limit.recompute} recomputed in the backward pass" if limit.recompute != "nothing" else ""
         progress.say(f"{limit.tokens} tokens a micro-batch fill this GPU{again}")
-    settled = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
-    return recipe.model_copy(update={"training": settled}), limit
+    resolved = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
+    return recipe.model_copy(update={"training": resolved}), limit
 
 
 def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Policy:
-    """A fresh adapter on the base, or the recipe's own to continue; beside it the adapter that it is held close to."""
+    """A fresh adapter on the base, or the recipe's adapter to continue; with the reference adapter, if any."""
     if recipe.model.adapter is None:
         policy = Policy.fresh(base.model, recipe.adapter, seed=recipe.training.seed, say=say)
     else:
@@ -132,9 +132,9 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
 def make_reference(
     recipe: Recipe, base: ChatModel, policy: Policy, other_folder: ModelFolder | None = None
 ) -> Reference:
-    """The recipe's reference, ready to compute: in the policy's own model, or in another that is loaded now.
+    """The recipe's reference, ready to compute: in the policy's own model, or in another model that is loaded here.
 
-    `other_folder` is that of `reference.model`, if it was opened before.
+    `other_folder` is the folder of `reference.model`, if it was opened before.
 
     Raises:
         ModelError: another model cannot be used, or has another vocabulary.

@@ -12,7 +12,7 @@ from typing import Any
 
 from dpo_studio.config import RecipeFile, RecipeLike, load_recipe
 from dpo_studio.console.progress import Progress
-from dpo_studio.disk import sweep
+from dpo_studio.disk import remove_leftovers
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.bundled import published_name
@@ -35,8 +35,8 @@ from dpo_studio.workflows.training.preparing import (
     attach_policy,
     encode_both,
     read_and_split,
-    settle_dtype,
-    settle_tokens,
+    resolve_dtype,
+    resolve_token_budget,
     steps_of,
 )
 from dpo_studio.workflows.training.run_log import RunLog
@@ -55,24 +55,24 @@ __all__ = ["check_recipe", "run_training", "train_recipe"]
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """What a training left behind, still in memory."""
+    """The result of a training, with what is still in memory."""
 
     folder: RunFolder
     result: dict[str, Any]
     base: ChatModel | None = None
-    """None when the run was finished before and nothing was loaded."""
+    """None if the run was finished before and nothing was loaded."""
     policy: Policy | None = None
     held_out: Sequence[Pair] = ()
-    """Empty then, too: a finished run needs none of its data to say so."""
+    """Empty in that case, too: a finished run does not read its data."""
 
 
 def train_recipe(
     recipe: RecipeLike, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
 ) -> dict[str, Any]:
-    """Train what the recipe says; return `result.json`'s content. `anyway`: on pairs that make it worthless, too.
+    """Train the recipe; return the content of `result.json`. `anyway`: even on pairs that make the training worthless.
 
     Raises:
-        DPOStudioError: with a hint; what was computed before is kept in the run folder and the caches.
+        DPOStudioError: with a hint; what was computed so far stays in the run folder and the caches.
     """
     loaded = load_recipe(recipe, list(overrides))
     with progress or Progress() as shown:
@@ -83,49 +83,49 @@ def train_recipe(
 
 
 def _closing(trained: TrainedRun) -> list[str]:
-    """What a finished training ends with: how many pairs, the report's own verdict, and what to type next."""
+    """The last lines of a training: how many pairs, the report's verdict, and the next commands."""
     verdict, name = headline_of(read_run(trained.folder.path)), shlex.quote(str(trained.folder.path))
     pairs, held_out = (trained.result.get(key, 0) for key in ("pairs", "held_out_pairs"))
     return [
         f"{pairs:,} pairs learned from, {held_out:,} held out",
         f"{verdict.label}: {verdict.sentence} {verdict.meaning}",
-        f"talk with it:   dpo chat {name}",
+        f"chat with it:   dpo chat {name}",
         f"measure it:     dpo eval {name} --judge JUDGE",
-        f"take it along:  dpo export {name} OUT --to adapter",
+        f"export it:      dpo export {name} OUT --to adapter",
     ]
 
 
 def check_recipe(
     recipe: RecipeLike, overrides: Sequence[str] = (), *, anyway: bool = False, progress: Progress | None = None
 ) -> None:
-    """`--dry-run`: look at recipe, data, model and adapter files and token counts; load no weights, write nothing.
+    """`--dry-run`: check recipe, data, model and adapter files and token counts; load no weights, write nothing.
 
     Raises:
-        DPOStudioError: what `dpo train` would stop at before it loads any weights.
+        DPOStudioError: the error at which `dpo train` would stop before it loads any weights.
     """
     loaded = load_recipe(recipe, list(overrides))
     check_place(loaded)
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
-        settled = run.settle(loaded.recipe)
-        check_tracker(settled)
-        found = find_models(settled)
-        source, split = read_and_split(settled, shown)
-        look_at_pairs(settled, split, shown, anyway=anyway)
+        resolved = run.resolve(loaded.recipe)
+        check_tracker(resolved)
+        found = find_models(resolved)
+        source, split = read_and_split(resolved, shown)
+        look_at_pairs(resolved, split, shown, anyway=anyway)
         date = run_date(run)
-        models = look_at_models(settled, found, date, shown.say)
+        models = look_at_models(resolved, found, date, shown.say)
         encoder = models.encoder
-        data = encode_both(settled, source, split, encoder, shown)
-        if (done := run.result()) is None or not is_finished(run, settled, done):
+        data = encode_both(resolved, source, split, encoder, shown)
+        if (done := run.result()) is None or not is_finished(run, resolved, done):
             check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
-        look_at_lengths(settled, data.train, shown, anyway=anyway)
-        steps = steps_of(settled, data.train.pairs, CPU_TOKEN_BUDGET)
-        warn_of_length(settled, len(data.train.pairs), steps.total, shown.warn)
+        look_at_lengths(resolved, data.train, shown, anyway=anyway)
+        steps = steps_of(resolved, data.train.pairs, CPU_TOKEN_BUDGET)
+        warn_of_length(resolved, len(data.train.pairs), steps.total, shown.warn)
         taken = min(
-            steps.total * settled.training.pairs_per_step, round(len(data.train.pairs) * settled.training.epochs)
+            steps.total * resolved.training.pairs_per_step, round(len(data.train.pairs) * resolved.training.epochs)
         )
-        shown.say(forecast(settled, models.base, data.train.pairs, taken))
-        shown.say(f"{steps.total} steps of {settled.training.pairs_per_step} pairs would be trained into {run.path}")
+        shown.say(forecast(resolved, models.base, data.train.pairs, taken))
+        shown.say(f"{steps.total} steps of {resolved.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
 def run_training(
@@ -137,18 +137,18 @@ def run_training(
     stop_after: int | None = None,
     today: datetime.date | None = None,
 ) -> TrainedRun:
-    """The whole of a training, from a loaded recipe to a finished run folder; or its first `stop_after` steps.
+    """Train from a loaded recipe to a finished run folder, or only the first `stop_after` steps.
 
-    `today`: the date of a run that begins, None today's; one that has learned something keeps its own.
+    `today`: the date of a new run, by default today's; a run that has trained a step keeps its own.
     """
     ranks = Ranks.of_environment()
     check_place(loaded)
     run = RunFolder(loaded.run_folder)
-    recipe = run.settle(loaded.recipe)
+    recipe = run.resolve(loaded.recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
-        if not (run.path / RunFolder.REPORT).exists():  # it is the last thing that is written
-            sweep(run.path)
+        if not (run.path / RunFolder.REPORT).exists():  # the report is the last file that is written
+            remove_leftovers(run.path)
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done)
     check_tracker(recipe)
@@ -168,14 +168,14 @@ def _train_in(
     ranks: Ranks,
 ) -> TrainedRun:
     started = time.perf_counter()
-    recipe = run.settle(loaded.recipe)  # again: another process may just have left
+    recipe = run.resolve(loaded.recipe)  # again: another process may have changed it before the lock was taken
     found = find_models(recipe)
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
     date = run_date(run, today)
     models = look_at_models(recipe, found, date, progress.say)
     encoder = models.encoder
-    with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, and so do weights
+    with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, as long as the weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
         base = load_chat_model(
             recipe.model, folder=models.base, typed=typed_model(loaded), say=progress.say, today=date
@@ -184,7 +184,7 @@ def _train_in(
     kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
     check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
-    recipe = settle_dtype(recipe, base)
+    recipe = resolve_dtype(recipe, base)
     steps = steps_of(recipe, data.train.pairs, CPU_TOKEN_BUDGET)
     check_not_shorter(run, steps.total)
     warn_of_length(recipe, len(data.train.pairs), steps.total, progress.warn)
@@ -194,7 +194,7 @@ def _train_in(
     saver.save_trial(policy)
     policy.train_mode()
     with accelerated(base, policy, steps, progress):
-        recipe, limit = settle_tokens(recipe, policy, data.train.pairs, base.device, progress)
+        recipe, limit = resolve_token_budget(recipe, policy, data.train.pairs, base.device, progress)
         run.start(loaded, recipe)
         write_data(run, kept)
         run.result_file.unlink(missing_ok=True)

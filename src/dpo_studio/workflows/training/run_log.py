@@ -22,26 +22,26 @@ __all__ = ["RunLog", "figures"]
 
 @dataclass
 class RunLog:
-    """The lines of one run, old ones and new ones."""
+    """The metrics, timing and limits of one run, of earlier starts and of this one."""
 
     run: RunFolder
     held: Held
     device: torch.device
     progress: Progress
     tracker: str | None = None
-    """`run.tracker`."""
+    """The recipe's `run.tracker`."""
     _health: HealthWatch = field(default_factory=lambda: HealthWatch(0))
     _accelerator: Accelerator | None = None
 
     def begin(self, total_steps: int, *, saturates: bool) -> None:
-        """Take in what was written before the run was stopped, and start the tracker."""
+        """Read the lines of earlier starts, and start the tracker."""
         if self.tracker is not None:
             self._accelerator = Accelerator(
                 cpu=self.device.type == "cpu", log_with=self.tracker, project_dir=self.run.path
             )
             self._accelerator.init_trackers("dpo-studio", config={})
         self._health = HealthWatch(total_steps, saturates=saturates)
-        for line in self.run.lines(RunFolder.METRICS):  # whatever these show was reported before the run was stopped
+        for line in self.run.lines(RunFolder.METRICS):  # their findings were reported before the run was stopped
             self._health.see(line)
 
     def write_start(self, held_out: dict[str, float]) -> None:
@@ -49,10 +49,10 @@ class RunLog:
         self.run.append(RunFolder.METRICS, {"step": 0} | held_out)
 
     def write(self, report: StepReport, held_out: dict[str, float]) -> None:
-        """What a step did, with the held-out numbers after it where they were measured."""
+        """A step's metrics and timing, with the held-out numbers after it where they were measured."""
         self.held.check()
         if report.skipped:
-            self.progress.warn(f"step {report.step} was not taken: {report.skipped}; the weights stay as they were")
+            self.progress.warn(f"step {report.step} was skipped: {report.skipped}; the weights are unchanged")
         line = {"step": report.step} | report.metrics | held_out
         self.run.append(RunFolder.METRICS, line)
         for finding in self._health.see(line):
@@ -71,20 +71,20 @@ class RunLog:
             self._accelerator.log(report.metrics | held_out, step=report.step)
 
     def write_limit(self, limit: MemoryLimit) -> None:
-        """A memory limit that the run has met: it is known when the run is continued."""
+        """Record a memory limit: a continued run reads it back."""
         self.run.append(RunFolder.MEMORY, asdict(limit))
 
     def limits(self) -> list[MemoryLimit]:
-        """The memory limits that this start and earlier ones have met."""
+        """The memory limits of this start and of earlier ones."""
         return [MemoryLimit(**line) for line in self.run.lines(RunFolder.MEMORY)]
 
     def end(self) -> None:
-        """Let the tracker write what it has."""
+        """Flush the tracker."""
         if self._accelerator is not None:
             self._accelerator.end_training()
 
     def numbers(self) -> dict[str, Any]:
-        """Of the whole run, all its starts together: what `result.json` says of steps and speed."""
+        """The numbers of `result.json` on steps and speed, over all starts of the run."""
         timing = list(self.run.lines(RunFolder.TIMING))
         seconds = sum(line["seconds"] for line in timing)
         return {
@@ -97,10 +97,10 @@ class RunLog:
 
 
 def figures(report: StepReport, held_out: dict[str, float]) -> str:
-    """A step in a line, for whoever watches."""
+    """A step in one line, for the progress display."""
     m = report.metrics
     learned = (
-        "not taken  "
+        "skipped  "
         if report.skipped
         else f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  accuracy {percent(m['rewards/accuracies'])}  "
     )
@@ -113,7 +113,7 @@ def _rate(count: float, seconds: float) -> float:
 
 
 def _peak_memory(device: torch.device) -> float:
-    """GiB: of the GPU's memory where there is one, else of this process."""
+    """GiB of the GPU's memory where there is one, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

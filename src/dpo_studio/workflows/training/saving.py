@@ -1,4 +1,4 @@
-"""When a training saves, and what has to be true of its folder before it does."""
+"""When a training saves, and the checks of its folder before it does."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from dpo_studio.config import MINUTES, ReferenceSection
-from dpo_studio.disk import check_space, scratch_folder, sweep, sync_folder
+from dpo_studio.disk import check_space, remove_leftovers, scratch_folder, sync_folder
 from dpo_studio.errors import RunError
 from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint
 from dpo_studio.learning.state import TrainingState
@@ -29,35 +29,35 @@ class Saver:
     run: RunFolder
     held: Held
     base: str
-    """The base as its user named it, or as others know it."""
+    """The base as the user named it, or its public name."""
     every: int | str
     """`training.save_every`: steps, or minutes as text."""
     saved_at: float = field(default_factory=lambda: time.monotonic())
-    """By a clock that nobody can set back."""
+    """By a monotonic clock."""
 
     def is_due(self, step: int) -> bool:
-        """Whether a checkpoint belongs after this step."""
+        """Whether a checkpoint is due after this step."""
         if isinstance(self.every, int):
             return step % self.every == 0
         minutes = re.match(MINUTES, self.every)
-        assert minutes is not None  # the recipe has seen to it
+        assert minutes is not None  # validated by the recipe
         return time.monotonic() - self.saved_at >= 60 * float(minutes[1])
 
     def check_room(self, policy: Policy, reference: ReferenceSection) -> None:
-        """Before the first step: room for the checkpoints that will stay, one being written, and the adapter.
+        """Before the first step: check the space for the checkpoints that stay, one more, and the adapter.
 
         Raises:
-            RunError: the disk has less.
+            RunError: the disk has too little.
         """
         there = len(list(self.run.checkpoints.glob("step-*")))
         wanted = max(1, KEPT + 2 - there) * checkpoint_bytes(policy, reference)
         check_space(self.run.checkpoints, wanted, "keeping checkpoints")
 
     def save(self, policy: Policy, state: TrainingState, held_out_loss: float | None = None) -> None:
-        """A checkpoint of this step, after the lines that lead up to it.
+        """Write a checkpoint of this step, after its metrics lines.
 
         Raises:
-            RunError: it cannot be written; the last one is still there.
+            RunError: it cannot be written; the last one is unchanged.
         """
         self.held.check()
         self.run.sync_lines()
@@ -68,7 +68,7 @@ class Saver:
         self.saved_at = time.monotonic()
 
     def save_trial(self, policy: Policy) -> None:
-        """Before the first step: what will be saved after the last one is what plain PEFT loads.
+        """Before the first step: prove that plain PEFT loads an adapter saved as the last step's will be.
 
         Raises:
             ModelError: it is not.
@@ -81,7 +81,7 @@ class Saver:
             raise _unwritable("the adapter", self.run.path, error) from None
 
     def save_result(self, policy: Policy) -> None:
-        """The adapter, proven, and on the disk before anything says that the run is finished.
+        """Save the adapter, synced and proven, before the run is marked as finished.
 
         Raises:
             ModelError: plain PEFT would load something else.
@@ -97,28 +97,28 @@ class Saver:
 
 
 def find_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Path | None:
-    """The newest whole one, with a word on what is odd about it. What a killed process left half done is removed.
+    """The newest complete checkpoint; warns of inconsistencies, and removes leftovers of killed processes.
 
-    Steps order checkpoints, not times: a clock that was set back changes nothing, and is mentioned.
+    Checkpoints are ordered by step: a clock that was set back changes nothing, and is reported.
     """
-    sweep(run.checkpoints)
+    remove_leftovers(run.checkpoints)
     checkpoint = newest_checkpoint(run.checkpoints, warn)
     if checkpoint is None:
         return None
     ahead = (checkpoint / "manifest.json").stat().st_mtime - time.time()
     if ahead > 60:
-        warn(f"{checkpoint} was written {ahead:,.0f} s in the future: was the clock set back? Nothing here hangs on it")
+        warn(f"{checkpoint} was written {ahead:,.0f} s in the future: was the clock set back? Nothing depends on it")
     step = int(checkpoint.name.removeprefix("step-"))
     steps = [line["step"] for line in run.lines(RunFolder.METRICS) if 0 < line["step"] <= step]
     if steps != list(range(1, step + 1)):
-        warn(f"metrics.jsonl lacks the lines of {step - len(set(steps))} steps before {checkpoint.name}: they are lost")
+        warn(f"metrics.jsonl is missing the lines of {step - len(set(steps))} steps before {checkpoint.name}")
     return checkpoint
 
 
 def _unwritable(what: str, where: Path, error: Exception) -> RunError:
-    """A full or read-only disk; safetensors has an exception of its own for it."""
+    """The error for a full or read-only disk; safetensors raises an exception of its own for it."""
     reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
     return RunError(
         f"{what} cannot be written to {where}: {reason}",
-        hint="free some space and run the same command: it goes on from the last whole checkpoint",
+        hint="free some space and run the same command: it continues from the last complete checkpoint",
     )

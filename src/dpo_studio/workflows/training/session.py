@@ -1,4 +1,4 @@
-"""A training under way: its reference, its checks, every step, and what is left behind."""
+"""One start of a training: its reference, its checks, every step, and its result."""
 
 from __future__ import annotations
 
@@ -41,31 +41,33 @@ from dpo_studio.workflows.training.signals import interrupted, stopping_signals
 __all__ = ["Session"]
 
 _LOOKED_AT = 8
-"""Training pairs that a result without held-out ones is looked at with."""
+"""Training pairs on which a result without held-out pairs is checked."""
 
 
 @dataclass
 class Session:
-    """Everything that the steps of one training share."""
+    """The values that all steps of one training share."""
 
     recipe: Recipe
     base: ChatModel
     policy: Policy
     data: RunData
     steps: Steps
-    """Within the run's token budget; the cached reference is not in them yet."""
+    """Within the run's token budget; without the cached reference's log-probs yet."""
     state: TrainingState
     saver: Saver
     log: RunLog
     progress: Progress
     reference_folder: ModelFolder | None = None
-    """Of `reference.model`, opened before."""
+    """The folder of `reference.model`, opened before."""
 
     def fit(self, stop_after: int | None = None) -> HeldOut:
-        """Reference, checks, then every step; stops at a step's end when a signal asked for it."""
+        """Compute the reference, run the checks, then every step; stop at a step's end after a signal."""
         reference = make_reference(self.recipe, self.base, self.policy, self.reference_folder)
         self._check_packing(reference)
-        with nullcontext() if reference.cache is None else reference.cache.held():  # nobody removes it while we run
+        with (
+            nullcontext() if reference.cache is None else reference.cache.held()
+        ):  # no process removes it during the run
             return self._fit(reference, stop_after)
 
     def _fit(self, reference: Reference, stop_after: int | None) -> HeldOut:
@@ -109,7 +111,7 @@ class Session:
         """Write the adapter, the environment and the numbers of the whole run.
 
         Raises:
-            NonFiniteError: the policy has no finite log-prob: then there is no result.
+            NonFiniteError: the policy has no finite log-prob; no result is written.
         """
         self._check_finite(held_out.logps)
         self.saver.save_result(self.policy)
@@ -129,7 +131,7 @@ class Session:
         return result | self.log.numbers() | held_out.summary()
 
     def _check_finite(self, logps: PairLogps | None) -> None:
-        """A last look at what will be the result. Weights may be finite, and so large that nothing they give is."""
+        """Check the result: weights may be finite, but so large that no log-prob is."""
         if logps is None:
             with self.policy.in_eval():
                 some = self.data.train.pairs[:_LOOKED_AT]
@@ -138,7 +140,7 @@ class Session:
         if not self.state.is_finite(self.policy):
             what = "the weights are not finite"
         elif self.state.skipped == self.state.step > 0:
-            what = f"none of the {self.state.step} steps could be taken, and nothing was learned"
+            what = f"none of the {self.state.step} steps could be taken; nothing was learned"
         elif not (logps.chosen_P.isfinite() & logps.rejected_P.isfinite()).any():
             what = f"no log-prob of {len(logps)} pairs is finite"
         else:
@@ -149,7 +151,7 @@ class Session:
         )
 
     def _check_packing(self, reference: Reference) -> None:
-        """See that the policy, and its reference where that is another model, compute as the plain model does."""
+        """Check that the policy, and its reference where that is another model, compute as the plain model does."""
         folders = {POLICY: self.recipe.model.adapter, REFERENCE: ReferenceChoice.of(self.recipe).beside}
         adapters = {name: Path(folder) for name, folder in folders.items() if folder is not None}
         pairs, texts = self.data.train.pairs, self.data.source.pairs
@@ -177,11 +179,11 @@ class Session:
         if checkpoint is not None:
             restore(checkpoint, self.policy, state)
             self.progress.say(f"continuing {run.path} after step {state.step} of {steps.total}")
-        run.cut_back(state.step if checkpoint is not None else -1)
+        run.truncate_after(state.step if checkpoint is not None else -1)
         if checkpoint is None:
             is_reference = ReferenceChoice.of(self.recipe).is_start
             if is_reference and self.recipe.objective.needs_reference:
-                first = min(steps.micro_batches_of(1), key=len)  # whatever else does not fit, this does or none will
+                first = min(steps.micro_batches_of(1), key=len)  # the smallest: if it does not fit, none does
                 unless_out_of_memory(self.policy.model, partial(self._check_start, first, live))
             if numbers := held_out.at_start(is_reference=is_reference, mean_log_ratio=state.mean_log_ratio):
                 self.log.write_start(numbers)
@@ -192,7 +194,7 @@ class Session:
         """A fresh adapter computes what its reference does: margin 0, DPO's loss ln 2.
 
         Raises:
-            ModelError: it does not, by more than rounding explains.
+            ModelError: it differs by more than rounding explains.
         """
         batch = batch.to(self.base.device)
         with torch.no_grad(), self.policy.in_eval():
@@ -221,11 +223,11 @@ class Session:
         again = f", each {limit.recompute} recomputed in the backward pass" if limit.recompute != "nothing" else ""
         self.progress.warn(
             f"step {limit.step} ran out of GPU memory: {limit.tokens} tokens a micro-batch from here on{again}; "
-            "the step is taken again with the same pairs"
+            "the step is repeated with the same pairs"
         )
 
     def _kept(self, reports: Iterator[StepReport]) -> Iterator[StepReport]:
-        """The same reports; when the training stops itself, what it had learned is saved first."""
+        """The same reports; if the training stops itself, its state is saved first."""
         run = self.saver.run
         try:
             yield from reports
@@ -235,7 +237,7 @@ class Session:
                 self.progress.say(f"the last checkpoint before that: {last}" if last else "no checkpoint was written")
                 raise
             self.saver.save(self.policy, self.state)
-            self.progress.say(f"what was learned before is kept in {run.checkpoints}/step-{self.state.step}")
+            self.progress.say(f"the steps before are saved in {run.checkpoints}/step-{self.state.step}")
             raise
 
 

@@ -1,4 +1,4 @@
-"""SIGINT, SIGTERM, SIGHUP and a reader that went away, as a training hears them: at a step's end."""
+"""How a training handles SIGINT, SIGTERM, SIGHUP and a closed pipe: at the end of a step."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ __all__ = ["interrupted", "stopping_signals"]
 
 @dataclass
 class Asked:
-    """What asked the run to stop, if anything did."""
+    """The signal that asked the run to stop, if one did."""
 
     progress: Progress
     received: int = 0
 
     @property
     def signal(self) -> int:
-        """The signal received; SIGPIPE where nobody reads the progress any more (`dpo train R 2>&1 | head`); else 0."""
+        """The signal received; SIGPIPE where the reader of the progress is gone (`dpo train R 2>&1 | head`); else 0."""
         return self.received or (signal.SIGPIPE if self.progress.unread else 0)
 
 
@@ -32,7 +32,7 @@ class Asked:
 def stopping_signals(progress: Progress) -> Iterator[Asked]:
     """SIGINT, SIGTERM and SIGHUP wait for the step's end and its checkpoint; a second one does not.
 
-    A SIGHUP that was ignored when we started (nohup) stays ignored.
+    A SIGHUP that was ignored at the start (nohup) stays ignored.
     """
     asked = Asked(progress)
 
@@ -47,7 +47,7 @@ def stopping_signals(progress: Progress) -> Iterator[Asked]:
         numbers.append(signal.SIGHUP)
     try:
         before = {number: signal.signal(number, handle) for number in numbers}
-    except ValueError:  # not the main thread: whoever started it keeps the signals
+    except ValueError:  # not the main thread: the main thread keeps the signals
         yield asked
         return
     try:
@@ -58,7 +58,7 @@ def stopping_signals(progress: Progress) -> Iterator[Asked]:
 
 
 def interrupted(number: int, step: int, run: RunFolder) -> Interrupted:
-    """What a stopped run raises: where it is and how it goes on."""
+    """The exception of a stopped run: where it stopped and how to continue."""
     return Interrupted(
         f"stopped by {signal.Signals(number).name} after step {step}; the checkpoint is in {run.checkpoints}",
         exit_code=128 + number,

@@ -1,4 +1,4 @@
-"""What is looked at before a training begins, so that nothing long is done in vain."""
+"""Checks before a training begins, so that no long work is wasted."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def typed_model(loaded: RecipeFile) -> str:
 
 
 def check_tracker(recipe: Recipe) -> None:
-    """Before anything long begins: accelerate only warns of a tracker that is not installed, and tracks nothing.
+    """Check `run.tracker` first: accelerate only warns of a tracker that is not installed, and tracks nothing.
 
     Raises:
         RunError: `run.tracker` is not installed.
@@ -34,21 +34,21 @@ def check_tracker(recipe: Recipe) -> None:
 
 
 def check_not_shorter(run: RunFolder, total: int) -> None:
-    """`training.max_steps` may come or go as long as it makes the run longer; only the data say whether it does.
+    """`training.max_steps` may be set or removed if the run gets longer; this depends on the number of pairs.
 
     Raises:
-        RunError: the run has more steps behind it than are asked for now.
+        RunError: the run has finished more steps than it is asked for now.
     """
     checkpoint = newest_checkpoint(run.checkpoints)
     if checkpoint is not None and (done := int(checkpoint.name.removeprefix("step-"))) > total:
         raise RunError(
-            f"{run.path} has {done} steps behind it, and training.max_steps or epochs now ask for {total}",
+            f"{run.path} has finished {done} steps, and training.max_steps or epochs now ask for {total}",
             hint="a run can be made longer, not shorter: choose another folder (--set run.folder=NAME)",
         )
 
 
 def warn_of_length(recipe: Recipe, pairs: int, total: int, warn: Callable[[str], None]) -> None:
-    """Say where `pairs` training pairs in `total` steps are too few for what the recipe has them do."""
+    """Warn where `pairs` training pairs in `total` steps are too few for the recipe's settings."""
     section = recipe.training
     if pairs < section.pairs_per_step:
         warn(
@@ -66,7 +66,7 @@ def warn_of_length(recipe: Recipe, pairs: int, total: int, warn: Callable[[str],
 
 
 def is_finished(run: RunFolder, recipe: Recipe, result: dict[str, Any]) -> bool:
-    """Whether a run with this result has as many steps behind it as the recipe asks for."""
+    """Whether a run with this result has finished all the steps that the recipe asks for."""
     before = run.recipe()
     same_length = before is not None and (before.training.epochs, before.training.max_steps) == (
         recipe.training.epochs,

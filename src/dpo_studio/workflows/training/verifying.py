@@ -1,4 +1,4 @@
-"""`dpo train --verify`: is this machine, with this recipe, deterministic? Its first steps are trained twice to see."""
+"""`dpo train --verify`: train the first steps twice to see whether this machine is deterministic with this recipe."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from dpo_studio.workflows.training import run_training
 __all__ = ["verify_recipe"]
 
 _CHANGES = ("reference.mode=live", "data.held_out.rows=8", "run.tracker=null")
-"""The reference is computed in the step, where the two trainings can differ in it; of held-out pairs a few will do."""
+"""The reference is computed in every step, where trainings can differ in it; a few held-out pairs are enough."""
 _TENSORS = ("adapter/adapter_model.safetensors", "optimizer.safetensors")
 
 
 @dataclass(frozen=True)
 class Determinism:
-    """Whether two trainings were one and the same."""
+    """Whether two trainings gave the same bits."""
 
     deterministic: bool
     text: str
-    """One line: on what, and where they first differ if they do."""
+    """One line: the setting, and where they first differ if they do."""
 
 
 def verify_recipe(
@@ -44,15 +44,15 @@ def verify_recipe(
     anyway: bool = False,
     progress: Progress | None = None,
 ) -> Determinism:
-    """Train the recipe's first `steps` steps twice, from loading the model on, into folders that are removed again.
+    """Train the recipe's first `steps` steps twice, including loading the model, into temporary folders.
 
-    `anyway`: on pairs that make a training worthless, too.
+    `anyway`: even on pairs that make a training worthless.
 
     Raises:
-        DPOStudioError: what `dpo train` would stop at.
+        DPOStudioError: the error at which `dpo train` would stop.
     """
     with tempfile.TemporaryDirectory(prefix="dpo-verify-") as scratch, progress or Progress() as shown:
-        today = datetime.date.today()  # of both, if midnight is between them
+        today = datetime.date.today()  # one date for both, even across midnight
         runs = [RunFolder(Path(scratch) / name) for name in ("first", "second")]
         for run in runs:
             shown.say(f"training the first {steps} steps, the {run.path.name} time")
@@ -78,9 +78,9 @@ def _verdict(first: RunFolder, second: RunFolder) -> Determinism:
 
 
 def _first_number(first: RunFolder, second: RunFolder, *, unless: str) -> str:
-    """In order of time: the held-out pairs before training, then step by step the losses, the gradient.
+    """The first number that differs, by time: held-out pairs before training, then losses and gradient by step.
 
-    Nothing `unless` a held-out number after training is the first, which other weights explain.
+    Empty if that is a held-out number after training and `unless` names weights that differ: they explain it.
     """
     for one, other in zip_longest(*(run.lines(RunFolder.METRICS) for run in (first, second)), fillvalue={}):
         for key in one | other:

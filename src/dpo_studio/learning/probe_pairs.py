@@ -1,7 +1,7 @@
-"""Which pairs a check at the start looks at: those where an error shows, of all the run has.
+"""Which pairs the check at the start computes: those in which an error would show.
 
 An error in the mask or the positions may touch one pair in fifty: those that reach past a window, or past the length a
-model was first trained on. So every pair's length is looked at, and a few are computed.
+model was first trained on. So every pair's length is examined, and a few pairs are computed.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import nn
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import packed_tokens
 
-__all__ = ["TellingPair", "limits_of", "telling_pairs"]
+__all__ = ["ProbePair", "limits_of", "probe_pairs"]
 
 MOST_TOKENS = 8192
 """Of all the pairs chosen, each prompt counted once."""
@@ -31,7 +31,7 @@ _LONGEST = "max_position_embeddings"
 
 
 @dataclass(frozen=True)
-class TellingPair:
+class ProbePair:
     """A pair, and why it was chosen."""
 
     place: int
@@ -40,7 +40,7 @@ class TellingPair:
 
 
 def limits_of(model: nn.Module) -> dict[str, set[int]]:
-    """Lengths at which something changes in this model, by the config's names: of every config that a module holds, so
+    """Lengths at which something changes in this model, by the config's names: of every config that a module has, so
     that windows of single layers count, and those inside nested dicts (rope's parameters, one for each kind of layer).
     """
     found: dict[str, set[int]] = {}
@@ -77,9 +77,9 @@ def _kinds_of_rope(settings: dict[object, object]) -> set[str]:
     return kinds
 
 
-def telling_pairs(
+def probe_pairs(
     pairs: Sequence[EncodedPair], limits: dict[str, set[int]], *, most: int = MOST_TOKENS
-) -> list[TellingPair]:
+) -> list[ProbePair]:
     """The shortest pair and the longest, and for every limit that some pair goes past: one with its prompt inside and
     an answer past it, one whose prompt is past it, one inside. At most `most` tokens, unless the shortest pair
     is longer.
@@ -92,7 +92,7 @@ def telling_pairs(
     room = most
 
     def take(why: str, suits: Callable[[int], bool], rank: Callable[[int], float]) -> None:
-        """The first by `rank` of those that suit and fit, unless one that was chosen before suits."""
+        """Choose the first by `rank` of the pairs that suit and fit, unless a chosen one suits already."""
         nonlocal room
         candidates = [place for place in everyone if suits(place)]
         if not candidates or (why.startswith(("a pair", "an answer")) and any(suits(place) for place in chosen)):
@@ -128,4 +128,4 @@ def telling_pairs(
     take("the longest pair", lambda _: True, lambda place: -sizes[place])
     for size, name in reached:
         take(f"a pair inside {name} {size}", partial(inside, size), longest_first)
-    return [TellingPair(place, ", ".join(why)) for place, why in chosen.items()]
+    return [ProbePair(place, ", ".join(why)) for place, why in chosen.items()]

@@ -1,6 +1,6 @@
-"""What kinds of frozen weight share when they are formed: fields out of words, rows that fit a cache, Triton or not.
+"""What the kinds of frozen weight share for dequantising: unpacked fields, rows that fit a cache, Triton or not.
 
-Shapes: N = outputs, K = inputs, W = words of a row.
+Shapes: N = outputs, K = inputs, W = packed int32 words of a row.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ from torch import Tensor
 __all__ = ["has_triton", "rows_at_once", "unpack"]
 
 _ELEMENTS_AT_ONCE = 1 << 19
-"""Of a weight formed on a CPU: what is between integers and result stays in a core's cache (2 MB in fp32)."""
+"""Elements that a CPU dequantises at a time: the intermediate values stay in a core's cache (2 MB in fp32)."""
 
 
 def rows_at_once(out_NK: Tensor) -> Iterator[slice]:
-    """The rows of a weight that is being formed: some at a time on a CPU, all at once elsewhere."""
+    """The rows of a weight to dequantise together: some at a time on a CPU, all at once elsewhere."""
     outputs, inputs = out_NK.shape
     rows = max(1, _ELEMENTS_AT_ONCE // inputs) if out_NK.device.type == "cpu" else outputs
     yield from (slice(start, start + rows) for start in range(0, outputs, rows))
 
 
 def unpack(words_NW: Tensor, bits: int) -> Tensor:
-    """The integers of each row of words, uint8, (N, W x 32 / bits): a stream of fields, the lowest bits first.
+    """The integers packed in each row of words, uint8, (N, W x 32 / bits): a stream of fields, the lowest bits first.
 
     Three bits do not divide a word: eight fields fill three bytes, and cross the words' ends where they must.
     """
@@ -46,5 +46,5 @@ def unpack(words_NW: Tensor, bits: int) -> Tensor:
 
 @cache
 def has_triton() -> bool:
-    """Whether there are kernels to form a weight with."""
+    """Whether Triton kernels can dequantise a weight."""
     return find_spec("triton") is not None
