@@ -43,10 +43,11 @@ class Squared(Formula):
 
 def good_and_bad(row: dict[str, Any]) -> Pair:
     """A row of {"ask", "good", "bad"}."""
-    return Pair(*((Message(role, row[key]),) for role, key in (("user", "ask"), *(("assistant", k) for k in _ANSWERS))))
+    ask, good, bad = ((Message(role, row[key]),) for role, key in _TURNS)
+    return Pair(ask, good, bad)
 
 
-_ANSWERS = ("good", "bad")
+_TURNS = (("user", "ask"), ("assistant", "good"), ("assistant", "bad"))
 
 
 def shorter(_more: str) -> RuleJudge:
