@@ -477,3 +477,17 @@ def test_the_guards_add_no_second_to_a_start(model: Path) -> None:
         scan_folder(model, "m")
         ChatTemplate(tokenizer.get_chat_template(), tokenizer.special_tokens_map)
     assert time.perf_counter() - before < 1
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"kernel_config": None, "gguf_file": "", "fusion_config": {}},
+        {"text_config": {"quantization_config": None, "compression_config": {}}},
+    ],
+)
+def test_a_key_that_says_nothing_is_no_reason_to_refuse(model: Path, settings: dict[str, Any]) -> None:
+    """transformers itself writes such keys into every config of some families."""
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | settings))
+    scan_folder(model, "m")
