@@ -21,12 +21,12 @@ def train(
     anyway: Anyway = False,
     verify: Annotated[bool, typer.Option("--verify", help="Train a few steps twice; exit 3 if they differ.")] = False,
 ) -> None:
-    """Train what a recipe says; the same command again continues an unfinished run."""
+    """Train a recipe; the same command again continues an unfinished run."""
     from dpo_studio.config import load_recipe
 
     given = {"run.tracker": tracker, "training.save_every": save_every}
     changes = [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]
-    load_recipe(recipe, changes)  # a slip in it is told of before torch is imported, which takes five seconds
+    load_recipe(recipe, changes)  # an error in it is reported before torch is imported, which takes five seconds
     from dpo_studio.workflows.training import check_recipe, train_recipe
 
     if dry_run:
