@@ -81,7 +81,7 @@ Tracker = Annotated[Optional[Literal["tensorboard", "wandb", "trackio"]], typer.
 Form = Annotated[Literal["adapter", "merged", "gptq"], typer.Option("--to", help="What to write.")]
 Bits = Annotated[Literal[2, 3, 4, 8], typer.Option(help="Bits of a weight.")]
 Overrides = Annotated[Optional[list[str]], typer.Option("--set", metavar="A.B=C", help="Override a recipe key.")]  # noqa: UP045
-Anyway = Annotated[bool, typer.Option("--anyway", help="Train even on pairs that make the run worthless.")]
+Anyway = Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share of probability.")]

@@ -26,7 +26,7 @@ def train(
 
     given = {"run.tracker": tracker, "training.save_every": save_every}
     changes = [*(overrides or []), *(f"{key}={value}" for key, value in given.items() if value)]
-    load_recipe(recipe, changes)  # an error in it is reported before torch is imported, which takes five seconds
+    load_recipe(recipe, changes)  # a slip in it is told of before torch is imported, which takes five seconds
     from dpo_studio.workflows.training import check_recipe, train_recipe
 
     if dry_run:
