@@ -156,7 +156,7 @@ def test_what_changes_between_the_look_and_the_load_is_refused(
     folder = open_model(section.path)
     folder.look_over(section)
     change(base)
-    with pytest.raises(ModelError, match=f"{file} has changed since the folder was looked over"):
+    with pytest.raises(ModelError, match=f"{file} has changed since the folder was checked"):
         load_chat_model(section, folder=folder)
 
 
