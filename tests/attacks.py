@@ -148,7 +148,7 @@ _TOKENIZER: list[Draw] = [
     ("pad_token", {"x": 1}, r"pad_token"),
 ]
 _TOKEN_IDS: list[Draw] = [
-    ("added_tokens_decoder", [1], r"no object"),
+    ("added_tokens_decoder", [1], r"not an object"),
     ("added_tokens_decoder", {"99999999": {"content": "<x>"}}, r"not a token id"),
     ("added_tokens_decoder", {"-1": {"content": "<x>"}}, r"not a token id"),
     ("added_tokens_decoder", {"\u0663": {"content": "<x>"}}, r"not a token id"),
@@ -197,10 +197,10 @@ _ADAPTER: list[list[Draw]] = [
     ],
 ]
 _INDEX: list[Draw] = [
-    ("weight_map", lambda outside: {"a": str(outside / "weights.safetensors")}, r"weight file that is none"),
-    ("weight_map", {"a": "../outside/weights.safetensors"}, r"weight file that is none"),
-    ("weight_map", {"a": "pytorch_model.bin"}, r"weight file that is none"),
-    ("weight_map", {"a": 1}, r"weight file that is none"),
+    ("weight_map", lambda outside: {"a": str(outside / "weights.safetensors")}, r"invalid weight file"),
+    ("weight_map", {"a": "../outside/weights.safetensors"}, r"invalid weight file"),
+    ("weight_map", {"a": "pytorch_model.bin"}, r"invalid weight file"),
+    ("weight_map", {"a": 1}, r"invalid weight file"),
     ("weight_map", {"a": "9" * 5000 + ".safetensors"}, r"5,012 characters"),
     ("weight_map", ["a"], r"damaged"),
     ("weight_map", {"a": "not-there.safetensors"}, r"missing|not-there|cannot be loaded"),

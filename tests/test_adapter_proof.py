@@ -112,7 +112,7 @@ def test_a_wrong_value_is_caught(tmp_path: Path) -> None:
     value = load_file(tmp_path / WEIGHTS)[Q_B]
     value[-1, -1] += 1e-6
     change(tmp_path, **{Q_B: value})
-    with pytest.raises(ModelError, match=f"the tensor {Q_B} is another"):
+    with pytest.raises(ModelError, match=f"the tensor {Q_B} differs from the trained one"):
         prove_adapter(policy, tmp_path)
 
 

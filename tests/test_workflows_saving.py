@@ -147,7 +147,7 @@ def test_a_write_that_the_system_refuses_is_told_of(recipe: Path, tmp_path: Path
         said = dpo("train", recipe, "--set", "adapter.rank=4")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    refused(said, "the checkpoint of step 2 cannot be written", "File too large", "the last whole checkpoint")
+    refused(said, "the checkpoint of step 2 cannot be written", "File too large", "the last complete checkpoint")
     assert not list((tmp_path / "run/checkpoints").iterdir())
     assert dpo("train", recipe, "--set", "adapter.rank=4").code == 0
 
@@ -477,7 +477,7 @@ def test_three_steps_of_nan_end_the_run_with_what_it_had_learned(
 
         patched.setattr(TrainingState, "skip", skipping)
         said = dpo("train", recipe, *changes)
-    refused(said, "step 4: the loss of rows", "so it was in the 2 steps before", "learning_rate", code=3)
+    refused(said, "step 4: the loss of rows", "as in the 2 steps before", "learning_rate", code=3)
     last = tmp_path / "run/checkpoints/step-4"
     kept = load_file(last / "adapter/adapter_model.safetensors")
     assert all(torch.equal(kept[name], weights[0][name]) for name in kept)

@@ -60,7 +60,7 @@ def tensor_shapes(files: Sequence[Path], name: str) -> Shapes:
                 shapes |= shapes_in(tensors)
         except FileNotFoundError:
             raise ModelError(f"{name} cannot be loaded: the weight file {file.name} is missing", hint=_AGAIN) from None
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, OSError, MemoryError) as error:  # a sparse file larger than any memory
             raise ModelError(f"{name} cannot be loaded: {file.name} is damaged: {error}", hint=_AGAIN) from None
     return shapes
 

@@ -148,10 +148,12 @@ class RunFolder:
         content = read_bytes(self.result_file, what="the run's result", limit=_LARGEST, error=RunError)
         try:
             raw = parse_json(content, what=f"{self.result_file} is not valid JSON", error=RunError)
+            if not isinstance(raw, dict):
+                raise RunError(f"{self.result_file} is not a JSON object")
         except RunError as error:
             error.hint = "remove it: the same command writes it again, from the last checkpoint"
             raise
-        return raw if isinstance(raw, dict) else None
+        return raw
 
     def resolve(self, wanted: Recipe) -> Recipe:
         """The recipe to run here: `wanted`, with what an earlier start of the same run has resolved.
