@@ -22,7 +22,7 @@ from tests.mutations import Mutation, endless
 
 __all__ = ["attacked"]
 
-_PIPE, _DEVICE, _LEADS_OUT = r"pipe|is no file", r"device|is no file|leads out", r"leads out"
+_PIPE, _DEVICE, _LEADS_OUT = r"pipe|is not a regular file", r"device|is not a regular file|points out", r"points out"
 _OVER = r"over [\d,]+ bytes|damaged"
 _ELSEWHERE = (
     *("transformers_weights", "configuration_files", "fast_tokenizer_files", "gguf_file", "tokenizer_object"),
@@ -92,7 +92,7 @@ def _no_files(name: str, outside: Path) -> list[tuple[str, Callable[[Path], None
         ("a pipe", os.mkfifo, _PIPE),
         ("a link to a pipe", lambda file: file.symlink_to(outside / "pipe.json"), f"{_PIPE}|{_LEADS_OUT}"),
         ("a link to /dev/zero", lambda file: file.symlink_to("/dev/zero"), _DEVICE),
-        ("a link to itself", lambda file: file.symlink_to(file.name), r"cannot be read|leads out|no such"),
+        ("a link to itself", lambda file: file.symlink_to(file.name), r"cannot be read|points out|no such"),
     ]
     if not weights and not typed:
         kinds.append(("a link out", lambda file: file.symlink_to(outside / "secret.json"), _LEADS_OUT))
@@ -193,7 +193,7 @@ _ADAPTER: list[list[Draw]] = [
         ("base_model_name_or_path", "~/model", r"leads elsewhere"),
         ("base_model_name_or_path", ["x"], r"leads elsewhere"),
         ("base_model_name_or_path", None, r"names no base"),
-        ("revision", "refs/pr/1", r"no branch or commit"),
+        ("revision", "refs/pr/1", r"not a branch or commit"),
     ],
 ]
 _INDEX: list[Draw] = [

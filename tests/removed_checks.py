@@ -61,7 +61,6 @@ MODULES: dict[str, tuple[str, ...]] = {
     "reading.py": (*_READ, "test_gate_loads.py"),
     "preferences/bounds.py": _READ,
     "preferences/tables.py": _READ,
-    "disk.py": (*_WRITTEN, "test_disk.py"),
     "writing.py": _WRITTEN,
     "runs/place.py": (*_WRITTEN, "test_cache.py"),
     "cache.py": ("test_cache.py",),

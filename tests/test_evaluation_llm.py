@@ -125,7 +125,7 @@ def test_no_server_at_all_is_said_after_the_attempts(tmp_path: Path) -> None:
         pass
     with pytest.raises(JudgeError, match="gave no answer in 4 attempts: no connection") as caught:
         winners(judge_at(stub, tmp_path))
-    assert "kept" in str(caught.value)
+    assert "replies so far are saved" in str(caught.value)
 
 
 UNREADABLE: list[tuple[str, Callable[[], Reply], str]] = [

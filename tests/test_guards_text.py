@@ -134,7 +134,7 @@ def test_a_link_out_of_a_folder_is_not_in_it(tmp_path: Path, target: str) -> Non
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs_evil").mkdir()
     (tmp_path / "runs" / "x").symlink_to(target)
-    with pytest.raises(UsageError, match="is a link that leads out of") as refused:
+    with pytest.raises(UsageError, match="is a link that points out of") as refused:
         inside(tmp_path / "runs", "x", hint="elsewhere")
     assert refused.value.hint == "elsewhere"
 

@@ -156,7 +156,7 @@ def test_what_changes_between_the_look_and_the_load_is_refused(
     folder = open_model(section.path)
     folder.look_over(section)
     change(base)
-    with pytest.raises(ModelError, match=f"{file} has changed since the folder was looked over"):
+    with pytest.raises(ModelError, match=f"{file} has changed since the folder was checked"):
         load_chat_model(section, folder=folder)
 
 
@@ -195,3 +195,14 @@ def test_damaged_weights_are_told_when_they_are_asked_for(base: Path) -> None:
     assert folder.shapes_if_whole() is None
     with pytest.raises(ModelError, match=rf"cannot be loaded: {WEIGHTS} is damaged"):
         _ = folder.shapes
+
+
+def test_how_gptq_is_computed_is_a_question_of_gptq_alone(base: Path) -> None:
+    """Asked of another base it is refused; of a GPTQ one, whatever else is wrong with it, it is not."""
+    section = ModelSection(path=str(base), residency="bf16")
+    with pytest.raises(ModelError, match="are for GPTQ bases"):
+        open_model(str(base)).check_base(section)
+    config = json.loads((base / "config.json").read_text())
+    gptq = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}}
+    (base / "config.json").write_text(json.dumps(config | gptq))
+    open_model(str(base)).check_base(section)

@@ -25,7 +25,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models import bundled, load
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.bundled import BUNDLED_MODEL, bundled_folder
-from dpo_studio.models.find import find_folder
+from dpo_studio.models.find import find_folder, is_on_disk
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.folder import open_model
 from dpo_studio.models.load import choose_dtype, load_chat_model
@@ -478,3 +478,20 @@ def test_rope_that_depends_on_what_came_before_is_refused(folder: Path) -> None:
     rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
     (folder / "config.json").write_text(json.dumps(config | {"rope_parameters": rope}))
     assert "rope_type: dynamic" in refusal(folder).message
+
+
+def test_what_is_on_this_disk_is_looked_at_before_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A folder there or not, by whatever name; neither a bundled model nor a name on the Hub."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "org" / "name").mkdir(parents=True)
+    (tmp_path / "bundled:smollm2-135m-instruct").mkdir()
+    for path, there in {
+        "org/name": True,
+        "./missing": True,
+        str(tmp_path / "missing"): True,
+        "a/b/c": True,
+        "org/other": False,
+        "gpt2": False,
+        "bundled:smollm2-135m-instruct": False,
+    }.items():
+        assert is_on_disk(path) == there, path

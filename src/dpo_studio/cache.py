@@ -1,6 +1,6 @@
 """What is kept between commands: its size, and reference log-probs within a limit, those unused longest out first.
 
-A process that uses an entry holds it by a lock file beside it, which the system takes back when the process is gone; no
+A process that uses an entry locks a file next to it; the system releases the lock when the process ends; no
 entry that is held is removed. `$DPO_STUDIO_CACHE_GIB` sets the limit.
 """
 
@@ -36,7 +36,7 @@ _BESIDE = ("", "-journal", "-wal", "-shm")
 
 @dataclass(frozen=True)
 class Cleared:
-    """What `clear` has done to the entries it looked at."""
+    """The result of `clear`."""
 
     removed: int
     bytes: int
@@ -68,7 +68,7 @@ def sizes(cache: Path) -> dict[str, tuple[int, int]]:
 
 
 def clear(folder: Path, older_than: float = 0) -> Cleared:
-    """Remove the entries of `folder` that nobody has used for `older_than` seconds."""
+    """Remove the entries of `folder` that were not used for `older_than` seconds."""
     removed, size, kept, newer = 0, 0, 0, 0
     now = time.time()
     for used, taken, file in _entries(folder):
@@ -94,7 +94,8 @@ def trim(folder: Path, limit: int) -> None:
 
 @contextmanager
 def held(file: Path) -> Iterator[None]:
-    """Inside, the entry is not removed by any process; several may hold one. A folder without locks holds nothing."""
+    """Inside, the entry is not removed by any process; several may lock one. In a folder without locks nothing is
+    locked."""
     descriptor = None
     with suppress(OSError):
         descriptor = _shared(file.with_suffix(".lock"))
@@ -114,7 +115,7 @@ def _shared(lock: Path) -> int:
             fcntl.flock(descriptor, fcntl.LOCK_SH)
             if os.path.samestat(os.fstat(descriptor), lock.lstat()):
                 return descriptor
-        except FileNotFoundError:  # whoever removed the entry has removed its lock in this moment
+        except FileNotFoundError:  # the process that removed the entry has just removed its lock
             pass
         except OSError:
             os.close(descriptor)
@@ -127,7 +128,7 @@ def _open(lock: Path) -> int:
 
 
 def _remove(file: Path) -> bool:
-    """Remove an entry, and say whether; not if anybody holds it or is in the middle of a transaction."""
+    """Remove an entry, unless it is locked or in a transaction; returns whether it was removed."""
     import fcntl
 
     lock = file.with_suffix(".lock")
@@ -157,7 +158,7 @@ def _is_in_use(file: Path) -> bool:
             database.execute("ROLLBACK")
     except sqlite3.OperationalError:
         return True
-    except sqlite3.DatabaseError:  # damaged: nobody's loss
+    except sqlite3.DatabaseError:  # damaged: no loss
         return False
     return False
 

@@ -74,5 +74,5 @@ def inside(folder: Path, name: str, *, hint: str | None = None) -> Path:
     """
     path = folder / plain_name(name, hint=hint)
     if not path.resolve().is_relative_to(folder.resolve()):
-        raise UsageError(f"{path} is a link that leads out of {folder}", hint=hint)
+        raise UsageError(f"{path} is a link that points out of {folder}", hint=hint)
     return path

@@ -1,4 +1,4 @@
-"""The command line, a file a verb: its options and what it prints. Shared options stand in `options`.
+"""The command line, one file per verb: its options and what it prints. Shared options are in `options`.
 
 Nothing heavy is imported until a verb is used.
 """

@@ -1,7 +1,7 @@
-"""The `dpo` command: which verbs there are, and how it ends. What a verb does is in `workflows`.
+"""The `dpo` command: its verbs, and its exit codes. The work of a verb is in `workflows`.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused with a reason, 2 wrong usage, 3 a run
-stopped itself, 130 interrupted, 143 after SIGTERM, 129 after SIGHUP, 141 when nobody reads our output any more.
+stopped itself, 130 interrupted, 143 after SIGTERM, 129 after SIGHUP, 141 when the reader of our output is gone.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ for _verbs in (data.app, cache.app, judge.app):
 
 INTERRUPTED = 128 + signal.SIGINT
 UNREAD = 128 + signal.SIGPIPE
-"""A reader of our output went away."""
+"""Exit code when the reader of our output is gone."""
 _LESS_MEMORY = (
     "end what else is on the GPU (`nvidia-smi` shows it), ask for shorter pairs or answers, "
     "or choose a smaller or a GPTQ base"
@@ -55,7 +55,7 @@ _LESS_MEMORY = (
 
 @app.callback(invoke_without_command=True)
 def _version(
-    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.", is_eager=True)] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)] = False,
 ) -> None:
     if version:
         from dpo_studio import __version__
@@ -82,7 +82,7 @@ def main() -> None:
         outcome = command(prog_name="dpo", standalone_mode=False)
         if outcome == INTERRUPTED:  # typer hides a KeyboardInterrupt in what it returns
             raise KeyboardInterrupt
-        sys.stdout.flush()  # here, where a closed pipe or a full disk can still be told of
+        sys.stdout.flush()  # here, where a closed pipe or a full disk can still be reported
     except DPOStudioError as error:
         _die(str(error), error.exit_code)
     except (KeyboardInterrupt, typer.Abort):
@@ -123,14 +123,14 @@ def _fill_in(command: Any) -> None:
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    """Whether a GPU's memory did not suffice; where torch was not imported, nothing ran on a GPU."""
+    """Whether a GPU ran out of memory; if torch was not imported, nothing ran on a GPU."""
     return isinstance(error, getattr(sys.modules.get("torch"), "OutOfMemoryError", ()))
 
 
 def set_environment() -> None:
-    """What libraries read as they start, where the user has not said otherwise."""
+    """Set environment variables that libraries read as they start, unless the user has set them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # OpenMP's threads spin while they wait, and beside another busy process every product then waits for a time slice:
+    # OpenMP's threads spin while they wait, and next to another busy process every product then waits for a time slice:
     # ten times slower. Spinning 2,000 turns instead of 300,000 cost nothing on a quiet machine.
     os.environ.setdefault("GOMP_SPINCOUNT", "2000")
     # Rows of a GPU differ in length, and torch's blocks of fixed size fit none but their own: a small model's 964 MiB
@@ -179,7 +179,7 @@ def _ended(number: int, frame: object) -> None:
 
 
 def _print_error(line: str) -> None:
-    """A last line on stderr, if anybody still reads there."""
+    """Print a last line on stderr, if it has a reader."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
@@ -187,12 +187,12 @@ def _print_error(line: str) -> None:
 
 
 def _nobody_reads(stream: TextIO) -> None:
-    """What is left in the stream's buffer goes nowhere, or Python would fail once more as it ends."""
+    """Discard the stream's buffer, or Python would fail again at exit."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _wrong_usage(error: Any) -> None:
-    """A mistake in the command line; `dpo` alone is none, and is answered with the help text."""
+    """An error in the command line; `dpo` alone is not one, and prints the help text."""
     if type(error).__name__ == "NoArgsIsHelpError":
         print(error.format_message(), file=sys.stderr)
         sys.exit(2)
@@ -206,7 +206,7 @@ def _die(message: str, code: int) -> None:
         signal.SIGINT,
         signal.SIGTERM,
         signal.SIGHUP,
-    ):  # it is ending already: another Ctrl-C is no news, and no traceback
+    ):  # it is ending already: another Ctrl-C gives no message and no traceback
         signal.signal(number, lambda *_: os._exit(code))
     from dpo_studio.console.text import printable
 

@@ -1,4 +1,4 @@
-"""`dpo cache`: what is kept between commands, and `dpo cache clear`."""
+"""`dpo cache`: the files kept between commands, and `dpo cache clear`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["app"]
 
 app = typer.Typer(
     name="cache",
-    help="What is kept between commands: sizes, and `clear`.",
+    help="The files kept between commands: sizes, and `clear`.",
     invoke_without_command=True,
     rich_markup_mode=None,
 )
@@ -21,7 +21,7 @@ _SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
 
 @app.callback()
 def show(context: typer.Context) -> None:
-    """How much of what is kept, and where."""
+    """Print sizes and folders of the cache."""
     if context.invoked_subcommand is not None:
         return
     from dpo_studio.cache import LIMIT_VARIABLE, PARTS, limit_bytes, sizes
@@ -43,7 +43,7 @@ def clear(
         typer.Option(metavar="AGE", help="Only entries not used for this long: 30d, 12h, 2w."),
     ] = None,
 ) -> None:
-    """Remove reference log-probs, which training computes again; what a running process uses stays.
+    """Remove reference log-probs, which training computes again; entries in use by a running process stay.
 
     Converted models, compiled kernels and the replies of judges, which were paid for, are kept.
     """

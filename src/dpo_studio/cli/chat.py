@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # they import torch
 
 __all__ = ["chat"]
 
-_HELP = """/base   let the model before training answer
+_HELP = """/base   answer with the model before training
 /tuned  let the tuned model answer
 /new    forget what was said
 /help   this list
@@ -35,7 +35,7 @@ def chat(
     system: Annotated[Optional[str], typer.Option(help="A system turn before the conversation.")] = None,  # noqa: UP045
     dtype: Dtype = None,
 ) -> None:
-    """Talk with a model. /base and /tuned switch between them, /new starts over, /help lists more, /quit ends."""
+    """Chat with a model. /base and /tuned switch between them, /new starts over, /help lists more, /quit ends."""
     from dpo_studio.workflows.talking import Chat, Sampling
 
     talk = Chat(load(model, dtype), Sampling(temperature, max_new_tokens, top_p, seed), system)
@@ -71,7 +71,7 @@ def _converse(talk: Chat, name: str) -> None:
 
 
 def _answer(talk: Chat, text: str) -> None:
-    """Print the answer; Ctrl-C ends it alone, and then neither it nor its question is remembered."""
+    """Print the answer; Ctrl-C ends only the answer; then neither it nor its question is remembered."""
     pieces: Generator[str, None, None] = talk.say(text)
     try:
         with closing(pieces):

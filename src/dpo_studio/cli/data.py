@@ -1,4 +1,4 @@
-"""`dpo data ...`: pairs are looked at, converted and split."""
+"""`dpo data ...`: pairs are checked, converted and split."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def convert(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Any known shape, or any that --map describes, into TRL's conversational JSON Lines."""
+    """Convert any known shape, or one that --map describes, to TRL's conversational JSON Lines."""
     section = source_section(source, format_, map_, label, split_name, rows, revision)
     from dpo_studio.workflows.pairs.data import convert_pairs
 
@@ -70,7 +70,7 @@ def split(
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Two files that share no prompt."""
+    """Write two files without a common prompt."""
     section = source_section(source, format_, map_, label, split_name, rows, revision)
     from dpo_studio.workflows.pairs.data import split_source
 
@@ -112,12 +112,10 @@ def _seen(value: str) -> str:
 @app.command()
 def check(
     source: Source,
-    held_out: Annotated[str | None, typer.Option(help="Pairs that will be measured on: are its prompts new?")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Held-out pairs: are their prompts new?")] = None,
     model: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(
-            help="A folder, a Hub id or bundled:NAME: look at lengths and chat template too (no weights read)."
-        ),
+        typer.Option(help="A folder, a Hub id or bundled:NAME: check lengths and chat template too (no weights read)."),
     ] = None,
     max_length: Annotated[int, typer.Option(min=8, help="With --model: longest prompt and answer, in tokens.")] = 1024,
     too_long: TooLong = "drop",
@@ -128,11 +126,11 @@ def check(
     split_name: Split = None,
     rows: Rows = None,
     revision: Revision = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Everything that was found, as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="All findings, as JSON.")] = False,
     html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page with figures here too.")] = None,  # noqa: UP045
     overwrite: Overwrite = False,
 ) -> None:
-    """What is wrong with these pairs, what it would do to a run, what to do. Exit 1 if nothing is usable."""
+    """Report problems of these pairs, their effect on a run, and advice. Exit 1 if nothing is usable."""
     from dpo_studio.config import ModelSection, SourceSection
     from dpo_studio.workflows.pairs.checking import check_source
 
@@ -163,7 +161,7 @@ def check(
 
 
 def _check_page(file: Path, reads: list[str | None], *, overwrite: bool) -> None:
-    """Told before a large source is read; and the name of a page is never that of the pairs."""
+    """Check the outputs before a large source is read; a page never replaces the pairs."""
     from dpo_studio.writing import check_outputs, stream_of
 
     stream = stream_of(file)

@@ -11,7 +11,7 @@ __all__ = ["demo"]
 
 
 def demo(out: Annotated[Path, typer.Option(help="The run folder to make.")] = Path("runs/demo")) -> None:
-    """The whole story on the bundled model and pairs, on a CPU, in minutes."""
+    """Train, answer, judge and report on the bundled model and pairs, on a CPU, in minutes."""
     from dpo_studio.console.text import percent
     from dpo_studio.runs.folder import RunFolder
     from dpo_studio.workflows.demo import run_demo

@@ -46,7 +46,7 @@ def evaluate(
     seed: Seed = 0,
     source: Annotated[
         Optional[str],  # noqa: UP045
-        typer.Option(help="Pairs to measure on instead of those the run held out."),
+        typer.Option(help="Pairs to measure on instead of the run's held-out pairs."),
     ] = None,
     format_: Format = "auto",
     map_: Map = None,

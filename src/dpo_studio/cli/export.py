@@ -20,7 +20,9 @@ def export(
     group_size: GroupSize = "auto",
     rows: CalibrationRows = 128,
     desc_act: DescAct = False,
-    force: Annotated[bool, typer.Option("--force", help="Make it though it is too far from the run's model.")] = False,
+    force: Annotated[
+        bool, typer.Option("--force", help="Keep it even if it differs too much from the run's model.")
+    ] = False,
     overwrite: Overwrite = False,
     dtype: Dtype = None,
 ) -> None:

@@ -42,7 +42,7 @@ def generate(
     both: Annotated[bool, typer.Option("--both", help="With --prompts: answers of both, a line each.")] = False,
     samples: Annotated[
         Optional[int],  # noqa: UP045
-        typer.Option(min=1, help="With --prompts: so many answers to each prompt, a line each."),
+        typer.Option(min=1, help="With --prompts: answers to each prompt, a line each."),
     ] = None,
     dtype: Dtype = None,
 ) -> None:
@@ -83,7 +83,7 @@ def _answer_file(
     dtype: str | None,
     overwrite: bool,
 ) -> None:
-    """Every prompt of a file, in batches; what cannot be is told before the model is loaded."""
+    """Every prompt of a file, in batches; errors are reported before the model is loaded."""
     from dpo_studio.workflows.talking import check_batched, read_prompts
     from dpo_studio.writing import check_outputs
 

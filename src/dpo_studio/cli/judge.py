@@ -32,12 +32,14 @@ from dpo_studio.cli.options import (
 
 __all__ = ["app"]
 
-app = typer.Typer(name="judge", help="Judges: how far to trust them.", no_args_is_help=True, rich_markup_mode=None)
+app = typer.Typer(
+    name="judge", help="Judges: how well they agree with people.", no_args_is_help=True, rich_markup_mode=None
+)
 
 
 @app.callback()
 def _judge() -> None:
-    """Judges: how far to trust them."""
+    """Judges: how well they agree with people."""
 
 
 @app.command()
@@ -56,7 +58,7 @@ def check(
     ] = None,
     out: Annotated[Optional[Path], typer.Option(help="Write every verdict with its reason, as JSON Lines.")] = None,  # noqa: UP045
     overwrite: Overwrite = False,
-    estimate: Annotated[bool, typer.Option("--estimate", help="Say what an LLM judge would cost, and stop.")] = False,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Print what an LLM judge would cost, and stop.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON.")] = False,
     seed: Annotated[int, typer.Option(help="Of the sample, and of which answer is shown as A.")] = 0,
     dtype: Dtype = None,
@@ -68,7 +70,7 @@ def check(
     concurrency: Concurrency = 8,
     timeout: Timeout = 120.0,
 ) -> None:
-    """A judge against human labels: agreement, kappa, position bias, the longer answer, and what people reach."""
+    """A judge against human labels: agreement, kappa, position bias, the longer answer, and people's own agreement."""
     from dpo_studio.workflows.judging import check_judge
 
     section = source_section(source, format_, map_, label, split, rows, revision)
@@ -131,7 +133,7 @@ def _share(value: float | None) -> str:
 
 
 def _orders(verdicts: dict[str, Any]) -> list[str]:
-    """Position bias, where answers were shown in an order; and what was not judged."""
+    """Position bias, where answers were shown in an order; and comparisons that were not judged."""
     lines = []
     if verdicts["asked_in_both_orders"]:
         first = _share(verdicts["first_shown_preferred"])

@@ -65,7 +65,7 @@ Labels = Annotated[
     typer.Option("--label", metavar="MEANING=VALUE", help="What the label's values mean: first=1, second=2, tie=0."),
 ]
 Split = Annotated[Optional[str], typer.Option("--split", help="Which split of a folder or Hub dataset.")]  # noqa: UP045
-Rows = Annotated[Optional[int], typer.Option("--rows", min=1, help="A seeded sample of so many rows.")]  # noqa: UP045
+Rows = Annotated[Optional[int], typer.Option("--rows", min=1, help="A seeded sample of this many rows.")]  # noqa: UP045
 Revision = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--revision", help="Branch, tag or commit of a Hub dataset."),
@@ -75,7 +75,7 @@ Dtype = Annotated[
     typer.Option(help="Default: what is fast here."),
 ]
 TooLong = Annotated[
-    Literal["drop", "cut_prompt_start", "cut_answer_end"], typer.Option(help="What becomes of a pair that is longer.")
+    Literal["drop", "cut_prompt_start", "cut_answer_end"], typer.Option(help="What to do with a longer pair.")
 ]
 Tracker = Annotated[Optional[Literal["tensorboard", "wandb", "trackio"]], typer.Option(help="Log to it as well.")]  # noqa: UP045
 Form = Annotated[Literal["adapter", "merged", "gptq"], typer.Option("--to", help="What to write.")]
@@ -87,7 +87,7 @@ Overrides = Annotated[
 Anyway = Annotated[bool, typer.Option("--anyway", help="Train on pairs that make the run worthless, too.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token every time.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-TopP = Annotated[float, typer.Option(help="Draw from the likeliest tokens that hold this share.")]
+TopP = Annotated[float, typer.Option(help="Sample from the likeliest tokens with this share of probability.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same answers.")]
 GroupSize = Annotated[str, typer.Option(help="Inputs that share a scale; auto: the largest of 128, 64, 32 that fits.")]
 CalibrationRows = Annotated[int, typer.Option("--rows", min=1, help="Prompts with chosen answers to calibrate on.")]
@@ -97,7 +97,7 @@ JUDGE_HELP = "{judges}."
 JudgeSpec = Annotated[str, typer.Option("--judge", metavar="JUDGE", help=JUDGE_HELP)]
 Template = Annotated[
     Optional[Path],  # noqa: UP045
-    typer.Option("--judge-template", metavar="FILE", help="What an LLM judge is asked instead of our own wording."),
+    typer.Option("--judge-template", metavar="FILE", help="The prompt of an LLM judge, instead of the built-in one."),
 ]
 KeyEnv = Annotated[
     Optional[str],  # noqa: UP045
@@ -105,7 +105,7 @@ KeyEnv = Annotated[
 ]
 Param = Annotated[
     Optional[list[str]],  # noqa: UP045
-    typer.Option("--judge-param", metavar="NAME=VALUE", help="Sent with every request; null takes one out."),
+    typer.Option("--judge-param", metavar="NAME=VALUE", help="Sent with every request; null removes one."),
 ]
 Price = Annotated[
     Optional[str],  # noqa: UP045
@@ -206,7 +206,7 @@ def _named(option: str, given: list[str] | None) -> dict[str, str]:
 
 
 def _value(text: str) -> Any:
-    """JSON where it is some, else the text."""
+    """The value as JSON if it is valid, else the text."""
     try:
         return json.loads(text)
     except ValueError:

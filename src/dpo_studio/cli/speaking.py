@@ -1,4 +1,4 @@
-"""What `dpo chat` and `dpo generate` share: a model is loaded, and its answers are printed as they come."""
+"""What `dpo chat` and `dpo generate` share: loading a model and printing its answers as they come."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def print_stream(pieces: Iterable[str]) -> None:
 
 
 def wrapped(pieces: Iterable[str], width: int) -> Iterator[str]:
-    """The same text with lines that end between words; a word is held back until it is whole.
+    """The same text with lines that end between words; a word is printed once it is complete.
 
     A word wider than a line stays as it is: the terminal breaks it.
     """
@@ -66,5 +66,5 @@ def _columns(text: str) -> int:
 
 
 def cut_note(limit: int) -> str:
-    """What is said of an answer that its limit ended."""
+    """The note on an answer that stopped at its token limit."""
     return f"(cut at {limit} tokens; --max-new-tokens sets the limit)"

@@ -21,7 +21,7 @@ def train(
     anyway: Anyway = False,
     verify: Annotated[bool, typer.Option("--verify", help="Train a few steps twice; exit 3 if they differ.")] = False,
 ) -> None:
-    """Train what a recipe says; the same command again continues an unfinished run."""
+    """Train a recipe; the same command again continues an unfinished run."""
     from dpo_studio.config import load_recipe
 
     given = {"run.tracker": tracker, "training.save_every": save_every}

@@ -1,3 +1,3 @@
-"""What a command says while it runs, and text made safe to be shown. Nothing here imports torch."""
+"""Progress output, and text made safe for display. Nothing here imports torch."""
 
 from __future__ import annotations

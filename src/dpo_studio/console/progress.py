@@ -1,4 +1,4 @@
-"""How a command says where it is: a bar on a terminal, plain lines elsewhere, always on stderr."""
+"""Progress of a command: a bar on a terminal, plain lines elsewhere, always on stderr."""
 
 from __future__ import annotations
 
@@ -21,31 +21,31 @@ _EVERY = 5.0
 """Seconds between two plain lines: a log of a night's run stays readable."""
 
 Advance = Callable[..., None]
-"""`advance(n=1, figures="")`: so much more is done, and these are its numbers."""
+"""`advance(n=1, figures="")`: adds n to what is done, and shows the figures."""
 
 
 class Display(Protocol):
-    """Where it is shown. What is given to it is printable already."""
+    """A display of progress. Its text is printable already."""
 
     @property
     def unread(self) -> bool:
-        """Whether whoever read it has gone (`2>&1 | head`)."""
+        """Whether its reader is gone (`2>&1 | head`)."""
 
     def line(self, text: str, style: str = "") -> None:
-        """A line, also while a task goes on."""
+        """Print a line, also during a task."""
 
     def task(self, title: str, total: int | None, unit: str) -> AbstractContextManager[Advance]:
-        """Something with a length, which `advance` moves on."""
+        """A task with a length, which `advance` counts."""
 
     def stop(self) -> None:
-        """No task goes on any more."""
+        """End all tasks."""
 
 
 class Progress:
     """One a command, as a context manager; text from data or models may be given to it as it is."""
 
     def __init__(self, display: Display | None = None, *, quiet: bool = False) -> None:
-        """`display`: by default what stderr is, a terminal or not."""
+        """`display`: by default a bar if stderr is a terminal, else lines."""
         self._quiet = quiet
         self._given = display
 
@@ -60,21 +60,21 @@ class Progress:
 
     @property
     def unread(self) -> bool:
-        """Whoever read what is said has gone: nothing more is written, and a training stops."""
+        """The reader of stderr is gone: nothing more is written, and a training stops."""
         return self._given is not None and self._given.unread
 
     def say(self, text: str) -> None:
-        """A line of news, also while a bar is on."""
+        """Print a line of news, also during a task."""
         if not self._quiet:
             self._display().line(printable(text))
 
     def warn(self, text: str) -> None:
-        """What should be read even where news is not wanted."""
+        """Print a warning, even where news is off."""
         self._display().line(f"warning: {printable(text)}", style="yellow")
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str = "") -> Iterator[Advance]:
-        """Something with a length; `advance(n, figures)` moves it on."""
+        """A task with a length; `advance(n, figures)` counts."""
         if self._quiet:
             yield _nothing
             return
@@ -96,7 +96,7 @@ def _on_stderr() -> Display:
     from rich.console import Console
 
     class Telling(Console):
-        """rich's own answer to a reader that has gone is to leave at once, whatever is being computed."""
+        """Rich would exit at once when the reader is gone, whatever is being computed."""
 
         unread = False
 
@@ -110,7 +110,7 @@ def _on_stderr() -> Display:
 
 
 class _OnConsole:
-    """What both ways of showing have in common: lines on a console of rich."""
+    """What both displays share: lines on a rich console."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -127,7 +127,7 @@ class _OnConsole:
 
 
 class Terminal(_OnConsole):
-    """Bars, which are drawn over and over."""
+    """Bars, which are redrawn."""
 
     def __init__(self, console: Console) -> None:
         super().__init__(console)
@@ -154,7 +154,7 @@ class Terminal(_OnConsole):
             self._tasks -= 1
             bars.update(task, left="")
             bars.stop_task(task)
-            if self._tasks:  # a task inside another leaves no line behind
+            if self._tasks:  # a task inside another prints no line at its end
                 bars.remove_task(task)
             else:
                 self.stop()
@@ -172,7 +172,7 @@ class Terminal(_OnConsole):
 
 
 class Plain(_OnConsole):
-    """Lines that stay: a file, a pipe, a log."""
+    """Plain lines: for a file, a pipe, a log."""
 
     @contextmanager
     def task(self, title: str, total: int | None, unit: str) -> Iterator[Advance]:
@@ -183,7 +183,7 @@ class Plain(_OnConsole):
             lines.end()
 
     def stop(self) -> None:
-        """A line is a line."""
+        """Print a line."""
 
 
 def _bars(console: Console) -> Bars:
@@ -226,7 +226,7 @@ class _PlainTask:
             self._line()
 
     def end(self) -> None:
-        """The last line, unless it stands there already."""
+        """Print the last line, unless it is printed already."""
         if self._written is None or self._written[1] != self._done:
             self._line()
 

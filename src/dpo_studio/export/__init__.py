@@ -1,1 +1,1 @@
-"""Leaving: a run's adapter, its merged model or one quantised folder, looked at again before it is called done."""
+"""Exports: a run's adapter, its merged model or a quantised folder, verified before it is finished."""

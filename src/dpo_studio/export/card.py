@@ -32,13 +32,13 @@ __all__ = [
 
 _FRONT_MATTER = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*\n", re.DOTALL)
 _LONGEST_HEAD = 200_000
-"""Characters of a base's card that are read: its metadata stand first, in a thousand or two."""
+"""Characters of a base's card that are read: its metadata are first, in a thousand or two."""
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 
 
 @dataclass(frozen=True)
 class Card:
-    """What a card says."""
+    """The content of a card."""
 
     title: str
     base_id: str | None
@@ -52,9 +52,9 @@ class Card:
     facts: Sequence[str]
     """A line each, our own words; names in them are `quoted`."""
     measured: str = ""
-    """What the figures are of."""
+    """The caption of the figures."""
     figures: Sequence[str] = ()
-    """What was measured."""
+    """The measurements."""
     example: tuple[str, str] | None = None
     """A prompt and this model's answer."""
     code: str = ""
@@ -85,7 +85,7 @@ class Card:
 
 
 def quoted(name: str) -> str:
-    """A name in the middle of our own words: one line, in backticks that it cannot leave."""
+    """A name inside our own text: one line, in backticks that it cannot close."""
     line = _plain(name)
     run = max((len(found) for found in re.findall("`+", line)), default=0)
     ticks = "`" * (run + 1)
@@ -102,7 +102,7 @@ def hub_id(name: str) -> str | None:
 
 
 def public_name(name: str) -> str:
-    """The name as it may be given away: of a path, its last part."""
+    """The name for publishing: of a path, its last part."""
     name = published_name(name)
     return name if name.startswith(BUNDLED) or hub_id(name) == name else Path(name).name or name
 

@@ -1,6 +1,6 @@
 """The base and the adapter as one plain model: W + scale B A computed in fp32, rounded once, saved without PEFT.
 
-Rounding is not innocent here. A bf16 base stands on bf16's grid, an adapter moves most weights by less than half a
+Rounding matters here. A bf16 base is on bf16's grid, an adapter moves most weights by less than half a
 step of it, and rounding to the nearest puts those back: of the demo run's mean reward margin 7.56 it left 6.43. So an
 adapted weight goes to one of its two neighbours by a seeded draw, the nearer one the likelier, its mean where it was.
 Single weights are further off, but what they add up to in a product is not: margin 7.55, the same bytes every time.
@@ -37,12 +37,12 @@ _TOKENIZER_FILES = (
 )
 _TEMPLATE = "chat_template.jinja"
 _WHERE_FROM = ("_name_or_path", "_model_name_or_path", "name_or_path")
-"""What configs remember of the machine they were made on."""
+"""Keys in which configs record paths of the machine they were made on."""
 
 
 @dataclass(frozen=True, eq=False)
 class Delta:
-    """What the adapter adds to one layer."""
+    """The adapter's delta of one layer."""
 
     down_rK: Tensor
     """LoRA's A, fp32."""

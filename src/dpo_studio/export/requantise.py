@@ -1,4 +1,4 @@
-"""A dense model folder -> a GPTQ one, by gptqmodel in a process of its own (`gptq_job.py`), made fit to be given away.
+"""A dense model folder -> a GPTQ one, by gptqmodel in a process of its own (`gptq_job.py`), made fit for publishing.
 
 Calibration is the user's own pairs: each prompt with its chosen answer, as the chat template writes them. Calibrated on
 anything else a small model babbles.
@@ -196,7 +196,7 @@ def _hint(code: int) -> str | None:
 
 
 def _tidy(out: Path, source: Path, kept: torch.dtype) -> None:
-    """What gptqmodel leaves, fit to be given away: no paths, no logs, dense tensors as precise as they were."""
+    """Clean gptqmodel's output for publishing: no paths, no logs, dense tensors in their old precision."""
     (out / "quant_log.csv").unlink(missing_ok=True)
     for file in sorted(out.glob("*.safetensors")):
         tensors = load_file(file)
@@ -221,7 +221,7 @@ def _tidy(out: Path, source: Path, kept: torch.dtype) -> None:
 
 
 def _count_bytes(out: Path) -> None:
-    """An index of several files says how many bytes they hold."""
+    """Update the index of several files, which has their size in bytes."""
     index = out / "model.safetensors.index.json"
     if not index.is_file():
         return

@@ -1,9 +1,9 @@
-"""Whether what leaves is what was trained: both models' log-probs of the same pairs, and how far they are apart.
+"""Whether an export computes what was trained: both models' log-probs of the same pairs, and their differences.
 
 Two questions. Does the export still prefer the same answer of each pair (the sign of log p(chosen) - log p(rejected))?
 And does the training survive: of the reward margins that are larger than what the export's rounding does to margins,
 how many keep their sign? That noise is measured on the same pairs, as the root mean square of the margins' change. A
-training that moved margins by less than the noise leaves none to ask about, and counts as not kept.
+training that moved margins by less than the noise has none to compare, and counts as not kept.
 
 Shapes: P = pairs.
 """
@@ -39,7 +39,7 @@ BARS = {"merged": Bar(0.99, 0.97), "gptq": Bar(0.95, 0.85)}
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """The exported model beside the run's own, on the same pairs."""
+    """The exported model compared with the run's own, on the same pairs."""
 
     pairs: int
     not_finite: int
@@ -66,7 +66,7 @@ class ExportCheck:
     """Mean size of the change of an answer's log-prob, a token."""
 
     def misses(self, bar: Bar) -> list[str]:
-        """What the export does not keep, in words; nothing when it is close enough."""
+        """The criteria that the export fails, as text; empty if it is close enough."""
         found = []
         if self.not_finite:
             found.append(f"{self.not_finite} pairs have log-probs that are not finite")

@@ -1,4 +1,4 @@
-"""A folder that appears whole or not at all, on a disk that was asked first."""
+"""A folder that appears completely or not at all, after a check of the disk's space."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from dpo_studio.writing import check_run_place, resolved
 __all__ = ["Making", "check_new", "making"]
 
 MARKERS = ("export.json", "quantization.json")
-"""What every folder of ours has one of: how it was made, and the names of its files."""
+"""The marker of every exported folder: how it was made, and the names of its files."""
 _LARGEST_MARKER = 20_000_000
 
 
 @dataclass(frozen=True)
 class Making:
-    """Where something is put together."""
+    """The folders in which an export is made."""
 
     result: Path
-    """What becomes the output."""
+    """The files of the output."""
     work: Path
-    """What is only needed on the way."""
+    """Temporary files."""
 
 
 @contextmanager
 def making(out: Path, *, overwrite: bool = False) -> Iterator[Making]:
-    """Inside, a hidden folder beside `out`; its result becomes `out` when the block ends well. It never stays.
+    """Inside, a hidden folder next to `out`; its result becomes `out` if the block succeeds. It is always removed.
 
     Raises:
         RunError: `out` exists and may not be replaced, or the disk is full or read-only.
@@ -68,7 +68,7 @@ def _share(folder: Path) -> None:
 
 
 def check_new(out: Path, *, reads: Iterable[str | Path | None] = (), overwrite: bool = False) -> None:
-    """Before anything long begins: a folder is replaced only if it is ours, with nothing of anybody else's in it.
+    """Check before long work: a folder is replaced only if it is ours and contains no other files.
 
     Raises:
         RunError: there is something, or it would be in what is read, in a model or in a run.
@@ -88,7 +88,7 @@ def check_new(out: Path, *, reads: Iterable[str | Path | None] = (), overwrite: 
 
 
 def _sign(folder: Path) -> None:
-    """The names of all files into the marker: with another one in it, the folder is no longer ours alone."""
+    """The names of all files into the marker: with any other file in it, the folder is not replaced."""
     for marker in MARKERS:
         if (folder / marker).is_file():
             content = read_json(folder / marker, what="the export's own file", limit=_LARGEST_MARKER)
@@ -97,7 +97,7 @@ def _sign(folder: Path) -> None:
 
 
 def _is_ours(folder: Path) -> bool:
-    """Whether it holds a marker of ours, the files that this names, and nothing else."""
+    """Whether it contains our marker, the files that this names, and nothing else."""
     if not folder.is_dir():
         return False
     for marker in MARKERS:

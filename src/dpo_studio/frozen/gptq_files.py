@@ -1,4 +1,4 @@
-"""GPTQ checkpoints: their settings, and their layers, looked over tensor by tensor and read into our own linear.
+"""GPTQ checkpoints: their settings and layers, checked tensor by tensor and read into our own linear.
 
 Neither optimum nor gptqmodel is needed. What a layer is follows from its tensors and from what the model's config says
 it reads and writes; the quantisation's own config is held against that, never trusted.
@@ -141,7 +141,7 @@ class Shards:
         """A tensor, on the CPU.
 
         Raises:
-            ModelError: its file is missing or damaged, or does not hold it.
+            ModelError: its file is missing or damaged, or does not contain it.
         """
         file = self.files[key]
         try:
@@ -295,7 +295,7 @@ class LayerReader:
         return zeros_GN.t().contiguous()
 
     def _bias(self, prefix: str, bias: Tensor | None, twin: nn.Linear) -> Tensor | None:
-        """AutoGPTQ wrote zeros for every layer: a bias the model has no place for is kept only if it says something."""
+        """AutoGPTQ wrote zeros for every layer: a bias the model has no place for is kept only if it is not zero."""
         has_bias = twin._parameters["bias"] is not None
         if bias is None:
             if has_bias:

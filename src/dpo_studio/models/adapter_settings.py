@@ -1,7 +1,7 @@
 """An adapter's settings: plain LoRA and nothing else, of the types and sizes that its tensors bear out.
 
 PEFT imports, unpickles, rebuilds the base or matches expressions by what adapter_config.json says. So the file is read
-here, and PEFT gets settings that were looked at one by one; it never opens the file itself.
+here, and PEFT gets settings that were checked one by one; it never opens the file itself.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def base_named_by(raw: Any, revision: Any, name: str) -> str:
     """The base that an adapter names: a Hub id, or a folder that is reached without climbing out of where it lies.
 
     Raises:
-        ModelError: none, or it leads elsewhere: a URL, `..`, a home folder; or a revision that anybody may have made.
+        ModelError: none, or it leads elsewhere: a URL, `..`, a home folder; or a revision of a pull request.
     """
     if not raw:
         raise ModelError(f"{name}: its adapter_config.json names no base model")
@@ -176,7 +176,7 @@ def _members(value: Any) -> tuple[Any, ...]:
 
 
 def _value_text(value: Any) -> str:
-    """A stranger's setting in a message: short, whatever it is."""
+    """An untrusted setting in a message, shortened."""
     text = ", ".join(map(str, value[:20])) if isinstance(value, list) else str(value)
     return text if len(text) < 80 else f"{text[:77]}..."
 

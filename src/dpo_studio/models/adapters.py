@@ -89,7 +89,7 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
     """The adapter saved in `folder` on `base`, in addition to the adapters `base` already has.
 
     Raises:
-        ModelError: the folder holds no LoRA adapter in safetensors, or one made for other layers.
+        ModelError: the folder contains no LoRA adapter in safetensors, or one made for other layers.
     """
     config = read_adapter_config(folder)
     under = base.get_base_model() if isinstance(base, PeftModel) else base

@@ -1,6 +1,6 @@
 """Attention functions for transformers' registry: a row of pairs, or plain sequences when there is no pack.
 
-What a model hands to its attention beside q, k and v is computed or refused by name, never left out: sinks (an extra
+A model's arguments to its attention besides q, k and v are computed or refused, never ignored: sinks (an extra
 logit that nothing is read from: gpt-oss, Granite) and a soft-cap of the scores (Gemma 2) change every number, and SDPA
 would drop the one in silence.
 
@@ -69,7 +69,7 @@ def _extras(module: nn.Module, given: dict[str, Any]) -> tuple[float | None, Ten
             continue
         if isinstance(value, Tensor | int | float):
             raise ModelError(
-                f"{type(module).__name__} hands `{name}` to its attention, which ours would leave out: DPO Studio "
+                f"{type(module).__name__} passes `{name}` to its attention, which ours would ignore: DPO Studio "
                 "cannot train or score it yet"
             )
     if given.get("is_causal") is False:
@@ -228,7 +228,7 @@ def _attend(
 def _with_sink(q: Tensor, k: Tensor, v: Tensor, sink_H: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """A key before all others whose product with head h's queries is sink_H[h], and whose value is nothing.
 
-    The sink stands in columns of the query that other keys do not have. As the mask's own column it would need a mask
+    The sink is in columns of the query that other keys do not have. As the mask's own column it would need a mask
     for every head. Two columns, the second for what the first rounds off in 16 bits; eight, for kernels want that.
     """
     high_H = sink_H.to(q.dtype)

@@ -1,7 +1,7 @@
 """Attention over a pack: pairs apart, both answers behind one prompt, windows counted in each answer's own places.
 
 Three ways to the same numbers (`models.attending`). `flex`, for GPUs: one FlexAttention kernel over the row (arXiv
-2412.05496) that skips the blocks nobody may see. `pairs`, for CPUs: each pair's attention on its own through SDPA,
+2412.05496) that skips fully masked blocks. `pairs`, for CPUs: each pair's attention on its own through SDPA,
 nothing masked away and nothing computed in vain. `sdpa`: one dense bool mask over the row, the fallback that runs
 everywhere. Models with an attention of their own written in (Falcon, XGLM) run that, under a dense mask that they add
 to the scores.
@@ -50,7 +50,7 @@ __all__ = [
 FULL, SLIDING = "full_attention", "sliding_attention"
 _SMALLEST_FLEX_HEAD = 16
 _LEAST_ROOM = 2048
-"""Shorter rows share one kernel; what they leave empty is skipped."""
+"""Shorter rows share one kernel; unused blocks are skipped."""
 
 
 def row_inputs(config: PreTrainedConfig, batch: MicroBatch) -> dict[str, Any]:
@@ -132,7 +132,7 @@ def _listed(chosen_BB: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _whole_blocks(batch: MicroBatch, at_least: int = 0) -> MicroBatch:
-    """The row filled up to whole blocks with tokens that see themselves alone and that nobody reads."""
+    """The row filled up to whole blocks with tokens that see only themselves and that no output depends on."""
     length = batch.tokens
     missing = -(-max(length, at_least) // BLOCK) * BLOCK - length
     alone = torch.arange(length + 1, length + missing + 1, device=batch.seen_until_T.device)
@@ -165,7 +165,7 @@ def choose_attention(wanted: str, config: PreTrainedConfig, device: torch.device
 
 
 def _takes_ours(config: PreTrainedConfig) -> bool:
-    """Whether the model calls the attention it is told to; XGLM and GPT-NeoX-Japanese have their own written in."""
+    """Whether the model uses the configured attention; XGLM and GPT-NeoX-Japanese have their own hard-coded."""
     model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     return model is None or model._can_set_attn_implementation()
 
@@ -183,10 +183,10 @@ def can_compile() -> bool:
 
 
 def check_architecture(config: PreTrainedConfig, name: str) -> None:
-    """Refuse models whose logits nobody has looked at, or for which a pack's mask means nothing.
+    """Refuse models with unknown changes of the logits, or without a meaning for a pack's mask.
 
     Raises:
-        ModelError: with the property that stands in the way.
+        ModelError: with the property that prevents it.
     """
     for reason in _obstacles(config):
         raise ModelError(

@@ -1,4 +1,4 @@
-"""What each family of models is, where neither its config's values nor its modules' names say so: one entry each.
+"""The properties of model families that neither config values nor module names show: one entry each.
 
 A plain dense decoder needs no entry. Ropes, windows, kinds of layers, experts and routers are read off the config and
 the modules, whatever the family (`models.refusals`, `models.attention`, `models.targets`). A family of your own is
@@ -16,7 +16,7 @@ from transformers import PreTrainedConfig
 __all__ = ["FAMILIES", "Family", "add_family", "family_of", "is_gated"]
 
 Layout = Literal["packed"]
-"""How sequences lie in a row. packed: many pairs, each prompt once for both its answers."""
+"""The layout of sequences in a row. packed: many pairs, each prompt once for both its answers."""
 
 
 def _always(_config: PreTrainedConfig) -> bool:
@@ -30,7 +30,7 @@ class Refusal:
     reason: str
     """Follows the model's name in the message: `is ...`, `has ...`."""
     applies: Callable[[PreTrainedConfig], bool] = _always
-    """Whether it holds for a model of this config."""
+    """Whether it applies to a model of this config."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("beam", logits_capped_by=_CAP),
     Family("gemma2", logits_capped_by=_CAP),
     Family("gemma3_text", logits_capped_by=_CAP, gated_mlp="Gemma3MLP"),
-    # not `gemma3`, the wrapper: its forward leaves its text model's cap out
+    # not `gemma3`, the wrapper: its forward ignores its text model's cap
     Family("gemma3n", logits_capped_by=_CAP),
     Family("gemma3n_text", logits_capped_by=_CAP),
     Family("gemma4", logits_capped_by=_CAP),

@@ -44,7 +44,7 @@ def find_folder(path: str, revision: str | None = None, say: Callable[[str], Non
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every weight file is there: a cache may hold a part of a model, left by a broken download."""
+    """Whether every weight file is there: a cache may have a part of a model after a broken download."""
     wanted = weights_of(folder, folder.name)
     return bool(wanted) and all(file.is_file() for file in wanted)
 

@@ -1,4 +1,4 @@
-"""Whether an adapter's numbers are numbers: what a training that failed left behind is no result to hand on."""
+"""Whether an adapter's tensors are finite: the adapter of a failed training is not a result."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def check_finite_adapter(folder: Path) -> None:
     """Look at every tensor of an adapter's folder, one at a time.
 
     Raises:
-        NonFiniteError: one holds NaN or infinity.
+        NonFiniteError: one contains NaN or infinity.
         ModelError: its weights cannot be read.
     """
     file = folder / "adapter_model.safetensors"

@@ -34,7 +34,7 @@ from dpo_studio.tokens.chat import ChatEncoder
 __all__ = ["ModelFolder", "open_model"]
 
 _LOADED_FROM = ("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json", INDEX)
-"""What transformers and our GPTQ reader open beside the weights; an adapter's config would bring the adapter along."""
+"""What transformers and our GPTQ reader open beside the weights; an adapter's config would load the adapter as well."""
 _State = Mapping[str, tuple[int, int, int]]
 """(size, time of the last change, inode) of each file that a model is loaded from."""
 
@@ -169,13 +169,13 @@ class ModelFolder:
         return encoder
 
     def shapes_if_whole(self) -> Shapes | None:
-        """`shapes`, or None where there are no weights, or not all of them: whoever loads them is told."""
+        """`shapes`, or None where there are no weights, or not all of them: loading them reports it."""
         with suppress(ModelError):
             return self.shapes or None
         return None
 
     def check_unchanged(self) -> None:
-        """See that what is loaded now is what was looked at, by the files' sizes, times and inodes.
+        """Check that the files are those that were checked, by their sizes, times and inodes.
 
         Raises:
             ModelError: a settings or weight file was changed, added or taken away since.
@@ -184,7 +184,7 @@ class ModelFolder:
         changed = sorted(file for file in self._state.keys() | now.keys() if self._state.get(file) != now.get(file))
         if changed:
             raise ModelError(
-                f"{self.name}: {changed[0]} has changed since the folder was looked over",
+                f"{self.name}: {changed[0]} has changed since the folder was checked",
                 hint="start again when nothing writes into the folder any more",
             )
 
@@ -214,7 +214,7 @@ def open_model(path: str, revision: str | None = None, say: Callable[[str], None
 
 
 def _state_of(folder: Path) -> _State:
-    """Of the files that a model is loaded from, and no other: whoever keeps notes in the folder may write on."""
+    """Of the files that a model is loaded from, and no other: other files in the folder may change."""
     state = {}
     for file in folder.iterdir():
         if file.name in _LOADED_FROM or file.suffix == ".safetensors":

@@ -1,7 +1,7 @@
 """From hidden states to logits: how a model scales them or caps them, by its family and its config.
 
 The product with the head's weight is not all of it: Granite divides the logits, Cohere multiplies them, Gemma 2 bends
-them by a tanh. Which key of the config says so is written down in `models.families`.
+them by a tanh. Which key of the config decides it is in `models.families`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def head_law(config: PreTrainedConfig) -> HeadLaw:
     """What a model of this config does to `hidden @ head`.
 
     Raises:
-        ModelError: the config has a key that may change logits, and nobody has looked at what this model does with it.
+        ModelError: the config has a key that may change logits, and its effect in this model is unknown.
     """
     kind = getattr(config, "model_type", "")
     text = config.get_text_config()

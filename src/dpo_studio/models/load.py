@@ -1,4 +1,4 @@
-"""Bases and tokenizers: looked over before anything is loaded, and loaded whole or not at all."""
+"""Bases and tokenizers: checked before loading, and loaded completely or not at all."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def load_weights(kind: Any, folder: ModelFolder, dtype: torch.dtype, attention: 
             dtype=dtype,
             attn_implementation=attention,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # to be told which; they are refused below like the others
+            ignore_mismatched_sizes=True,  # to get their names; they are refused below like the others
             output_loading_info=True,
         )
     except Exception as error:

@@ -1,6 +1,6 @@
 """Models that would be computed wrongly and not noticed, each with its cause, known from config.json alone.
 
-What stands in the way of attention and the head is in `models.attention` and `models.head`.
+The obstacles of attention and the head are in `models.attention` and `models.head`.
 """
 
 from __future__ import annotations

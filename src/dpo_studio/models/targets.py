@@ -26,7 +26,7 @@ from dpo_studio.errors import ModelError
 __all__ = ["all_linear", "not_adaptable", "refuse_targets", "short_names"]
 
 _EXPERTS = re.compile(r"(?!shared_)(\w+_)?experts")
-"""A module that holds experts a router chooses among. Shared ones see every token, and are dense."""
+"""A module of experts that a router selects from. Shared ones see every token, and are dense."""
 _ROUTER = re.compile(r"gate|\w*router\w*|\w*expert_gate")
 """Of a mixture: what chooses the experts, or weighs the shared one."""
 
@@ -46,7 +46,7 @@ class Targets:
     """Names of layers, left out too: PEFT would not find them again when it loads the adapter."""
 
     def words(self) -> str | None:
-        """What to tell of a mixture, and of layers that are left out; None where all-linear is all of them."""
+        """The note on experts and on layers that are not adapted; None where all-linear is all of them."""
         left_out = [
             f"{len(names)} dense layers ({', '.join(sorted({name.rpartition('.')[2] for name in names}))}) {why}"
             for names, why in (
@@ -104,19 +104,19 @@ def refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
         if strange := not_adaptable(model, found):
             raise ModelError(
                 f"adapter.targets: {target} is {strange[1]} ({strange[0]}), which DPO Studio does not adapt",
-                hint="name the layers of attention and dense MLPs in full, or use `all-linear`, which leaves it out",
+                hint="name the layers of attention and dense MLPs in full, or use `all-linear` without it",
             )
         if target.rpartition(".")[2] in renamed:
             raise ModelError(
                 f"adapter.targets: {target} is a name that PEFT gives to this family's experts, "
                 "which DPO Studio does not adapt",
-                hint="use `all-linear`, which leaves it out",
+                hint="use `all-linear` without it",
             )
         if missed := sorted(lost.intersection(found)):
             raise ModelError(
                 f"adapter.targets: {target} is {missed[0]} too, which PEFT would not find again when it loads the "
                 "adapter: it renames that layer's tensors",
-                hint="name the other layers in full, or use `all-linear`, which leaves it out",
+                hint="name the other layers in full, or use `all-linear` without it",
             )
 
 

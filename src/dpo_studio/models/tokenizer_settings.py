@@ -22,7 +22,7 @@ dynamic_module_utils.TIME_OUT_REMOTE_CODE = 0
 _LARGEST_ID = 10_000_000
 """The largest vocabulary of a known model has 262,144 tokens."""
 _VOCABULARY = ("vocab", "merges")
-"""What a tokenizer is made of, or the name of a file that holds it."""
+"""What a tokenizer is made of, or the name of a file with it."""
 
 
 def _is_text(value: Any) -> bool:
@@ -65,7 +65,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "tokenizer_class": (_is_text, "a name"),
 }
 _TOKENS = tuple(f"{kind}_token" for kind in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
-"""Settings that hold a token."""
+"""Settings whose value is a token."""
 
 
 def _check_value(key: str, value: Any, name: str) -> None:

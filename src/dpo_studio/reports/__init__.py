@@ -1,4 +1,4 @@
-"""What a run shows of itself: figures and one page. What is known of it is read in `runs`.
+"""Reports of a run: figures and one page. The facts of a run are read in `runs`.
 
 Nothing in this room imports torch, and importing it imports nothing heavy: take what you need from
 `reports.html` (the page), `reports.figures` (its figures as files) or `reports.data_page` (what a check of data found).

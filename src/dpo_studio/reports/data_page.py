@@ -1,4 +1,4 @@
-"""What the data doctor found, as one page without scripts that asks nothing of the network."""
+"""The data doctor's report as one page without scripts or network requests."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _SERIES = {
 
 
 def write_data_page(report: DataReport, file: Path, *, overwrite: bool = False) -> None:
-    """Write the page, whole or not at all; the same bytes for the same report.
+    """Write the page, completely or not at all; the same bytes for the same report.
 
     Raises:
         DPOStudioError: as `writing.check_outputs` and `writing.write_output`.
@@ -67,7 +67,7 @@ def _cards(report: DataReport) -> str:
         ("Rows", report.rows, "read"),
         ("Pairs", report.pairs, f"{count(report.rows - report.pairs)} rows refused"),
         ("Prompts", report.prompts, "different ones"),
-        ("Usable", report.usable, "under the length rule" if report.model else "lengths not looked at"),
+        ("Usable", report.usable, "under the length rule" if report.model else "lengths not checked"),
     ]
     shown = "".join(
         f'<div><dt>{name}</dt><dd class="value">{count(value)}</dd><dd class="note">{esc(note)}</dd></div>'
@@ -116,7 +116,7 @@ _CAPTIONS = {
 
 
 _UNITS = {"characters": "characters", "tokens": "tokens", "margins": "points"}
-"""What the axis counts, by histogram."""
+"""The unit of the axis, by histogram."""
 
 
 def _figure_of(histogram: Histogram) -> Any:
@@ -145,7 +145,7 @@ def _figure_of(histogram: Histogram) -> Any:
 
 
 def _in_words(histogram: Histogram) -> str:
-    """Where the middle of each series lies, for those who cannot see the figure."""
+    """The median of each series, for readers who cannot see the figure."""
     return "; ".join(
         f"{name}: half of {count(sum(counts))} lie below {significant(_median(histogram.edges, counts))}"
         for name, counts in histogram.counts.items()
@@ -153,7 +153,7 @@ def _in_words(histogram: Histogram) -> str:
 
 
 def _median(edges: Any, counts: Any) -> float:
-    """The upper edge of the bin that the median lies in."""
+    """The upper edge of the bin with the median."""
     at = int(np.searchsorted(np.cumsum(counts), sum(counts) / 2))
     return float(edges[min(at + 1, len(edges) - 1)])
 

@@ -1,4 +1,4 @@
-"""What the data doctor found, for a terminal (coloured, as wide as it is) or for a file (plain lines)."""
+"""The data doctor's report, for a terminal (coloured, at its width) or for a file (plain lines)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:  # rich costs 50 ms
 __all__ = ["plain_report", "print_report", "reported"]
 
 _COLOURS = {"stop": "bold red", "warning": "yellow", "note": "cyan"}
-"""The level stands there as a word too: colour alone says nothing."""
+"""The level is also printed as a word: colour alone is not enough."""
 _TOLD: tuple[Level, ...] = ("stop", "warning", "note")
 _LONGEST = 160
 """Characters of an example."""
@@ -52,7 +52,7 @@ def plain_report(report: DataReport) -> str:
 
 
 def reported(report: DataReport) -> list[Finding]:
-    """What was found, the worst first."""
+    """The findings, the worst first."""
     return [finding for level in _TOLD for finding in report.at(level)]
 
 

@@ -50,7 +50,7 @@ PALETTE = {
 role another value in the dark."""
 
 _WIDTH, _HEIGHT = 440, 250  # SVG user units; the page scales them, so text is 12 of 440 wide
-_POINTS = 400  # more than this and a curve is thinned: nobody sees it, and the page stays small
+_POINTS = 400  # more than this and a curve is thinned: the difference is invisible, and the page stays small
 
 _STYLE: dict[str, Any] = {
     "svg.fonttype": "none",

@@ -1,8 +1,8 @@
-"""What a sweep shows: how much each setting gained, and how far it went from the reference for it.
+"""The result of a sweep: how much each setting gained, and how far it moved from the reference.
 
 The axes say what they are. From the policy's own samples, where an evaluation has been: KL to the reference, and win
 rate (Rafailov et al. 2023, arXiv 2305.18290, figure 2 left). From held-out pairs, always: accuracy, against how far the
-log-probs of their answers have moved. That distance is no KL: the answers are not the policy's own, and a policy may
+log-probs of their answers have moved. That distance is not a KL: the answers are not the policy's own, and a policy may
 leave its reference where no held-out answer is.
 """
 
@@ -47,7 +47,7 @@ class Sampled:
 
 @dataclass(frozen=True)
 class Measured:
-    """What is known of one run of a sweep."""
+    """The measurements of one run of a sweep."""
 
     name: str
     steps: int
@@ -66,7 +66,7 @@ class Measured:
     """Why the run stopped itself, if it did."""
 
     def to_plain(self) -> dict[str, Any]:
-        """As sweep.json holds it."""
+        """The measurement as in sweep.json."""
         path = [{"step": step, "distance": distance, "accuracy": accuracy} for step, distance, accuracy in self.path]
         return vars(self) | {"path": path, "sampled": None if self.sampled is None else vars(self.sampled)}
 
@@ -212,7 +212,7 @@ def _figure(runs: Sequence[Measured], panels: Sequence[Callable[..., None]]) -> 
 
 
 def _label(run: Measured) -> str:
-    """`objective.beta=0.1` -> `beta=0.1`: the sections stand in the table."""
+    """`objective.beta=0.1` -> `beta=0.1`: the sections are in the table."""
     return printable(re.sub(r"(^|,)[\w.]*\.(?=\w+=)", r"\1", run.name).replace(",", ", "))
 
 

@@ -36,7 +36,7 @@ _TRAINING = (
     ),
     (
         "Loss",
-        "What training brings down. For DPO it starts at ln 2 = 0.693, where chosen and rejected are told apart no "
+        "What training brings down. For DPO it starts at ln 2 = 0.693, where chosen and rejected are separated no "
         "better than by a coin.",
     ),
     (

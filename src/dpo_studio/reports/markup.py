@@ -1,4 +1,4 @@
-"""The few pieces of HTML that the page is made of. Whatever enters here as text leaves escaped."""
+"""The HTML elements of a page. All text is escaped here."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def section(name: str, title: str, body: str, lead: str = "") -> str:
 
 
 def table(caption: str, rows: Iterable[tuple[object, ...]], columns: tuple[str, ...] = (), *, kind: str = "") -> str:
-    """A table whose first column names the row; numbers stand right. Nothing if it has no rows."""
+    """A table whose first column names the row; numbers are right-aligned. Nothing if it has no rows."""
     known = list(rows)
     if not known:
         return ""
@@ -75,7 +75,7 @@ def cell_words(value: object) -> str:
         return value
     try:
         return json.dumps(value, ensure_ascii=False, default=str)
-    except (TypeError, ValueError, RecursionError):  # a date as a key, a value that holds itself
+    except (TypeError, ValueError, RecursionError):  # a date as a key, a value that contains itself
         return str(value)
 
 

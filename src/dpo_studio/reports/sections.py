@@ -168,12 +168,12 @@ def _known_answer(facts: RunFacts, who: str, text: str | None) -> dict[str, Any]
 
 
 def answers_section(facts: RunFacts) -> str:
-    """The first comparisons of the file, whoever won them."""
+    """The first comparisons of the file, whichever side won."""
     rows = facts.answers[:_SHOWN]
     cards = "".join(comparison_card(i, row, facts.number("max_new_tokens")) for i, row in enumerate(rows, 1))
     lead = (
         f"The first {len(rows)} of {count(len(facts.answers))} comparisons, in the order they were made: "
-        "nobody picked them. Prompts were held out of training."
+        "they were not selected. Prompts were held out of training."
     )
     more = ""
     if len(facts.answers) > len(rows) and RunFolder.ALL_ANSWERS_PAGE in facts.pages:
@@ -182,7 +182,7 @@ def answers_section(facts: RunFacts) -> str:
 
 
 def evaluated_section(facts: RunFacts) -> str:
-    """The first comparisons of `dpo eval` at its lowest temperature, whoever won them."""
+    """The first comparisons of `dpo eval` at its lowest temperature, whichever side won."""
     if not facts.comparisons:
         return ""
     temperature = facts.comparisons[0].get("temperature")
@@ -194,7 +194,7 @@ def evaluated_section(facts: RunFacts) -> str:
     at = "?" if (known := finite(here[0], "temperature")) is None else f"{known:g}"
     lead = (
         f"The first {len(here[:_SHOWN])} of {count(len(here))} comparisons at temperature {at}, "
-        "in the order they were made: nobody picked them."
+        "in the order they were made: they were not selected."
     )
     return section("evaluated", "The evaluation’s answers, side by side", cards, lead)
 

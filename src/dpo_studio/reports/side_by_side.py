@@ -1,4 +1,4 @@
-"""Pages of answers side by side, with what the judge said: what any win rate should be read beside.
+"""Pages of answers side by side, with the judge's verdicts, to be read together with a win rate.
 
 The verdict and the figure come first. Won, lost and tied ones can be shown alone, by style sheet: there are no scripts.
 """
@@ -30,8 +30,8 @@ _REPORT = ((f"../{RunFolder.REPORT}", "The run's report"),)
 
 
 def render_comparisons(name: str, rates: Row, rows: Sequence[Row], svg: str) -> dict[str, str]:
-    """File name -> page, `answers.html` first; `rows` are the lines of comparisons.jsonl, in their order: nobody picks
-    them. `svg` is the figure of the win rates."""
+    """File name -> page, `answers.html` first; `rows` are the lines of comparisons.jsonl, in their order, without
+    selecting them. `svg` is the figure of the win rates."""
     by_temperature = {row["temperature"]: row for row in rates["temperatures"]}
     against = str(rates["against"])
     sides = None if against == "reference" else (f"{clipped(against, 60)} (A)", "Tuned model (B)")

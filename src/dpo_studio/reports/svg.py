@@ -38,9 +38,9 @@ def inline_svg(figure: Figure, name: str, title: str, summary: str) -> str:
 
 
 def embedded_svg(svg: str, name: str, title: str, summary: str) -> str:
-    """A figure that lies in a file, the same way: its shapes and texts, and nothing else that the file may hold.
+    """A figure from a file, in the same way: its shapes and texts, and nothing else that the file may contain.
 
-    Empty if it is no SVG with a size.
+    Empty if it is not an SVG with a size.
     """
     figure = _Shapes()
     figure.feed(svg)
@@ -51,7 +51,7 @@ def embedded_svg(svg: str, name: str, title: str, summary: str) -> str:
 
 
 class _Shapes(HTMLParser):
-    """Writes anew what it knows of a figure; elements and attributes that it does not know are gone."""
+    """Rewrites the known elements and attributes of a figure; unknown ones are dropped."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -34,7 +34,7 @@ def save_winrate_figure(runs: Sequence[tuple[str, Rates]], file: Path, *, overwr
     """Draw the runs' win rates by temperature as `file`.png (3x) and .svg; the same bytes for the same numbers.
 
     Any end of `file` but `.png` and `.svg`, as of `beta-0.1`, is part of its name.
-    One run shows its length-controlled win rate beside the plain one; several show the plain one alone, by name.
+    One run shows its length-controlled win rate next to the plain one; several show the plain one alone, by name.
     """
     with styled():
         figure, axes = blank(height=280, left=56, right=112, top=52, bottom=46)
@@ -106,7 +106,7 @@ _COLUMNS = ("temperature", "win rate", "at equal length", "won / tied / lost", "
 
 
 def winrate_markdown(name: str, rates: Rates) -> str:
-    """The table of a run, with what it stands on in a line above it; the reference's number behind each `/`."""
+    """The table of a run, with its sample sizes in a line above; the reference's number after each `/`."""
     lines = [
         f"# Win rate of {_cell(name)} against {_cell(rates['against'])}",
         "",

@@ -37,7 +37,7 @@ def win_rates_section(facts: RunFacts) -> str:
 
 def winrate_figure(file: str) -> str:
     """The figure that `dpo eval` drew, from the text of its file; nothing if that is none."""
-    svg = embedded_svg(file, "winrate", "Win rate by temperature", "The numbers stand below.")
+    svg = embedded_svg(file, "winrate", "Win rate by temperature", "The numbers are below.")
     return f'<figure class="panel wide">{svg}</figure>' if svg else ""
 
 

@@ -19,10 +19,10 @@ class Completion:
     tokens: int
     """New tokens, the end-of-turn token included."""
     ids: tuple[int, ...] = field(default=(), compare=False, repr=False)
-    """The tokens themselves, where a model wrote them: text alone can be told in other tokens."""
+    """The tokens themselves, where a model wrote them: the same text has other encodings."""
     vocabulary: str = field(default="", compare=False, repr=False)
-    """Which tokens `ids` are (`ChatEncoder.vocabulary_digest`); empty where nobody said so."""
+    """Which tokens `ids` are (`ChatEncoder.vocabulary_digest`); empty if unknown."""
 
     def shown(self) -> dict[str, Any]:
-        """As answers.jsonl has it: what a person reads."""
+        """The fields in answers.jsonl, for people to read."""
         return {"text": self.text, "ended": self.ended, "tokens": self.tokens}

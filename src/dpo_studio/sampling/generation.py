@@ -1,8 +1,8 @@
 """Sampling answers: the same prompts, model, temperature, sample and seed give the same texts, every time.
 
-Three things make that true. Luck is a list of numbers drawn for each prompt from what its answer may depend on, so no
-random state outside matters. Batches are cut from the sorted prompts, so a restart, or the same prompts in another
-order, makes the same batches (bf16 results depend on the batch). And a token is the inverse of the distribution
+Three things make that true. The uniforms are drawn for each prompt from a hash of everything that its answer depends
+on, so no outside random state matters. Batches are cut from the sorted prompts, so a restart, or the same prompts in
+another order, makes the same batches (bf16 results depend on the batch). And a token is the inverse of the distribution
 function at its number: no draw depends on which other answers are still being written.
 
 The loop is our own because answers end: it drops a finished answer from the batch at once, where `model.generate` pads
@@ -41,7 +41,7 @@ from dpo_studio.sampling.completion import Completion
 __all__ = ["generate", "stream"]
 
 UNIFORM_BITS = 53
-"""What a float64 between 0 and 1 holds."""
+"""The precision of a float64 between 0 and 1."""
 COLDEST = 1e-6
 """Below this a temperature only overflows: two bf16 logits that differ do so by more than 1e-3 of their size."""
 BLOCK = 128
@@ -69,7 +69,7 @@ def generate(
     batch_size: int = 128,
     progress: Callable[[int], None] | None = None,
 ) -> list[Completion]:
-    """One answer to each prompt, in the prompts' order. `progress` hears how many tokens each step wrote.
+    """One answer to each prompt, in the prompts' order. `progress` receives how many tokens each step wrote.
 
     The k-th occurrence of a prompt in the list has uniforms of its own; otherwise neither its position nor its
     neighbours matter (in bf16 they change the rounding). Two models given the same seed share their uniforms; give the
@@ -129,7 +129,7 @@ def stream(
 
 
 def _step_by_step_in_eval(model: nn.Module, steps: Iterator[Step]) -> Iterator[Step]:
-    """The steps, with the model in eval while one is computed and as it was while the reader holds its piece."""
+    """The steps, with the model in eval while one is computed and in its old mode while the reader uses its piece."""
     while True:
         with in_eval(model):
             step = next(steps, None)
@@ -219,7 +219,7 @@ def _generate_steps(
     eos_ids: Collection[int],
     pad_id: int,
 ) -> Iterator[Step]:
-    """Write to all rows, a token a step; a row that has ended does not come again. The model must be in eval."""
+    """Generate a token a step for all rows; a row that has ended is not yielded again. The model must be in eval."""
     device = next(model.parameters()).device
     ids_BW, mask_BW = _left_padded(prompts, pad_id, device)
     cache = Cache(layer_class_to_replicate=_CacheLayer)
@@ -268,7 +268,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad_id: int, device: torch.de
 
 
 def _closed_up(alive: Sequence[bool]) -> list[int]:
-    """Which row stands where once the ended ones are gone: the last ones fill the holes, so that few rows move.
+    """Which row is where once the ended ones are removed: the last ones fill the gaps, so that few rows move.
 
     [kept, ended, kept, kept] gives [0, 3, 2].
     """
@@ -278,7 +278,7 @@ def _closed_up(alive: Sequence[bool]) -> list[int]:
 
 
 def _choose(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p: float = 1.0) -> Tensor:
-    """The likeliest token at temperature 0, else the first whose cumulative probability exceeds the uniforms, (B,)."""
+    """The likeliest token at temperature 0, else the first whose cumulative probability exceeds the uniform, (B,)."""
     if temperature == 0:
         best_B = logits_BV.max(-1)
         _check_finite(best_B.values)
@@ -290,7 +290,7 @@ def _choose(logits_BV: Tensor, uniforms_B: Tensor, *, temperature: float, top_p:
 
 
 def _inverse(shares_BV: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Where the running sum of the shares passes `uniforms` times their total, (B,): never at a share of zero.
+    """Where the running sum of the shares passes the uniform times their total, (B,): never at a share of zero.
 
     One running sum over 49,152 fp32 shares loses the tail; sums of blocks, then one block, keep it and are quicker.
     """
@@ -302,7 +302,8 @@ def _inverse(shares_BV: Tensor, uniforms_B: Tensor) -> Tensor:
 
 
 def _pass(weights_BN: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
-    """The place where the running sum passes uniforms, and how far into that place's weight, from 0 to 1: (B,) each."""
+    """The place where the running sum passes the uniform, and how far into that place's weight, from 0 to 1: (B,)
+    each."""
     running_BN = weights_BN.double().cumsum(-1)
     target_B = torch.minimum(uniforms_B * running_BN[:, -1], running_BN[:, -1].nextafter(running_BN.new_zeros(())))
     place_B1 = (running_BN <= target_B[:, None]).sum(-1, keepdim=True)
@@ -312,7 +313,7 @@ def _pass(weights_BN: Tensor, uniforms_B: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _nucleus(shares_BV: Tensor, top_p: float) -> Tensor:
-    """The fewest likeliest tokens that hold `top_p` between them (Holtzman et al. 2019); the others at zero."""
+    """The nucleus: the fewest likeliest tokens with a share of `top_p` (Holtzman et al. 2019); the others at zero."""
     ordered = shares_BV.sort(-1, descending=True)
     outside_BV = ordered.values.cumsum(-1) - ordered.values >= top_p
     return shares_BV.masked_fill(outside_BV.scatter(-1, ordered.indices, outside_BV), 0)
