@@ -34,7 +34,7 @@ _HOMES = {
     "DPO": "objectives",
     "Calibration": "workflows.exporting.quantizing",
     "Chat": "workflows.talking",
-    "Completion": "evaluation.judges",
+    "Completion": "sampling.completion",
     "DPOStudioError": "errors",
     "Evaluation": "workflows.evaluating.run",
     "LLMOptions": "workflows.judging",
