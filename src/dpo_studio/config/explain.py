@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, get_args
 
 from pydantic import BaseModel, ValidationError
 
@@ -119,7 +119,9 @@ def _known_keys(keys: list[str]) -> list[str]:
     section: type[BaseModel] = Recipe
     for key in keys:
         known = section.model_fields.get(key)
-        if known is None or not (isinstance(known.annotation, type) and issubclass(known.annotation, BaseModel)):
+        kinds = (known.annotation, *get_args(known.annotation)) if known is not None else ()  # it may allow null, too
+        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        if not sections:
             return []
-        section = known.annotation
+        section = sections[0]
     return list(section.model_fields)

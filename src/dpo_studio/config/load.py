@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import yaml
 from pydantic import ValidationError
@@ -104,7 +105,8 @@ def _refuse_empty_sections(raw: Mapping[str, object], where: str) -> None:
     Raises:
         RecipeError: a section is null.
     """
-    sections = [(name,) for name in Recipe.model_fields] + [("data", "train"), ("data", "held_out")]
+    refused = [name for name, field in Recipe.model_fields.items() if type(None) not in get_args(field.annotation)]
+    sections = [(name,) for name in refused] + [("data", "train"), ("data", "held_out")]
     empty = [
         keys
         for keys in sections
