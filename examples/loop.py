@@ -43,7 +43,7 @@ def main(model: str, source: str, out: str) -> list[float]:
         EPOCHS,
         reference=lambda positions: known.map(lambda x_P: x_P[list(positions)]),
     )
-    optimizer = torch.optim.AdamW(policy.trained.values(), lr=LEARNING_RATE, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(policy.trained.values(), lr=LEARNING_RATE, weight_decay=0.0, fused=True)
 
     policy.train_mode()
     losses: list[float] = []
@@ -54,9 +54,8 @@ def main(model: str, source: str, out: str) -> list[float]:
             logps, reference = pair_logps(policy.model, batch), batch.reference
             assert reference is not None
             # Rafailov et al. 2023, arXiv 2305.18290, Eq. 7; every tensor has one number a pair, (P,)
-            chosen_P = BETA * (logps.chosen_P - reference.chosen_P)
-            rejected_P = BETA * (logps.rejected_P - reference.rejected_P)
-            loss = -logsigmoid(chosen_P - rejected_P).sum() / pairs_in_step  # over the step, never a mean of means
+            margin_P = (logps.chosen_P - reference.chosen_P) - (logps.rejected_P - reference.rejected_P)
+            loss = -logsigmoid(BETA * margin_P).sum() / pairs_in_step  # over the step, never a mean of means
             torch.autograd.backward(loss)
             total += loss.item()
         torch.nn.utils.clip_grad_norm_(policy.trained.values(), 1.0)

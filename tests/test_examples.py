@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import math
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +53,7 @@ def test_the_loop_is_the_products_and_saves_what_plain_peft_loads(
     policy = Policy.fresh(base.model, AdapterSection(rank=16, alpha=32), seed=0)
     section = TrainingSection(pairs_per_step=4, learning_rate=1e-2, schedule="constant", warmup=0)
     reports = list(take_steps(policy.model, pairs, section, DPO(), steps=6, budget=2048))
-    assert losses == pytest.approx([report.metrics["loss"] for report in reports], abs=1e-5)  # AdamW there is fused
+    assert losses == pytest.approx([report.metrics["loss"] for report in reports], abs=1e-6)
 
     plain = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_base), tmp_path / "adapter")
     saved = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
@@ -60,3 +62,23 @@ def test_the_loop_is_the_products_and_saves_what_plain_peft_loads(
     for name, tensor in policy.state().items():
         assert torch.equal(loaded[name], saved[name])
         torch.testing.assert_close(saved[name], tensor, rtol=0, atol=1e-3)  # of steps of 1e-2
+
+
+def test_the_loop_and_the_doors_use_public_names_only() -> None:
+    """Each name that they import is in its module's `__all__`."""
+    for file in (LOOP, Path(__file__).with_name("test_doors.py")):
+        found = [
+            node for node in ast.walk(ast.parse(file.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)
+        ]
+        ours = [
+            node for node in found if isinstance(node, ast.ImportFrom) and (node.module or "").startswith("dpo_studio")
+        ]
+        assert not [name.name for node in found if node not in ours for name in node.names if "dpo_studio" in name.name]
+        private = [
+            f"{node.module}.{name.name}"
+            for node in ours
+            for name in node.names
+            if name.name not in import_module(str(node.module)).__all__
+        ]
+        assert private == []
+        assert len(ours) > 4
