@@ -127,7 +127,7 @@ def test_what_is_handed_to_attention_is_not_left_out(way: str) -> None:
     }
     attend, mask = ways[way]
     for name, value in (("block_indices", torch.zeros(3)), ("temperature", 0.5)):
-        with pytest.raises(ModelError, match=f"Identity hands `{name}`"):
+        with pytest.raises(ModelError, match=f"Identity passes `{name}`"):
             attend(module, q, q, q, mask, **{name: value})
     with pytest.raises(ModelError, match="both at once"):
         attend(module, q, q, q, mask, softcap=2.0, s_aux=torch.zeros(2))
