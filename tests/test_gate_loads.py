@@ -583,3 +583,10 @@ def test_a_weight_file_s_name_is_no_longer_than_a_file_system_takes(model: Path)
     assert "256 characters" in refusal(lambda: open_model(str(model))).message
     index.write_text(json.dumps({"weight_map": {"a": "x" * 243 + ".safetensors"}}))
     open_model(str(model))
+
+
+def test_an_unknown_token_that_is_unknown_itself_is_refused(model: Path) -> None:
+    """transformers looks a token that it does not know up as `unk_token`: that one, too, and so on without end."""
+    rewrite(model / "tokenizer_config.json", unk_token="")
+    message = refusal(lambda: read_tokenizer(model, "m")).message
+    assert message == "m: tokenizer_config.json: its unk_token is not in its vocabulary"

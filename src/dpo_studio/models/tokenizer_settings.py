@@ -130,7 +130,11 @@ def read_tokenizer(folder: Path, name: str) -> Any:
         if key.endswith("_file") or (key in _VOCABULARY and isinstance(value, str))
     }
     try:
-        return AutoTokenizer.from_pretrained(folder, **files)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **files)
+        tokenizer.unk_token_id  # noqa: B018 - one that is unknown itself is looked up as itself, without end
+        return tokenizer
+    except RecursionError:
+        raise ModelError(f"{name}: tokenizer_config.json: its unk_token is not in its vocabulary") from None
     except Exception as error:
         if "custom code" in str(error):  # what transformers says of an auto_map
             message = f"{name}: tokenizer_config.json asks to run code from the model's folder (auto_map)"
