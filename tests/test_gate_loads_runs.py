@@ -16,7 +16,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
-from dpo_studio.errors import DPOStudioError
+from dpo_studio.errors import DPOStudioError, RunError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.reports.html import write_report
 from dpo_studio.runs.folder import RunFolder
@@ -292,3 +292,24 @@ def test_a_pipe_in_a_checkpoint_is_not_waited_for(run: Path) -> None:
 def test_a_line_that_is_none_ends_the_lines(run: Path, line: str) -> None:
     (run / "metrics.jsonl").write_text(f'{{"step": 1}}\n{line}\n{{"step": 2}}\n')
     assert list(RunFolder(run).lines("metrics.jsonl")) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("accuracy_ci95", " ", "accuracy_ci95 is not two numbers"),
+        ("accuracy_ci95", [0.1], "accuracy_ci95 is not two numbers"),
+        ("pairs", "many", "pairs is not a number"),
+        ("longer_wins", True, "longer_wins is not a number"),
+        ("steps", [4], "steps is not a number"),
+    ],
+)
+def test_a_result_s_numbers_are_numbers_before_they_are_printed(
+    key: str, value: object, says: str, tiny_run: Path, tmp_path: Path
+) -> None:
+    """`dpo train` of a finished run prints them."""
+    run = shutil.copytree(tiny_run, tmp_path / "run")
+    result = json.loads((run / "result.json").read_text())
+    (run / "result.json").write_text(json.dumps(result | {key: value}))
+    with pytest.raises(RunError, match=says):
+        RunFolder(run).result()

@@ -150,6 +150,7 @@ class RunFolder:
             raw = parse_json(content, what=f"{self.result_file} is not valid JSON", error=RunError)
             if not isinstance(raw, dict):
                 raise RunError(f"{self.result_file} is not a JSON object")
+            _check_result(raw, self.result_file)
         except RunError as error:
             error.hint = "remove it: the same command writes it again, from the last checkpoint"
             raise
@@ -273,6 +274,24 @@ def is_run(path: str | Path) -> bool:
 def was_begun(folder: Path) -> bool:
     """Whether a command has begun a run here; a recipe alone may be in any folder."""
     return is_run(folder) and any((folder / name).exists() for name in RunFolder.TRACES)
+
+
+def _check_result(result: dict[str, Any], file: Path) -> None:
+    """See that what is printed of a result is of its kind; anybody may have written the file.
+
+    Raises:
+        RunError: a number is something else.
+    """
+
+    def is_number(value: object) -> bool:
+        return value is None or (isinstance(value, int | float) and not isinstance(value, bool))
+
+    for key in ("steps", "pairs", "held_out_pairs", "accuracy", "accuracy_before", "longer_wins"):
+        if not is_number(result.get(key)):
+            raise RunError(f"{file}: {key} is not a number")
+    interval = result.get("accuracy_ci95", [0, 0])
+    if not (isinstance(interval, list) and len(interval) == 2 and all(map(is_number, interval))):
+        raise RunError(f"{file}: accuracy_ci95 is not two numbers")
 
 
 @contextmanager
