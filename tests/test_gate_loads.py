@@ -12,6 +12,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -170,10 +171,14 @@ def test_a_tokenizer_that_is_its_own_code_is_refused_and_nobody_asked(
 def test_no_file_that_a_tokenizer_s_settings_name_is_handed_on(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """None stands for the folder's own; a vocabulary that is written out is no file."""
     rewrite(model / "tokenizer_config.json", vocab_file="/a", merges_file="b", vocab="/c", merges="d", unk_token="e")  # noqa: S106
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda folder, **given: given)
-    assert read_tokenizer(model, "m") == dict.fromkeys(("vocab_file", "merges_file", "vocab", "merges"))
+
+    def load(folder: Path, **given: object) -> SimpleNamespace:
+        return SimpleNamespace(given=given, unk_token_id=None)
+
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", load)
+    assert read_tokenizer(model, "m").given == dict.fromkeys(("vocab_file", "merges_file", "vocab", "merges"))
     rewrite(model / "tokenizer_config.json", vocab={"a": 0}, merges=["a b"])
-    assert read_tokenizer(model, "m") == dict.fromkeys(("vocab_file", "merges_file"))
+    assert read_tokenizer(model, "m").given == dict.fromkeys(("vocab_file", "merges_file"))
 
 
 @pytest.mark.parametrize("failure", [ValueError, TypeError, ZeroDivisionError, KeyError, IndexError, AttributeError])
