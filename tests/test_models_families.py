@@ -3,93 +3,39 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, StableLmConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, LlamaConfig, StableLmConfig
 
 from dpo_studio.models.families import FAMILIES, Family, add_family, family_of, is_gated
+from tests.test_doors import QuietConfig, QuietForCausalLM, plain_logp, quiet_folder
 from tests.tiny_runs import dpo, tiny_rows, write_recipe
-from tests.tiny_tokenizers import VOCABULARY, end_ids, tiny_tokenizer
-
-
-class BoostedConfig(LlamaConfig):  # type: ignore[misc]
-    """A Llama's, and a factor of the logits."""
-
-    model_type = "boosted_llama"
-    logit_boost_scale: float = 1.0
-
-
-class BoostedForCausalLM(LlamaForCausalLM):  # type: ignore[misc]
-    """A Llama whose logits are multiplied."""
-
-    config_class: ClassVar[Any] = BoostedConfig
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        found = super().forward(*args, **kwargs)
-        found.logits = found.logits * self.config.logit_boost_scale
-        return found
-
-
-def boosted_folder(folder: Path) -> Path:
-    torch.manual_seed(0)
-    config = BoostedConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        initializer_range=0.3,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-        logit_boost_scale=0.25,
-    )
-    model = BoostedForCausalLM(config)
-    model.generation_config.eos_token_id = sorted(end_ids())
-    model.save_pretrained(folder)
-    tiny_tokenizer().save_pretrained(folder)
-    return folder
-
-
-def plain_logp(model: Any, tokenizer: Any, prompt: str, answer: str) -> float:
-    """Of one answer, up to its end of turn, by the model's own forward."""
-    chat = [{"role": "user", "content": prompt}]
-    start = tokenizer.apply_chat_template(chat, add_generation_prompt=True, return_dict=False)
-    whole = tokenizer.apply_chat_template([*chat, {"role": "assistant", "content": answer}], return_dict=False)
-    whole = whole[: len(whole) - whole[::-1].index(tokenizer.eos_token_id)]
-    ids = torch.tensor([whole])
-    with torch.no_grad():
-        logps_TV = model(input_ids=ids, use_cache=False).logits[0, len(start) - 1 : -1].float().log_softmax(-1)
-    return float(logps_TV.gather(1, ids[0, len(start) :, None]).sum())
 
 
 def test_a_family_of_ones_own_trains_and_scores_as_its_plain_model(tmp_path: Path) -> None:
     """Unknown, its key is refused by name; one entry later its log-probs are those of its own forward."""
-    AutoConfig.register("boosted_llama", BoostedConfig)
-    AutoModelForCausalLM.register(BoostedConfig, BoostedForCausalLM)
-    base, rows = boosted_folder(tmp_path / "base"), tiny_rows(24)
+    AutoConfig.register("quiet_llama", QuietConfig)
+    AutoModelForCausalLM.register(QuietConfig, QuietForCausalLM)
+    base, rows = quiet_folder(tmp_path / "base"), tiny_rows(24)
     recipe = write_recipe(tmp_path / "r.yaml", base, rows=rows)
     said = dpo("train", recipe, "--dry-run")
-    assert said.code == 1 and "boosted_llama has logit_boost_scale: 0.25 in its config" in said.err
-    add_family(Family("boosted_llama", logits_multiplied_by="logit_boost_scale"))
-    assert family_of(BoostedConfig()).logits_multiplied_by == "logit_boost_scale"
+    assert said.code == 1 and "quiet_llama has quiet_logit_scale: 0.25 in its config" in said.err
+    add_family(Family("quiet_llama", logits_multiplied_by="quiet_logit_scale"))
+    assert family_of(QuietConfig()).logits_multiplied_by == "quiet_logit_scale"
     said = dpo("train", recipe)
     assert said.code == 0, said.err
     said = dpo("score", tmp_path / "run", tmp_path / "pairs.jsonl", "--dtype", "float32")
     assert said.code == 0, said.err
-    model = BoostedForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
+    model = QuietForCausalLM.from_pretrained(base, attn_implementation="eager").eval()
     tokenizer = AutoTokenizer.from_pretrained(base)
     for row, line in list(zip(rows, said.lines, strict=True))[:6]:
         for side in ("chosen", "rejected"):
             plain = plain_logp(model, tokenizer, row["prompt"], row[side])
             assert line[f"reference_{side}_logp"] == pytest.approx(plain, rel=2e-4)
     assert any(line["chosen_logp"] != line["reference_chosen_logp"] for line in said.lines)
-    with pytest.raises(ValueError, match=r"boosted_llama.* has a family already"):
-        add_family(Family("boosted_llama"))
+    with pytest.raises(ValueError, match=r"quiet_llama.* has a family already"):
+        add_family(Family("quiet_llama"))
 
 
 def test_a_family_is_added_once_and_with_a_layout_that_is_built() -> None:

@@ -1,8 +1,8 @@
 """The disk: files and folders that appear completely or not at all, syncing, and free space.
 
 Everything is written under a hidden name in its final folder, synced, and renamed: a reader sees the old content or the
-new, never half, not even after a power cut. The hidden name has the number
-of its process and a random one, so no two processes ever write one file. What may be written is decided in `writing`.
+new, never half, not even after a power cut. The hidden name has the number of its process and a random one, so no two
+processes ever write one file. What may be written is decided in `writing`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """The one gate for what is written: no output replaces a file unasked, mixes with foreign files, or is half there.
 
-A verb's outputs are checked before its long work begins (`check_outputs`, `check_continued`,
-`check_run_place`), and appears whole (`appearing`, `write_output`; how, is in `disk`). Links are judged by where they
-lead.
+A command's outputs are checked before its long work begins (`check_outputs`, `check_continued`, `check_run_place`),
+and appear whole (`appearing`, `write_output`; `disk` says how). A link is judged by where it leads.
 """
 
 from __future__ import annotations

@@ -114,12 +114,14 @@ def _fill_in(command: Any) -> None:
     from dpo_studio.preferences.formats import formats_help
 
     lists = {"{judges}": judges_help(), "{formats}": formats_help(), "{objectives}": objectives_help()}
-    for param in command.params:
-        for name, listed in lists.items():
-            if name in (getattr(param, "help", None) or ""):
-                param.help = param.help.replace(name, listed)
-    for verb in getattr(command, "commands", {}).values():
-        _fill_in(verb)
+    commands = [command]
+    while commands:
+        command = commands.pop()
+        commands.extend(getattr(command, "commands", {}).values())
+        for param in command.params:
+            for name, listed in lists.items():
+                if name in (getattr(param, "help", None) or ""):
+                    param.help = param.help.replace(name, listed)
 
 
 def _is_out_of_memory(error: Exception) -> bool:

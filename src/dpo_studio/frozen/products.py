@@ -147,9 +147,8 @@ def _slopes(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
     # outside the operator, where torch.compile may recompute x instead of keeping it
     down_slope_RK = slope_TR.t() @ x_TK
     x_slope_TK = rest[count] if ctx.needs_input else None
-    none: list[None] | None = (
-        None if ctx.numbers else []
-    )  # torch takes an empty list for one of tensors, and wants its like
+    # torch takes an empty list for one of tensors, and wants its like
+    none: list[None] | None = None if ctx.numbers else []
     return x_slope_TK, None, [None] * len(ctx.weights), none, down_slope_RK, rest[:count]
 
 

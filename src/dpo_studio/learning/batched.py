@@ -26,7 +26,7 @@ from dpo_studio.tokens.pack import micro_batches
 __all__ = ["COLUMNS", "batched_logps", "from_columns"]
 
 COLUMNS = ("chosen_P", "rejected_P", "chosen_shared_P", "rejected_shared_P")
-"""The log-probs that are stored for a pair. Token counts follow from its ids."""
+"""The log-probs of a pair: what a loss is computed from, and what is stored. Token counts follow from its ids."""
 
 
 @torch.no_grad()
@@ -62,9 +62,8 @@ def batched_logps(
         done += batch.pairs
         columns.append(torch.stack([getattr(logps, name) for name in names]))
         progress(len(batch))
-    columns_CP = (
-        torch.cat(columns, 1).cpu() if columns else torch.zeros(len(names), 0)
-    )  # one transfer: no row waits for the device
+    # one transfer: no row waits for the device
+    columns_CP = torch.cat(columns, 1).cpu() if columns else torch.zeros(len(names), 0)
     place = {position: index for index, position in enumerate(done)}
     return from_columns(names, columns_CP[:, [place[position] for position in range(len(pairs))]], pairs)
 

@@ -57,6 +57,11 @@ class MemoryLimit:
     recompute: Recompute = "nothing"
     """What the backward pass recomputes (activation checkpointing)."""
 
+    @property
+    def recomputing(self) -> str:
+        """What is recomputed, as the end of a sentence; empty where nothing is."""
+        return "" if self.recompute == "nothing" else f", each {self.recompute} recomputed in the backward pass"
+
 
 class MemoryLimits:
     """The memory limits of a run, by step: known ones from earlier starts, and new ones from out-of-memory errors."""

@@ -15,6 +15,7 @@ from dpo_studio.learning.batched import COLUMNS, batched_logps, from_columns
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference_cache import ReferenceCache
 from dpo_studio.objectives import PairLogps
+from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch
 
@@ -47,6 +48,15 @@ class ReferenceChoice:
         """The reference adapter on the policy's own base, if there is one."""
         return self.adapter if self.model is None else None
 
+    def load_beside(self, policy: Policy) -> None:
+        """Load the reference adapter into the policy's own model, if there is one.
+
+        Raises:
+            ModelError: its folder contains no LoRA adapter in safetensors, or one made for other layers.
+        """
+        if self.beside is not None:
+            policy.load_reference(self.beside)
+
 
 @dataclass(frozen=True, eq=False)
 class Reference:
@@ -63,10 +73,10 @@ class Reference:
         self,
         pairs: Sequence[EncodedPair],
         *,
-        token_budget: int,
+        token_budget: int | None = None,
         progress: Callable[[int], None] = lambda pairs: None,
     ) -> PairLogps:
-        """Of all `pairs`, in order, on the CPU.
+        """Of all `pairs`, in order, on the CPU; `token_budget` is `batched_logps`'s.
 
         Raises:
             OSError, sqlite3.Error: the cache cannot be used.
@@ -84,7 +94,7 @@ def reference_logps(
     model: nn.Module,
     pairs: Sequence[EncodedPair],
     *,
-    token_budget: int,
+    token_budget: int | None = None,
     cache: ReferenceCache | None,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> PairLogps:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_studio.errors import NonFiniteError
+from dpo_studio.learning.batched import COLUMNS
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimits, unless_out_of_memory
 from dpo_studio.learning.metrics import StepMetrics
@@ -25,8 +26,6 @@ __all__ = ["LiveReference", "StepReport", "train"]
 LiveReference = Callable[[Sequence[MicroBatch]], list[PairLogps]]
 """The log-probs of a step's micro-batches: requested together, because switching a 7B
 to its reference takes 25 ms, a tenth of the pass itself."""
-_SUMS = ("chosen_P", "rejected_P", "chosen_shared_P", "rejected_shared_P")
-"""The log-probs with respect to which a loss may have a gradient."""
 SKIPS = 3
 """A run stops after this many steps in a row with numbers that are not finite: a single such step is skipped."""
 
@@ -147,13 +146,13 @@ class _Slopes:
     """dL/dlogp of a whole-step objective, micro-batch by micro-batch."""
 
     slopes: list[Tensor]
-    """With respect to each of the log-probs in `_SUMS`, (C, P)."""
+    """With respect to each of the log-probs in `COLUMNS`, (C, P)."""
     values: list[Tensor]
     """The losses themselves, for the metrics."""
 
     def losses_of(self, number: int, policy: PairLogps) -> Tensor:
         """(P,) whose sum has the objective's gradient: the chain rule, with the outer factor already known."""
-        sums = torch.stack([getattr(policy, name) for name in _SUMS])
+        sums = torch.stack([getattr(policy, name) for name in COLUMNS])
         return (self.slopes[number] * sums).sum(0)
 
 
@@ -167,7 +166,7 @@ def _whole_step_slopes(
             state.seed_dropout(number)
             parts.append(pair_logps(policy.model, batch, agreement=objective.needs_agreement))
     logps = PairLogps.cat(parts)
-    sums = [getattr(logps, name).requires_grad_() for name in _SUMS]
+    sums = [getattr(logps, name).requires_grad_() for name in COLUMNS]
     known = [batch.reference for batch in micro_batches if batch.reference is not None]
     losses = objective(logps, PairLogps.cat(known) if known else None)
     slopes_CP = torch.stack(torch.autograd.grad(losses.sum(), sums, materialize_grads=True))

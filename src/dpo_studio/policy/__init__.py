@@ -1,1 +1,1 @@
-"""The policy and its moving reference: the only package that knows that a policy is a LoRA adapter of PEFT."""
+"""The policy and its moving reference: a LoRA adapter on a frozen base, which others see as `Policy` alone."""

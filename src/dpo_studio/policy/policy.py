@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from dpo_studio.config import AdapterSection
 from dpo_studio.models.adapters import (
-    POLICY,
     REFERENCE,
     adapter_state,
     as_reference,
@@ -58,7 +57,7 @@ class Policy:
         """
         return cls(attach_existing(base, folder, trainable=trainable))
 
-    def hold_close_to(self, folder: Path) -> None:
+    def load_reference(self, folder: Path) -> None:
         """Load the adapter saved in `folder` as the frozen reference.
 
         Raises:
@@ -99,8 +98,8 @@ class Policy:
         Raises:
             KeyError, RuntimeError: a tensor is missing or has another shape.
         """
-        for name, p in self.trained.items():
-            p.data.copy_(saved[name.replace(f".{POLICY}.weight", ".weight")])
+        for name, tensor in self.state().items():
+            tensor.copy_(saved[name])
 
     def save(self, folder: Path, *, base: str) -> None:
         """Write an adapter folder that plain PEFT loads; `base` is the model as its user named it."""

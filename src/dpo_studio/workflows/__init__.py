@@ -1,1 +1,1 @@
-"""Verbs: one module each. The command line, the Python API and the studio all call these."""
+"""Commands: one module each. The command line and the Python API call these."""

@@ -14,12 +14,14 @@ from torch import nn
 from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.errors import RunError, UsageError
 from dpo_studio.learning.checkpoints import newest_checkpoint
+from dpo_studio.learning.reference import ReferenceChoice
 from dpo_studio.models.adapter_settings import base_named_by
 from dpo_studio.models.adapters import POLICY, REFERENCE, as_reference, attach_existing, in_eval, read_adapter_config
 from dpo_studio.models.bundled import BUNDLED_ID, BUNDLED_MODEL
 from dpo_studio.models.folder import open_model
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.paths import user_path
+from dpo_studio.policy.policy import Policy
 from dpo_studio.runs.folder import RunFolder, is_run
 from dpo_studio.runs.kept import date_of, recipe_of
 from dpo_studio.scan import read_json
@@ -119,13 +121,10 @@ def _folder(name: str) -> Path:
 def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]) -> LoadedModel:
     recipe, adapter = _look_at(run, with_reference, say)
     base = load_chat_model(recipe.model.model_copy(update=changes), say=say, today=date_of(run))
-    policy = attach_existing(base.model, adapter, trainable=False, name=POLICY)
-    other = recipe.reference.model
-    reference = recipe.reference.adapter or recipe.model.adapter
-    beside = Path(reference) if other is None and reference is not None else None
-    if beside is not None:
-        policy = attach_existing(policy, beside, trainable=False, name=REFERENCE)
-    return LoadedModel(base, policy, recipe.objective.beta, adapter, other, beside)
+    policy = Policy.saved(base.model, adapter, trainable=False)
+    reference = ReferenceChoice.of(recipe)
+    reference.load_beside(policy)
+    return LoadedModel(base, policy.model, recipe.objective.beta, adapter, reference.model, reference.beside)
 
 
 def _look_at(run: RunFolder, with_reference: bool, say: Callable[[str], None]) -> tuple[Recipe, Path]:

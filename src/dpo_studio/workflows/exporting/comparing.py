@@ -15,7 +15,6 @@ from dpo_studio.export.merge import Delta, adapter_deltas
 from dpo_studio.export.verify import ExportCheck, compare
 from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.batched import batched_logps
-from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, tokens_without_gradient
 from dpo_studio.learning.reference import ReferenceChoice
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.folder import ModelFolder
@@ -74,8 +73,7 @@ def ask_the_run(recipe: Recipe, adapter: Path, progress: Progress, *, today: dat
     chats: list[Sequence[Message]] = list({keys[pair.row]: pair.prompt for pair in side}.values())
     chats = [*chats[:_ASKED], (Message("user", SHOWCASE),)]
     policy = Policy.saved(base.model, adapter, trainable=False)
-    if (beside := ReferenceChoice.of(recipe).beside) is not None:
-        policy.hold_close_to(beside)
+    ReferenceChoice.of(recipe).load_beside(policy)
     return RunModel(
         base=base.files,
         deltas=adapter_deltas(policy.model),
@@ -137,9 +135,8 @@ def _reference(
 ) -> PairLogps:
     """The reference's log-probs, from the training's cache where that still exists."""
     reference = make_reference(recipe, base, policy)
-    budget = tokens_without_gradient(CPU_TOKEN_BUDGET, reference.model)
     with progress.task("its reference", len(pairs), "pairs") as advance:
-        return reference.logps(pairs, token_budget=budget, progress=advance)
+        return reference.logps(pairs, progress=advance)
 
 
 def _answers(

@@ -112,8 +112,7 @@ def resolve_token_budget(
         return recipe, MemoryLimit(0, tokens)
     limit = plan_limit(policy.model, pairs, recipe.training.pairs_per_step, device)
     if device.type == "cuda":
-        again = f", each {limit.recompute} recomputed in the backward pass" if limit.recompute != "nothing" else ""
-        progress.say(f"{limit.tokens} tokens a micro-batch fill this GPU{again}")
+        progress.say(f"{limit.tokens} tokens a micro-batch fill this GPU{limit.recomputing}")
     resolved = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
     return recipe.model_copy(update={"training": resolved}), limit
 
@@ -124,8 +123,7 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
         policy = Policy.fresh(base.model, recipe.adapter, seed=recipe.training.seed, say=say)
     else:
         policy = Policy.saved(base.model, Path(recipe.model.adapter), trainable=True)
-    if (beside := ReferenceChoice.of(recipe).beside) is not None:
-        policy.hold_close_to(beside)
+    ReferenceChoice.of(recipe).load_beside(policy)
     return policy
 
 

@@ -65,9 +65,7 @@ class Session:
         """Compute the reference, run the checks, then every step; stop at a step's end after a signal."""
         reference = make_reference(self.recipe, self.base, self.policy, self.reference_folder)
         self._check_packing(reference)
-        with (
-            nullcontext() if reference.cache is None else reference.cache.held()
-        ):  # no process removes it during the run
+        with nullcontext() if reference.cache is None else reference.cache.held():  # no process removes it meanwhile
             return self._fit(reference, stop_after)
 
     def _fit(self, reference: Reference, stop_after: int | None) -> HeldOut:
@@ -220,10 +218,9 @@ class Session:
 
     def _report_limit(self, limit: MemoryLimit) -> None:
         self.log.write_limit(limit)
-        again = f", each {limit.recompute} recomputed in the backward pass" if limit.recompute != "nothing" else ""
         self.progress.warn(
-            f"step {limit.step} ran out of GPU memory: {limit.tokens} tokens a micro-batch from here on{again}; "
-            "the step is repeated with the same pairs"
+            f"step {limit.step} ran out of GPU memory: {limit.tokens} tokens a micro-batch from here on"
+            f"{limit.recomputing}; the step is repeated with the same pairs"
         )
 
     def _kept(self, reports: Iterator[StepReport]) -> Iterator[StepReport]:
