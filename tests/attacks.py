@@ -12,6 +12,7 @@ import json
 import os
 import pickle
 import random
+import socket
 import struct
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -81,16 +82,19 @@ def _with(content: bytes, key: str, value: Any, outside: Path) -> bytes:
 
 
 _NUMBERS = {"run/result.json"}
+_NEEDED = {"model/config.json": r"has no config\.json", "model/model.safetensors": r"has no \.safetensors weights"}
+"""Without it there is no model, and the refusal says so before any library does."""
 _QUIET = ("run/data.json", "run/checkpoints/")
 """A run goes on without them: today's date, an earlier checkpoint."""
 
 
 def _no_files(name: str, outside: Path) -> list[tuple[str, Callable[[Path], None], str]]:
     """What takes a file's place and is none; each is named in the refusal."""
-    weights, typed = name.endswith(".safetensors"), name in ("r.yaml", "pairs.jsonl", "pairs.jsonl.gz")
+    weights, typed = name.endswith(".safetensors"), name in ("r.yaml", "own.jinja", "pairs.jsonl", "pairs.jsonl.gz")
     kinds: list[tuple[str, Callable[[Path], None], str]] = [
         ("a pipe", os.mkfifo, _PIPE),
         ("a link to a pipe", lambda file: file.symlink_to(outside / "pipe.json"), f"{_PIPE}|{_LEADS_OUT}"),
+        ("a socket", _socket, r"socket|is not a regular file"),
         ("a link to /dev/zero", lambda file: file.symlink_to("/dev/zero"), _DEVICE),
         ("a link to itself", lambda file: file.symlink_to(file.name), r"cannot be read|points out|no such"),
     ]
@@ -98,9 +102,17 @@ def _no_files(name: str, outside: Path) -> list[tuple[str, Callable[[Path], None
         kinds.append(("a link out", lambda file: file.symlink_to(outside / "secret.json"), _LEADS_OUT))
     if not weights and not name.startswith(("pairs.jsonl", *_QUIET)):
         kinds.append(("an endless file", endless, _OVER))
+    if name in _NEEDED:
+        kinds.append(("nothing", lambda file: None, _NEEDED[name]))
     if name == "r.yaml":
         kinds += [("nothing", lambda file: None, r"no such"), ("a folder", Path.mkdir, r"a folder")]
     return kinds
+
+
+def _socket(file: Path) -> None:
+    """What can be looked at, and not opened."""
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(file))
 
 
 # config.json and its like: groups of keys, of which each is drawn as often as the next
@@ -132,6 +144,7 @@ _TOO_BIG: list[Draw] = [
     ("vocab_size", 2**23, r"describes a model of|vocabulary"),
 ]
 _MODEL: list[Draw] = [
+    ("model_type", "of-my-own", r"does not know this model"),
     ("quantization_config", {"quant_method": "x"}, r"quanti"),
     ("text_config", {"quantization_config": {"quant_method": "gptq"}}, r"quantization_config inside"),
     ("vision_config", {"compression_config": {"quant_method": "x"}}, r"compression_config inside"),
@@ -193,6 +206,8 @@ _ADAPTER: list[list[Draw]] = [
         ("base_model_name_or_path", "~/model", r"leads elsewhere"),
         ("base_model_name_or_path", ["x"], r"leads elsewhere"),
         ("base_model_name_or_path", None, r"names no base"),
+        ("base_model_name_or_path", "/not-there/model", r"no such model folder"),
+        ("base_model_name_or_path", "somebody/not-here", r"is not on this machine"),
         ("revision", "refs/pr/1", r"not a branch or commit"),
     ],
 ]
@@ -219,8 +234,10 @@ _SETTINGS: dict[str, list[list[Draw]]] = {
 
 # Whole files
 
+_UNFIT = r"damaged|cannot be loaded|cannot be read|rank|does not fit|tensors"
 
-def _weights(content: bytes) -> list[Draw]:
+
+def _weights(content: bytes, bad: str) -> list[Draw]:
     size = struct.unpack("<Q", content[:8])[0]
     header = json.loads(content[8 : 8 + size])
     name = sorted(set(header) - {"__metadata__"})[0]
@@ -229,7 +246,6 @@ def _weights(content: bytes) -> list[Draw]:
         text = json.dumps(changed).encode()
         return struct.pack("<Q", len(text)) + text + content[8 + size :]
 
-    bad = r"damaged|cannot be loaded|cannot be read|rank|does not fit|tensors"
     return [
         ("a pickle by another name", pickle.dumps({"a": [1.0] * 50}), bad),
         ("a header of 2^60 bytes", struct.pack("<Q", 2**60) + content[8:], bad),
@@ -238,7 +254,7 @@ def _weights(content: bytes) -> list[Draw]:
         ("cut in half", content[: len(content) // 2], bad),
         ("a tensor of 2^62", with_header(header | {name: header[name] | {"shape": [2**31, 2**31]}}), bad),
         ("a tensor outside the file", with_header(header | {name: header[name] | {"data_offsets": [0, 2**50]}}), bad),
-        ("a tensor less", with_header({key: held for key, held in header.items() if key != name}), bad),
+        ("a tensor less", with_header({key: held for key, held in header.items() if key != name}), _UNFIT),
     ]
 
 
@@ -278,9 +294,10 @@ def _template(content: bytes) -> list[Draw]:
 
 
 _WHOLE: dict[str, Callable[[bytes], list[Draw]]] = {
-    "model.safetensors": _weights,
-    "adapter_model.safetensors": _weights,
+    "model.safetensors": partial(_weights, bad=r"model\.safetensors is damaged"),  # transformers has other words for it
+    "adapter_model.safetensors": partial(_weights, bad=_UNFIT),
     "pairs.jsonl": _rows,
     "pairs.jsonl.gz": _folded,
     "chat_template.jinja": _template,
+    "own.jinja": _template,
 }

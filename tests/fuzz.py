@@ -33,6 +33,7 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from dataclasses import dataclass, field
+from functools import cached_property
 from io import StringIO
 from pathlib import Path
 from types import CodeType, FrameType, FunctionType
@@ -76,7 +77,7 @@ class Ground:
 
     @property
     def seeds(self) -> Path:
-        """As they were made: `model`, `sharded`, `run`, `adapter`, `r.yaml`, `pairs.jsonl` and the same as a .gz."""
+        """As they were made: `model`, `sharded`, `run`, `adapter`, `r.yaml`, `own.jinja`, `pairs.jsonl` and its .gz."""
         return self.place / "seeds"
 
     def case(self) -> Path:
@@ -97,6 +98,7 @@ class Ground:
         said = dpo("train", recipe)
         assert said.code == 0, said.err
         (model / "added_tokens.json").write_text("{}")
+        shutil.copyfile(model / "chat_template.jinja", self.seeds / "own.jinja")
         shutil.copytree(self.seeds / "run" / "adapter", self.seeds / "adapter")
         (self.seeds / "pairs.jsonl.gz").write_bytes(gzip.compress((self.seeds / "pairs.jsonl").read_bytes()))
         self._move_paths()
@@ -153,6 +155,15 @@ def _model(name: str) -> list[Reader]:
         return None
 
     return [look, load_it]
+
+
+def _own_template(case: Path) -> object:
+    """One that a recipe names, beside a model that has its own."""
+    from dpo_studio.config import ModelSection
+    from dpo_studio.models.folder import open_model
+
+    section = ModelSection(path=str(case / "model"), chat_template=str(case / "own.jinja"))
+    return open_model(section.path).encoder(section) and None
 
 
 def _pairs(name: str) -> list[Reader]:
@@ -226,6 +237,7 @@ def readers() -> dict[str, list[Reader]]:
         "pairs.jsonl.gz": _pairs("pairs.jsonl.gz"),
         "r.yaml": [lambda case: load_recipe(case / "r.yaml")],
         **_run_readers(),
+        "own.jinja": [_own_template],
     }
 
 
@@ -241,7 +253,6 @@ def verbs() -> list[tuple[str, tuple[str, ...]]]:
         ("score", "CASE/run", pairs),
         ("generate", "CASE/run", "--prompt", "hi", *short),
         ("export", "CASE/run", "CASE/out", "--to", "adapter"),
-        ("report", "CASE/run"),
         ("train", "CASE/r.yaml", "--set", "run.folder=CASE/run"),
     ]
     table: dict[str, list[tuple[str, ...]]] = {
@@ -254,11 +265,11 @@ def verbs() -> list[tuple[str, tuple[str, ...]]]:
         "run/recipe.yaml": on_run,
         "run/recipe.typed.yaml": on_run[2:],
         "run/result.json": on_run[2:],
-        "run/metrics.jsonl": [on_run[3], on_run[4]],
-        "run/timing.jsonl": [on_run[3], on_run[4]],
-        "run/data.json": [on_run[0], on_run[4]],
-        "run/checkpoints/step-4/manifest.json": [on_run[4]],
-        "run/checkpoints/step-4/state.json": [on_run[4]],
+        "run/metrics.jsonl": on_run[3:],
+        "run/timing.jsonl": on_run[3:],
+        "run/data.json": [on_run[0], on_run[3]],
+        "run/checkpoints/step-4/manifest.json": on_run[3:],
+        "run/checkpoints/step-4/state.json": on_run[3:],
     }
     return [(file, verb) for file, its in table.items() for verb in its]
 
@@ -280,7 +291,7 @@ class Watch:
         self._own = (*(str(place) for place in own), "/dev/null")
         libraries = {sys.prefix, sys.base_prefix, "/usr", "/lib", "/proc", "/sys", "/dev/urandom"}
         libraries |= {"/dev/zero"}  # it may be opened, and looked at: whoever reads it runs out of time or memory
-        libraries |= {"/etc/mime.types", "/etc/localtime", str(Path(__file__).parents[1])}
+        libraries |= {"/etc/mime.types", "/etc/localtime", str(Path(__file__).parents[1]), *dpo_studio.__path__}
         self._readable = (*self._own, *(os.path.realpath(place) for place in libraries), *libraries)
 
     def hook(self, event: str, given: tuple[Any, ...]) -> None:
@@ -386,7 +397,7 @@ def _traceback() -> str:
     return "\n".join(line[:300] for line in traceback.format_exc().splitlines())[-2500:]
 
 
-_MAY_BE_LINKS = ("r.yaml", "pairs.jsonl", "model/model.safetensors", "adapter/adapter_model.safetensors")
+_MAY_BE_LINKS = ("r.yaml", "own.jinja", "pairs.jsonl", "model/model.safetensors", "adapter/adapter_model.safetensors")
 """What its user names may be a link to anywhere, and weights one to another disk: only numbers are read from them."""
 
 
@@ -451,6 +462,8 @@ def _verb(ground: Ground, seed: int, number: int, told: Path) -> None:
         wrong = f"hangs after {time.monotonic() - started:.0f} s\n{traceback.format_exc()[-1500:]}"
     except BaseException:
         wrong = _traceback()
+    if "No such command" in err.getvalue():
+        wrong = err.getvalue()
     if "Traceback (most recent call last)" in err.getvalue():
         wrong = f"a traceback: {err.getvalue()[-2500:]}"
     if watch.seen:
@@ -577,6 +590,20 @@ def _prepare(place: Path) -> Ground:
     return ground
 
 
+OUT_OF_REACH = {
+    "dpo_studio.preferences.bounds:numbered": "test_gate_reads_rows.py::test_rows_without_end_are_an_error",
+    "dpo_studio.reading:open_input": "test_gate_reads.py::test_a_stream_has_limits",
+    "dpo_studio.reading:_kept": "test_gate_reads.py::test_a_stream_has_limits",
+    "dpo_studio.reading:_copied": "test_gate_reads.py::test_a_stream_has_limits",
+    "dpo_studio.reading:_next_piece": "test_gate_reads.py::test_a_stream_has_limits",
+    "dpo_studio.models.folder:ModelFolder.check_unchanged": (
+        "test_models_folder.py::test_what_changes_between_the_look_and_the_load_is_refused"
+    ),
+}
+"""Checks that no mutation of a file reaches in its time, and the test that holds each: of fifty million rows, of the
+streams that a process is given, of a file that changes after it was looked at."""
+
+
 def _checks(named: str) -> list[str]:
     """MODULE:FUNCTION of one check; of a module alone, each of its functions that raises something."""
     if ":" in named:
@@ -589,7 +616,10 @@ def _checks(named: str) -> list[str]:
     functions = [
         (where + one.name, one) for where, owner in owners for one in owner.body if isinstance(one, ast.FunctionDef)
     ]
-    return [f"{named}:{name}" for name, one in functions if _raises(one)]
+    checks = [f"{named}:{name}" for name, one in functions if _raises(one)]
+    for check in OUT_OF_REACH.keys() & set(checks):
+        print(f"without {check}: out of reach, held by {OUT_OF_REACH[check]}", flush=True)
+    return [check for check in checks if check not in OUT_OF_REACH]
 
 
 def _raises(tree: ast.AST) -> bool:
@@ -627,7 +657,7 @@ def _without(named: str) -> Iterator[None]:
     check: Any = importlib.import_module(module)
     for name in path.split("."):
         check = getattr(check, name)
-    check = inspect.unwrap(check)
+    check = check.func if isinstance(check, cached_property) else inspect.unwrap(check)
     kept = check.__code__, check.__defaults__, check.__kwdefaults__
     code = _without_raising(check)
     if code is _nothing.__code__:
@@ -643,7 +673,10 @@ def _notices(ground: Ground, named: str, seed: int, numbers: Sequence[int]) -> b
     """Whether the same mutations tell that a check is gone."""
     with _without(named), redirect_stdout(StringIO()):
         noticed = run_readers(ground, seed, numbers, stop_at=1)
-    about = f"found by {noticed[0].number}, {noticed[0].case:.90}" if noticed else "NOT FOUND"
+    about = "NOT FOUND"
+    if noticed:
+        why = next((line for line in reversed(noticed[0].what.splitlines()) if line.strip()), "")
+        about = f"found by {noticed[0].number}, {noticed[0].case:.90} ({why:.160})"
     print(f"without {named}: {about}", flush=True)
     return bool(noticed)
 

@@ -242,6 +242,39 @@ def test_a_card_shows_numbers_that_are_numbers(run: Path, tmp_path: Path, value:
     assert "held-out accuracy 50 % (95 % interval 25 % to 75 %)" in card
 
 
+NO_FILES = ["{", "[" * 100_000, '{"steps": ' + "1" * 5000 + "}", "\xff\xfe"]
+"""What is neither JSON nor YAML that can be used."""
+NO_OBJECTS = ["[]", "7", '"x"', '{"a": NaN}']
+
+
+def _wrong(run: Path, name: str) -> list[str]:
+    """Contents that the verb that reads this file must refuse: broken, of another type, or one field of one."""
+    if name == "recipe.typed.yaml":  # what is no mapping there is taken for nothing typed
+        return NO_FILES
+    if name == "recipe.yaml":
+        raw = yaml.safe_load((run / name).read_text())
+        fields = [raw | {key: value} for key in raw for value in (7, "x", [1], {"no_key": 1})]
+        return [*NO_FILES, *NO_OBJECTS, "{}", *map(json.dumps, fields)]
+    raw = json.loads((run / name).read_text())
+    keys = ("steps", "accuracy", "accuracy_ci95") if name == "result.json" else ("train", "held_out", "date")
+    fields = [raw | {key: value} for key in keys for value in ("x", True, [1], {"a": 1})]
+    return [*NO_FILES, *NO_OBJECTS, "", "null", *map(json.dumps, fields)]
+
+
+@pytest.mark.parametrize("name", ["result.json", "recipe.yaml", "recipe.typed.yaml", "data.json"])
+def test_the_verb_that_reads_a_run_s_file_names_what_is_wrong_in_one_line(run: Path, tmp_path: Path, name: str) -> None:
+    """Exit code 1 and one `error:` with the file's name; besides it a hint, and nothing else."""
+    verb: tuple[object, ...] = ("score", run, write_rows(tmp_path / "two.jsonl", tiny_rows(2)))
+    if name != "data.json":
+        verb = ("export", run, tmp_path / "out", "--to", "adapter")
+    for content in _wrong(run, name):
+        (run / name).write_bytes(content.encode("latin-1"))
+        said = dpo(*verb)
+        first, *others = said.err.splitlines() or [""]
+        assert said.code == 1 and first.startswith("error: ") and name in first, (content[-90:], said.err[:600])
+        assert all(line.startswith("  hint: ") for line in others), (content[-90:], said.err[:600])
+
+
 @pytest.mark.parametrize("key", ["date", "template", "tokenizer", "train", "held_out"])
 @pytest.mark.parametrize("value", WRONG, ids=words_of)
 def test_what_a_run_keeps_of_its_data_is_of_its_kind(run: Path, key: str, value: Any) -> None:

@@ -32,6 +32,7 @@ import yaml
 
 from dpo_studio import __version__
 from dpo_studio.config import Recipe, RecipeFile, parse_yaml, validate_recipe
+from dpo_studio.config.yaml_text import one_line
 from dpo_studio.disk import UNFINISHED, make_folder, remove_leftovers, sync, write_atomically
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
@@ -114,7 +115,7 @@ class RunFolder:
         try:
             return parse_yaml(text)
         except yaml.YAMLError as error:
-            raise RunError(f"{file} cannot be read: {error}") from None
+            raise RunError(f"{file} cannot be read: {one_line(error)}") from None
 
     def refuse_what_leads_out(self) -> None:
         """Refuse links: a downloaded run must not read files of this machine in place of its own.
