@@ -12,7 +12,7 @@ __all__ = ["studio"]
 
 
 def studio(
-    folder: Annotated[Path, typer.Option(help="The folder to work in: its runs, pairs and models.")] = Path("."),
+    folder: Annotated[Path, typer.Option(help="The folder to work in: its runs, pairs and models.")] = Path(),
     port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes one that is free.")] = 8765,
     host: Annotated[str, typer.Option(help="0.0.0.0 lets other machines ask; it needs a password.")] = "127.0.0.1",
     allow: Annotated[

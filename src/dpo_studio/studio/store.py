@@ -22,8 +22,8 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
     (
         "CREATE TABLE tokens (hash BLOB PRIMARY KEY, made REAL NOT NULL, used INTEGER NOT NULL DEFAULT 0)",
         "CREATE TABLE sessions (hash BLOB PRIMARY KEY, made REAL NOT NULL)",
-        "CREATE TABLE servers (port INTEGER PRIMARY KEY, url TEXT NOT NULL, pid INTEGER NOT NULL, start TEXT NOT NULL)",
-        "CREATE TABLE jobs (id TEXT PRIMARY KEY, verb TEXT NOT NULL, words TEXT NOT NULL, run TEXT, made REAL NOT NULL)",
+        "CREATE TABLE servers (port INTEGER PRIMARY KEY, url TEXT, pid INTEGER NOT NULL, start TEXT NOT NULL)",
+        "CREATE TABLE jobs (id TEXT PRIMARY KEY, verb TEXT, words TEXT NOT NULL, run TEXT, made REAL NOT NULL)",
         "CREATE TABLE votes (id TEXT PRIMARY KEY, time TEXT NOT NULL, content TEXT NOT NULL)",
     ),
 )

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
 from fastapi import Depends, Request
 
+from dpo_studio.studio.curves import Curves
 from dpo_studio.studio.guard import Door
+from dpo_studio.studio.jobs import Jobs
 from dpo_studio.studio.places import Places
 from dpo_studio.studio.sessions import Sessions, cookie_name
 from dpo_studio.studio.store import Store
@@ -24,6 +26,10 @@ class Studio:
     store: Store
     sessions: Sessions
     door: Door
+    jobs: Jobs
+    curves: Curves = field(default_factory=Curves)
+    streams: set[object] = field(default_factory=set)
+    """Streams of events that are open."""
 
     @classmethod
     def opened(
@@ -34,7 +40,7 @@ class Studio:
         store = Store.of_folder(folder)
         sessions = Sessions(store, password)
         door = Door(host, port, cookie_name(port, folder), sessions.is_known)
-        return cls(Places(folder, tuple(path.resolve() for path in allow)), store, sessions, door)
+        return cls(Places(folder, tuple(path.resolve() for path in allow)), store, sessions, door, Jobs(folder, store))
 
     @property
     def folder(self) -> Path:
