@@ -66,7 +66,9 @@ def served(folder: Path, port: int = 0) -> Iterator[Browser]:
     ) as process:
         try:
             assert process.stdout is not None
-            yield Browser(process, process.stdout.readline().strip())
+            browser = Browser(process, process.stdout.readline().strip())
+            with browser.client:
+                yield browser
         finally:
             process.kill()
 

@@ -6,7 +6,6 @@ import socket
 from pathlib import Path
 
 import pytest
-from fastapi.routing import APIRoute
 from starlette.testclient import TestClient
 
 from dpo_studio.studio.guard import LARGEST_BODY, LOGIN
@@ -70,8 +69,6 @@ def test_two_studios_are_logged_in_at_once(tmp_path: Path) -> None:
     for client, other in ((first, second), (second, first)):
         client.cookies.update(dict(other.cookies.items()))
     assert [client.get("/api/session").json()["folder"] for client in (first, second)] == [str(one), str(two)]
-    stranger = browser_of(two, logged_in=False)
-    stranger.cookies.update({name.replace("x", "x"): value for name, value in first.cookies.items() if "8765" in name})
     assert len(first.cookies) == 2
 
 
@@ -170,7 +167,6 @@ def test_no_route_takes_a_command(tmp_path: Path) -> None:
     for verb in ("sh", "demo; id", "--help", "train --set run.folder=/x"):
         assert client.post("/api/jobs", json={"id": "job-000001", "verb": verb}).status_code == 422
     assert client.get("/api/jobs").json() == []
-    assert [route.path for route in client.app.routes if isinstance(route, APIRoute)]  # type: ignore[attr-defined]
 
 
 def test_other_machines_need_a_password(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -133,6 +133,7 @@ def test_votes_are_kept_once_summed_up_and_exported(folder: Path) -> None:
     low, high = pair["win_rate_ci95"]
     assert low < pair["win_rate"] == 4 / 6 < high and told["bradley_terry"] == {}
     made = client.post("/api/votes/export", json={"out": "votes/mine.jsonl"}).json()
+    print(made)
     assert (made["pairs"], made["tie"], made["both_bad"]) == (4, 1, 1)
     pairs = read_pairs(SourceSection(source=str(folder / "votes" / "mine.jsonl"))).pairs
     assert [pair.chosen[0].content for pair in pairs] == ["left 0", "left 1", "right 2", "left 5"]

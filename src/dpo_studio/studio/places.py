@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ __all__ = ["OWN", "Places"]
 OWN = ".dpo-studio"
 """Begins the names of the studio's own file and folder, which no page may name."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}(:[\w.-]+)?")
+_DATA = (".jsonl", ".json", ".gz", ".parquet", ".csv", ".tsv")
 _SPLIT = re.compile(r":[\w.-]+$")
 
 
@@ -33,6 +35,8 @@ class Places:
             Refused: it leads out, by a link either, or to the studio's own files.
         """
         try:
+            if name.startswith("~"):  # a command would read it as somebody's home
+                raise ValueError
             path = (self.folder / name).resolve()
         except (OSError, ValueError, RuntimeError):
             raise Refused(f"{name[:80]!r} is not the name of a file", field=field) from None
@@ -64,8 +68,8 @@ class Places:
             raise Refused(f"{name[:80]!r} names no model, run or data", field=field)
         if name.startswith(BUNDLED) and ".." not in name:
             return name
-        is_there = any(_exists(self.folder / each) for each in (name, _SPLIT.sub("", name)))
-        if not is_there and _HUB_ID.fullmatch(name) and ".." not in name:
+        is_there = _exists(self.folder / _SPLIT.sub("", name).partition("/")[0])
+        if not is_there and not _SPLIT.sub("", name).endswith(_DATA) and _HUB_ID.fullmatch(name) and ".." not in name:
             return name
         whole = _exists(self.folder / name)
         self.inside(name if whole else _SPLIT.sub("", name), field)
@@ -78,6 +82,6 @@ class Places:
 
 def _exists(path: Path) -> bool:
     try:
-        return path.exists()
+        return os.path.lexists(path)
     except (OSError, ValueError):
         return False

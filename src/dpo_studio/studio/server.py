@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 
 from dpo_studio import __version__
 from dpo_studio.errors import UsageError
-from dpo_studio.studio import entrance, job_routes, run_routes, votes
+from dpo_studio.studio import entrance, generation, job_routes, machine, run_routes, votes
 from dpo_studio.studio.guard import Guard, is_loopback
 from dpo_studio.studio.processes import is_alive, start_of
 from dpo_studio.studio.refusing import told_as_json
@@ -36,7 +36,14 @@ def create_app(studio: Studio) -> FastAPI:
     app.state.studio = studio
     app.add_middleware(Guard, door=studio.door)
     told_as_json(app)
-    for router in (entrance.router, run_routes.router, job_routes.router, votes.router):
+    for router in (
+        entrance.router,
+        run_routes.router,
+        job_routes.router,
+        votes.router,
+        generation.router,
+        machine.router,
+    ):
         app.include_router(router)
     if entrance.FRONT.is_dir():
         app.mount("/", StaticFiles(directory=entrance.FRONT, html=True))

@@ -14,6 +14,7 @@ from dpo_studio.studio.jobs import Jobs
 from dpo_studio.studio.places import Places
 from dpo_studio.studio.sessions import Sessions, cookie_name
 from dpo_studio.studio.store import Store
+from dpo_studio.studio.workshop import Workshop
 
 __all__ = ["Here", "Studio"]
 
@@ -27,6 +28,7 @@ class Studio:
     sessions: Sessions
     door: Door
     jobs: Jobs
+    workshop: Workshop
     curves: Curves = field(default_factory=Curves)
     streams: set[object] = field(default_factory=set)
     """Streams of events that are open."""
@@ -40,7 +42,14 @@ class Studio:
         store = Store.of_folder(folder)
         sessions = Sessions(store, password)
         door = Door(host, port, cookie_name(port, folder), sessions.is_known)
-        return cls(Places(folder, tuple(path.resolve() for path in allow)), store, sessions, door, Jobs(folder, store))
+        return cls(
+            Places(folder, tuple(path.resolve() for path in allow)),
+            store,
+            sessions,
+            door,
+            Jobs(folder, store),
+            Workshop(folder),
+        )
 
     @property
     def folder(self) -> Path:
