@@ -11,6 +11,7 @@ from fastapi import Depends, Request
 from dpo_studio.studio.curves import Curves
 from dpo_studio.studio.guard import Door
 from dpo_studio.studio.jobs import Jobs
+from dpo_studio.studio.pair_index import PairIndexes
 from dpo_studio.studio.places import Places
 from dpo_studio.studio.sessions import Sessions, cookie_name
 from dpo_studio.studio.store import Store
@@ -30,6 +31,7 @@ class Studio:
     jobs: Jobs
     workshop: Workshop
     curves: Curves = field(default_factory=Curves)
+    indexes: PairIndexes = field(default_factory=PairIndexes)
     streams: set[object] = field(default_factory=set)
     """Streams of events that are open."""
 
