@@ -64,7 +64,8 @@ def test_a_restart_logs_nobody_out_and_no_secret_is_kept(tmp_path: Path) -> None
 def test_two_studios_are_logged_in_at_once(tmp_path: Path) -> None:
     """One machine, two folders: a browser sends both cookies to both, and each knows its own."""
     one, two = tmp_path / "one", tmp_path / "two"
-    one.mkdir(), two.mkdir()
+    one.mkdir()
+    two.mkdir()
     first, second = browser_of(one), browser_of(two)
     for client, other in ((first, second), (second, first)):
         client.cookies.update(dict(other.cookies.items()))
@@ -149,7 +150,8 @@ def _raw(url: str, line: str) -> bytes:
     host = url.removeprefix("http://")
     name, _, port = host.partition(":")
     with socket.create_connection((name, int(port)), timeout=10) as line_to:
-        head = f"POST /api/votes HTTP/1.1\r\nhost: {host}\r\norigin: {url}\r\ncontent-type: application/json\r\n{line}\r\n\r\n"
+        lines = ("POST /api/votes HTTP/1.1", f"host: {host}", f"origin: {url}", "content-type: application/json", line)
+        head = "\r\n".join(lines) + "\r\n\r\n"
         line_to.sendall(head.encode())
         return line_to.recv(1000)
 

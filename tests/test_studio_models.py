@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from dpo_studio.studio.worker import Answering
+from dpo_studio.workflows.loading import load_any
 from tests.studio_client import Browser, browser_of, served
 
 
@@ -39,7 +40,9 @@ def test_two_models_answer_one_after_the_other_and_a_base_is_its_run_without_the
     assert len(answering._loaded) == 1, "one base in memory serves both"
     assert [line["index"] for line in told if "end" in line] == [0, 1] and told[-1] == {"done": True}
     alone: list[dict[str, Any]] = []
-    Answering(alone.append).answer(question | {"models": [str(tiny_base)]})
+    by_itself = Answering(alone.append)
+    by_itself._loaded[str(tiny_base)] = load_any(str(tiny_base), dtype="float32")  # the run's own
+    by_itself.answer(question | {"models": [str(tiny_base)]})
 
     def text(lines: list[dict[str, Any]], index: int) -> str:
         return "".join(line["piece"] for line in lines if line.get("index") == index and "piece" in line)

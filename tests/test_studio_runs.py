@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
+from starlette.testclient import TestClient
 
 from dpo_studio import SourceSection
 from dpo_studio.preferences.sources import read_pairs
+from dpo_studio.studio.votes import Vote, strengths
 from tests.studio_client import browser_of, served, until, vote_of
 from tests.tiny_runs import tiny_rows, write_recipe, write_rows
 
@@ -132,12 +134,11 @@ def test_votes_are_kept_once_summed_up_and_exported(folder: Path) -> None:
     assert (pair["models"], pair["wins"], pair["ties"], pair["losses"]) == (["base", "tuned"], 3, 2, 1)
     low, high = pair["win_rate_ci95"]
     assert low < pair["win_rate"] == 4 / 6 < high and told["bradley_terry"] == {}
-    made = client.post("/api/votes/export", json={"out": "votes/mine.jsonl"}).json()
-    print(made)
+    made = client.post("/api/votes/export", json={"out": "mine.jsonl"}).json()
     assert (made["pairs"], made["tie"], made["both_bad"]) == (4, 1, 1)
-    pairs = read_pairs(SourceSection(source=str(folder / "votes" / "mine.jsonl"))).pairs
+    pairs = read_pairs(SourceSection(source=str(folder / "mine.jsonl"))).pairs
     assert [pair.chosen[0].content for pair in pairs] == ["left 0", "left 1", "right 2", "left 5"]
-    again = client.post("/api/votes/export", json={"out": "votes/mine.jsonl"})
+    again = client.post("/api/votes/export", json={"out": "mine.jsonl"})
     assert again.status_code == 400 and "exists" in again.json()["error"]
 
 
@@ -173,6 +174,64 @@ def test_a_job_that_fails_shows_the_command_s_own_error(folder: Path) -> None:
     job = until(ended)
     assert job["state"] == "failed" and job["exit_code"] == 1 and "broken.jsonl" in job["error"], job
     assert "Traceback" not in job["log"]
+    at_rest(client)
+
+
+def at_rest(client: TestClient) -> None:
+    """Wait for the processes of its jobs, which end after what they say."""
+    jobs = client.app.state.studio.jobs  # type: ignore[attr-defined]
+    until(lambda: jobs.all() is not None and not jobs._ours)
+
+
+def test_strengths_by_hand() -> None:
+    """Three wins of four, and half a vote more for each: 3.5 to 1.5, ln(3.5 / 1.5) = 0.847 apart."""
+    votes = [Vote.model_validate(vote_of(n, "right" if n == 0 else "left", "a", "b")) for n in range(4)]
+    found = strengths(votes)
+    assert found["a"] - found["b"] == pytest.approx(0.8473, abs=1e-4)
+    assert found["a"] + found["b"] == pytest.approx(0)
+
+
+def test_pairs_are_paged_searched_checked_and_saved_without_some(folder: Path) -> None:
+    rows = tiny_rows(30)
+    source = write_rows(
+        folder / "pairs.jsonl", [*rows, {"prompt": "same?", "chosen": "a zebra", "rejected": "a zebra"}]
+    )
+    before = source.read_bytes()
+    client = browser_of(folder)
+
+    def page(**asked: Any) -> Any:
+        return client.get("/api/data/pairs", params={"path": "pairs.jsonl"} | asked).json()
+
+    until(lambda: page()["state"] == "ready")
+    assert page(limit=7)["total"] == 31 and [pair["row"] for pair in page(offset=28)["pairs"]] == [28, 29, 30]
+    found = page(search=f"{rows[3]['chosen'].split()[0]} 3?", limit=200)
+    assert 3 in [pair["row"] for pair in found["pairs"]] and found["total"] < 31
+    assert page(search='" OR 1 --')["pairs"] == [] and page(search='"')["state"] == "ready"
+    refused = page(finding="refused")
+    assert [(pair["row"], "identical" in pair["refused"]) for pair in refused["pairs"]] == [(30, True)]
+    asked: dict[str, Any] = {"path": "pairs.jsonl", "out": "fewer.jsonl", "without": [0, 1]}
+    turn, answer = [{"role": "user", "content": "mended"}], [{"role": "assistant", "content": "so"}]
+    asked["edited"] = {"2": {"prompt": turn, "chosen": answer, "rejected": [answer[0] | {"content": "not so"}]}}
+    assert client.post("/api/data/save", json=asked).json() == {"out": "fewer.jsonl", "pairs": 28}
+    assert "mended" in (folder / "fewer.jsonl").read_text().splitlines()[0] and source.read_bytes() == before
+    assert client.post("/api/data/save", json=asked).status_code == 400
+    assert client.post("/api/data/save", json=asked | {"out": "pairs.jsonl"}).status_code == 400
+
+    def report() -> Any:
+        told = client.get("/api/data", params={"path": "pairs.jsonl"}).json()
+        return told if told["state"] == "finished" else None
+
+    told = until(report)
+    assert told["report"]["rows"] == 31 and told["report"]["pairs"] == 30
+    assert len(client.get("/api/jobs").json()) == 1
+    at_rest(client)
+
+
+def test_a_source_outside_is_not_read(folder: Path) -> None:
+    client = browser_of(folder)
+    for path in ("../x.jsonl", "/etc/passwd", "~/x.jsonl", "https://example.org/x.jsonl"):
+        for route in ("/api/data", "/api/data/pairs"):
+            assert client.get(route, params={"path": path}).status_code in (400, 403), path
 
 
 def test_a_lock_that_names_another_process_stops_nobody(folder: Path) -> None:

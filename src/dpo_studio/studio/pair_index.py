@@ -1,4 +1,4 @@
-"""An index of the pairs of one source, for pages that are turned and searched without reading the source again.
+"""The pairs of one source, indexed: pages are turned and searched without reading it again.
 
 A file in the cache, named by what the source was; it may be deleted at any time, and a source that changes gets another.
 """
@@ -21,7 +21,7 @@ from dpo_studio.errors import DPOStudioError
 from dpo_studio.preferences.pair import Pair, trl_row
 from dpo_studio.preferences.sources import open_pairs
 
-__all__ = ["PairIndex", "PairIndexes", "key_of"]
+__all__ = ["PairIndexes", "key_of"]
 
 _TABLES = (
     "CREATE TABLE pairs (row INTEGER PRIMARY KEY, content TEXT, refused TEXT)",

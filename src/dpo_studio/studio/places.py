@@ -16,6 +16,7 @@ OWN = ".dpo-studio"
 """Begins the names of the studio's own file and folder, which no page may name."""
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+){0,2}(:[\w.-]+)?")
 _DATA = (".jsonl", ".json", ".gz", ".parquet", ".csv", ".tsv")
+_BUNDLED = re.compile(r"bundled:[\w-]+(\.[\w-]+)*(:[\w-]+)?")
 _SPLIT = re.compile(r":[\w.-]+$")
 
 
@@ -66,7 +67,11 @@ class Places:
         """
         if not name.strip() or name.startswith("-") or "\0" in name:
             raise Refused(f"{name[:80]!r} names no model, run or data", field=field)
-        if name.startswith(BUNDLED) and ".." not in name:
+        if "://" in name:
+            raise Refused("an address of the network is no model or data here", status=403, field=field)
+        if name.startswith(BUNDLED):
+            if not _BUNDLED.fullmatch(name):
+                raise Refused(f"{name[:80]!r} is not bundled", field=field)
             return name
         is_there = _exists(self.folder / _SPLIT.sub("", name).partition("/")[0])
         if not is_there and not _SPLIT.sub("", name).endswith(_DATA) and _HUB_ID.fullmatch(name) and ".." not in name:

@@ -13,7 +13,7 @@ from fastapi.staticfiles import StaticFiles
 
 from dpo_studio import __version__
 from dpo_studio.errors import UsageError
-from dpo_studio.studio import entrance, generation, job_routes, machine, run_routes, votes
+from dpo_studio.studio import data_routes, entrance, generation, job_routes, machine, run_routes, votes
 from dpo_studio.studio.guard import Guard, is_loopback
 from dpo_studio.studio.processes import is_alive, start_of
 from dpo_studio.studio.refusing import told_as_json
@@ -42,6 +42,7 @@ def create_app(studio: Studio) -> FastAPI:
         job_routes.router,
         votes.router,
         generation.router,
+        data_routes.router,
         machine.router,
     ):
         app.include_router(router)

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
-from dpo_studio.disk import make_folder, write_atomically
+from dpo_studio.disk import write_atomically
 from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message, Pair, trl_row
 from dpo_studio.studio.job_routes import Id
@@ -113,7 +113,6 @@ def export(here: Here, asked: Export) -> dict[str, Any]:
     if not pairs:
         raise Refused("no vote prefers an answer", hint="compare some answers first; ties make no pair", field="out")
     check_outputs({"out": file})
-    make_folder(file.parent)
     text = "".join(json.dumps(trl_row(pair), ensure_ascii=False) + "\n" for pair in pairs)
     write_atomically(file, text, overwrite=False)
     count = Counter(each.choice for each in kept)
