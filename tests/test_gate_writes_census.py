@@ -62,6 +62,7 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("studio/store.py", ".touch"): "the studio's own file, for nobody else to read",
     ("studio/jobs.py", ".open"): "what a job says, in the studio's own folder",
     ("studio/runner.py", ".open"): "the mark of a job, in the studio's own folder, which must be new",
+    ("studio/data_routes.py", ".mkdir"): "the folder of uploads",
     ("studio/pair_index.py", "sqlite3.connect"): "an index in the cache",
     ("studio/pair_index.py", ".replace"): "an index in the cache, from its scratch folder",
     ("studio/worker.py", "os.fdopen"): "its own stdout",

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
+import subprocess
+import sys
+from collections import Counter
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
@@ -210,3 +215,48 @@ def test_a_newer_studio_s_file_is_left_alone(tmp_path: Path) -> None:
         db.execute("PRAGMA user_version = 99")
     with pytest.raises(Exception, match="newer"):
         Studio.opened(tmp_path, host="127.0.0.1", port=1)
+
+
+def test_an_upload_is_bounded_kept_whole_and_replaces_nothing(tmp_path: Path) -> None:
+    client = browser_of(tmp_path)
+    kind = {"content-type": "application/octet-stream"}
+    assert client.put("/api/uploads/a.jsonl", content=b"{}\n", headers=kind).json() == {
+        "path": "uploads/a.jsonl",
+        "bytes": 3,
+    }
+    assert client.put("/api/uploads/a.jsonl", content=b"", headers=kind).status_code == 409
+    assert (
+        client.put("/api/uploads/b", content=b"x", headers=kind | {"content-length": str(2 * 2**30)}).status_code == 413
+    )
+    for name in ("..%2Fx", "%2e%2e", ".", "CON", "a%00", "x" * 300, "a%2Fb"):
+        assert client.put(f"/api/uploads/{name}", content=b"x", headers=kind).status_code in (400, 403, 404, 405), name
+    (tmp_path / "uploads" / "out").symlink_to(tmp_path.parent / "elsewhere")
+    assert client.put("/api/uploads/out", content=b"x", headers=kind).status_code == 403
+    assert sorted(path.name for path in (tmp_path / "uploads").iterdir()) == ["a.jsonl", "out"]
+    assert not (tmp_path.parent / "elsewhere").exists()
+
+
+def test_a_thousand_streams_leave_the_studio_answering_in_little_memory(tmp_path: Path, tiny_run: Path) -> None:
+    shutil.copytree(tiny_run, tmp_path / "run")
+    with served(tmp_path) as browser, ExitStack() as opened:
+        browser.log_in()
+        cookie = "; ".join(f"{name}={value}" for name, value in browser.client.cookies.items())
+        host = browser.url.removeprefix("http://")
+        head = f"GET /api/runs/run/events HTTP/1.1\r\nhost: {host}\r\ncookie: {cookie}\r\nconnection: close\r\n\r\n"
+        codes = Counter[bytes]()
+        for _ in range(1000):
+            line = socket.create_connection((host.partition(":")[0], int(host.partition(":")[2])), timeout=30)
+            line.sendall(head.encode())
+            code = line.recv(12)[9:]
+            codes[code] += 1
+            opened.enter_context(line) if code == b"200" else line.close()
+        assert codes == {b"200": 50, b"503": 950}
+        assert browser.get("/api/session")["folder"] == str(tmp_path)
+        status = Path(f"/proc/{browser.process.pid}/status").read_text()
+        kilobytes = int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmRSS")))
+        assert kilobytes < 300_000
+
+
+def test_the_server_loads_no_torch(tmp_path: Path) -> None:
+    code = "import sys, dpo_studio.studio.server; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -48,10 +48,9 @@ def test_twenty_thousand_steps_are_drawn_at_once_and_keep_their_spike(folder: Pa
     rows[7_777]["loss"] = 99.0
     write_rows(folder / "runs" / "done" / "metrics.jsonl", rows)
     client = browser_of(folder)
-    client.get("/api/runs/runs/done/metrics")
     began = time.perf_counter()
     curve = client.get("/api/runs/runs/done/metrics?points=1000").json()
-    assert time.perf_counter() - began < 0.5
+    assert time.perf_counter() - began < 1  # 0.5 s on a quiet machine, and the first time: nothing was read before
     assert len(curve["columns"]["step"]) == 1000 and curve["columns"]["step"][-1] == 20_000
     assert max(curve["high"]["loss"]) == 99.0 and min(curve["low"]["loss"]) == 0.5
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import fmean
@@ -20,6 +21,7 @@ __all__ = ["Curve", "Curves", "columns", "thinned"]
 Row = dict[str, Any]
 Columns = dict[str, list[float | None]]
 _READ_AT_ONCE = 64 * 2**20
+_JUDGING = 0.1
 _KEPT = 64
 """Curves in memory: 20,000 steps take some 20 MB."""
 _HELD_OUT = "eval_"
@@ -38,12 +40,18 @@ class Curve:
     _at: tuple[int, int] = (0, 0)
     """Inode and offset of what was read."""
     _health: HealthWatch = field(default_factory=lambda: HealthWatch(0))
+    _judged: int = 0
     _lock: Lock = field(default_factory=Lock)
 
     @property
     def health(self) -> list[dict[str, Any]]:
-        """What the rows so far show."""
-        return [finding.to_plain() for finding in self._health.findings]
+        """What the rows show, as far as they were judged: 0.25 ms a row, so a long curve takes several questions."""
+        end = time.monotonic() + _JUDGING
+        with self._lock:
+            while self._judged < len(self.rows) and time.monotonic() < end:
+                self._health.see(self.rows[self._judged])
+                self._judged += 1
+            return [finding.to_plain() for finding in self._health.findings]
 
     def update(self) -> None:
         """Read whole lines that were added; begin again where the file is another one."""
@@ -67,7 +75,7 @@ class Curve:
         self.generation += bool(self.rows)
         self.rows = []
         self._at = (inode, 0)
-        self._health = HealthWatch(self.total, saturates=self.saturates)
+        self._health, self._judged = HealthWatch(self.total, saturates=self.saturates), 0
 
     def _add(self, line: bytes) -> None:
         try:
@@ -76,7 +84,6 @@ class Curve:
             return
         if isinstance(row, dict) and type(row.get("step")) is int:
             self.rows.append(row)
-            self._health.see(row)
 
 
 @dataclass

@@ -7,11 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Query
+from fastapi import APIRouter, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_studio.config import BUNDLED, SourceSection
+from dpo_studio.disk import finish, give_name, scratch_file
 from dpo_studio.errors import DPOStudioError
+from dpo_studio.paths import plain_name
 from dpo_studio.preferences.pair import Pair, trl_row
 from dpo_studio.preferences.sources import open_pairs
 from dpo_studio.reading import parse_json, read_bytes
@@ -21,9 +23,10 @@ from dpo_studio.studio.refusing import Refused
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.writing import appearing, check_outputs
 
-__all__ = ["router"]
+__all__ = ["router", "uploads"]
 
 router = APIRouter(prefix="/api/data")
+uploads = APIRouter(prefix="/api/uploads")
 _LARGEST_REPORT = 64 * 2**20
 Name = Annotated[str, Query(max_length=1000)]
 
@@ -86,6 +89,23 @@ def pairs(
     if not index.is_ready:
         return {"state": "indexing", "rows": index.rows, "total": None, "pairs": []}
     return {"state": "ready"} | index.page(offset, limit, search, finding)
+
+
+@uploads.put("/{name}")
+async def upload(here: Here, name: str, request: Request) -> dict[str, Any]:
+    """A file of the browser's machine, into DIR/uploads, piece by piece; none is replaced."""
+    folder = here.places.inside("uploads", "name")
+    folder.mkdir(exist_ok=True)
+    file = here.places.inside(f"uploads/{plain_name(name)}", "name")
+    if file.exists():
+        raise Refused(f"uploads/{name} exists", status=409, field="name", hint="choose another name")
+    length = 0
+    with scratch_file(file) as (scratch, written):
+        async for piece in request.stream():
+            length += written.write(piece)
+        finish(written, file)
+        give_name(scratch, file, overwrite=False)
+    return {"path": here.places.shown(file), "bytes": length}
 
 
 @router.post("/save")

@@ -1,6 +1,6 @@
 """The pairs of one source, indexed: pages are turned and searched without reading it again.
 
-A file in the cache, named by what the source was; it may be deleted at any time, and a source that changes gets another.
+A file in the cache, named by what the source was; it may be deleted at any time, and a changed source gets another.
 """
 
 from __future__ import annotations

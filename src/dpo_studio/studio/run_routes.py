@@ -20,7 +20,7 @@ from dpo_studio.studio.curves import Curve, columns, thinned
 from dpo_studio.studio.job_routes import Id, shown_job
 from dpo_studio.studio.processes import holder_of
 from dpo_studio.studio.refusing import Refused
-from dpo_studio.studio.runs import curve_of, find_runs, run_named, summary
+from dpo_studio.studio.runs import curve_of, find_runs, findings, run_named, summary
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.studio.tails import tail
 
@@ -113,7 +113,7 @@ def one_run(here: Here, name: str) -> dict[str, Any]:
         "recipe": facts.recipe_text,
         "result": facts.result,
         "facts": {"environment": facts.environment, "win_rates": facts.win_rates, "notes": list(facts.notes)},
-        "findings": curve_of(here, run).health,
+        "findings": findings(run, curve_of(here, run)),
         "checkpoints": [here.places.shown(path) for path in checkpoints],
         "log": "" if job is None else tail(job.log),
     }

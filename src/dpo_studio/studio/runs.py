@@ -23,7 +23,7 @@ from dpo_studio.studio.processes import holder_of
 from dpo_studio.studio.refusing import Refused
 from dpo_studio.studio.studio import Studio
 
-__all__ = ["curve_of", "find_runs", "run_named", "summary"]
+__all__ = ["curve_of", "find_runs", "findings", "run_named", "summary"]
 
 _DEPTH, _MOST = 3, 1000
 _SMALL = 20_000_000
@@ -98,9 +98,21 @@ def summary(studio: Studio, run: Path) -> dict[str, Any]:
         "started": datetime.datetime.fromtimestamp(_begun(run), datetime.UTC).isoformat(timespec="seconds"),
         "base": _key(recipe, "model", "path"),
         "objective": _key(recipe, "objective", "kind") or "dpo",
-        "health": [finding["title"] for finding in curve.health],
+        "health": [finding["title"] for finding in findings(run, curve)],
         "job": None if job is None else job.id,
     }
+
+
+def findings(run: Path, curve: Curve) -> list[dict[str, Any]]:
+    """What is wrong with a run: as its training judged it, or by the curve so far."""
+    try:
+        result = RunFolder(run).result() or {}
+    except DPOStudioError:
+        result = {}
+    known = result.get("health")
+    if not isinstance(known, list):
+        return curve.health
+    return [each for each in known if isinstance(each, dict) and isinstance(each.get("title"), str)]
 
 
 def _state(run: Path, job: Job | None) -> str:

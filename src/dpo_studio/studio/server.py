@@ -43,6 +43,7 @@ def create_app(studio: Studio) -> FastAPI:
         votes.router,
         generation.router,
         data_routes.router,
+        data_routes.uploads,
         machine.router,
     ):
         app.include_router(router)
