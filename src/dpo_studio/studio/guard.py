@@ -110,11 +110,12 @@ class Guard:
             return None
         if headers.get("sec-fetch-site", "none") not in _OF_OURS:
             return refusal("only the studio's own pages may ask this", status=403)
+        if scope["path"] != LOGIN and not self.door.is_known(asked.cookies.get(self.door.cookie, "")):
+            hint = "`dpo studio --link` prints a link that logs this browser in"
+            return refusal("log in first", status=401, hint=hint)
         if changes and _kind(headers) != _expected(scope["path"]):
             return refusal(f"a body of {_expected(scope['path'])} is expected", status=415)
-        if scope["path"] == LOGIN or self.door.is_known(asked.cookies.get(self.door.cookie, "")):
-            return None
-        return refusal("log in first", status=401, hint="`dpo studio --link` prints a link that logs this browser in")
+        return None
 
 
 class _Bounded:
