@@ -261,6 +261,7 @@ def test_a_thousand_streams_leave_the_studio_answering_in_little_memory(tmp_path
         status = Path(f"/proc/{browser.process.pid}/status").read_text()
         kilobytes = int(next(row.split()[1] for row in status.splitlines() if row.startswith("VmRSS")))
         assert kilobytes < 300_000
+        assert [run["state"] for run in browser.get("/api/runs")] == ["finished"]
 
 
 def test_the_server_loads_no_torch(tmp_path: Path) -> None:

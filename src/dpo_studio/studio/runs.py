@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import datetime
+import json
 import math
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import yaml
@@ -14,7 +17,7 @@ from dpo_studio.config import parse_yaml
 from dpo_studio.disk import UNFINISHED
 from dpo_studio.errors import DPOStudioError
 from dpo_studio.objectives import to_objective
-from dpo_studio.reading import read_json, read_text
+from dpo_studio.reading import parse_json, read_json, read_text
 from dpo_studio.runs.facts import finite
 from dpo_studio.runs.folder import RunFolder, was_begun
 from dpo_studio.studio.curves import Curve
@@ -27,6 +30,8 @@ __all__ = ["curve_of", "find_runs", "findings", "run_named", "summary"]
 
 _DEPTH, _MOST = 3, 1000
 _SMALL = 20_000_000
+_ONE_AT_A_TIME = Lock()
+"""pydantic reads the source of an objective's class, and Python 3.11 cannot parse in two threads at once."""
 
 
 def find_runs(studio: Studio) -> list[Path]:
@@ -71,11 +76,18 @@ def run_named(studio: Studio, name: str) -> Path:
 def curve_of(studio: Studio, run: Path) -> Curve:
     """The metrics of a run so far."""
     recipe = _recipe(run)
-    try:
-        saturates = to_objective(recipe.get("objective") or {}).saturates
-    except ValueError:
-        saturates = True
+    with _ONE_AT_A_TIME:
+        saturates = _saturates(json.dumps(recipe.get("objective") or {}))
     return studio.curves.of(run, _steps(run, recipe) or 0, saturates)
+
+
+@lru_cache(maxsize=256)
+def _saturates(objective: str) -> bool:
+    """As the objective's property; plain DPO's where it cannot be read."""
+    try:
+        return to_objective(parse_json(objective, what="objective")).saturates
+    except (ValueError, DPOStudioError):
+        return True
 
 
 def summary(studio: Studio, run: Path) -> dict[str, Any]:
