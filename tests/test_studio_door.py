@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 import shutil
 import socket
 import subprocess
@@ -9,6 +11,7 @@ import sys
 from collections import Counter
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 from starlette.testclient import TestClient
@@ -18,6 +21,9 @@ from dpo_studio.studio.store import Store
 from dpo_studio.studio.studio import Studio
 from tests.studio_client import PORT, URL, browser_of, served, vote_of
 from tests.tiny_runs import dpo
+
+STARTING = {("/api/jobs", "post"), ("/api/generate", "post")}
+"""Routes that start processes when what they are sent is right."""
 
 
 def test_without_a_cookie_every_path_of_the_api_answers_401(tmp_path: Path) -> None:
@@ -267,3 +273,43 @@ def test_a_thousand_streams_leave_the_studio_answering_in_little_memory(tmp_path
 def test_the_server_loads_no_torch(tmp_path: Path) -> None:
     code = "import sys, dpo_studio.studio.server; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_no_request_makes_the_studio_fail(tmp_path: Path) -> None:
+    """Six hundred random requests over every route that the studio lists, but those that start processes."""
+    draw = random.Random(0)
+    client = browser_of(tmp_path)
+    listed = client.get("/api/openapi.json").json()["paths"]
+    routes = [(path, method) for path in listed for method in listed[path] if (path, method) not in STARTING]
+    values: list[Any] = [
+        None,
+        "",
+        0,
+        -1,
+        1e308,
+        True,
+        [],
+        {},
+        "a" * 3000,
+        "\0",
+        "..",
+        "~",
+        "-x",
+        "a: [b",
+        "x: 1",
+        "9" * 400,
+    ]
+    fields = ["id", "yaml", "values", "name", "run", "out", "choice", "prompt", "path", "without", "edited", "answers"]
+    for _ in range(600):
+        path, method = draw.choice(routes)
+        url = path.replace("{name}", draw.choice(["x", "%00", "a%0Ab", "%ED%A0%80", "CON", "x" * 300]))
+        body: Any = {name: draw.choice(values) for name in draw.sample(fields, draw.randint(0, 6))}
+        if draw.random() < 0.5:
+            body = vote_of(draw.randint(0, 9)) | dict(list(body.items())[:1])
+        asked = {
+            name: draw.choice(["", "-1", "..", "~", "9" * 40, "\0"]) for name in ("path", "points", "limit", "search")
+        }
+        kind = "application/octet-stream" if "uploads" in url else "application/json"
+        content = None if method == "get" else json.dumps(draw.choice([body, body, draw.choice(values)]))
+        said = client.request(method, url, params=asked, content=content, headers={"content-type": kind})
+        assert said.status_code < 500, (method, url, asked, content, said.text)
