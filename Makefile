@@ -2,7 +2,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 ARGS ?=
-WORKERS ?= 2
 # Threads that wait give way to other processes (the reason stands in cli/app.py).
 export GOMP_SPINCOUNT ?= 2000
 
@@ -15,10 +14,8 @@ install: .venv/runtime
 demo: .venv/runtime
 	$(BIN)/dpo demo --out runs/demo
 
-# One worker a core of CI's, each with a gigabyte for itself; a file stays with one worker, which trains what its tests share
-# once. `make test WORKERS=0` is one process, as a debugger wants it.
 test: .venv/dev
-	$(BIN)/python -m pytest -m "not slow" -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 # The GPTQ path on the real bundled model, minutes long; a tiny model takes it in `make test`.
 slow: .venv/dev
