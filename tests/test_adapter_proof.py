@@ -18,7 +18,9 @@ from dpo_studio.models import targets
 from dpo_studio.models.adapters import attach, attach_existing, save_adapter
 from dpo_studio.models.targets import all_linear
 from dpo_studio.policy.proof import prove_adapter, prove_trial
-from tests.conftest import moved, plain_logps, policy_on, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import moved, policy_on
+from tests.textbook import plain_logps
 from tests.tiny_models import tiny_model
 from tests.tiny_tokenizers import VOCABULARY
 

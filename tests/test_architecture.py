@@ -137,6 +137,26 @@ def test_every_public_name_is_used_or_exported() -> None:
     assert_none(idle, "names in __all__ that nothing uses")
 
 
+def test_conftest_holds_fixtures_and_hooks_and_nothing_to_import() -> None:
+    """pytest finds those by itself; what a test calls by name is in a module whose name says what it is."""
+    tree = ast.parse((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"))
+    functions = [node for node in tree.body if isinstance(node, ast.FunctionDef)]
+    found = [
+        node.name
+        for node in functions
+        if not node.name.startswith("pytest_")
+        and "pytest.fixture" not in map(ast.unparse, map(_called, node.decorator_list))
+    ]
+    assert functions
+    assert_none(found, "helpers in tests/conftest.py")
+    others = [type(node).__name__ for node in tree.body[1:] if node not in functions]
+    assert set(others) <= {"Import", "ImportFrom"}, "tests/conftest.py has more than imports and functions"
+
+
+def _called(decorator: ast.expr) -> ast.expr:
+    return decorator.func if isinstance(decorator, ast.Call) else decorator
+
+
 def test_no_private_name_leaves_its_room() -> None:
     found = []
     for path in sorted(SRC.rglob("*.py")):

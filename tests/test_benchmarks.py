@@ -32,8 +32,9 @@ from jobs import Job, Rival, check_system, measure, on_gptq
 from meter import Meter
 from ours import gptq_linear, unshared_pack
 from shapes import MIXES, SHAPES, random_model, random_pairs, unique_tokens
-from tests.conftest import policy_on, write_pairs
-from tests.conftest import random_pairs as short_pairs
+from tests.pairs_of_ids import random_pairs as short_pairs
+from tests.policies import policy_on
+from tests.tiny_runs import write_pairs
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 

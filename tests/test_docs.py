@@ -164,11 +164,11 @@ RESULTS = [json.loads(file.read_text()) for file in (ROOT / "benchmarks" / "resu
 @pytest.mark.parametrize(
     ("row", "mix", "precomputed", "gptq"),
     [
-        ("UltraFeedback lengths", "ultrafeedback", False, False),
+        ("sequence lengths of UltraFeedback", "ultrafeedback", False, False),
         ("reference log-probs cached", "ultrafeedback", True, False),
         ("long chats", "long-chats", False, False),
         ("long prompts and short answers", "summarisation", False, False),
-        ("GPTQ 4-bit base, `packed`", "ultrafeedback", False, True),
+        ("`residency: packed`", "ultrafeedback", False, True),
     ],
 )
 def test_a_ratio_over_trl_says_over_how_many_of_its_settings(row: str, mix: str, precomputed: bool, gptq: bool) -> None:

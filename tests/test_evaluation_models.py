@@ -27,7 +27,9 @@ from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.sampling.completion import Completion
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import encode_pairs
-from tests.conftest import encoded, plain_logps, plain_peft_on, policy_on
+from tests.pairs_of_ids import encoded
+from tests.policies import plain_peft_on, policy_on
+from tests.textbook import plain_logps
 from tests.tiny_models import tiny_folder, tiny_model
 from tests.tiny_runs import dpo, write_rows
 from tests.tiny_tokenizers import VOCABULARY, tiny_tokenizer

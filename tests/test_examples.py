@@ -21,7 +21,7 @@ from dpo_studio.objectives import DPO
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.tokens.encode import encode_pairs
-from tests.conftest import take_steps
+from tests.policies import take_steps
 from tests.tiny_runs import tiny_rows, write_rows
 
 LOOP = Path(__file__).parents[1] / "examples" / "loop.py"

@@ -14,7 +14,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.export.merge import Delta, adapter_deltas, merge, rounded, save_plain
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
-from tests.conftest import plain_peft_on, policy_on
+from tests.policies import plain_peft_on, policy_on
 from tests.tiny_models import tiny_folder, tiny_model
 
 ULP = 2.0**-7

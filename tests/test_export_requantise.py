@@ -24,7 +24,7 @@ from dpo_studio.export.requantise import (
     quantise,
     resolved,
 )
-from tests.conftest import encoded
+from tests.pairs_of_ids import encoded
 
 
 def config_folder(folder: Path, hidden: int, intermediate: int, **changes: Any) -> Path:

@@ -34,7 +34,9 @@ from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import Steps, pack
-from tests.conftest import columns, gradients, plain_logps, plain_peft_on, policy_on, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import plain_peft_on, policy_on
+from tests.textbook import columns, gradients, plain_logps
 from tests.tiny_models import tiny_folder, tiny_model
 from tests.tiny_runs import dpo, write_recipe
 

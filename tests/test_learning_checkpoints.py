@@ -27,7 +27,7 @@ from dpo_studio.learning.held_out import evaluate
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.workflows.training import held_out, run_training, session
 from dpo_studio.workflows.training.run_log import RunLog
-from tests.conftest import write_pairs
+from tests.tiny_runs import write_pairs
 
 SETTINGS: dict[str, Any] = {
     "adapter": {"rank": 4, "alpha": 8, "dropout": 0.1},

@@ -10,7 +10,9 @@ from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.layers import RUNGS
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import pack
-from tests.conftest import plain_logps, plain_peft_on, policy_on, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import plain_peft_on, policy_on
+from tests.textbook import plain_logps
 
 SIX = random_pairs(6)
 

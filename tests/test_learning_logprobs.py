@@ -25,7 +25,9 @@ from dpo_studio.models.attention import DENSE, FLEX, PAIRS, row_inputs
 from dpo_studio.tokens import pack as tokens_pack
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Span, pack
-from tests.conftest import columns, encoded, gradients, plain_logps, plain_peft_on, policy_on, random_pairs
+from tests.pairs_of_ids import encoded, random_pairs
+from tests.policies import plain_peft_on, policy_on
+from tests.textbook import columns, gradients, plain_logps
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 ODD = [

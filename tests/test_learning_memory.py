@@ -33,7 +33,8 @@ from dpo_studio.models.lora import LoraLinear
 from dpo_studio.objectives import AOT, DPO, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
-from tests.conftest import policy_on, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import policy_on
 from tests.tiny_runs import dpo, write_recipe
 
 THIRTY = random_pairs(30)

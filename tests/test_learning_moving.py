@@ -24,7 +24,9 @@ from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.policy.moving import RANKS_KEPT, _truncated, move_reference, put_reference, reference_state
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack
-from tests.conftest import moved, plain_logps, plain_peft_on, policy_on, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import moved, plain_peft_on, policy_on
+from tests.textbook import plain_logps
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import dpo, write_recipe
 

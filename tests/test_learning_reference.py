@@ -29,8 +29,11 @@ from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import micro_batches
 from dpo_studio.workflows.training import preparing, run_training
-from tests.conftest import encoded, plain_logps, policy_on, random_pairs, write_pairs
+from tests.pairs_of_ids import encoded, random_pairs
+from tests.policies import policy_on
+from tests.textbook import plain_logps
 from tests.tiny_models import tiny_folder, tiny_model
+from tests.tiny_runs import write_pairs
 
 THIRTY = random_pairs(30)
 

@@ -45,7 +45,9 @@ from dpo_studio.objectives import (
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack
-from tests.conftest import plain_logps, policy_on, random_pairs, take_steps
+from tests.pairs_of_ids import random_pairs
+from tests.policies import policy_on, take_steps
+from tests.textbook import plain_logps
 from tests.tiny_models import tiny_model
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny_llama_losses.json"

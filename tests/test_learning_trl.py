@@ -52,7 +52,8 @@ from dpo_studio.objectives import (
 )
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import Steps
-from tests.conftest import plain_peft_on, policy_on, random_pairs, take_steps
+from tests.pairs_of_ids import random_pairs
+from tests.policies import plain_peft_on, policy_on, take_steps
 from tests.tiny_tokenizers import tiny_tokenizer
 
 STEPS = 20

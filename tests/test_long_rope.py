@@ -24,7 +24,9 @@ from dpo_studio.models.folder import open_model
 from dpo_studio.sampling.generation import generate
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import pack, split_at_position
-from tests.conftest import columns, encoded, gradients, moved, plain_logps
+from tests.pairs_of_ids import encoded
+from tests.policies import moved
+from tests.textbook import columns, gradients, plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_tokenizers import VOCABULARY
 

@@ -35,7 +35,9 @@ from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.lora import LoraLinear
 from dpo_studio.objectives import DPO
 from dpo_studio.tokens.pack import pack
-from tests.conftest import moved, plain_logps, policy_on, random_pairs, take_steps
+from tests.pairs_of_ids import random_pairs
+from tests.policies import moved, policy_on, take_steps
+from tests.textbook import plain_logps
 from tests.tiny_models import tiny_folder, tiny_model
 
 EIGHT = random_pairs(8)

@@ -39,7 +39,7 @@ from dpo_studio.models.attention import (
     row_inputs,
 )
 from dpo_studio.tokens.pack import Span, pack
-from tests.conftest import encoded, random_pairs
+from tests.pairs_of_ids import encoded, random_pairs
 from tests.tiny_models import ARCHITECTURES, tiny_model
 
 TWO = [encoded([11, 12], [21, 22, 23], [31, 32]), encoded([13], [24, 25], [33])]

@@ -32,8 +32,10 @@ from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.load import load_chat_model
 from dpo_studio.policy.proof import prove_adapter, prove_trial
 from dpo_studio.tokens.pack import pack
-from tests.conftest import SECTION, columns, gradients, moved, plain_logps, random_pairs
 from tests.gptq_oracle import CASES, INPUTS, OUTPUTS, case_name, in_own_process
+from tests.pairs_of_ids import random_pairs
+from tests.policies import SECTION, moved
+from tests.textbook import columns, gradients, plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo, write_recipe
 

@@ -23,7 +23,8 @@ from dpo_studio.learning import logprobs
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
 from dpo_studio.tokens.pack import pack
-from tests.conftest import columns, plain_logps, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.textbook import columns, plain_logps
 from tests.tiny_models import tiny_model
 
 

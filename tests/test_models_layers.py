@@ -17,7 +17,9 @@ from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.layers import RUNGS, compiled_layers, set_recompute
 from dpo_studio.tokens.pack import pack
-from tests.conftest import gradients, moved, policy_on, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import moved, policy_on
+from tests.textbook import gradients
 from tests.tiny_models import ARCHITECTURES
 from tests.tiny_tokenizers import VOCABULARY
 

@@ -15,7 +15,9 @@ from dpo_studio.frozen.products import adapter_disabled, products
 from dpo_studio.frozen.weights import flatten
 from dpo_studio.models.adapters import as_reference, attach
 from dpo_studio.models.lora import LoraLinear
-from tests.conftest import moved, plain_logps, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import moved
+from tests.textbook import plain_logps
 from tests.tiny_models import tiny_model
 
 RANKS = (4, 2, 3)

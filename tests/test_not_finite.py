@@ -19,7 +19,8 @@ from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.finite import check_finite_adapter
 from dpo_studio.objectives import DPO
 from dpo_studio.policy.policy import Policy
-from tests.conftest import policy_on, random_pairs, take_steps
+from tests.pairs_of_ids import random_pairs
+from tests.policies import policy_on, take_steps
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 
 

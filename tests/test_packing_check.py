@@ -25,7 +25,8 @@ from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.lora import LoraLinear
 from dpo_studio.tokens.chat import AnswerIds, ChatEncoder, PairError, PairIds
 from dpo_studio.workflows import loading
-from tests.conftest import SECTION, policy_on, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import SECTION, policy_on
 from tests.tiny_models import tiny_model
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 

@@ -30,7 +30,8 @@ from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs
 from dpo_studio.workflows.scoring import score_pairs
-from tests.conftest import SECTION, moved, policy_on, random_pairs
+from tests.pairs_of_ids import random_pairs
+from tests.policies import SECTION, moved, policy_on
 from tests.test_long_rope import long_model
 from tests.tiny_models import _SHAPE, ARCHITECTURES, tiny_folder, tiny_model
 from tests.tiny_runs import tiny_rows, write_rows

@@ -22,7 +22,7 @@ from dpo_studio.tokens.pack import (
     packed_tokens,
     pair_order,
 )
-from tests.conftest import encoded, random_pairs
+from tests.pairs_of_ids import encoded, random_pairs
 
 TWO = [encoded([11, 12], [21, 22, 23], [31, 32]), encoded([13], [24, 25], [33])]
 

@@ -17,7 +17,7 @@ from dpo_studio.sampling.generation import generate
 from dpo_studio.workflows.evaluating import completions
 from dpo_studio.workflows.evaluating import run as evaluating
 from dpo_studio.workflows.evaluating.run import default_judge
-from tests.conftest import plain_logps
+from tests.textbook import plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -105,7 +105,7 @@ def test_kl_is_the_plain_models(run: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     from dpo_studio.workflows.loading import load_any
-    from tests.conftest import encoded
+    from tests.pairs_of_ids import encoded
 
     _, rates = evaluated(run)
     loaded = load_any(str(run))

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import yaml
 
 from dpo_studio.cli import main
 from tests.tiny_tokenizers import TEXT
 
-__all__ = ["Said", "dpo", "tiny_rows", "write_recipe", "write_rows"]
+__all__ = ["Said", "dpo", "tiny_rows", "write_pairs", "write_recipe", "write_rows"]
 
 _WORDS = TEXT.split()
 
@@ -97,6 +98,21 @@ def tiny_rows(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
 def write_rows(file: Path, rows: Iterable[object]) -> Path:
     """JSON Lines; a text stands as it is, so that a line may be no JSON."""
     file.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return file
+
+
+def write_pairs(file: Path, count: int, *, seed: int = 0) -> Path:
+    """`count` pairs of text, prompt, chosen and rejected: every prompt another, answers of one to nine words."""
+    words = ["dry", "it", "keep", "off", "and", "wait", "a", "day", "before", "the", "bread", "does", "rise", "warmer"]
+    draw = np.random.default_rng(seed)
+
+    def text() -> str:
+        return " ".join(draw.choice(words, draw.integers(1, 10)))
+
+    rows = [
+        {"prompt": f"{text()} {seed}.{row}?", "chosen": f"{text()} {row}.", "rejected": text()} for row in range(count)
+    ]
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return file
 
 
