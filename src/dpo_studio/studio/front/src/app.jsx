@@ -39,6 +39,7 @@ function useAddress() {
       document.querySelector("h1")?.focus();
     };
     addEventListener("hashchange", on);
+    setNow(address()); // it may have changed since the first rendering
     return () => removeEventListener("hashchange", on);
   }, []);
   return now;

@@ -5,6 +5,7 @@ import "uplot/dist/uPlot.min.css";
 
 const COLOURS = ["--tuned", "--base", "--better", "--worse", "--unclear", "--muted"];
 const HEIGHT = 230;
+const STEPS = [1, 2, 5].flatMap((each) => [1, 10, 100, 1e3, 1e4, 1e5].map((size) => each * size)).sort((a, b) => a - b);
 
 /** `lines`: [{label, values}]; `x`: steps. What it shows is said in words for those who cannot see it. */
 export function Curve({ title, note, x, lines }) {
@@ -22,7 +23,7 @@ export function Curve({ title, note, x, lines }) {
           width: place.current.clientWidth,
           height: HEIGHT,
           scales: { x: { time: false } },
-          axes: [axis, { ...axis, size: 56 }],
+          axes: [{ ...axis, incrs: STEPS }, { ...axis, size: 56 }],
           legend: { live: true },
           series: [
             { label: "step" },

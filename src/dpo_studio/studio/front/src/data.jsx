@@ -7,7 +7,7 @@ import { Empty, Field, Trouble, Turns, Waiting, link, useAction, useGet } from "
 const PAGE = 20;
 
 export function Data({ path = "" }) {
-  const [typed, setTyped] = useState(path || "bundled");
+  const [typed, setTyped] = useState(path || "bundled:everyday");
   const open = (name) => {
     location.hash = `${link("data")}?path=${encodeURIComponent(name)}`;
   };
@@ -21,7 +21,7 @@ export function Data({ path = "" }) {
           open(typed.trim());
         }}
       >
-        <Field label="Pairs" help="a file or folder here, `bundled`, or a dataset's id on the Hub (which is downloaded)">
+        <Field label="Pairs" help="a file or folder here, `bundled:everyday`, or a dataset's id on the Hub (which is downloaded)">
           <input value={typed} onInput={(event) => setTyped(event.target.value)} />
         </Field>
         <Field label="or a file of this browser's machine" help="up to 1 GiB, into uploads/">
@@ -41,7 +41,7 @@ export function Data({ path = "" }) {
       ) : (
         <Empty title="No pairs are open">
           <p>
-            A pair is a prompt with a chosen and a rejected answer. Open a file, or <code>bundled</code> to see the pairs
+            A pair is a prompt with a chosen and a rejected answer. Open a file, or <code>bundled:everyday</code> to see the pairs
             that come with DPO Studio.
           </p>
         </Empty>
@@ -70,10 +70,10 @@ function Report({ path }) {
       ) : (
         report && (
           <div class="findings">
-            {(report.findings ?? []).map((finding) => (
+            {report.findings.filter(({ level }) => level !== "fine").map((finding) => (
               <details key={finding.name} class={`panel finding ${TONES[finding.level] ?? "none"}`}>
                 <summary>
-                  {finding.title} <span class="chip">{finding.count}</span>
+                  {finding.title} <span class="chip">{finding.count.toLocaleString()}</span>
                 </summary>
                 {[finding.detail, finding.does, finding.todo].filter(Boolean).map((text) => (
                   <p key={text}>{text}</p>
@@ -85,7 +85,9 @@ function Report({ path }) {
                 ))}
               </details>
             ))}
-            {!report.findings?.length && <p class="muted">Nothing was found.</p>}
+            <p class="muted">
+              Looked for and fine: {report.findings.filter(({ level }) => level === "fine").map(({ title }) => title).join(", ") || "nothing"}.
+            </p>
           </div>
         )
       )}
@@ -137,12 +139,12 @@ function Pairs({ path }) {
         <Waiting>Indexing, {value.rows} rows so far</Waiting>
       ) : (
         <>
-          <Pager total={value.total} offset={offset} onOffset={setOffset} />
+          <Pager place="above" total={value.total} offset={offset} onOffset={setOffset} />
           {value.pairs.map((pair) => (
             <PairCard key={pair.row} pair={pair} isAside={aside.includes(pair.row)} onAside={() => toggle(pair.row)} />
           ))}
           {!value.pairs.length && <p class="muted">No row matches.</p>}
-          <Pager total={value.total} offset={offset} onOffset={setOffset} />
+          <Pager place="below" total={value.total} offset={offset} onOffset={setOffset} />
         </>
       )}
       <form
@@ -174,9 +176,9 @@ function Pairs({ path }) {
   );
 }
 
-function Pager({ total, offset, onOffset }) {
+function Pager({ total, offset, onOffset, place }) {
   return (
-    <p class="actions" role="navigation" aria-label="pages of pairs">
+    <p class="actions" role="navigation" aria-label={`pages of pairs, ${place}`}>
       <button type="button" disabled={offset === 0} onClick={() => onOffset(Math.max(0, offset - PAGE))}>
         Back
       </button>

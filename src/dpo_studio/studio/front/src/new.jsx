@@ -3,7 +3,16 @@ import { useEffect, useState } from "preact/hooks";
 import { newId, post } from "./api.js";
 import { Command, Field, Job, Trouble, Waiting, link, useAction, useGet } from "./parts.jsx";
 
-const FIRST = ["model.path", "data.train.source", "data.held_out.fraction", "data.max_length"];
+const FIRST = ["model.path", "data.train.source", "data.held_out.fraction", "data.max_length", "objective.kind", "objective.beta"];
+
+/** Objectives have fields of their own: the form has the kind and beta, the YAML beside it all of them. */
+function objective(schema) {
+  const kinds = (schema.properties.objective?.oneOf ?? []).map((each) => resolved(each, schema).properties.kind.const);
+  return [
+    [["objective", "kind"], { enum: kinds, default: "dpo", description: "the loss" }],
+    [["objective", "beta"], { default: 0.1, description: "how closely the policy is held to the reference" }],
+  ];
+}
 
 const set = (values, path, value) => {
   const [key, ...rest] = path;
@@ -37,8 +46,8 @@ function read(text) {
   return text.trim() !== "" && Number.isFinite(Number(text)) ? Number(text) : text;
 }
 
-function Input({ path, schema, value, onValue }) {
-  const common = { name: path.join("."), onChange: (event) => onValue(read(event.target.value)) };
+function Input({ path, schema, value, onValue, ...described }) {
+  const common = { ...described, name: path.join("."), onChange: (event) => onValue(read(event.target.value)) };
   const shown = value ?? "";
   const options = schema.enum ?? (schema.type === "boolean" ? [true, false] : null);
   if (options)
@@ -80,7 +89,7 @@ export function NewRun({ source = "" }) {
   const [name, setName] = useState("my-run");
   const [values, setValues] = useState({
     model: { path: "bundled:smollm2-135m-instruct" },
-    data: { train: { source: source || "bundled" }, held_out: { fraction: 0.1 } },
+    data: { train: { source: source || "bundled:everyday" }, held_out: { fraction: 0.1 } },
     run: { folder: "runs/my-run" },
   });
   const [typed, setTyped] = useState(null);
@@ -98,7 +107,8 @@ export function NewRun({ source = "" }) {
     return () => clearTimeout(timer);
   }, [values, typed, name]);
   if (!schema) return error ? <Trouble error={error} /> : <Waiting />;
-  const keys = keysOf(schema, schema).filter(([, each]) => each.type !== "object" && each.type !== "array" && !each.oneOf);
+  const plain = keysOf(schema, schema).filter(([, each]) => each.type !== "object" && each.type !== "array" && !each.oneOf);
+  const keys = [...plain, ...objective(schema)];
   const isFirst = ([path]) => FIRST.includes(path.join("."));
   const sections = [...new Set(keys.map(([path]) => path[0]))];
   const others = checked.errors.filter((each) => !keys.some(([path]) => path.join(".") === each.field));

@@ -1,5 +1,6 @@
 // Parts that several pages share.
-import { useCallback, useEffect, useRef, useState } from "preact/hooks";
+import { cloneElement } from "preact";
+import { useCallback, useEffect, useId, useRef, useState } from "preact/hooks";
 import { get } from "./api.js";
 
 export const percent = (value) => (value == null ? "–" : `${(100 * value).toFixed(1)} %`);
@@ -75,17 +76,22 @@ export const Empty = ({ title, children }) => (
 );
 
 export function Field({ label, help, error, children }) {
+  const id = useId();
   return (
-    <label class="field">
-      <span>{label}</span>
-      {children}
-      {help && <small>{help}</small>}
-      {error && (
-        <small class="wrong" role="alert">
-          {error.message} {error.hint}
-        </small>
-      )}
-    </label>
+    <div class="field">
+      <label>
+        <span>{label}</span>
+        {cloneElement(children, { "aria-describedby": id, "aria-invalid": Boolean(error) })}
+      </label>
+      <div id={id}>
+        {help && <small>{help}</small>}
+        {error && (
+          <small class="wrong" role="alert">
+            {error.message} {error.hint}
+          </small>
+        )}
+      </div>
+    </div>
   );
 }
 
@@ -133,14 +139,3 @@ export const Turns = ({ of }) =>
       {turn.content}
     </p>
   ));
-
-export function Interval({ row }) {
-  return (
-    <span>
-      {percent(row.value)}{" "}
-      <span class="muted">
-        ({percent(row.low)} to {percent(row.high)})
-      </span>
-    </span>
-  );
-}

@@ -22,11 +22,9 @@ function WinRates({ rows, caption }) {
               <th scope="row">{row.models[0]}</th>
               <td>{row.models[1]}</td>
               <td class="n">
-                {percent(row.rate ?? row.value ?? row.win_rate)}{" "}
+                {percent(row.win_rate)}{" "}
                 <span class="muted">
-                  {Array.isArray(row.interval)
-                    ? `${percent(row.interval[0])} to ${percent(row.interval[1])}`
-                    : `${percent(row.low)} to ${percent(row.high)}`}
+                  ({percent(row.win_rate_ci95[0])} to {percent(row.win_rate_ci95[1])}, {row.n_prompts} prompts)
                 </span>
               </td>
               <td class="n">
@@ -58,8 +56,8 @@ export function Votes() {
   const strengths = Object.entries(summary.bradley_terry ?? {}).sort((a, b) => b[1] - a[1]);
   return (
     <>
-      <p class="lead">
-        {summary.votes} votes. A tie counts one half; the interval is a percentile bootstrap over prompts.
+      <p class="muted lead">
+        {summary.votes} votes. A tie, or both bad, counts one half; the interval is a percentile bootstrap over prompts.
       </p>
       <WinRates rows={summary.pairs} caption="All prompts" />
       {sets.length > 1 &&
