@@ -60,7 +60,8 @@ def test_the_loop_from_pairs_to_votes_to_training_on_the_votes(chromium: Browser
         page.get_by_role("link", name="Train on these pairs").click()
 
         train(page, "first")
-        go(page, "run/runs%2Ffirst")
+        go(page, "runs")
+        page.get_by_role("link", name="runs/first").click(timeout=LONG)
         expect(page.get_by_text("finished", exact=True)).to_be_visible(timeout=LONG)
         expect(page.get_by_role("img", name="Loss over steps")).to_be_visible()
 
@@ -76,13 +77,15 @@ def test_the_loop_from_pairs_to_votes_to_training_on_the_votes(chromium: Browser
         go(page, "votes")
         expect(page.get_by_text("10 votes")).to_be_visible()
         page.get_by_role("button", name="Export as pairs").click()
-        page.get_by_role("status").get_by_role("link", name="Train on these votes").click()
+        expect(page.get_by_role("status")).to_contain_text("6 pairs are in votes.jsonl; 2 ties and 2")
+        page.get_by_role("link", name="Train on these votes").click()
         pairs = [json.loads(line) for line in (tmp_path / "votes.jsonl").read_text().splitlines()]
         for vote, pair in zip([vote for vote in kept if vote["choice"] in ("left", "right")], pairs, strict=True):
             assert pair["chosen"][0]["content"] == vote["answers"][vote["choice"]]
 
         train(page, "second", fraction="0")
-        go(page, "run/runs%2Fsecond")
+        go(page, "runs")
+        page.get_by_role("link", name="runs/second").click(timeout=LONG)
         expect(page.get_by_text("finished", exact=True)).to_be_visible(timeout=LONG)
         page.get_by_role("link", name="Export").last.click()
         page.get_by_label("Into the folder").fill("out")
@@ -97,7 +100,10 @@ def train(page: Page, name: str, fraction: str = "0.2") -> None:
     page.get_by_label("Name", exact=True).fill(name)
     page.get_by_label("model.path").fill("tiny")
     page.get_by_label("data.held_out.fraction").fill(fraction)
-    page.get_by_label("data.held_out.fraction").press("Tab")
+    page.get_by_text("All of training").click()
+    page.get_by_label("training.pairs_per_step").fill("2")
+    page.get_by_label("training.learning_rate").fill("0.01")  # so that a tiny model answers otherwise than its base
+    page.get_by_label("training.learning_rate").press("Tab")
     expect(page.get_by_label("Recipe (YAML)")).to_have_value(re.compile(f"folder: runs/{name}"))
     page.get_by_role("button", name="Start training").click()
     expect(page.get_by_text(f"$ dpo train ./{name}.yaml")).to_be_visible(timeout=LONG)

@@ -111,7 +111,8 @@ def export(here: Here, asked: Export) -> dict[str, Any]:
     kept = _all(here)
     pairs = [pair for each in kept if (pair := _pair(each)) is not None]
     if not pairs:
-        raise Refused("no vote prefers an answer", hint="compare some answers first; ties make no pair", field="out")
+        hint = "compare some answers first; ties, and answers that are alike or empty, make no pair"
+        raise Refused("no vote prefers one of two answers", hint=hint, field="out")
     check_outputs({"out": file})
     text = "".join(json.dumps(trl_row(pair), ensure_ascii=False) + "\n" for pair in pairs)
     write_atomically(file, text, overwrite=False)

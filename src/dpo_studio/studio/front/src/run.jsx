@@ -21,12 +21,14 @@ function useCurve(name) {
   useEffect(() => {
     let events;
     let gone = false;
+    let timer;
     const path = `/api/runs/${encodeURIComponent(name)}`;
     const begin = async () => {
       try {
         const { columns, held_out, last_step } = await get(`${path}/metrics?points=2000`);
         if (gone) return;
         setCurve({ columns, held_out });
+        setError(null);
         events = new EventSource(`${path}/events?after=${last_step}`);
         events.onopen = () => setLive(true);
         events.onerror = () => setLive(false);
@@ -40,12 +42,15 @@ function useCurve(name) {
           setError(JSON.parse(event.data));
         });
       } catch (failed) {
+        if (gone) return;
         setError(failed);
+        timer = setTimeout(begin, 2000); // a run that was just started has no folder yet
       }
     };
     begin();
     return () => {
       gone = true;
+      clearTimeout(timer);
       events?.close();
     };
   }, [name]);
