@@ -62,7 +62,7 @@ def test_the_loop_from_pairs_to_votes_to_training_on_the_votes(chromium: Browser
         train(page, "first")
         go(page, "runs")
         page.get_by_role("link", name="runs/first").click(timeout=LONG)
-        expect(page.get_by_text("finished", exact=True)).to_be_visible(timeout=LONG)
+        expect(page.locator(".about .chip")).to_have_text("finished", timeout=LONG)
         expect(page.get_by_role("img", name="Loss over steps")).to_be_visible()
 
         go(page, "compare?left=tiny&right=runs%2Ffirst")
@@ -86,11 +86,11 @@ def test_the_loop_from_pairs_to_votes_to_training_on_the_votes(chromium: Browser
         train(page, "second", fraction="0")
         go(page, "runs")
         page.get_by_role("link", name="runs/second").click(timeout=LONG)
-        expect(page.get_by_text("finished", exact=True)).to_be_visible(timeout=LONG)
+        expect(page.locator(".about .chip")).to_have_text("finished", timeout=LONG)
         page.get_by_role("link", name="Export").last.click()
         page.get_by_label("Into the folder").fill("out")
         page.get_by_role("button", name="Export").click()
-        expect(page.get_by_text("finished", exact=True)).to_be_visible(timeout=LONG)
+        expect(page.locator(".panel .chip")).to_have_text("finished", timeout=LONG)
         assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not wrong
 
