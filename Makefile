@@ -5,7 +5,7 @@ ARGS ?=
 # Threads that wait give way to other processes (the reason stands in cli/app.py).
 export GOMP_SPINCOUNT ?= 2000
 
-.PHONY: install demo test slow faults mutants check format benchmark clean
+.PHONY: install demo studio front chromium test slow faults mutants check format benchmark clean
 
 install: .venv/runtime
 	@echo 'Installed. In this shell: . .venv/bin/activate'
@@ -14,8 +14,20 @@ install: .venv/runtime
 demo: .venv/runtime
 	$(BIN)/dpo demo --out runs/demo
 
-test: .venv/dev
+test: .venv/dev chromium
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
+
+# The studio's pages are tested in a real browser.
+chromium:
+	@command -v chromium > /dev/null || { apt-get update -qq && apt-get install -y -qq chromium > /dev/null; }
+
+# Rebuilds the studio's pages (node and npm are needed); the result is committed.
+front:
+	npm ci --ignore-scripts --no-audit --no-fund
+	node src/dpo_studio/studio/front/build.mjs
+
+studio: .venv/studio
+	$(BIN)/dpo studio --folder .
 
 # The GPTQ path on the real bundled model, minutes long; a tiny model takes it in `make test`.
 slow: .venv/dev
@@ -53,6 +65,10 @@ benchmark: .venv/dev
 .venv/runtime: pyproject.toml | .venv
 	$(BIN)/python -m pip install --quiet --editable .
 	@touch $@
+
+.venv/studio: pyproject.toml | .venv
+	$(BIN)/python -m pip install --quiet --editable '.[studio]'
+	@touch $@ .venv/runtime
 
 .venv/dev: pyproject.toml | .venv
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'

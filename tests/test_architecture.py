@@ -20,7 +20,7 @@ ROOT = SRC.parents[1]
 ROOMS = (
     *("errors", "paths", "disk", "ranks", "scan"),
     *("objectives", "config", "console", "frozen", "runs", "preferences", "tokens", "doctor", "models", "policy"),
-    *("reports", "learning", "sampling", "evaluation", "export", "workflows", "cli", "studio"),
+    *("reports", "learning", "sampling", "evaluation", "export", "workflows", "studio", "cli"),
 )
 """Low to high, as docs/design.md lists them: a room imports from itself and from those before it."""
 BESIDE = {"reading": "disk", "cache": "disk", "sizes": "scan", "writing": "runs", "__main__": "cli"}

@@ -24,6 +24,7 @@ from dpo_studio.cli.generate import generate
 from dpo_studio.cli.quantize import quantize
 from dpo_studio.cli.schema import schema
 from dpo_studio.cli.score import score
+from dpo_studio.cli.studio import studio
 from dpo_studio.cli.sweep import sweep
 from dpo_studio.cli.train import train
 
@@ -37,7 +38,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for _verb in (demo, train, sweep, score, generate, chat, quantize, export):
+for _verb in (demo, train, sweep, score, generate, chat, quantize, export, studio):
     app.command()(_verb)
 app.command("eval")(evaluate)
 app.command()(schema)

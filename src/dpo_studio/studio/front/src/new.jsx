@@ -1,0 +1,163 @@
+// A new run: a form made of the recipe's JSON Schema beside the YAML that it writes, the command, and its start.
+import { useEffect, useState } from "preact/hooks";
+import { newId, post } from "./api.js";
+import { Command, Field, Job, Trouble, Waiting, link, useAction, useGet } from "./parts.jsx";
+
+const FIRST = ["model.path", "data.train.source", "data.held_out.fraction", "data.max_length", "objective.kind", "objective.beta"];
+
+/** Objectives have fields of their own: the form has the kind and beta, the YAML beside it all of them. */
+function objective(schema) {
+  const kinds = (schema.properties.objective?.oneOf ?? []).map((each) => resolved(each, schema).properties.kind.const);
+  return [
+    [["objective", "kind"], { enum: kinds, default: "dpo", description: "the loss" }],
+    [["objective", "beta"], { default: 0.1, description: "how closely the policy is held to the reference" }],
+  ];
+}
+
+const set = (values, path, value) => {
+  const [key, ...rest] = path;
+  const inside = { ...(values ?? {}) };
+  if (rest.length) inside[key] = set(inside[key], rest, value);
+  else inside[key] = value;
+  if (inside[key] === undefined || (rest.length && !Object.keys(inside[key]).length)) delete inside[key];
+  return inside;
+};
+const at = (values, path) => path.reduce((value, key) => value?.[key], values);
+
+/** The keys of a schema as a flat list: [path, schema]. Choices of sections show the fields of their first one. */
+function keysOf(schema, root, path = []) {
+  const whole = resolved(schema, root);
+  if (!whole.properties) return [[path, whole]];
+  return Object.entries(whole.properties).flatMap(([key, inside]) => keysOf(inside, root, [...path, key]));
+}
+
+function resolved(schema, root) {
+  if (schema.$ref) return { ...resolved(root.$defs[schema.$ref.split("/").pop()], root), ...without(schema, "$ref") };
+  const parts = (schema.anyOf ?? schema.allOf ?? []).filter((part) => part.type !== "null");
+  if (parts.length === 1) return { ...resolved(parts[0], root), ...without(schema, "anyOf", "allOf") };
+  return schema;
+}
+const without = (value, ...keys) => Object.fromEntries(Object.entries(value).filter(([key]) => !keys.includes(key)));
+
+/** What was typed, as the YAML would read it: numbers and true/false where they are, text otherwise. */
+function read(text) {
+  if (text === "") return undefined;
+  if (text === "true" || text === "false") return text === "true";
+  return text.trim() !== "" && Number.isFinite(Number(text)) ? Number(text) : text;
+}
+
+function Input({ path, schema, value, onValue, ...described }) {
+  const common = { ...described, name: path.join("."), onChange: (event) => onValue(read(event.target.value)) };
+  const shown = value ?? "";
+  const options = schema.enum ?? (schema.type === "boolean" ? [true, false] : null);
+  if (options)
+    return (
+      <select {...common} value={String(shown)}>
+        <option value="">default ({String(schema.default ?? "–")})</option>
+        {options.map((option) => (
+          <option key={option} value={String(option)}>
+            {String(option)}
+          </option>
+        ))}
+      </select>
+    );
+  return <input {...common} value={shown} placeholder={schema.default == null ? "" : String(schema.default)} />;
+}
+
+function Section({ title, keys, values, errors, onValues, open }) {
+  if (!keys.length) return null;
+  return (
+    <details open={open}>
+      <summary>{title}</summary>
+      <div class="form">
+        {keys.map(([path, schema]) => {
+          const name = path.join(".");
+          const error = errors.find((each) => each.field === name);
+          return (
+            <Field key={name} label={name} help={schema.description} error={error}>
+              <Input path={path} schema={schema} value={at(values, path)} onValue={(value) => onValues(set(values, path, value))} />
+            </Field>
+          );
+        })}
+      </div>
+    </details>
+  );
+}
+
+export function NewRun({ source = "" }) {
+  const { value: schema, error } = useGet("/api/schema");
+  const [name, setName] = useState("my-run");
+  const [values, setValues] = useState({
+    model: { path: "bundled:smollm2-135m-instruct" },
+    data: { train: { source: source || "bundled:everyday" }, held_out: { fraction: 0.1 } },
+    run: { folder: "runs/my-run" },
+  });
+  const [typed, setTyped] = useState(null);
+  const [checked, setChecked] = useState({ yaml: "", errors: [], command: "" });
+  const [job, setJob] = useState(null);
+  const asked = typed === null ? { values, name } : { yaml: typed, name };
+  const [start, busy, refused] = useAction(async (dry_run) => {
+    setJob(null);
+    const { id } = await post("/api/jobs", { id: newId(), verb: "train", dry_run, ...asked, yaml: typed ?? checked.yaml, values: null });
+    setJob({ id, dry_run });
+  });
+  const [check, , wrong] = useAction(async () => setChecked(await post("/api/recipe/check", asked)));
+  useEffect(() => {
+    const timer = setTimeout(check, 250);
+    return () => clearTimeout(timer);
+  }, [values, typed, name]);
+  if (!schema) return error ? <Trouble error={error} /> : <Waiting />;
+  const plain = keysOf(schema, schema).filter(([, each]) => each.type !== "object" && each.type !== "array" && !each.oneOf);
+  const keys = [...plain, ...objective(schema)];
+  const isFirst = ([path]) => FIRST.includes(path.join("."));
+  const sections = [...new Set(keys.map(([path]) => path[0]))];
+  const others = checked.errors.filter((each) => !keys.some(([path]) => path.join(".") === each.field));
+  const part = (title, some, open) => (
+    <Section key={title} title={title} keys={some} values={values} errors={checked.errors} onValues={setValues} open={open} />
+  );
+  return (
+    <div class="halves">
+      <div>
+        <Field label="Name" help="of the recipe's file, and of the run's folder">
+          <input
+            value={name}
+            onInput={(event) => {
+              setName(event.target.value);
+              setValues((old) => set(old, ["run", "folder"], `runs/${event.target.value}`));
+            }}
+          />
+        </Field>
+        <fieldset disabled={typed !== null}>
+          <legend class="hidden">Recipe</legend>
+          {part("Model and data", keys.filter(isFirst), true)}
+          {sections.map((section) => part(`All of ${section}`, keys.filter((each) => each[0][0] === section && !isFirst(each)), false))}
+        </fieldset>
+      </div>
+      <div>
+        <Field label="Recipe (YAML)" help={typed === null ? "Written by the form. Edit it, and the form rests." : "Edited by hand."}>
+          <textarea rows="18" spellcheck={false} value={typed ?? checked.yaml} onInput={(event) => setTyped(event.target.value)} />
+        </Field>
+        {typed !== null && (
+          <button type="button" onClick={() => setTyped(null)}>
+            Back to the form
+          </button>
+        )}
+        {others.map((each, index) => (
+          <Trouble key={index} error={{ message: each.field ? `${each.field}: ${each.message}` : each.message, hint: each.hint }} />
+        ))}
+        <Trouble error={wrong ?? refused} />
+        <Command>{checked.command}</Command>
+        <p class="actions">
+          <button type="button" disabled={busy || checked.errors.length > 0} onClick={() => start(true)}>
+            Dry run
+          </button>
+          <button type="button" class="first" disabled={busy || checked.errors.length > 0} onClick={() => start(false)}>
+            Start training
+          </button>
+        </p>
+        {job && <Job key={job.id} id={job.id} />}
+        {job && !job.dry_run && <a href={link("run", values.run?.folder ?? `runs/${name}`)}>See its curves</a>}
+      </div>
+    </div>
+  );
+}

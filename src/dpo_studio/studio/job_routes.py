@@ -1,0 +1,153 @@
+"""The routes of jobs, and of the recipes that some start with. No request has a command: only a verb's values."""
+
+from __future__ import annotations
+
+import shlex
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter
+from pydantic import BaseModel, Field
+
+from dpo_studio.config.sections import recipe_schema
+from dpo_studio.disk import write_atomically
+from dpo_studio.paths import plain_name
+from dpo_studio.reading import read_text
+from dpo_studio.studio.jobs import Job
+from dpo_studio.studio.recipes import problems_of, read_values, written
+from dpo_studio.studio.refusing import Refused
+from dpo_studio.studio.studio import Here, Studio
+from dpo_studio.studio.tails import error_of, tail
+
+__all__ = ["Id", "router", "shown_job"]
+
+router = APIRouter(prefix="/api")
+Id = Annotated[str, Field(pattern=r"^[A-Za-z0-9_-]{8,64}$")]
+"""Made by the page: the same request twice is the same job, or vote."""
+_LARGEST = 200_000
+
+
+class RecipeValues(BaseModel):
+    """A recipe, as text or as a form's values."""
+
+    yaml: str | None = None
+    values: dict[str, Any] | None = None
+    name: str = "recipe"
+    """Of the file and, unless it says otherwise, of the run."""
+
+
+class Asked(RecipeValues):
+    """A job: a verb and what it needs."""
+
+    id: Id
+    verb: Literal["train", "export", "eval", "data-check"]
+    run: str | None = None
+    out: str | None = None
+    to: Literal["adapter", "merged", "gptq"] = "adapter"
+    source: str | None = None
+    dry_run: bool = False
+    anyway: bool = False
+
+
+@router.get("/schema")
+def schema() -> dict[str, object]:
+    """The recipe's JSON Schema, which the form is made of."""
+    return recipe_schema()
+
+
+@router.post("/recipe/check")
+def check(here: Here, given: RecipeValues) -> dict[str, Any]:
+    """The YAML of a recipe, what is wrong with it, and the command that trains it."""
+    values = read_values(given.yaml, given.values)
+    errors = problems_of(values, here.places)
+    text = given.yaml if given.yaml is not None else written(values)
+    return {"yaml": text, "errors": errors, "command": shlex.join(["dpo", "train", f"{plain_name(given.name)}.yaml"])}
+
+
+@router.post("/jobs")
+def start(here: Here, asked: Asked) -> dict[str, Any]:
+    """Start a job, once for each id."""
+    words, run = {"train": _train, "export": _export, "eval": _eval, "data-check": _data_check}[asked.verb](here, asked)
+    return shown_job(here.jobs.start(asked.id, asked.verb, words, run))
+
+
+@router.get("/jobs")
+def jobs(here: Here) -> list[dict[str, Any]]:
+    """All jobs, the newest first, without their logs."""
+    return [shown_job(job) for job in here.jobs.all()]
+
+
+@router.get("/jobs/{name}")
+def one_job(here: Here, name: str) -> dict[str, Any]:
+    """A job with the end of its log and of its output."""
+    job = here.jobs.get(name)
+    return shown_job(job) | {"log": tail(job.log), "out": tail(job.out)}
+
+
+@router.post("/jobs/{name}/stop")
+def stop(here: Here, name: str) -> dict[str, Any]:
+    """Ask a job to end."""
+    job = here.jobs.get(name)
+    here.jobs.stop(job)
+    return shown_job(job)
+
+
+def shown_job(job: Job) -> dict[str, Any]:
+    """A job in the list; one that failed has the command's own error and hint."""
+    error, hint = error_of(tail(job.log)) if job.exit_code else (None, None)
+    return {
+        "id": job.id,
+        "verb": job.verb,
+        "command": job.command,
+        "state": job.state,
+        "exit_code": job.exit_code,
+        "started": job.made,
+        "run": job.run,
+        "error": error,
+        "hint": hint,
+    }
+
+
+def _train(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
+    """The recipe becomes a file of the studio's folder, which is never replaced by another one."""
+    values = read_values(asked.yaml, asked.values)
+    if errors := problems_of(values, here.places):
+        raise Refused(str(errors[0]["message"]), field=errors[0]["field"], hint=errors[0]["hint"])
+    name = plain_name(asked.name)
+    file = here.places.inside(f"{name}.yaml", "name")
+    text = asked.yaml if asked.yaml is not None else written(values)
+    if not file.exists():
+        write_atomically(file, text, overwrite=False)
+    elif read_text(file, what="recipe", limit=_LARGEST) != text:
+        raise Refused(f"{file.name} is another recipe", status=409, field="name", hint="choose another name")
+    flags = [*(["--dry-run"] if asked.dry_run else []), *(["--anyway"] if asked.anyway else [])]
+    section = values.get("run") or {}
+    run = here.places.inside(section.get("folder") or f"runs/{name}", "run.folder")
+    return ["train", f"./{file.name}", *flags], None if asked.dry_run else run
+
+
+def _export(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
+    run = _existing(here, asked.run, "run")
+    if not asked.out:
+        raise Refused("where to is not said", field="out")
+    out = here.places.inside(asked.out, "out")
+    return [
+        "export",
+        run,
+        f"./{here.places.shown(out)}" if out.is_relative_to(here.folder) else str(out),
+        "--to",
+        asked.to,
+    ], None
+
+
+def _eval(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
+    return ["eval", _existing(here, asked.run, "run")], None
+
+
+def _data_check(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
+    return ["data", "check", here.places.named(asked.source or "", "source"), "--json"], None
+
+
+def _existing(here: Studio, name: str | None, field: str) -> str:
+    path = here.places.existing(name or "", field)
+    return f"./{path.relative_to(here.folder)}" if path.is_relative_to(here.folder) else str(path)

@@ -1,0 +1,76 @@
+"""Recipes that come from a page: checked key by key, and kept to the studio's folders."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dpo_studio.config import Recipe, parse_yaml
+from dpo_studio.config.explain import explain
+from dpo_studio.config.yaml_text import one_line
+from dpo_studio.studio.places import Places
+from dpo_studio.studio.refusing import Refused
+
+__all__ = ["problems_of", "read_values", "written"]
+
+_NAMED = ("model.path", "reference.model", "data.train.source", "data.held_out.source")
+_FILES = ("model.adapter", "model.chat_template", "reference.adapter", "run.folder")
+
+
+def read_values(text: str | None, values: dict[str, Any] | None) -> dict[str, Any]:
+    """The recipe of a request: YAML, or values of a form.
+
+    Raises:
+        Refused: neither, or it is no YAML mapping.
+    """
+    if text is None:
+        return values or {}
+    try:
+        raw = parse_yaml(text)
+    except yaml.YAMLError as error:
+        raise Refused(f"this is not YAML: {one_line(error)}", field="yaml") from None
+    if not isinstance(raw, dict):
+        raise Refused("a recipe is sections with keys", field="yaml", hint="it needs model.path and data.train.source")
+    return raw
+
+
+def written(values: dict[str, Any]) -> str:
+    """The recipe as a file has it."""
+    return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+
+
+def problems_of(values: dict[str, Any], places: Places) -> list[dict[str, str | None]]:
+    """Everything wrong with it, each with its key; empty for one that may be started."""
+    found: list[dict[str, str | None]] = []
+    try:
+        Recipe.model_validate(values)
+    except ValidationError as error:
+        problems, hints = explain(error, values)
+        found = [{"field": _field(text), "message": text, "hint": "; ".join(hints) or None} for text in problems]
+    return [*found, *_leading_out(values, places)]
+
+
+def _leading_out(values: dict[str, Any], places: Places) -> list[dict[str, str | None]]:
+    found: list[dict[str, str | None]] = []
+    for key in (*_NAMED, *_FILES, "run.tracker"):
+        value: Any = values
+        for part in key.split("."):
+            value = value.get(part) if isinstance(value, dict) else None
+        if not isinstance(value, str):
+            continue
+        try:
+            if key == "run.tracker":
+                raise Refused("a tracker is started from a terminal only", field=key, hint="leave run.tracker out")
+            (places.named if key in _NAMED else places.inside)(value, key)
+        except Refused as refused:
+            found.append({"field": key, "message": refused.message, "hint": refused.hint})
+    return found
+
+
+def _field(problem: str) -> str | None:
+    """`unknown key a.b`, `a.b is required`, `a.b: what is wrong` -> a.b."""
+    match = re.match(r"(?:unknown key )?([a-z_]+(?:\.[\w-]+)*)(?=:| is required|$)", problem)
+    return match[1] if match else "objective.kind" if problem.startswith("unknown objective") else None

@@ -1,0 +1,286 @@
+"""Runs, jobs and votes through the studio's routes: on a finished run, on hostile names, and through a SIGKILL."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from starlette.testclient import TestClient
+
+from dpo_studio import SourceSection
+from dpo_studio.preferences.sources import read_pairs
+from dpo_studio.studio.votes import Vote, strengths
+from tests.studio_client import browser_of, served, until, vote_of
+from tests.tiny_runs import tiny_rows, write_recipe, write_rows
+
+
+@pytest.fixture
+def folder(tmp_path: Path, tiny_run: Path) -> Path:
+    """A folder with one finished run."""
+    home = tmp_path / "home"
+    shutil.copytree(tiny_run, home / "runs" / "done")
+    return home
+
+
+def test_a_finished_run_is_listed_with_its_numbers(folder: Path) -> None:
+    client = browser_of(folder)
+    (run,) = client.get("/api/runs").json()
+    assert (run["name"], run["state"], run["step"], run["steps"]) == ("runs/done", "finished", 4, 4)
+    assert 0 <= run["accuracy"] <= 1 and run["loss"] > 0 and run["objective"] == "dpo"
+    whole = client.get("/api/runs/runs/done").json()
+    assert "learning_rate" in whole["recipe"] and whole["result"]["steps"] == 4
+    assert whole["checkpoints"] == ["runs/done/checkpoints/step-4"] or whole["checkpoints"]
+    curve = client.get("/api/runs/runs%2Fdone/metrics").json()
+    assert curve["columns"]["step"] == [1, 2, 3, 4] and curve["held_out"]["step"] == [0, 2, 4]
+    assert len(curve["columns"]["loss"]) == 4 and curve["last_step"] == 4
+    assert client.get("/api/runs/runs/done/samples").json() == []
+
+
+def test_twenty_thousand_steps_are_drawn_at_once_and_keep_their_spike(folder: Path) -> None:
+    rows = [{"step": step, "loss": 0.5, "rewards/margins": 1.0, "rewards/accuracies": 1.0} for step in range(1, 20_001)]
+    rows[7_777]["loss"] = 99.0
+    write_rows(folder / "runs" / "done" / "metrics.jsonl", rows)
+    client = browser_of(folder)
+    began = time.perf_counter()
+    curve = client.get("/api/runs/runs/done/metrics?points=1000").json()
+    assert time.perf_counter() - began < 1  # 0.5 s on a quiet machine, and the first time: nothing was read before
+    assert len(curve["columns"]["step"]) == 1000 and curve["columns"]["step"][-1] == 20_000
+    assert max(curve["high"]["loss"]) == 99.0 and min(curve["low"]["loss"]) == 0.5
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../outside",
+        "..%2Foutside",
+        "%2e%2e/outside",
+        "link",
+        "/etc",
+        "runs/../../outside",
+        ".dpo-studio",
+        "a%00b",
+        "nothing",
+    ],
+)
+@pytest.mark.parametrize("rest", ["", "/metrics", "/samples", "/events", "/stop", "/continue"])
+def test_no_name_of_a_run_leads_out(folder: Path, name: str, rest: str) -> None:
+    outside = folder.parent / "outside"
+    shutil.copytree(folder / "runs" / "done", outside)
+    (folder / "link").symlink_to(outside)
+    client = browser_of(folder)
+    post = rest in ("/stop", "/continue")
+    said = client.request(
+        "POST" if post else "GET", f"/api/runs/{name}{rest}", json={"id": "job-000001"} if post else None
+    )
+    assert said.status_code in (400, 403, 404, 405), said.text
+    assert str(said.json()["error"]) and client.get("/api/jobs").json() == []
+
+
+def test_nothing_outside_is_read_or_written_by_a_job_or_an_export(folder: Path, tiny_base: Path) -> None:
+    (folder / "link").symlink_to(folder.parent)
+    client = browser_of(folder)
+    for path in ("../x.jsonl", "/tmp/x.jsonl", "link/x.jsonl", ".dpo-studio/x", "~/../x/../../y"):  # noqa: S108
+        client.post("/api/votes", json=vote_of(1))
+        assert client.post("/api/votes/export", json={"out": path}).status_code in (400, 403), path
+        asked: dict[str, Any] = {"id": "job-000001", "verb": "data-check", "source": path}
+        assert client.post("/api/jobs", json=asked).status_code in (400, 403), path
+        asked = {"id": "job-000001", "verb": "export", "run": "runs/done", "out": path}
+        assert client.post("/api/jobs", json=asked).status_code in (400, 403), path
+        for key in ("model.path", "model.chat_template", "data.train.source", "run.folder", "reference.adapter"):
+            values: dict[str, Any] = {"model": {"path": "bundled:x"}, "data": {"train": {"source": "bundled:everyday"}}}
+            *sections, last = key.split(".")
+            inside = values
+            for section in sections:
+                inside = inside.setdefault(section, {})
+            inside[last] = path
+            said = client.post("/api/recipe/check", json={"values": values}).json()
+            assert key in [error["field"] for error in said["errors"]], (key, path)
+    for source in ("-", "--help", ""):
+        asked = {"id": "job-000001", "verb": "data-check", "source": source}
+        assert client.post("/api/jobs", json=asked).status_code == 400
+    assert client.get("/api/jobs").json() == []
+
+
+def test_a_recipe_is_checked_key_by_key(folder: Path) -> None:
+    client = browser_of(folder)
+    values = {"model": {"path": "a/b"}, "data": {"train": {"source": "a/b"}}, "training": {"epochz": 2, "seed": "x"}}
+    said = client.post("/api/recipe/check", json={"values": values, "name": "mine"}).json()
+    assert {error["field"] for error in said["errors"]} == {"training.epochz", "training.seed"}
+    assert said["command"] == "dpo train mine.yaml" and yaml.safe_load(said["yaml"]) == values
+    assert client.post("/api/recipe/check", json={"yaml": "a: [b"}).json()["field"] == "yaml"
+    values = {"model": {"path": "a/b"}, "data": {"train": {"source": "a/b"}}}
+    assert client.post("/api/recipe/check", json={"values": values}).json()["errors"] == []
+    assert "properties" in client.get("/api/schema").json()
+
+
+def test_votes_are_kept_once_summed_up_and_exported(folder: Path) -> None:
+    client = browser_of(folder)
+    choices = ["left", "left", "right", "tie", "both_bad", "left"]
+    for number, choice in enumerate(choices):
+        for _ in range(2):  # a page that lost its connection asks again
+            assert client.post("/api/votes", json=vote_of(number, choice)).status_code == 200
+    assert client.post("/api/votes", json=vote_of(0, "right")).status_code == 409
+    assert len(client.get("/api/votes").json()) == 6
+    told = client.get("/api/votes/summary").json()
+    (pair,) = told["pairs"]
+    assert (pair["models"], pair["wins"], pair["ties"], pair["losses"]) == (["base", "tuned"], 3, 2, 1)
+    low, high = pair["win_rate_ci95"]
+    assert low < pair["win_rate"] == 4 / 6 < high and told["bradley_terry"] == {}
+    made = client.post("/api/votes/export", json={"out": "mine.jsonl"}).json()
+    assert (made["pairs"], made["tie"], made["both_bad"]) == (4, 1, 1)
+    pairs = read_pairs(SourceSection(source=str(folder / "mine.jsonl"))).pairs
+    assert [pair.chosen[0].content for pair in pairs] == ["left 0", "left 1", "right 2", "left 5"]
+    again = client.post("/api/votes/export", json={"out": "mine.jsonl"})
+    assert again.status_code == 400 and "exists" in again.json()["error"]
+
+
+def test_three_models_are_ranked(folder: Path) -> None:
+    """a beats b nine times of ten and b beats c nine times of ten: their order, and a sum of zero."""
+    client = browser_of(folder)
+    for number in range(20):
+        left, right = ("a", "b") if number < 10 else ("b", "c")
+        client.post("/api/votes", json=vote_of(number, "right" if number % 10 == 0 else "left", left, right))
+    strength = client.get("/api/votes/summary").json()["bradley_terry"]
+    assert strength["a"] > strength["b"] > strength["c"] and abs(sum(strength.values())) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"choice": "up"}, {"id": "x"}, {"prompt": 3}, {"more": 1}, {"models": {"left": "a"}}]
+)
+def test_a_vote_that_is_none_is_refused_with_its_field(folder: Path, wrong: dict[str, Any]) -> None:
+    said = browser_of(folder).post("/api/votes", json=vote_of(1) | wrong)
+    assert said.status_code == 422 and said.json()["field"].startswith(next(iter(wrong)))
+
+
+def test_a_job_that_fails_shows_the_command_s_own_error(folder: Path) -> None:
+    (folder / "broken.jsonl").write_text("this is no JSON\n")
+    client = browser_of(folder)
+    asked = {"id": "job-000001", "verb": "data-check", "source": "broken.jsonl"}
+    assert client.post("/api/jobs", json=asked).json()["command"] == "dpo data check broken.jsonl --json"
+    assert client.post("/api/jobs", json=asked | {"source": "runs"}).status_code == 409
+
+    def ended() -> Any:
+        job = client.get("/api/jobs/job-000001").json()
+        return job if job["state"] != "running" else None
+
+    job = until(ended)
+    assert job["state"] == "failed" and job["exit_code"] == 1 and "broken.jsonl" in job["error"], job
+    assert "Traceback" not in job["log"]
+    at_rest(client)
+
+
+def at_rest(client: TestClient) -> None:
+    """Wait for the processes of its jobs, which end after what they say."""
+    jobs = client.app.state.studio.jobs  # type: ignore[attr-defined]
+    until(lambda: jobs.all() is not None and not jobs._ours)
+
+
+def test_strengths_by_hand() -> None:
+    """Three wins of four, and half a vote more for each: 3.5 to 1.5, ln(3.5 / 1.5) = 0.847 apart."""
+    votes = [Vote.model_validate(vote_of(n, "right" if n == 0 else "left", "a", "b")) for n in range(4)]
+    found = strengths(votes)
+    assert found["a"] - found["b"] == pytest.approx(0.8473, abs=1e-4)
+    assert found["a"] + found["b"] == pytest.approx(0)
+
+
+def test_pairs_are_paged_searched_checked_and_saved_without_some(folder: Path) -> None:
+    rows = tiny_rows(30)
+    source = write_rows(
+        folder / "pairs.jsonl", [*rows, {"prompt": "same?", "chosen": "a zebra", "rejected": "a zebra"}]
+    )
+    before = source.read_bytes()
+    client = browser_of(folder)
+
+    def page(**asked: Any) -> Any:
+        return client.get("/api/data/pairs", params={"path": "pairs.jsonl"} | asked).json()
+
+    until(lambda: page()["state"] == "ready")
+    assert page(limit=7)["total"] == 31 and [pair["row"] for pair in page(offset=28)["pairs"]] == [28, 29, 30]
+    found = page(search=f"{rows[3]['chosen'].split()[0]} 3?", limit=200)
+    assert 3 in [pair["row"] for pair in found["pairs"]] and found["total"] < 31
+    assert page(search='" OR 1 --')["pairs"] == [] and page(search='"')["state"] == "ready"
+    refused = page(finding="refused")
+    assert [(pair["row"], "identical" in pair["refused"]) for pair in refused["pairs"]] == [(30, True)]
+    asked: dict[str, Any] = {"path": "pairs.jsonl", "out": "fewer.jsonl", "without": [0, 1]}
+    turn, answer = [{"role": "user", "content": "mended"}], [{"role": "assistant", "content": "so"}]
+    asked["edited"] = {"2": {"prompt": turn, "chosen": answer, "rejected": [answer[0] | {"content": "not so"}]}}
+    assert client.post("/api/data/save", json=asked).json() == {"out": "fewer.jsonl", "pairs": 28}
+    assert "mended" in (folder / "fewer.jsonl").read_text().splitlines()[0] and source.read_bytes() == before
+    assert client.post("/api/data/save", json=asked).status_code == 400
+    assert client.post("/api/data/save", json=asked | {"out": "pairs.jsonl"}).status_code == 400
+
+    def report() -> Any:
+        told = client.get("/api/data", params={"path": "pairs.jsonl"}).json()
+        return told if told["state"] == "finished" else None
+
+    told = until(report)
+    assert told["report"]["rows"] == 31 and told["report"]["pairs"] == 30
+    assert len(client.get("/api/jobs").json()) == 1
+    at_rest(client)
+
+
+def test_a_source_outside_is_not_read(folder: Path) -> None:
+    client = browser_of(folder)
+    for path in ("../x.jsonl", "/etc/passwd", "~/x.jsonl", "https://example.org/x.jsonl"):
+        for route in ("/api/data", "/api/data/pairs"):
+            assert client.get(route, params={"path": path}).status_code in (400, 403), path
+
+
+def test_a_lock_that_names_another_process_stops_nobody(folder: Path) -> None:
+    """A run folder from elsewhere may name any process."""
+    (folder / "runs" / "done" / ".lock").write_text(f"process {os.getpid()} on here\n")
+    client = browser_of(folder)
+    assert client.get("/api/runs").json()[0]["state"] == "finished"
+    assert client.post("/api/runs/runs/done/stop", json={}).status_code == 409
+
+
+def test_a_killed_studio_loses_no_training_no_vote_and_doubles_nothing(tmp_path: Path, tiny_base: Path) -> None:
+    """SIGKILL in the middle of a run, its stream and a vote; then a second studio on the folder finds all of it."""
+    recipe = write_recipe(tmp_path / "r.yaml", tiny_base, rows=tiny_rows(64), training={"max_steps": 300, "epochs": 50})
+    text = recipe.read_text().replace(str(tmp_path / "run"), "runs/mine").replace(str(tiny_base), "base")
+    shutil.copytree(tiny_base, tmp_path / "base")
+    asked = {"id": "job-of-mine-1", "verb": "train", "yaml": text, "name": "mine"}
+
+    def running(browser: Any) -> Any:
+        runs = [run for run in browser.get("/api/runs") if run["step"] >= 2]
+        return runs[0] if runs else None
+
+    with served(tmp_path) as first:
+        first.log_in()
+        job = first.post("/api/jobs", asked)
+        assert job["command"] == "dpo train ./mine.yaml"
+        first.post("/api/votes", vote_of(1))
+        run = until(lambda: running(first))
+        assert (run["name"], run["state"], run["job"]) == ("runs/mine", "running", "job-of-mine-1")
+        with first.client.stream("GET", "/api/runs/runs/mine/events?after=-1") as stream:
+            lines = stream.iter_lines()
+            told = [next(lines) for _ in range(3)]
+            assert told[0].startswith("id: ") and told[1] == "event: metrics" and "loss" in told[2]
+            os.kill(first.process.pid, signal.SIGKILL)
+        port, cookies = int(first.url.rpartition(":")[2]), dict(first.client.cookies.items())
+        first.process.wait()
+    with served(tmp_path, port) as second:
+        second.client.cookies.update(cookies)  # nobody is logged out
+        second.post("/api/votes", vote_of(1))
+        second.post("/api/jobs", asked)
+        assert len(second.get("/api/votes")) == 1 and len(second.get("/api/jobs")) == 1
+        step = int(told[0].partition(" ")[2])
+        with second.client.stream("GET", "/api/runs/runs/mine/events", headers={"last-event-id": str(step)}) as stream:
+            data = next(line for line in stream.iter_lines() if line.startswith('data: {"step"'))
+            assert json.loads(data[6:])["step"][0] == step + 1
+        second.post("/api/runs/runs/mine/stop", {})
+        ended = until(lambda: [run for run in second.get("/api/runs") if run["state"] in ("stopped", "finished")])
+        if ended[0]["state"] == "stopped":
+            second.post("/api/runs/runs/mine/continue", {"id": "job-of-mine-2"})
+            until(lambda: [run for run in second.get("/api/runs") if run["state"] == "finished"])
+        (done,) = second.get("/api/runs")
+        assert done["step"] == done["steps"]
+    steps = [json.loads(line)["step"] for line in (tmp_path / "runs/mine/metrics.jsonl").read_text().splitlines()]
+    assert steps == sorted(set(steps))
