@@ -237,3 +237,23 @@ def names_used(path: Path) -> frozenset[str]:
             used.add(f"{modules[ast.unparse(node.value)]}.{node.attr}")
     own = dotted(path) if path.is_relative_to(SRC) else ""
     return frozenset(use for use in used if not own or use.rpartition(".")[0] != own)
+
+
+MOST_PRIVATE = 20
+
+
+def test_tests_replace_few_private_names() -> None:
+    """`monkeypatch.setattr(module, "_name", ...)` ties a test to how, not what; each would better be an argument."""
+    found = []
+    for file in sorted(Path(__file__).parent.glob("*.py")):
+        for call in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(call, ast.Call) and getattr(call.func, "attr", "") in (
+                "setattr",
+                "object",
+                "patch",
+                "setitem",
+            ):
+                names = [a.value for a in call.args[:2] if isinstance(a, ast.Constant) and isinstance(a.value, str)]
+                if any(name.rpartition(".")[2].startswith("_") for name in names):
+                    found.append(f"{file.name}:{call.lineno}  {names}")
+    assert 0 < len(found) <= MOST_PRIVATE, "\n".join(found)

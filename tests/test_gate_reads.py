@@ -274,7 +274,7 @@ def test_a_file_as_stream_begins_where_it_stood(tmp_path: Path, streams: Streams
 
 def test_a_stream_has_limits(monkeypatch: pytest.MonkeyPatch, streams: Streams) -> None:
     """One that nobody writes to, one that stops in the middle, one that is too long, one that is a device."""
-    monkeypatch.setattr(reading, "_SILENCE", 0.2)
+    monkeypatch.setattr(reading, "STREAM_LIMITS", reading.StreamLimits(silence=0.2))
     read, write = os.pipe()
     for sent in (b"", b"half a li"):
         os.write(write, sent)
@@ -282,7 +282,7 @@ def test_a_stream_has_limits(monkeypatch: pytest.MonkeyPatch, streams: Streams) 
         with pytest.raises(ModelError, match=f"thing: /dev/fd/{read} gave no byte for"):
             open_input(f"/dev/fd/{read}", what="thing", error=ModelError)
         assert time.monotonic() - started < 5
-    monkeypatch.setattr(reading, "_LARGEST_STREAM", 10)
+    monkeypatch.setattr(reading, "STREAM_LIMITS", reading.StreamLimits(size=10, silence=0.2))
     os.write(write, b"x" * 11)
     with pytest.raises(DataError, match="gives over 10 bytes"):
         open_input(f"/dev/fd/{read}", what="thing")

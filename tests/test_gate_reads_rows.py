@@ -7,6 +7,7 @@ import json
 import os
 import tracemalloc
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +17,18 @@ import pytest
 
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
-from dpo_studio.preferences import bounds, files, rows, tables
+from dpo_studio.preferences import bounds, rows, tables
 from dpo_studio.preferences.bounds import MAX_COLUMNS, TOO_LONG, TOO_WIDE, BadRow
 from dpo_studio.preferences.files import file_rows
 from dpo_studio.preferences.sources import read_pairs
 
 from .gate_reads import GOOD, dpo
+
+
+def limit(monkeypatch: pytest.MonkeyPatch, **lower: int) -> None:
+    """Other limits of a source, for what is read from here on."""
+    monkeypatch.setattr(bounds, "LIMITS", replace(bounds.LIMITS, **lower))
+
 
 MIB = 2**20
 BIG = "x" * (17 * MIB)
@@ -102,12 +109,12 @@ def test_numbers_without_end_are_bounded_by_what_the_file_says(tmp_path: Path, m
     pq.write_table(pa.table({"prompt": ["q"], "n": [[1] * 3_000_000]}), file, compression="zstd")
     assert file.stat().st_size < 10_000
     assert list(file_rows(file)) == [TOO_LONG]
-    monkeypatch.setattr(tables, "_MAX_GROUP_VALUES", 2_999_999)
+    limit(monkeypatch, group_values=2_999_999)
     with pytest.raises(DataError, match=r"a row group of 3,000,000 values"):
         list(file_rows(file))
     monkeypatch.undo()
     pq.write_table(pa.table({"prompt": ["q" * 3_000_000]}), file, compression="zstd")
-    monkeypatch.setattr(tables, "_MAX_GROUP", 3_000_000)
+    limit(monkeypatch, group_bytes=3_000_000)
     with pytest.raises(DataError, match=r"takes 3,\d\d\d,\d\d\d bytes in memory; the most is .* and 3,000,000"):
         list(file_rows(file))
 
@@ -304,8 +311,7 @@ def test_a_gz_unfolds_to_no_more_than_text_does(
 ) -> None:
     """8 MiB from less than 0.04, with the floor lowered that lets small files pass."""
     (tmp_path / name).write_bytes(gzip.compress(content, compresslevel=9))
-    monkeypatch.setattr(bounds, "_ALWAYS_UNFOLDED", MIB // 2)
-    monkeypatch.setattr(files, "_MAX_BLANK", 10**9)
+    limit(monkeypatch, unfolded_always=MIB // 2, blank_lines=10**9)
     with pytest.raises(DataError, match=r"decompresses to over \d+ MiB, 100 times its size"):
         for _ in file_rows(tmp_path / name):
             pass
@@ -313,8 +319,7 @@ def test_a_gz_unfolds_to_no_more_than_text_does(
 
 def test_an_honest_gz_passes_however_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What is read again from its beginning (JSON Lines in a .json) is not counted twice."""
-    monkeypatch.setattr(bounds, "_ALWAYS_UNFOLDED", 0)
-    monkeypatch.setattr(bounds, "_MOST_DECOMPRESSED", 12)
+    limit(monkeypatch, unfolded_always=0, unfolded_times=12)
     lines = b"".join(
         b'{"prompt": "%s", "chosen": "a", "rejected": "b"}\n' % os.urandom(30).hex().encode() for _ in range(99)
     )
@@ -330,10 +335,10 @@ def test_a_line_or_blank_without_end_is_an_error(tmp_path: Path, monkeypatch: py
     """A sparse file of a terabyte takes no place on the disk and is one line of NULs."""
     with (tmp_path / "x.jsonl").open("wb") as sparse:
         sparse.truncate(2**40)
-    monkeypatch.setattr(files, "_MAX_LINE", 40 * MIB)
+    limit(monkeypatch, line_bytes=40 * MIB)
     with pytest.raises(DataError, match=r"x\.jsonl has a line of over 40 MiB"):
         list(file_rows(tmp_path / "x.jsonl"))
-    monkeypatch.setattr(files, "_MAX_BLANK", 1000)
+    limit(monkeypatch, blank_lines=1000)
     (tmp_path / "y.jsonl").write_bytes(b"\n" * 1000 + GOOD + b" \n" * 1000)
     assert len(list(file_rows(tmp_path / "y.jsonl"))) == 1
     (tmp_path / "y.jsonl").write_bytes(GOOD + b"\n" * 1001)
@@ -356,7 +361,7 @@ def test_rows_of_too_many_columns_or_values_are_refused(tmp_path: Path) -> None:
 
 
 def test_rows_without_end_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bounds, "MAX_ROWS", 5)
+    limit(monkeypatch, rows=5)
     (tmp_path / "x.jsonl").write_bytes(GOOD * 5)
     assert len(read_pairs(SourceSection(source=str(tmp_path / "x.jsonl"))).pairs) == 5
     (tmp_path / "y.jsonl").write_bytes(GOOD)
@@ -465,7 +470,7 @@ def test_a_folder_s_files_are_files(tmp_path: Path) -> None:
 
 
 def test_a_disk_is_no_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rows, "_MAX_ENTRIES", 9)
+    limit(monkeypatch, files=9)
     for number in range(9):
         (tmp_path / f"{number}.jsonl").write_bytes(GOOD)
     assert len(read_pairs(SourceSection(source=str(tmp_path))).pairs) == 9

@@ -176,8 +176,7 @@ def render(source: str) -> str:
 
 @pytest.fixture
 def a_tenth(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metering, "_MOST_WORK", metering._MOST_WORK // 10)
-    monkeypatch.setattr(metering, "_SECONDS", metering._SECONDS / 10)
+    monkeypatch.setattr(metering, "BUDGET", metering.Budget(characters=20_000_000, seconds=0.5))
 
 
 @pytest.mark.usefixtures("a_tenth")
@@ -350,7 +349,7 @@ def test_a_template_s_own_words_are_cut() -> None:
 
 def test_time_is_a_limit_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     """A million steps of a few microseconds pass, the same with a search of 2 MB in each do not."""
-    monkeypatch.setattr(metering, "_SECONDS", 0.2)
+    monkeypatch.setattr(metering, "BUDGET", metering.Budget(seconds=0.2))
     slow = "{% set x = 'ab' * 1000000 %}{% for i in range(900000) %}{% if 'ba' ~ i in x %}{% endif %}{% endfor %}"
     with pytest.raises(TemplateLimit, match=r"takes more than 0\.2 seconds"):
         render(slow)

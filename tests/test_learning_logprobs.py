@@ -20,7 +20,6 @@ from dpo_studio.learning import logprobs, packing_check
 from dpo_studio.learning.logprobs import pair_logps, token_logps
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.learning.plain import plain_token_logps
-from dpo_studio.models import attention
 from dpo_studio.models.attention import DENSE, FLEX, PAIRS, row_inputs
 from dpo_studio.tokens import pack as tokens_pack
 from dpo_studio.tokens.encode import EncodedPair
@@ -43,12 +42,6 @@ WEIGHTS_P2 = torch.randn(len(PAIRS_OF_ALL_KINDS), 2, generator=torch.Generator()
 
 flex_on_a_cpu = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning")
 """FlexAttention's own reference: forward only, every score formed. Its kernel and gradients: tests/test_gpu.py."""
-
-
-@pytest.fixture(autouse=True)
-def _small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU FlexAttention forms every score of a row's room, seen or not: 2,048 x 2,048 take seconds."""
-    monkeypatch.setattr(attention, "_LEAST_ROOM", attention.BLOCK)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)

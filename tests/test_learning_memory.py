@@ -7,7 +7,7 @@ import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -190,6 +190,11 @@ def test_a_cpu_is_given_its_own_number() -> None:
     assert plan_limit(policy, THIRTY, 8, torch.device("cpu")) == MemoryLimit(0, CPU_TOKEN_BUDGET)
 
 
+def pretended(*, allocated: int, usable: float, peak: Callable[[Any, MicroBatch], int]) -> memory.Card:
+    """A card of which only these three are known."""
+    return cast(memory.Card, SimpleNamespace(allocated=lambda: allocated, usable=lambda: usable, peak=peak))
+
+
 @pytest.mark.parametrize(
     ("free_tokens", "expected"),
     [
@@ -215,13 +220,11 @@ def test_the_plan_is_a_straight_line_through_two_measured_rows(
             raise torch.OutOfMemoryError("pretended")
         return 5_000 + used
 
-    monkeypatch.setattr(memory, "_peak_bytes", peak)
     monkeypatch.setattr(memory, "set_recompute", lambda _policy, what: now.update(what=what))
-    monkeypatch.setattr(memory, "_usable_bytes", lambda: 5_000 + room)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 5_000)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    card = pretended(allocated=5_000, usable=5_000 + room, peak=peak)
     policy = policy_on(attn_implementation=PAIRS)
-    assert plan_limit(policy, THIRTY, 8, torch.device("cuda")) == expected
+    assert plan_limit(policy, THIRTY, 8, torch.device("cuda"), card) == expected
 
 
 def test_a_plan_is_tried_before_it_is_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -234,20 +237,21 @@ def test_a_plan_is_tried_before_it_is_trusted(monkeypatch: pytest.MonkeyPatch) -
         return 10 * row.tokens + max(0, 2 * LONGEST - row.tokens) * 2
 
     room = 10 * 600
-    monkeypatch.setattr(memory, "_peak_bytes", peak)
-    monkeypatch.setattr(memory, "_usable_bytes", lambda: room / memory._SPARE)
-    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: 0)
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
-    limit = plan_limit(policy_on(attn_implementation=PAIRS), THIRTY, len(THIRTY), torch.device("cuda"))
+    card = pretended(allocated=0, usable=room / memory._SPARE, peak=peak)
+    limit = plan_limit(policy_on(attn_implementation=PAIRS), THIRTY, len(THIRTY), torch.device("cuda"), card)
     assert limit == MemoryLimit(0, 512)
     assert max(tried[3:]) > 600  # the first was all that could be wanted, the next two the line's
 
 
 def test_a_card_that_holds_not_even_one_pair_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(memory, "_peak_bytes", lambda *_: (_ for _ in ()).throw(torch.OutOfMemoryError("pretended")))
+    def peak(_policy: Any, _row: MicroBatch) -> int:
+        raise torch.OutOfMemoryError("pretended")
+
     monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    card = pretended(allocated=0, usable=1.0, peak=peak)
     with pytest.raises(RunError, match="the longest pair"):
-        plan_limit(policy_on(attn_implementation=PAIRS), THIRTY, 8, torch.device("cuda"))
+        plan_limit(policy_on(attn_implementation=PAIRS), THIRTY, 8, torch.device("cuda"), card)
 
 
 def test_a_run_says_so_and_writes_it_down(monkeypatch: pytest.MonkeyPatch, tiny_base: Path, tmp_path: Path) -> None:

@@ -25,7 +25,6 @@ from transformers import (
 
 from dpo_studio.errors import ModelError
 from dpo_studio.learning.logprobs import token_logps
-from dpo_studio.models import attention
 from dpo_studio.models.attention import (
     BLOCK,
     DENSE,
@@ -44,12 +43,6 @@ from tests.tiny_models import ARCHITECTURES, tiny_model
 
 TWO = [encoded([11, 12], [21, 22, 23], [31, 32]), encoded([13], [24, 25], [33])]
 """Rows of tokens: 11 12 | 21 22 | 31 for the first pair, 13 | 24 | nothing for the second, whose answer is one id."""
-
-
-@pytest.fixture(autouse=True)
-def _small_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a CPU FlexAttention forms every score of a row's room, seen or not: 2,048 x 2,048 take seconds."""
-    monkeypatch.setattr(attention, "_LEAST_ROOM", attention.BLOCK)
 
 
 def seen(mask: Tensor) -> list[str]:

@@ -23,7 +23,7 @@ def tiny_demo(tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     """`dpo demo` with a tiny model, few pairs and short answers; the folder it runs into."""
     recipe = write_recipe(tmp_path / "demo.yaml", tiny_base, rows=tiny_rows(30), run={"folder": None})
     monkeypatch.setattr(demo, "demo_recipe", lambda out: load_recipe(recipe, [f"run.folder={json.dumps(str(out))}"]))
-    monkeypatch.setattr(demo, "_SAMPLING", Sampling(temperature=0.7, max_new_tokens=8, seed=0))
+    monkeypatch.setattr(demo, "SHOWN_SAMPLING", Sampling(temperature=0.7, max_new_tokens=8, seed=0))
     return tmp_path / "out"
 
 

@@ -30,7 +30,7 @@ COMMAND = Path(sys.executable).parent / "dpo"
 
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing, "_SAMPLING", Sampling(temperature=0.7, max_new_tokens=8, seed=0))
+    monkeypatch.setattr(comparing, "SHOWN_SAMPLING", Sampling(temperature=0.7, max_new_tokens=8, seed=0))
 
 
 def export(run: Path, out: Path, to: str, *more: object) -> Said:

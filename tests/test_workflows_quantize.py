@@ -36,7 +36,7 @@ IDS = list(range(3, 60))
 
 @pytest.fixture(autouse=True)
 def _short_answers(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(comparing, "_SAMPLING", Sampling(temperature=0.7, max_new_tokens=8, seed=0))
+    monkeypatch.setattr(comparing, "SHOWN_SAMPLING", Sampling(temperature=0.7, max_new_tokens=8, seed=0))
 
 
 @pytest.fixture(scope="module")

@@ -19,6 +19,7 @@ import re
 import select
 import stat
 import tempfile
+from dataclasses import dataclass
 from typing import Any, BinaryIO, NoReturn
 
 from dpo_studio.errors import DataError, DPOStudioError
@@ -53,11 +54,20 @@ _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _OWN_STREAM = re.compile(r"-|/dev/stdin|/(?:dev|proc/self)/fd/(\d{1,6})")
 _NULL = os.makedev(1, 3)
 """The device without content, which cron and the like give a process as its input."""
-_LARGEST_STREAM = 4 * 2**30
-"""Bytes. Ten times the largest public set of pairs as JSON Lines; they are kept in the folder for temporary files."""
-_SILENCE = 60.0
-"""Seconds without a byte: a program that takes longer to begin is better asked to write a file."""
 _PIECE = 2**20
+
+
+@dataclass(frozen=True)
+class StreamLimits:
+    """What is read of a stream that is not a file."""
+
+    size: int = 4 * 2**30
+    """Bytes. Ten times the largest public set of pairs as JSON Lines; kept in the folder for temporary files."""
+    silence: float = 60.0
+    """Seconds without a byte: a program that takes longer to begin is better asked to write a file."""
+
+
+STREAM_LIMITS = StreamLimits()
 _ONLY_FILES = "only regular files are read: write what it gives to a file, and name that"
 
 
@@ -170,17 +180,17 @@ def _copied(number: int, what: str, error: type[DPOStudioError]) -> int:
         total = 0
         while piece := _next_piece(number, what, error):
             total += len(piece)
-            if total > _LARGEST_STREAM:
-                raise error(f"{what} gives over {_LARGEST_STREAM:,} bytes", hint="write it to a file, and name that")
+            if total > STREAM_LIMITS.size:
+                raise error(f"{what} gives over {STREAM_LIMITS.size:,} bytes", hint="write it to a file, and name that")
             file.write(piece)
         file.flush()
         return os.dup(file.fileno())
 
 
 def _next_piece(number: int, what: str, error: type[DPOStudioError]) -> bytes:
-    if not select.select([number], [], [], _SILENCE)[0]:
+    if not select.select([number], [], [], STREAM_LIMITS.silence)[0]:
         hint = "does its writer still run, and end? write its output to a file first, and name that"
-        raise error(f"{what} gave no byte for {_SILENCE:.0f} seconds", hint=hint)
+        raise error(f"{what} gave no byte for {STREAM_LIMITS.silence:.0f} seconds", hint=hint)
     return os.read(number, _PIECE)
 
 

@@ -140,8 +140,41 @@ def tokens_without_gradient(tokens: int, model: nn.Module) -> int:
     return max(tokens, _GPU_TOKENS[0]) if on_gpu and not is_compiled(model) else tokens
 
 
+class Card:
+    """A GPU's memory, as planning asks for it."""
+
+    def allocated(self) -> int:
+        """Bytes that tensors take now."""
+        return torch.cuda.memory_allocated()
+
+    def usable(self) -> float:
+        """Bytes that this process has or could have."""
+        free, total = torch.cuda.mem_get_info()
+        share = torch.cuda.get_per_process_memory_fraction()
+        return min(free + torch.cuda.memory_reserved(), share * total)
+
+    def peak(self, policy: nn.Module, row: MicroBatch) -> int:
+        """Most bytes allocated while a row is learned from, the second time: the first also chooses kernels.
+
+        That took 64 MiB of a small model's first row and made what a token costs, the difference of two rows, 5 times
+        too little.
+        """
+        batch = row.to(next(policy.parameters()).device)
+        for _ in range(2):
+            policy.zero_grad(set_to_none=True)
+            torch.cuda.reset_peak_memory_stats()
+            logps = pair_logps(policy, batch)
+            torch.autograd.backward(logps.chosen_P.sum() - logps.rejected_P.sum())
+            del logps
+        return torch.cuda.max_memory_allocated()
+
+
 def plan_limit(
-    policy: nn.Module, pairs: Sequence[EncodedPair], pairs_per_step: int, device: torch.device
+    policy: nn.Module,
+    pairs: Sequence[EncodedPair],
+    pairs_per_step: int,
+    device: torch.device,
+    card: Card | None = None,
 ) -> MemoryLimit:
     """As many tokens as keep the device busy, or as fit: two short rows forward and backward say what a token costs,
     and a row of the size planned whether that is true.
@@ -153,6 +186,7 @@ def plan_limit(
     """
     if device.type != "cuda":
         return MemoryLimit(0, CPU_TOKEN_BUDGET)
+    card = card or Card()
     by_length = sorted(pairs, key=packed_tokens, reverse=True)
     longest = packed_tokens(by_length[0])
     weights = weight_count(policy)
@@ -162,38 +196,38 @@ def plan_limit(
     )
     for recompute in RUNGS:
         set_recompute(policy, recompute)
-        if recompute == RUNGS[0] and _fits(policy, _row(by_length, wanted)):
+        if recompute == RUNGS[0] and _fits(card, policy, _row(by_length, wanted)):
             return MemoryLimit(0, wanted)
-        fitting = min(wanted, _tokens_that_fit(policy, by_length))
+        fitting = min(wanted, _tokens_that_fit(card, policy, by_length))
         while fitting >= longest:
             tokens = _in_whole_blocks(fitting, longest)
-            if tokens == longest or _fits(policy, _row(by_length, tokens)):
+            if tokens == longest or _fits(card, policy, _row(by_length, tokens)):
                 return MemoryLimit(0, tokens, recompute)
             fitting = max(longest, _LESS * fitting)  # short rows waste parts of torch's blocks: the slope is too small
     raise too_long_for_memory(longest)
 
 
-def _fits(policy: nn.Module, row: MicroBatch) -> bool:
+def _fits(card: Card, policy: nn.Module, row: MicroBatch) -> bool:
     """Whether a row leaves the spare memory free: on a large card one try is enough."""
-    before = torch.cuda.memory_allocated()
-    peak = unless_out_of_memory(policy, partial(_peak_bytes, policy, row))
+    before = card.allocated()
+    peak = unless_out_of_memory(policy, partial(card.peak, policy, row))
     policy.zero_grad(set_to_none=True)
-    return peak is not None and peak - before <= _SPARE * (_usable_bytes() - before)
+    return peak is not None and peak - before <= _SPARE * (card.usable() - before)
 
 
-def _tokens_that_fit(policy: nn.Module, by_length: Sequence[EncodedPair]) -> float:
+def _tokens_that_fit(card: Card, policy: nn.Module, by_length: Sequence[EncodedPair]) -> float:
     """By a straight line through the peaks of two rows; 0 where even the longest pair is too much."""
     longest = packed_tokens(by_length[0])
-    before = torch.cuda.memory_allocated()
+    before = card.allocated()
     peaks: list[int] = []
     for tokens in (longest, 2 * longest):
-        peak = unless_out_of_memory(policy, partial(_peak_bytes, policy, _row(by_length[:1], tokens)))
+        peak = unless_out_of_memory(policy, partial(card.peak, policy, _row(by_length[:1], tokens)))
         policy.zero_grad(set_to_none=True)
         if peak is None:
             return longest if peaks else 0
         peaks.append(peak - before)
     a_token = max(1.0, (peaks[1] - peaks[0]) / longest)
-    return (_SPARE * (_usable_bytes() - before) - peaks[0]) / a_token + longest
+    return (_SPARE * (card.usable() - before) - peaks[0]) / a_token + longest
 
 
 def _row(by_length: Sequence[EncodedPair], tokens: int) -> MicroBatch:
@@ -204,29 +238,6 @@ def _row(by_length: Sequence[EncodedPair], tokens: int) -> MicroBatch:
         chosen.append(pair)
         left -= packed_tokens(pair)
     return replace(pack(chosen), token_budget=tokens)
-
-
-def _peak_bytes(policy: nn.Module, row: MicroBatch) -> int:
-    """Most memory allocated while a row is learned from, the second time: the first also chooses kernels.
-
-    That took 64 MiB of a small model's first row and made what a token costs, the difference of two rows, 5 times too
-    little.
-    """
-    batch = row.to(next(policy.parameters()).device)
-    for _ in range(2):
-        policy.zero_grad(set_to_none=True)
-        torch.cuda.reset_peak_memory_stats()
-        logps = pair_logps(policy, batch)
-        torch.autograd.backward(logps.chosen_P.sum() - logps.rejected_P.sum())
-        del logps
-    return torch.cuda.max_memory_allocated()
-
-
-def _usable_bytes() -> float:
-    """Memory this process has or could have."""
-    free, total = torch.cuda.mem_get_info()
-    share = torch.cuda.get_per_process_memory_fraction()
-    return min(free + torch.cuda.memory_reserved(), share * total)
 
 
 def _in_whole_blocks(tokens: float, longest: int) -> int:

@@ -93,7 +93,7 @@ def block_mask(batch: MicroBatch, window: int | None = None) -> BlockMask:
     """The same for FlexAttention. Which blocks it visits follows from their extremes; no T x T mask is built."""
     # a pair over its room is met rarely, and each length would have a kernel of its own
     room = batch.token_budget if batch.tokens <= batch.token_budget else 1 << (batch.tokens - 1).bit_length()
-    batch = _whole_blocks(batch, max(room, _LEAST_ROOM))
+    batch = _whole_blocks(batch, max(room, BLOCK if batch.ids_1T.device.type == "cpu" else _LEAST_ROOM))
     until_BR, position_BR = batch.seen_until_T.view(-1, BLOCK), batch.position_ids_1T.view(-1, BLOCK)
     start_B = torch.arange(len(until_BR), device=until_BR.device) * BLOCK
     earlier_BB = start_B[:, None] > start_B

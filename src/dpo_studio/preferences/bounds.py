@@ -21,15 +21,13 @@ from dpo_studio.errors import DataError
 from dpo_studio.reading import is_deeper, open_input, shown_path
 
 __all__ = [
-    *("MAX_COLUMNS", "MAX_ROW", "MIB", "TOO_DEEP", "TOO_LONG", "TOO_WIDE", "BadRow"),
+    *("MAX_COLUMNS", "MAX_ROW", "MIB", "LIMITS", "TOO_DEEP", "TOO_LONG", "TOO_WIDE", "BadRow"),
     *("as_utf8", "checked", "numbered", "open_rows", "reading_rows", "too_many_values"),
 ]
 
 MIB = 2**20
 MAX_ROW = 16 * MIB
 """Bytes or characters of a row; no model reads an answer of four million tokens."""
-MAX_ROWS = 50_000_000
-"""Rows of a source: the largest public set of pairs has forty million."""
 MAX_COLUMNS = 10_000
 """Columns of a row; embeddings written one number a column have four thousand."""
 MAX_DEPTH = 100
@@ -37,9 +35,31 @@ MAX_DEPTH = 100
 _MAX_VALUES = 1_000_000
 """Values of a row, each a Python object of some 60 bytes: the same 16 MiB as `[],[],...` would take half a gigabyte."""
 _COUNT_FROM = MIB  # a shorter row cannot have so many
-_MOST_DECOMPRESSED = 100
-"""How many times its size a .gz may decompress to. Text decompresses to 3 to 20 times; only repetition to more."""
-_ALWAYS_UNFOLDED = 64 * MIB
+
+
+@dataclass(frozen=True, slots=True)
+class SourceLimits:
+    """How large a source of pairs may be, beyond what a row may be."""
+
+    rows: int = 50_000_000
+    """The largest public set of pairs has forty million."""
+    line_bytes: int = 2**30
+    """Of a line that is skipped: a longer line means that the file is not JSON Lines."""
+    blank_lines: int = 1_000_000
+    """One after the other: a .gz of nothing else is small, and takes minutes."""
+    unfolded_times: int = 100
+    """How many times its size a .gz may decompress to. Text decompresses to 3 to 20 times; only repetition to more."""
+    unfolded_always: int = 64 * MIB
+    """Bytes that any .gz may decompress to."""
+    group_bytes: int = 4 * 2**30
+    """Of a Parquet row group in memory, by the file's description: writers make 1 GiB at most."""
+    group_values: int = 2**27
+    """Of one column in a row group: writers make a million rows at most, each of a hundred turns."""
+    files: int = 200_000
+    """Files and folders in a source's folder: more is a home folder or a disk, not a set of pairs."""
+
+
+LIMITS = SourceLimits()
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,8 +97,8 @@ def numbered(rows: Iterator[object], name: str) -> Iterator[tuple[int, object]]:
         DataError: there are more than any source has.
     """
     for number, row in enumerate(rows):
-        if number >= MAX_ROWS:
-            raise DataError(f"{name} has over {MAX_ROWS:,} rows", hint="give a part of it")
+        if number >= LIMITS.rows:
+            raise DataError(f"{name} has over {LIMITS.rows:,} rows", hint="give a part of it")
         yield number, row
 
 
@@ -124,7 +144,7 @@ class _Unfolded(io.RawIOBase):
     def __init__(self, folded: BinaryIO, name: str) -> None:
         size = os.fstat(folded.fileno()).st_size
         self._folded, self._gzip, self._name = folded, gzip.GzipFile(fileobj=folded), name
-        self._most, self._so_far = max(_ALWAYS_UNFOLDED, _MOST_DECOMPRESSED * size), 0
+        self._most, self._so_far = max(LIMITS.unfolded_always, LIMITS.unfolded_times * size), 0
 
     def readable(self) -> bool:
         return True
@@ -137,7 +157,7 @@ class _Unfolded(io.RawIOBase):
         self._so_far += count
         if self._so_far > self._most:
             raise DataError(
-                f"{self._name} decompresses to over {self._most // MIB:,} MiB, {_MOST_DECOMPRESSED} times its size",
+                f"{self._name} decompresses to over {self._most // MIB:,} MiB, {LIMITS.unfolded_times} times its size",
                 hint="text does not; if you trust it, unpack it with gunzip and name the result",
             )
         return count

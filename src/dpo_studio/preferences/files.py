@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import BinaryIO, TextIO, cast
 
 from dpo_studio.errors import DataError
+from dpo_studio.preferences import bounds
 from dpo_studio.preferences.bounds import (
     MAX_ROW,
     MIB,
@@ -43,10 +44,6 @@ UNREAD = {
 }
 """Files that people have and that are not read, and what to do with them."""
 _MAX_WHOLE = 64 * MIB  # an object around the array is read whole: some 1 GB of Python objects at the worst
-_MAX_LINE = 2**30
-"""Bytes of a line that are skipped: a longer line means that the file is not JSON Lines."""
-_MAX_BLANK = 1_000_000
-"""Blank lines one after the other: a .gz of nothing else is small, and takes minutes."""
 _DECODER = json.JSONDecoder(parse_constant=lambda name: None)
 _ARRAY_OR_LINES = "an array of objects, or one object a line"
 _SPACE = re.compile(r"[ \t\n\r]*")
@@ -98,8 +95,10 @@ def _rows_of_lines(stream: BinaryIO, path: Path | str) -> Iterator[object]:
             yield too_many_values(text) or checked(
                 _parse_line(text, stream, path, number), text.count(b"[") + text.count(b"{")
             )
-        elif (blank := blank + 1) > _MAX_BLANK:
-            raise DataError(f"{shown_path(path)} has over {_MAX_BLANK:,} blank lines one after the other")
+        elif (blank := blank + 1) > bounds.LIMITS.blank_lines:
+            raise DataError(
+                f"{shown_path(path)} has over {bounds.LIMITS.blank_lines:,} blank lines one after the other"
+            )
 
 
 def _lines(stream: BinaryIO, path: Path | str) -> Iterator[bytes | None]:
@@ -111,9 +110,9 @@ def _lines(stream: BinaryIO, path: Path | str) -> Iterator[bytes | None]:
         length = len(line)
         while (rest := stream.readline(MAX_ROW)) and not rest.endswith(b"\n"):
             length += len(rest)
-            if length > _MAX_LINE:
+            if length > bounds.LIMITS.line_bytes:
                 raise DataError(
-                    f"{shown_path(path)} has a line of over {_MAX_LINE // MIB:,} MiB",
+                    f"{shown_path(path)} has a line of over {bounds.LIMITS.line_bytes // MIB:,} MiB",
                     hint="each line must be one JSON object",
                 )
         yield None

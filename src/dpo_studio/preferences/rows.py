@@ -17,6 +17,7 @@ from typing import Any, TypeVar, cast
 
 from dpo_studio.config import BUNDLED, SourceSection
 from dpo_studio.errors import DataError
+from dpo_studio.preferences import bounds
 from dpo_studio.preferences.bounds import numbered
 from dpo_studio.preferences.files import SUFFIXES, UNREAD, file_rows
 from dpo_studio.preferences.tables import arrow_rows, batch_rows
@@ -41,8 +42,6 @@ _NOT_ON_THE_HUB = (*SUFFIXES, ".gz", *UNREAD)  # a name that ends so was meant a
 _ROWS_AT_ONCE = 1024
 _MAX_STATE = 4_000_000
 """Bytes of the description that `datasets` writes of a saved set: a thousand shards take a hundred thousand."""
-_MAX_ENTRIES = 200_000
-"""Files and folders that are listed in a source's folder: more is a home folder or a disk, not a set of pairs."""
 
 T = TypeVar("T")
 
@@ -178,9 +177,9 @@ def _folder_files(folder: Path, wanted: str | None) -> list[Path]:
 def _data_files(folder: Path) -> Iterator[Path]:
     """What is named as data is data: a pipe or a broken link among them is reported when it is read."""
     for count, file in enumerate(folder.rglob("*")):
-        if count >= _MAX_ENTRIES:
+        if count >= bounds.LIMITS.files:
             raise DataError(
-                f"{shown_path(folder)} contains over {_MAX_ENTRIES:,} files and folders",
+                f"{shown_path(folder)} contains over {bounds.LIMITS.files:,} files and folders",
                 hint="name the folder of the data",
             )
         hidden = any(part.startswith(".") for part in file.relative_to(folder).parts)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, TextIO, cast
 
 from dpo_studio.errors import DataError, reason_of
+from dpo_studio.preferences import bounds
 from dpo_studio.preferences.bounds import MAX_COLUMNS, MAX_ROW, MIB, TOO_LONG, TOO_WIDE, reading_rows
 from dpo_studio.reading import shown_path
 
@@ -22,10 +23,6 @@ __all__ = ["arrow_rows", "batch_rows", "csv_rows", "parquet_rows"]
 _ROWS_AT_ONCE = 4096
 _MAX_FOOTER = 64 * MIB
 """Bytes of a Parquet file's own description: a thousand row groups of a hundred columns take ten."""
-_MAX_GROUP = 4 * 2**30
-"""Bytes of a row group in memory, by the file's description: writers make 1 GiB at most."""
-_MAX_GROUP_VALUES = 2**27
-"""Values of one column in a row group: writers make a million rows at most, each of a hundred turns."""
 _MAX_PARTS = 20_000
 """Members of any list in the description: columns with those they are nested in, row groups, pages."""
 _OBJECT = 56
@@ -161,10 +158,10 @@ def _check_metadata(described: Any, name: str) -> tuple[list[str], int]:
         chunks = [group.column(index) for index in range(group.num_columns)]
         unpacked = max(sum(chunk.total_uncompressed_size for chunk in chunks), group.total_byte_size)
         values = max((chunk.num_values for chunk in chunks), default=0)
-        if unpacked > _MAX_GROUP or values > _MAX_GROUP_VALUES:
+        if unpacked > bounds.LIMITS.group_bytes or values > bounds.LIMITS.group_values:
             raise DataError(
                 f"{name}: a row group of {values:,} values that takes {unpacked:,} bytes in memory; the most is "
-                f"{_MAX_GROUP_VALUES:,} and {_MAX_GROUP:,}",
+                f"{bounds.LIMITS.group_values:,} and {bounds.LIMITS.group_bytes:,}",
                 hint="write it again with smaller row groups, or as .jsonl",
             )
         for chunk in chunks:

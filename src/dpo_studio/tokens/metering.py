@@ -8,6 +8,7 @@ import re
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
+from dataclasses import dataclass
 from functools import update_wrapper
 from types import NoneType
 from typing import Any
@@ -34,12 +35,8 @@ _LONGEST_VALUE = 8_000_000
 ITEM = 8
 """What a value counts inside another. A list that holds another twice holds its items twice, for so it is written."""
 _DEEPEST = 32
-_MOST_WORK = 200_000_000
-"""Characters that one rendering may make and look at, all in all."""
 _STEP = 200
 """What a turn of a loop or a call costs at least: a million of them in a rendering."""
-_SECONDS = 5.0
-"""Of this thread's own time, so that a laptop that sleeps refuses nothing; a rendering takes a ten-thousandth."""
 LARGEST_BITS = 4096
 
 
@@ -55,6 +52,19 @@ _SIZED_FILTERS = ("batch", "center", "round", "slice")
 _LARGEST_SIZE = 1000
 
 
+@dataclass(frozen=True)
+class Budget:
+    """What one rendering may take."""
+
+    characters: int = 200_000_000
+    """That it may make and look at, all in all."""
+    seconds: float = 5.0
+    """Of this thread's own time, so that a laptop that sleeps refuses nothing; a rendering takes a ten-thousandth."""
+
+
+BUDGET = Budget()
+
+
 class TemplateLimit(SecurityError):
     """A template needs more time or memory than any legitimate one."""
 
@@ -63,16 +73,18 @@ class Meter:
     """The remaining budget of one rendering."""
 
     def __init__(self) -> None:
-        self._left = _MOST_WORK
-        self._until = time.thread_time() + _SECONDS
+        self._budget = BUDGET
+        self._left = BUDGET.characters
+        self._until = time.thread_time() + BUDGET.seconds
 
     def spend(self, characters: int) -> None:
         """Charge a step that makes or reads this many characters."""
         self._left -= characters + _STEP
         if self._left < 0:
-            raise TemplateLimit(f"it makes more than {_MOST_WORK:,} characters, or takes {_MOST_WORK // _STEP:,} steps")
+            most = self._budget.characters
+            raise TemplateLimit(f"it makes more than {most:,} characters, or takes {most // _STEP:,} steps")
         if time.thread_time() > self._until:
-            raise TemplateLimit(f"it takes more than {_SECONDS:g} seconds")
+            raise TemplateLimit(f"it takes more than {self._budget.seconds:g} seconds")
 
     def make(self, characters: int) -> None:
         """Charge for a value of that size before it is made."""

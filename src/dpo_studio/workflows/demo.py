@@ -20,7 +20,7 @@ from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.health import lengthening
 from dpo_studio.sampling.completion import Completion
 from dpo_studio.workflows.loading import LoadedModel, load_any
-from dpo_studio.workflows.talking import Sampling, answers
+from dpo_studio.workflows.talking import SHOWN_SAMPLING, answers
 from dpo_studio.workflows.training import run_training
 from dpo_studio.workflows.training.preparing import read_and_split
 
@@ -28,7 +28,6 @@ __all__ = ["SHOWCASE", "run_demo"]
 
 SHOWCASE = "I have dropped my phone in water. Now it is not working what should I do now?"
 """The prompt of the tutorial this project grew from; its own tuned model rambled on into further questions."""
-_SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
 _PROMPTS = 120
 """Held-out prompts that both models answer."""
 
@@ -76,7 +75,7 @@ def demo_recipe(out: str | Path) -> RecipeFile:
 def _evaluate(run: RunFolder, held_out: Sequence[Pair], loaded: LoadedModel, progress: Progress) -> dict[str, Any]:
     prompts = [pair.prompt for pair in held_out[:_PROMPTS]]
     chats = [*prompts, (Message("user", SHOWCASE),)]
-    base, tuned = (answers(loaded, chats, _SAMPLING, tuned=side, progress=progress) for side in (False, True))
+    base, tuned = (answers(loaded, chats, SHOWN_SAMPLING, tuned=side, progress=progress) for side in (False, True))
     judge = EverydayRule()
     outcomes: list[Outcome] = []
     lines = []
@@ -102,8 +101,8 @@ def _evaluate(run: RunFolder, held_out: Sequence[Pair], loaded: LoadedModel, pro
             "ties": rate.ties,
             "losses": rate.losses,
             "n": rate.n,
-            "temperature": _SAMPLING.temperature,
-            "max_new_tokens": _SAMPLING.max_new_tokens,
+            "temperature": SHOWN_SAMPLING.temperature,
+            "max_new_tokens": SHOWN_SAMPLING.max_new_tokens,
             "judge": judge.name,
             "judge_description": f"{judge.description} {_CAUTION}",
             "showcase_prompt": SHOWCASE,
@@ -128,5 +127,5 @@ def _write_answers(folder: RunFolder, lines: list[dict[str, Any]]) -> None:
     make_folder(folder.evaluation)
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_atomically(folder.evaluation / folder.ANSWERS, text)
-    whole = render_answers(folder.path.resolve().name, lines, _SAMPLING.max_new_tokens)
+    whole = render_answers(folder.path.resolve().name, lines, SHOWN_SAMPLING.max_new_tokens)
     write_atomically(folder.evaluation / folder.ALL_ANSWERS_PAGE, whole)

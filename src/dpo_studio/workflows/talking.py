@@ -18,6 +18,7 @@ from dpo_studio.sampling.generation import generate, stream
 from dpo_studio.workflows.loading import LoadedModel, load_any
 
 __all__ = [
+    "SHOWN_SAMPLING",
     "Chat",
     "Sampling",
     "answers",
@@ -48,6 +49,10 @@ class Sampling:
             raise UsageError(f"max_new_tokens {self.max_new_tokens} is less than 1")
         if not 0 < self.top_p <= 1:
             raise UsageError(f"top_p {self.top_p} is not above 0 and at most 1")
+
+
+SHOWN_SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
+"""Of the answers of a demo, and of an export's check, so that they can be compared."""
 
 
 def generate_answers(

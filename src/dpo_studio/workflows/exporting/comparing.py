@@ -26,7 +26,7 @@ from dpo_studio.sampling.completion import Completion
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
 from dpo_studio.workflows.loading import LoadedModel
-from dpo_studio.workflows.talking import Sampling, answers
+from dpo_studio.workflows.talking import SHOWN_SAMPLING, answers
 from dpo_studio.workflows.training.preparing import RunData, encode_both, make_reference, read_and_split
 
 __all__ = ["RunModel", "ask_the_run", "look_again", "stop_rate"]
@@ -35,8 +35,6 @@ _COMPARED = 512
 """Pairs that both models are compared on, at most."""
 _ASKED = 16
 """Held-out prompts that both models answer, for the stop rate."""
-_SAMPLING = Sampling(temperature=0.7, max_new_tokens=160, seed=0)
-"""As the demo asks, so that its answers can be compared."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +140,7 @@ def _reference(
 def _answers(
     base: ChatModel, model: nn.Module, chats: Sequence[Sequence[Message]], progress: Progress
 ) -> list[Completion]:
-    return answers(LoadedModel(base, model, None, None), chats, _SAMPLING, tuned=True, progress=progress)
+    return answers(LoadedModel(base, model, None, None), chats, SHOWN_SAMPLING, tuned=True, progress=progress)
 
 
 def _linear_weights(model: nn.Module) -> int:
