@@ -124,7 +124,7 @@ export function Compare({ left = "bundled:smollm2-135m-instruct", right = "" }) 
             </button>
           )}
           <span role="status" class="muted">
-            {busy ? said || "The models answer, one after the other …" : count ? `${count} votes cast here.` : ""}
+            {busy ? said || "The models answer, one after the other …" : count ? `Votes cast here: ${count}` : ""}
           </span>
         </p>
       </form>

@@ -180,13 +180,13 @@ function Pager({ total, offset, onOffset, place }) {
   return (
     <p class="actions" role="navigation" aria-label={`pages of pairs, ${place}`}>
       <button type="button" disabled={offset === 0} onClick={() => onOffset(Math.max(0, offset - PAGE))}>
-        Back
+        Previous
       </button>
       <span>
         {total ? `${offset + 1} to ${Math.min(offset + PAGE, total)} of ${total.toLocaleString()}` : "0 rows"}
       </span>
       <button type="button" disabled={offset + PAGE >= total} onClick={() => onOffset(offset + PAGE)}>
-        On
+        Next
       </button>
     </p>
   );

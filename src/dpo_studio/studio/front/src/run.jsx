@@ -154,13 +154,13 @@ export function Run({ name }) {
       <Trouble error={refused ?? error ?? lost} />
       {!live && <p role="status">The connection was lost; the page reconnects and catches up.</p>}
       <dl class="cards">
-        <Card title="Loss" value={number(run.loss)} note="last step; it begins at ln 2 = 0.693" />
+        <Card title="Loss" value={number(run.loss)} note={run.objective === "dpo" ? "last step; DPO begins at ln 2 = 0.693" : "last step"} />
         <Card
           title="Accuracy"
           value={percent(run.accuracy)}
           note={run.held_out ? "of held-out pairs" : "of the step's training pairs"}
         />
-        <Card title="Reward margin" value={number(run.margin)} note="nats times beta, last step" />
+        <Card title="Reward margin" value={number(run.margin)} note="reward of the chosen answer minus the rejected one's, last step" />
       </dl>
       <section>
         <h2>Curves</h2>
