@@ -23,8 +23,8 @@ from dpo_studio.learning.probe_pairs import limits_of, probe_pairs
 from dpo_studio.models.adapters import attach, attach_existing
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.lora import LoraLinear
+from dpo_studio.policy import policy as policy_module
 from dpo_studio.tokens.chat import AnswerIds, ChatEncoder, PairError, PairIds
-from dpo_studio.workflows import loading
 from tests.pairs_of_ids import random_pairs
 from tests.policies import SECTION, policy_on
 from tests.tiny_models import tiny_model
@@ -186,7 +186,7 @@ def test_an_adapter_half_loaded_stops_score(tiny_run: Path, tmp_path: Path, monk
                 p.data.zero_()
         return policy
 
-    monkeypatch.setattr(loading, "attach_existing", half)
+    monkeypatch.setattr(policy_module, "attach_existing", half)
     answer = dpo("score", tiny_run, pairs)
     assert answer.code == 1
     assert "is not what its file says" in answer.err
