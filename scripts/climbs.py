@@ -13,9 +13,10 @@ the next caller is the module they stand in. Of its moves from one module to ano
 
 Last come the calls up themselves: pairs whose callee's room is above the caller's, which dividing modules hardly moves.
 
-The walk is printed twice. `whole` is every room: the number to compare two layouts by. `core` is four rooms alone: at e0757bb it
-gives the 28 modules, 19 climbs and 56 returns that the plan of the rooms named without a definition. The four were
-picked for that, of a thousand variants, and a module that leaves them for another room lowers `core` by leaving.
+The walk is printed twice. `whole` is every room: the number to compare two layouts by. `core` is four rooms alone: at
+e0757bb it gives the 28 modules, 19 climbs and 56 returns that the plan of the rooms named without a definition. The
+four were picked for that, of a thousand variants, and a module that leaves them for another room lowers `core` by
+leaving.
 Rooms, low to high, are those of docs/design.md, before and after; dividing a room can only add climbs.
 """
 

@@ -45,8 +45,8 @@ adapter: {rank: 16, alpha: 32, dropout: 0.0, targets: all-linear}
 objective: {kind: dpo, beta: 0.1, label_smoothing: 0.0}
 reference: {mode: cached, model: null, adapter: null}
 training: {pairs_per_step: 32, tokens_per_micro_batch: auto, epochs: 1, max_steps: null, learning_rate: 5.0e-5, schedule: cosine,
-           warmup: 0.1, weight_decay: 0.0, clip: 1.0, seed: 0, evaluate_every: 50, save_every: 50}
-run: {folder: null, tracker: null}               # folder: runs/<recipe's name>
+           warmup: 0.1, weight_decay: 0.0, clip: 1.0, seed: 0, evaluate_every: 50, save_every: 50, sample_every: null}
+run: {folder: null, tracker: null, sample_prompts: null}               # folder: runs/<recipe's name>
 """  # noqa: E501
 """The defaults as scripts and people have been promised them, word for word."""
 

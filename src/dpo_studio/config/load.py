@@ -180,7 +180,7 @@ _HUB_KEYS = (
     ("reference", "model"),
 )
 """Hub ids, unless a file or folder of that name exists, or the name can only be a path."""
-_FILE_KEYS = (("model", "adapter"), ("model", "chat_template"), ("reference", "adapter"))
+_FILE_KEYS = (("model", "adapter"), ("model", "chat_template"), ("reference", "adapter"), ("run", "sample_prompts"))
 _DATA_FILES = (".jsonl", ".jsonl.gz", ".json", ".json.gz", ".parquet", ".csv", ".tsv")
 
 

@@ -238,6 +238,8 @@ class TrainingSection(Section):
     """Steps between held-out evaluations; there is always one at the start and one at the end."""
     save_every: Annotated[int, Field(gt=0)] | Annotated[str, Field(pattern=MINUTES)] = 50
     """Steps between checkpoints, or minutes: `10min`. There is always one at the end. Never changes what is learned."""
+    sample_every: Annotated[int, Field(gt=0)] | None = None
+    """Steps between answers to `run.sample_prompts`; null: with every held-out evaluation. Changes nothing else."""
 
 
 class RunSection(Section):
@@ -247,6 +249,8 @@ class RunSection(Section):
     """The run folder, relative to the working directory. Default: runs/<recipe's name>."""
     tracker: Literal["tensorboard", "wandb", "trackio"] | None = None
     """Also send metrics to this tracker, through accelerate."""
+    sample_prompts: Annotated[int, Field(gt=0, le=1000)] | str | None = None
+    """Prompts that the policy answers during training, into samples.jsonl: so many held-out ones, or a file's."""
 
 
 class Recipe(Section):
@@ -272,6 +276,12 @@ class Recipe(Section):
         if self.model.adapter is not None and (conflicting := self.adapter.model_fields_set):
             keys = ", ".join(f"adapter.{name}" for name in sorted(conflicting))
             raise ValueError(f"model.adapter brings its own rank, alpha, dropout and targets; remove {keys}")
+        return self
+
+    @model_validator(mode="after")
+    def _answers_need_prompts(self) -> Recipe:
+        if self.training.sample_every is not None and self.run.sample_prompts is None:
+            raise ValueError("training.sample_every needs run.sample_prompts: a number of held-out prompts, or a file")
         return self
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ data.json           the date, and a digest of every pair (runs.kept)
 metrics.jsonl       one line a step; equal after a resume
 .lock               while a process trains here
 timing.jsonl        pairs/s, tokens/s, memory; may differ
+samples.jsonl       the policy's answers as training goes, where the recipe asks for them
 memory.jsonl        where memory ran out, and what was done; not there if it did not
 checkpoints/        step-N/, whole or not there
 adapter/            the result, in PEFT's format
@@ -41,7 +42,10 @@ from dpo_studio.scan import where_files_may_be
 
 __all__ = ["RunFolder", "environment", "is_run", "was_begun"]
 
-_MAY_CHANGE = ("training.save_every", "training.evaluate_every", "run.tracker", "run.folder")
+_MAY_CHANGE = (
+    *("training.save_every", "training.evaluate_every", "training.sample_every"),
+    *("run.tracker", "run.folder", "run.sample_prompts"),
+)
 _MAY_GROW = ("training.epochs", "training.max_steps")
 _RESOLVED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
 """Keys whose `auto` is decided once and written into the run."""
@@ -60,6 +64,7 @@ class RunFolder:
 
     RECIPE, TYPED_RECIPE, DATA = "recipe.yaml", "recipe.typed.yaml", "data.json"
     METRICS, TIMING, MEMORY = "metrics.jsonl", "timing.jsonl", "memory.jsonl"
+    SAMPLES = "samples.jsonl"
     RESULT, ENVIRONMENT, REPORT, STATUS = "result.json", "environment.json", "report.html", "status.json"
     CHECKPOINTS, ADAPTER, EVALUATION = "checkpoints", "adapter", "evaluation"
 
@@ -69,7 +74,7 @@ class RunFolder:
     WIN_RATES, WIN_RATES_FIGURE, WIN_RATES_TABLE = "winrate.json", "winrate.svg", "winrate.md"
     COMPLETIONS = "completions"
 
-    LINES = (METRICS, TIMING, MEMORY)
+    LINES = (METRICS, TIMING, MEMORY, SAMPLES)
     PARTS = (
         *LINES,
         *(RECIPE, TYPED_RECIPE, DATA, RESULT, ENVIRONMENT, REPORT, STATUS),
@@ -260,7 +265,7 @@ class RunFolder:
 
     def truncate_after(self, step: int) -> None:
         """Remove the lines after `step`: a resumed run writes them again."""
-        for name in (self.METRICS, self.TIMING):
+        for name in (self.METRICS, self.TIMING, self.SAMPLES):
             kept = [line for line in self.lines(name) if line["step"] <= step]
             if (self.path / name).exists():
                 text = "".join(json.dumps(line) + "\n" for line in kept)

@@ -40,6 +40,7 @@ from dpo_studio.workflows.training.preparing import (
     steps_of,
 )
 from dpo_studio.workflows.training.run_log import RunLog
+from dpo_studio.workflows.training.samples import Samples, sample_chats
 from dpo_studio.workflows.training.saving import Saver
 from dpo_studio.workflows.training.session import Session
 from dpo_studio.workflows.training.starting import (
@@ -112,6 +113,7 @@ def check_recipe(
         found = find_models(resolved)
         source, split = read_and_split(resolved, shown)
         look_at_pairs(resolved, split, shown, anyway=anyway)
+        sample_chats(resolved, split.held_out or split.train)
         date = run_date(run)
         models = look_at_models(resolved, found, date, shown.say)
         encoder = models.encoder
@@ -172,6 +174,7 @@ def _train_in(
     found = find_models(recipe)
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
+    chats = sample_chats(recipe, split.held_out or split.train)
     date = run_date(run, today)
     models = look_at_models(recipe, found, date, progress.say)
     encoder = models.encoder
@@ -203,7 +206,8 @@ def _train_in(
             log.write_limit(limit)
         state = TrainingState.fresh(policy, recipe.training, steps.total, recipe.reference, ranks)
         steps = replace(steps, token_budget=limit.tokens)
-        session = Session(recipe, base, policy, data, steps, state, saver, log, progress, models.reference)
+        samples = Samples(policy, encoder, chats, recipe.training.sample_every or 0, run, progress)
+        session = Session(recipe, base, policy, data, steps, state, saver, log, progress, samples, models.reference)
         held_out = session.fit(stop_after)
     result = session.finish(held_out, time.perf_counter() - started) | result_extra
     run.write_json(RunFolder.RESULT, result)

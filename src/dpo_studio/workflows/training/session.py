@@ -35,6 +35,7 @@ from dpo_studio.tokens.pack import MicroBatch, Steps
 from dpo_studio.workflows.training.held_out import HeldOut
 from dpo_studio.workflows.training.preparing import RunData, make_reference
 from dpo_studio.workflows.training.run_log import RunLog, figures
+from dpo_studio.workflows.training.samples import Samples
 from dpo_studio.workflows.training.saving import Saver, find_checkpoint
 from dpo_studio.workflows.training.signals import interrupted, stopping_signals
 
@@ -58,6 +59,7 @@ class Session:
     saver: Saver
     log: RunLog
     progress: Progress
+    samples: Samples
     reference_folder: ModelFolder | None = None
     """The folder of `reference.model`, opened before."""
 
@@ -98,6 +100,8 @@ class Session:
                 numbers = held_out.measure(state.mean_log_ratio) if due else {}
                 self.log.write(report, numbers)
                 advance(1, figures=figures(report, numbers))
+                if self.samples.is_due(report.step, evaluated=due) or (last and self.samples.chats):
+                    self.samples.write(report.step)
                 if self.saver.is_due(report.step) or last or asked.signal:
                     self.saver.save(self.policy, state, numbers.get("eval_loss"))
                 if asked.signal and report.step < steps.total:
@@ -185,6 +189,8 @@ class Session:
                 unless_out_of_memory(self.policy.model, partial(self._check_start, first, live))
             if numbers := held_out.at_start(is_reference=is_reference, mean_log_ratio=state.mean_log_ratio):
                 self.log.write_start(numbers)
+            if self.samples.chats:
+                self.samples.write(0)
         elif state.step >= steps.total:
             held_out.measure(state.mean_log_ratio)
 

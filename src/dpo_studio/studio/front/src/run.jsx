@@ -2,7 +2,7 @@
 import { useEffect, useMemo, useState } from "preact/hooks";
 import { get, newId, post } from "./api.js";
 import { Curve } from "./curve.jsx";
-import { Command, State, Trouble, Waiting, link, number, percent, useAction, useGet } from "./parts.jsx";
+import { Command, State, Trouble, Turns, Waiting, link, number, percent, useAction, useGet } from "./parts.jsx";
 
 const FIGURES = [
   ["Loss", "of the optimizer steps, and on held-out pairs", ["loss"], "eval_loss"],
@@ -187,9 +187,9 @@ export function Run({ name }) {
           {samples.slice(-12).map((sample, at) => (
             <div key={at} class="panel">
               <p class="muted">step {sample.step}</p>
-              <p class="prompt" dir="auto">
-                {sample.prompt}
-              </p>
+              <div class="prompt">
+                <Turns of={sample.prompt} />
+              </div>
               <p class="text" dir="auto">
                 {sample.answer}
               </p>
