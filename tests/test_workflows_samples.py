@@ -71,6 +71,7 @@ def test_a_resumed_run_has_each_answer_once(tiny_base: Path, tmp_path: Path) -> 
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, run={"folder": str(tmp_path / "run"), "sample_prompts": 1})
     with Progress(quiet=True) as progress:
         run_training(load_recipe(recipe), progress, stop_after=2)
+    (tmp_path / "run" / "result.json").unlink()  # as of a run that was stopped there
     with (tmp_path / "run" / "samples.jsonl").open("a") as file:
         file.write(json.dumps({"step": 3, "prompt": [], "answer": "of a step that was lost", "ended": True}) + "\n")
     assert dpo("train", recipe).code == 0
