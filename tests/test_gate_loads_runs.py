@@ -346,3 +346,21 @@ def test_a_result_s_numbers_are_numbers_before_they_are_printed(
     (run / "result.json").write_text(json.dumps(result | {key: value}))
     with pytest.raises(RunError, match=says):
         RunFolder(run).result()
+
+
+def test_a_run_s_template_has_no_relative_path(run: Path) -> None:
+    """It would be another file in every working directory."""
+    set_in_recipe(run, "model", chat_template="../own.jinja")
+    said = dpo("export", run, run.parent / "out", "--to", "adapter")
+    assert said.code == 1
+    assert "names ../own.jinja as chat template, which is not an absolute path" in said.err
+
+
+def test_a_finished_run_whose_result_lost_a_number_is_still_finished(run: Path) -> None:
+    """Each number is printed only if it is there."""
+    result = json.loads((run / "result.json").read_text())
+    for name in ("accuracy", "accuracy_ci95", "accuracy_before", "longer_wins"):
+        (run / "result.json").write_text(json.dumps({key: result[key] for key in result if key != name}))
+        said = dpo("train", run / "recipe.yaml", "--set", f"run.folder={run}")
+        assert said.code == 0, said.err
+        assert "is finished" in said.err and "held-out accuracy" not in said.out

@@ -41,7 +41,7 @@ def train(
     from dpo_studio.console.text import percent
 
     result = train_recipe(loaded, anyway=anyway)
-    if "accuracy" in result:
+    if {"accuracy", "accuracy_ci95", "accuracy_before", "longer_wins"} <= result.keys():
         low, high = result["accuracy_ci95"]
         print(
             f"held-out accuracy {percent(result['accuracy'])} (95 % interval {percent(low)} to {percent(high)}), "

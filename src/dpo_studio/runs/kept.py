@@ -157,6 +157,8 @@ def recipe_of(run: RunFolder) -> Recipe:
     if recipe is None:
         raise RunError(f"{run.path} is not a run", hint="a run is the folder that `dpo train` or `dpo demo` made")
     if (named := recipe.model.chat_template) is not None:
+        if not Path(named).is_absolute():  # a run's own recipe has no other paths: whose folder would it be in?
+            raise RunError(f"{run.path}: its recipe names {named} as chat template, which is not an absolute path")
         text = template_text(named, what="chat template of the run", error=RunError)
         kept = _read(run)
         if kept is None or kept.template != sha256(text.encode()).hexdigest():
