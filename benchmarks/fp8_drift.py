@@ -29,7 +29,7 @@ from torch import Tensor
 from dpo_studio.config import SourceSection
 from dpo_studio.frozen import products
 from dpo_studio.frozen.dense import Dense
-from dpo_studio.learning import packing_check, plain
+from dpo_studio.learning import eager_logps, packing_check
 from dpo_studio.workflows.scoring import score_pairs
 from dpo_studio.workflows.training import train_recipe
 
@@ -78,7 +78,7 @@ def rounded_activations(on: bool) -> Iterator[None]:
         patch.object(products, "fp8_rows", lambda x_MK: (rounded(x_MK),)),
         patch.object(Dense, "product", lambda weight, x_MK: x_MK @ weight.weight_NK.t(), create=True),
         patch.object(packing_check, "computes_in_fp8", lambda model: True),
-        patch.object(plain, "computes_in_fp8", lambda model: True),
+        patch.object(eager_logps, "computes_in_fp8", lambda model: True),
     ):
         yield
 

@@ -180,10 +180,10 @@ def _pairs(name: str) -> list[Reader]:
 
 def _run_readers() -> dict[str, list[Reader]]:
     from dpo_studio.learning.checkpoints import newest_checkpoint
+    from dpo_studio.runs.data_digests import date_of, recipe_of
     from dpo_studio.runs.facts import read_run
     from dpo_studio.runs.folder import RunFolder
     from dpo_studio.runs.health import health_of
-    from dpo_studio.runs.kept import date_of, recipe_of
 
     def of(read: Callable[[RunFolder], object]) -> Reader:
         def read_as_verbs_do(case: Path) -> object:

@@ -62,11 +62,11 @@ MODULES: dict[str, tuple[str, ...]] = {
     "preferences/bounds.py": _READ,
     "preferences/tables.py": _READ,
     "writing.py": _WRITTEN,
-    "runs/place.py": (*_WRITTEN, "test_cache.py"),
+    "runs/location.py": (*_WRITTEN, "test_cache.py"),
     "cache.py": ("test_cache.py",),
     "paths.py": ("test_guards_text.py", "test_gate_writes.py"),
     "evaluation/secret.py": _JUDGES,
-    "evaluation/replies.py": _JUDGES,
+    "evaluation/http_client.py": _JUDGES,
     "evaluation/endpoint.py": _JUDGES,
 }
 """Each module, and the files whose tests are to notice."""

@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from dpo_studio.errors import DPOStudioError, RunError
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.reports.html import write_report
+from dpo_studio.runs.data_digests import date_of, recipe_of
 from dpo_studio.runs.folder import RunFolder
-from dpo_studio.runs.kept import date_of, recipe_of
 from dpo_studio.workflows.exporting.cards import adapter_card
 from tests.guard_words import words_of
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows

@@ -33,7 +33,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/studio/pair_index.py", "json.loads"): (1, "a row of an index that the studio made"),
     ("dpo_studio/studio/worker.py", "json.loads"): (1, "a line of the studio that started this process"),
     ("dpo_studio/studio/worker.py", "fdopen"): (1, "a pipe of ours"),
-    ("dpo_studio/studio/workshop.py", "json.loads"): (1, "a line of our own process"),
+    ("dpo_studio/studio/model_worker.py", "json.loads"): (1, "a line of our own process"),
     # To write.
     ("dpo_studio/studio/jobs.py", "open"): (2, "to write what a job says"),
     ("dpo_studio/studio/runner.py", "open"): (1, "to write the mark of a job"),
@@ -50,7 +50,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
         1,
         "a text of a row, which has a row's limits",
     ),
-    ("dpo_studio/preferences/contents.py", "json.loads"): (2, "a text of a row, which has a row's limits"),
+    ("dpo_studio/preferences/row_contents.py", "json.loads"): (2, "a text of a row, which has a row's limits"),
     ("dpo_studio/cli/options.py", "json.loads"): (1, "typed by the user: a value of --judge-param"),
     # Expressions of constants, or of text that is escaped.
     ("dpo_studio/tokens/rendering.py", "re.compile"): (1, "special tokens, escaped"),

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from rich.console import Console
 
-from dpo_studio.cli.speaking import print_stream
+from dpo_studio.cli.answer_stream import print_stream
 from dpo_studio.config import load_recipe, parse_override, parse_yaml
 from dpo_studio.console.progress import Plain, Progress
 from dpo_studio.console.text import one_line, printable

@@ -18,10 +18,10 @@ import pytest
 
 from dpo_studio.errors import DPOStudioError, JudgeError, UsageError
 from dpo_studio.evaluation.endpoint import Asking, Endpoint
+from dpo_studio.evaluation.http_client import LARGEST_REPLY
 from dpo_studio.evaluation.judges import Comparison, higher_wins
 from dpo_studio.evaluation.llm_judge import LLMJudge
 from dpo_studio.evaluation.llm_template import TEMPLATE
-from dpo_studio.evaluation.replies import LARGEST_REPLY
 from dpo_studio.evaluation.secret import Secret
 from dpo_studio.preferences.pair import Message
 from dpo_studio.sampling.completion import Completion

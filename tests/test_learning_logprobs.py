@@ -17,9 +17,9 @@ from torch import Tensor
 
 from dpo_studio.errors import ModelError
 from dpo_studio.learning import logprobs, packing_check
+from dpo_studio.learning.eager_logps import plain_token_logps
 from dpo_studio.learning.logprobs import pair_logps, token_logps
 from dpo_studio.learning.packing_check import check_packing
-from dpo_studio.learning.plain import plain_token_logps
 from dpo_studio.models.attention import DENSE, FLEX, PAIRS, row_inputs
 from dpo_studio.tokens import pack as tokens_pack
 from dpo_studio.tokens.encode import EncodedPair

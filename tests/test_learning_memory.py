@@ -14,8 +14,9 @@ import torch
 
 from dpo_studio.config import TrainingSection
 from dpo_studio.errors import RunError
-from dpo_studio.learning import batched, memory, train
-from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning import batched_logps as batched
+from dpo_studio.learning import memory, train
+from dpo_studio.learning.batched_logps import batched_logps
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import (
     CPU_TOKEN_BUDGET,

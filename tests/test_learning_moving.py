@@ -21,7 +21,7 @@ from dpo_studio.learning.train import StepReport, train
 from dpo_studio.models.adapters import REFERENCE, adapter_state, as_reference, attach, attach_existing, save_adapter
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.objectives import DPO, PairLogps
-from dpo_studio.policy.moving import RANKS_KEPT, _truncated, move_reference, put_reference, reference_state
+from dpo_studio.policy.moving_reference import RANKS_KEPT, _truncated, move_reference, put_reference, reference_state
 from dpo_studio.policy.policy import Policy
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack
 from tests.pairs_of_ids import random_pairs

@@ -19,7 +19,7 @@ import torch
 from dpo_studio.config import load_recipe
 from dpo_studio.console.progress import Progress
 from dpo_studio.learning import reference
-from dpo_studio.learning.batched import COLUMNS, batched_logps
+from dpo_studio.learning.batched_logps import COLUMNS, batched_logps
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import reference_logps
 from dpo_studio.learning.reference_cache import ReferenceCache

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from dpo_studio.config import AdapterSection, ModelSection
 from dpo_studio.errors import ModelError
-from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.batched_logps import batched_logps
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import attach
 from dpo_studio.models.attention import choose_attention

@@ -30,7 +30,7 @@ from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.load import load_chat_model
-from dpo_studio.policy.proof import prove_adapter, prove_trial
+from dpo_studio.policy.adapter_check import verify_adapter, verify_trial_adapter
 from dpo_studio.tokens.pack import pack
 from tests.gptq_oracle import CASES, INPUTS, OUTPUTS, case_name, in_own_process
 from tests.pairs_of_ids import random_pairs
@@ -186,8 +186,8 @@ def peft_twin(policy: Any, model: Any) -> Any:
 def test_a_saved_adapter_is_plain_pefts(gptq_base: Path, tmp_path: Path) -> None:
     policy = moved(attach(load_gptq_fp32(gptq_base), SECTION, seed=0), size=0.1)
     save_adapter(policy, tmp_path / "adapter", base="someone/a-model-GPTQ")
-    prove_adapter(policy, tmp_path / "adapter")
-    prove_trial(policy, tmp_path / "trial", base="someone/a-model-GPTQ")
+    verify_adapter(policy, tmp_path / "adapter")
+    verify_trial_adapter(policy, tmp_path / "trial", base="someone/a-model-GPTQ")
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config["target_modules"] == sorted(
         ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

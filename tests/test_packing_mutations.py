@@ -22,7 +22,7 @@ from dpo_studio.config import SourceSection
 from dpo_studio.errors import ModelError
 from dpo_studio.learning import logprobs
 from dpo_studio.learning.packing_check import check_packing
-from dpo_studio.models import attending
+from dpo_studio.models import attention_functions
 from dpo_studio.models.adapters import attach, attach_existing, save_adapter
 from dpo_studio.models.attention import PAIRS, row_inputs
 from dpo_studio.models.head import HeadLaw
@@ -56,8 +56,8 @@ def no_window(patch: pytest.MonkeyPatch) -> None:
 
 
 def no_sinks(patch: pytest.MonkeyPatch) -> None:
-    extras = attending._extras
-    patch.setattr(attending, "_extras", lambda module, given: (extras(module, given)[0], None))
+    extras = attention_functions._extras
+    patch.setattr(attention_functions, "_extras", lambda module, given: (extras(module, given)[0], None))
 
 
 def rope_by_the_longest(patch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_studio.learning import batched
+from dpo_studio.learning import batched_logps as batched
 from dpo_studio.workflows import scoring
 from tests.tiny_runs import Said, dpo, tiny_rows, write_rows
 

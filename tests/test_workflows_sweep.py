@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from dpo_studio.errors import NonFiniteError, UsageError
-from dpo_studio.learning import batched, reference
+from dpo_studio.learning import batched_logps as batched
+from dpo_studio.learning import reference
 from dpo_studio.reports.frontier import draw_frontier, frontier_table, measure
 from dpo_studio.workflows import training
 from dpo_studio.workflows.sweeping import plan_sweep

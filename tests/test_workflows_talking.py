@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from dpo_studio.cli.speaking import wrapped
+from dpo_studio.cli.answer_stream import wrapped
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import UsageError
 from dpo_studio.preferences.pair import Message

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
+from dpo_studio.cli.answer_stream import cut_note, load, print_stream
 from dpo_studio.cli.options import Dtype, MaxNewTokens, ModelOrRun, Overwrite, Seed, Temperature, TopP
-from dpo_studio.cli.speaking import cut_note, load, print_stream
 
 if TYPE_CHECKING:  # they import torch
     from dpo_studio.workflows.loading import LoadedModel

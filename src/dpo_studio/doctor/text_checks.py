@@ -16,7 +16,7 @@ from dpo_studio.doctor.duplicates import REMEMBERED, Duplicates
 from dpo_studio.doctor.findings import EXAMPLES, Example, Finding, Histogram, Level, histogram_of, level_of
 from dpo_studio.doctor.wording import WORDING
 from dpo_studio.preferences.pair import Pair
-from dpo_studio.preferences.refusals import Refusal, RefusedRows
+from dpo_studio.preferences.refused_rows import Refusal, RefusedRows
 
 __all__ = ["TextChecks"]
 

@@ -141,7 +141,7 @@ class Endpoint:
             from openai import AsyncOpenAI
         except ImportError:
             raise JudgeError("an LLM judge needs the openai package", hint=install_hint("judge")) from None
-        from dpo_studio.evaluation.replies import BoundedClient
+        from dpo_studio.evaluation.http_client import BoundedClient
 
         client = AsyncOpenAI(
             base_url=self.base_url,
@@ -196,7 +196,7 @@ class Endpoint:
         import httpx2
         import openai
 
-        from dpo_studio.evaluation.replies import ReplyRefusedError, StatusError
+        from dpo_studio.evaluation.http_client import ReplyRefusedError, StatusError
 
         try:
             async with asyncio.timeout(limit_s):  # the client's own limit is for each piece of a reply

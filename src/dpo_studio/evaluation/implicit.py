@@ -13,7 +13,7 @@ import numpy as np
 from torch import nn
 
 from dpo_studio.evaluation.judges import Comparison, Progress, Verdict, check_some_finite, higher_wins, not_judged
-from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.batched_logps import batched_logps
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.models.adapters import as_reference, in_eval
 from dpo_studio.objectives import PairLogps

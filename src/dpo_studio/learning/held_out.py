@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.batched_logps import batched_logps
 from dpo_studio.learning.metrics import StepMetrics
 from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
 from dpo_studio.models.layers import as_compiled_for_training, causal_lm
-from dpo_studio.models.refusals import long_rope_limit
+from dpo_studio.models.unsupported import long_rope_limit
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.pack import MicroBatch, split_at_position
 

@@ -22,9 +22,9 @@ from torch import Tensor, nn
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.adapter_noise import noisy_adapters
+from dpo_studio.learning.eager_logps import computes_in_fp32, in_fp32, plain_model, plain_token_logps
 from dpo_studio.learning.logprobs import token_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, too_long_for_memory, unless_out_of_memory
-from dpo_studio.learning.plain import computes_in_fp32, in_fp32, plain_model, plain_token_logps
 from dpo_studio.learning.probe_pairs import ProbePair, limits_of, probe_pairs
 from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval
 from dpo_studio.models.layers import causal_lm

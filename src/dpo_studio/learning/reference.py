@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from dpo_studio.config import Recipe
-from dpo_studio.learning.batched import COLUMNS, batched_logps, from_columns
+from dpo_studio.learning.batched_logps import COLUMNS, batched_logps, from_columns
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference_cache import ReferenceCache
 from dpo_studio.objectives import PairLogps

@@ -20,7 +20,7 @@ from typing import TypeVar
 
 from dpo_studio.cache import held, limit_bytes, trim
 from dpo_studio.disk import make_folder
-from dpo_studio.learning.batched import COLUMNS
+from dpo_studio.learning.batched_logps import COLUMNS
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_studio.errors import NonFiniteError
-from dpo_studio.learning.batched import COLUMNS
+from dpo_studio.learning.batched_logps import COLUMNS
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimits, unless_out_of_memory
 from dpo_studio.learning.metrics import StepMetrics

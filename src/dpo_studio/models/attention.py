@@ -1,7 +1,7 @@
 """Attention over a pack: pairs apart, both answers behind one prompt, windows counted in each answer's own places.
 
-Three ways to the same numbers (`models.attending`). `flex`, for GPUs: one FlexAttention kernel over the row (arXiv
-2412.05496) that skips fully masked blocks. `pairs`, for CPUs: each pair's attention on its own through SDPA,
+Three ways to the same numbers (`models.attention_functions`). `flex`, for GPUs: one FlexAttention kernel over the row
+(arXiv 2412.05496) that skips fully masked blocks. `pairs`, for CPUs: each pair's attention on its own through SDPA,
 nothing masked away and nothing computed in vain. `sdpa`: one dense bool mask over the row, the fallback that runs
 everywhere. Models with an attention of their own written in (Falcon, XGLM) run that, under a dense mask that they add
 to the scores.
@@ -29,7 +29,7 @@ from torch.nn.functional import pad
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
 from dpo_studio.errors import ModelError
-from dpo_studio.models.attending import BLOCK, DENSE, FLEX, PAIRS, pack_note
+from dpo_studio.models.attention_functions import BLOCK, DENSE, FLEX, PAIRS, pack_note
 from dpo_studio.models.families import family_of
 from dpo_studio.models.head import head_law
 from dpo_studio.tokens.pack import MicroBatch, Span

@@ -1,7 +1,7 @@
 """The properties of model families that neither config values nor module names show: one entry each.
 
 A plain dense decoder needs no entry. Ropes, windows, kinds of layers, experts and routers are read off the config and
-the modules, whatever the family (`models.refusals`, `models.attention`, `models.targets`). A family of your own is
+the modules, whatever the family (`models.unsupported`, `models.attention`, `models.targets`). A family of your own is
 added with `add_family`, after its classes are registered with transformers' AutoConfig and AutoModelForCausalLM.
 """
 

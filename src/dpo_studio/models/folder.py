@@ -23,8 +23,8 @@ from dpo_studio.frozen.gptq_files import Quantization, read_quantization
 from dpo_studio.models.attention import check_architecture
 from dpo_studio.models.find import find_folder
 from dpo_studio.models.fingerprint import weights_fingerprint
-from dpo_studio.models.refusals import refuse_unfit
 from dpo_studio.models.tokenizer_settings import load_encoder
+from dpo_studio.models.unsupported import refuse_unfit
 from dpo_studio.models.vocabulary import check_vocabulary
 from dpo_studio.runs.folder import is_run
 from dpo_studio.scan import INDEX, NO_CODE, PICKLES, read_json, scan_folder, weights_of

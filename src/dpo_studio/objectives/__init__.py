@@ -7,9 +7,13 @@ formula are the same thing. Importing them imports no torch. `dpo_studio.config.
 from typing import Annotated
 
 from dpo_studio.objectives.across_pairs import AOT, AOTUnpaired
-from dpo_studio.objectives.alone import ORPO, SFT, SimPO
-from dpo_studio.objectives.answers import BCO, NCA, SPPO, APODown, APOZero
-from dpo_studio.objectives.choosing import (
+from dpo_studio.objectives.formula import Formula, Positive
+from dpo_studio.objectives.logps import PairLogps, log_ratios, margin, wins
+from dpo_studio.objectives.margins import DPO, EXO, FDPO, IPO, LDDPO, WPO, DiscoPOP, DPONorm, Hinge, Robust
+from dpo_studio.objectives.mixture import Mixture
+from dpo_studio.objectives.per_answer import BCO, NCA, SPPO, APODown, APOZero
+from dpo_studio.objectives.reference_free import ORPO, SFT, SimPO
+from dpo_studio.objectives.selection import (
     ByKind,
     check_objective,
     known_objectives,
@@ -17,10 +21,6 @@ from dpo_studio.objectives.choosing import (
     register,
     to_objective,
 )
-from dpo_studio.objectives.formula import Formula, Positive
-from dpo_studio.objectives.logps import PairLogps, log_ratios, margin, wins
-from dpo_studio.objectives.margins import DPO, EXO, FDPO, IPO, LDDPO, WPO, DiscoPOP, DPONorm, Hinge, Robust
-from dpo_studio.objectives.mixture import Mixture
 
 __all__ = [
     "AOT",

@@ -8,12 +8,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-from dpo_studio.objectives.alone import SFT
-from dpo_studio.objectives.answers import BCO
-from dpo_studio.objectives.choosing import ByKind
 from dpo_studio.objectives.formula import Formula, Positive
 from dpo_studio.objectives.logps import PairLogps
 from dpo_studio.objectives.margins import DPO
+from dpo_studio.objectives.per_answer import BCO
+from dpo_studio.objectives.reference_free import SFT
+from dpo_studio.objectives.selection import ByKind
 
 if TYPE_CHECKING:
     from torch import Tensor

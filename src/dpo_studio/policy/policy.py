@@ -24,8 +24,8 @@ from dpo_studio.models.adapters import (
     saved_tensors,
     train_mode,
 )
-from dpo_studio.policy.moving import move_reference, put_reference, reference_state
-from dpo_studio.policy.proof import prove_adapter, prove_trial
+from dpo_studio.policy.adapter_check import verify_adapter, verify_trial_adapter
+from dpo_studio.policy.moving_reference import move_reference, put_reference, reference_state
 
 __all__ = ["Policy"]
 
@@ -111,15 +111,15 @@ class Policy:
         Raises:
             ModelError: it does not.
         """
-        prove_adapter(self.model, folder)
+        verify_adapter(self.model, folder)
 
-    def prove_trial(self, scratch: Path, *, base: str) -> None:
+    def verify_trial_adapter(self, scratch: Path, *, base: str) -> None:
         """The same before training, with noise in every tensor, saved to `scratch`; the policy is unchanged.
 
         Raises:
             ModelError: plain PEFT would not compute with what this training saves.
         """
-        prove_trial(self.model, scratch, base=base)
+        verify_trial_adapter(self.model, scratch, base=base)
 
     def move_reference(self, share: float) -> float:
         """Move the reference by `share` towards the policy (TR-DPO); returns the truncation error."""

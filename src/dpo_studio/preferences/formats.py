@@ -32,10 +32,10 @@ from dataclasses import dataclass, replace
 
 from dpo_studio.errors import UsageError
 from dpo_studio.preferences.arena import arena, arena_55k
-from dpo_studio.preferences.contents import is_empty, strange_in_row
 from dpo_studio.preferences.exports import argilla_2, is_flat_argilla, label_studio, majority
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.preferences.ranked import nectar, nectar_all, raw_ultrafeedback
+from dpo_studio.preferences.row_contents import is_empty, strange_in_row
 from dpo_studio.preferences.turns import (
     Row,
     RowError,

@@ -19,7 +19,7 @@ from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.mapping import mapped_parser
 from dpo_studio.preferences.pair import Pair
-from dpo_studio.preferences.refusals import Refusal
+from dpo_studio.preferences.refused_rows import Refusal
 from dpo_studio.preferences.rows import read_rows
 from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.preferences.turns import Row, RowError, instruction_of

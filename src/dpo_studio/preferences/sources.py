@@ -16,12 +16,12 @@ from dataclasses import dataclass, replace
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.bounds import BadRow
-from dpo_studio.preferences.contents import strange_in_row
 from dpo_studio.preferences.formats import FORMATS, Parser, formats_help, scores_of, shape_of, trl_implicit
 from dpo_studio.preferences.guesses import other_kind, suggested_map
 from dpo_studio.preferences.mapping import columns_of, mapped_parser
 from dpo_studio.preferences.pair import Pair
-from dpo_studio.preferences.refusals import Refusal, RefusedRows
+from dpo_studio.preferences.refused_rows import Refusal, RefusedRows
+from dpo_studio.preferences.row_contents import strange_in_row
 from dpo_studio.preferences.rows import read_rows
 from dpo_studio.preferences.turns import Row, RowError
 

@@ -12,8 +12,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
-from dpo_studio.preferences.contents import chat_written_as_text, strange_in_message, weight_of
 from dpo_studio.preferences.pair import Message, Pair
+from dpo_studio.preferences.row_contents import chat_written_as_text, strange_in_message, weight_of
 
 __all__ = [
     "Row",

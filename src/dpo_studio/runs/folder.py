@@ -2,7 +2,7 @@
 
 recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` resolved
 recipe.typed.yaml   as given
-data.json           the date, and a digest of every pair (runs.kept)
+data.json           the date, and a digest of every pair (runs.data_digests)
 metrics.jsonl       one line a step; equal after a resume
 .lock               while a process trains here
 timing.jsonl        pairs/s, tokens/s, memory; may differ

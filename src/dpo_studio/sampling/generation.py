@@ -35,7 +35,7 @@ from dpo_studio.errors import DataError, ModelError, NonFiniteError, UsageError
 from dpo_studio.frozen.linear import held_dense
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.layers import causal_lm
-from dpo_studio.models.refusals import long_rope_limit
+from dpo_studio.models.unsupported import long_rope_limit
 from dpo_studio.sampling.completion import Completion
 
 __all__ = ["generate", "stream"]

@@ -17,9 +17,9 @@ from dpo_studio.paths import plain_name
 from dpo_studio.preferences.pair import Pair, trl_row
 from dpo_studio.preferences.sources import open_pairs
 from dpo_studio.reading import parse_json, read_bytes
+from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.job_routes import shown_job
 from dpo_studio.studio.pair_index import key_of
-from dpo_studio.studio.refusing import Refused
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.writing import appearing, check_outputs
 

@@ -18,7 +18,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dpo_studio.studio.refusing import refusal
+from dpo_studio.studio.api_errors import refusal
 
 __all__ = ["LARGEST_BODY", "LOGIN", "Door", "Guard"]
 

@@ -13,9 +13,9 @@ from dpo_studio.config.sections import recipe_schema
 from dpo_studio.disk import write_atomically
 from dpo_studio.paths import plain_name
 from dpo_studio.reading import read_text
+from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.jobs import Job
 from dpo_studio.studio.recipes import problems_of, read_values, written
-from dpo_studio.studio.refusing import Refused
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.studio.tails import error_of, tail
 

@@ -21,9 +21,9 @@ from sqlite3 import Row
 from dpo_studio.disk import make_folder
 from dpo_studio.errors import DPOStudioError
 from dpo_studio.reading import read_text
+from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.places import OWN
 from dpo_studio.studio.processes import is_alive
-from dpo_studio.studio.refusing import Refused
 from dpo_studio.studio.store import Store
 
 __all__ = ["Job", "Jobs"]

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpo_studio.config.sections import BUNDLED
-from dpo_studio.studio.refusing import Refused
+from dpo_studio.studio.api_errors import Refused
 
 __all__ = ["OWN", "Places"]
 

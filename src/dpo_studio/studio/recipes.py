@@ -11,8 +11,8 @@ from pydantic import ValidationError
 from dpo_studio.config import Recipe, parse_yaml
 from dpo_studio.config.explain import explain
 from dpo_studio.config.yaml_text import one_line
+from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.places import Places
-from dpo_studio.studio.refusing import Refused
 
 __all__ = ["problems_of", "read_values", "written"]
 

@@ -16,10 +16,10 @@ from pydantic import BaseModel
 
 from dpo_studio.runs.facts import read_run
 from dpo_studio.runs.folder import RunFolder
+from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.curves import Curve, columns, thinned
 from dpo_studio.studio.job_routes import Id, shown_job
 from dpo_studio.studio.processes import holder_of
-from dpo_studio.studio.refusing import Refused
 from dpo_studio.studio.runs import curve_of, find_runs, findings, run_named, summary
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.studio.tails import tail

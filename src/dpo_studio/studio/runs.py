@@ -20,10 +20,10 @@ from dpo_studio.objectives import to_objective
 from dpo_studio.reading import parse_json, read_json, read_text
 from dpo_studio.runs.facts import finite
 from dpo_studio.runs.folder import RunFolder, was_begun
+from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.curves import Curve
 from dpo_studio.studio.jobs import Job
 from dpo_studio.studio.processes import holder_of
-from dpo_studio.studio.refusing import Refused
 from dpo_studio.studio.studio import Studio
 
 __all__ = ["curve_of", "find_runs", "findings", "run_named", "summary"]

@@ -13,10 +13,10 @@ from fastapi.staticfiles import StaticFiles
 
 from dpo_studio import __version__
 from dpo_studio.errors import UsageError
-from dpo_studio.studio import data_routes, entrance, generation, job_routes, machine, run_routes, votes
+from dpo_studio.studio import data_routes, generation, job_routes, login, machine, run_routes, votes
+from dpo_studio.studio.api_errors import told_as_json
 from dpo_studio.studio.guard import Guard, is_loopback
 from dpo_studio.studio.processes import is_alive, start_of
-from dpo_studio.studio.refusing import told_as_json
 from dpo_studio.studio.sessions import Sessions
 from dpo_studio.studio.store import Store
 from dpo_studio.studio.studio import Studio
@@ -37,7 +37,7 @@ def create_app(studio: Studio) -> FastAPI:
     app.add_middleware(Guard, door=studio.door)
     told_as_json(app)
     for router in (
-        entrance.router,
+        login.router,
         run_routes.router,
         job_routes.router,
         votes.router,
@@ -47,8 +47,8 @@ def create_app(studio: Studio) -> FastAPI:
         machine.router,
     ):
         app.include_router(router)
-    if entrance.FRONT.is_dir():
-        app.mount("/", StaticFiles(directory=entrance.FRONT, html=True))
+    if login.FRONT.is_dir():
+        app.mount("/", StaticFiles(directory=login.FRONT, html=True))
     return app
 
 

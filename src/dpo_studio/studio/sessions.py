@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from dpo_studio.studio.refusing import Refused
+from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.store import Store
 
 __all__ = ["SESSION_SECONDS", "Sessions", "cookie_name"]

@@ -11,11 +11,11 @@ from fastapi import Depends, Request
 from dpo_studio.studio.curves import Curves
 from dpo_studio.studio.guard import Door
 from dpo_studio.studio.jobs import Jobs
+from dpo_studio.studio.model_worker import Workshop
 from dpo_studio.studio.pair_index import PairIndexes
 from dpo_studio.studio.places import Places
 from dpo_studio.studio.sessions import Sessions, cookie_name
 from dpo_studio.studio.store import Store
-from dpo_studio.studio.workshop import Workshop
 
 __all__ = ["Here", "Studio"]
 

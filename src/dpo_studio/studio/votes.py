@@ -14,8 +14,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from dpo_studio.disk import write_atomically
 from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message, Pair, trl_row
+from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.job_routes import Id
-from dpo_studio.studio.refusing import Refused
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.writing import check_outputs
 

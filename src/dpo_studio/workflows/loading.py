@@ -22,8 +22,8 @@ from dpo_studio.models.folder import open_model
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.paths import user_path
 from dpo_studio.policy.policy import Policy
+from dpo_studio.runs.data_digests import date_of, recipe_of
 from dpo_studio.runs.folder import RunFolder, is_run
-from dpo_studio.runs.kept import date_of, recipe_of
 from dpo_studio.scan import read_json
 
 __all__ = ["LoadedModel", "adapter_of", "find_any", "load_any"]

@@ -14,7 +14,7 @@ from dpo_studio.config import SourceLike, TooLong, as_source
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, NonFiniteError, UsageError
 from dpo_studio.evaluation.accuracy import finite_pairs, finite_summary
-from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.batched_logps import batched_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, tokens_without_gradient
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.objectives import PairLogps, margin

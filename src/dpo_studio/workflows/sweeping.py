@@ -25,9 +25,9 @@ from dpo_studio.errors import DataError, NonFiniteError, RunError, UsageError
 from dpo_studio.paths import user_path
 from dpo_studio.reading import read_json
 from dpo_studio.reports.frontier import Measured, draw_frontier, frontier_table, measure
+from dpo_studio.runs.data_digests import date_of
 from dpo_studio.runs.folder import RunFolder, is_run
-from dpo_studio.runs.kept import date_of
-from dpo_studio.runs.place import check_place
+from dpo_studio.runs.location import check_place
 from dpo_studio.writing import resolved
 
 __all__ = ["plan_sweep", "run_sweep"]

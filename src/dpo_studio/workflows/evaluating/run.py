@@ -33,8 +33,8 @@ from dpo_studio.preferences.sources import read_pairs
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.side_by_side import render_comparisons
 from dpo_studio.reports.winrates import MOST_RUNS, figure_files, save_winrate_figure, winrate_markdown
+from dpo_studio.runs.data_digests import recipe_of
 from dpo_studio.runs.folder import RunFolder, is_run
-from dpo_studio.runs.kept import recipe_of
 from dpo_studio.sampling.completion import Completion
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair, encode_pairs

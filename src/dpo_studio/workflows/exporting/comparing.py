@@ -14,7 +14,7 @@ from dpo_studio.console.progress import Progress
 from dpo_studio.export.merge import Delta, adapter_deltas
 from dpo_studio.export.verify import ExportCheck, compare
 from dpo_studio.frozen.linear import weight_count
-from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.batched_logps import batched_logps
 from dpo_studio.learning.reference import ReferenceChoice
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.folder import ModelFolder

@@ -28,7 +28,7 @@ from dpo_studio.export.requantise import (
     resolved,
 )
 from dpo_studio.export.whole import check_new, making
-from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.batched_logps import batched_logps
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.paths import user_path

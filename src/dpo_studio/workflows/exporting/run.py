@@ -35,8 +35,8 @@ from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import load_chat_model
 from dpo_studio.paths import user_path
 from dpo_studio.preferences.rows import sample
+from dpo_studio.runs.data_digests import date_of, recipe_of
 from dpo_studio.runs.folder import RunFolder, is_run
-from dpo_studio.runs.kept import date_of, recipe_of
 from dpo_studio.sampling.completion import Completion
 from dpo_studio.scan import read_json, template_text
 from dpo_studio.tokens.encode import EncodedPair

@@ -13,7 +13,7 @@ from dpo_studio.doctor.text_checks import TextChecks
 from dpo_studio.doctor.token_checks import TokenChecks, rule_findings
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.pair import Pair
-from dpo_studio.preferences.refusals import Refusal, RefusedRows
+from dpo_studio.preferences.refused_rows import Refusal, RefusedRows
 from dpo_studio.preferences.rows import sample
 from dpo_studio.preferences.sources import nothing_usable, open_pairs
 from dpo_studio.preferences.split import Split

@@ -18,7 +18,7 @@ from dpo_studio.config import SourceLike, as_source
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, UsageError
 from dpo_studio.preferences.pair import Pair, prompt_key, trl_row
-from dpo_studio.preferences.refusals import Refusal, RefusedRows
+from dpo_studio.preferences.refused_rows import Refusal, RefusedRows
 from dpo_studio.preferences.sources import PairStream, nothing_usable, open_pairs
 from dpo_studio.preferences.split import stratified
 from dpo_studio.writing import appearing, check_outputs, stream_of

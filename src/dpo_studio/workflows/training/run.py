@@ -22,11 +22,11 @@ from dpo_studio.preferences.pair import Pair
 from dpo_studio.ranks import Ranks
 from dpo_studio.reports.html import write_report
 from dpo_studio.reports.verdict import headline_of
+from dpo_studio.runs.data_digests import check_same_data, digest_data, run_date, write_data
 from dpo_studio.runs.facts import read_run
 from dpo_studio.runs.folder import RunFolder
-from dpo_studio.runs.kept import check_same_data, digest_data, run_date, write_data
+from dpo_studio.runs.location import check_place
 from dpo_studio.runs.lock import Held, held
-from dpo_studio.runs.place import check_place
 from dpo_studio.workflows.opening import find_models, look_at_models
 from dpo_studio.workflows.pairs.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.training.compiling import accelerated

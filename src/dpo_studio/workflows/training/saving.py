@@ -76,7 +76,7 @@ class Saver:
         """
         try:
             with scratch_folder(self.run.adapter) as scratch:
-                policy.prove_trial(scratch, base=self.base)
+                policy.verify_trial_adapter(scratch, base=self.base)
         except (OSError, SafetensorError) as error:
             raise _unwritable("the adapter", self.run.path, error) from None
 

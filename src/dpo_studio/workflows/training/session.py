@@ -16,7 +16,7 @@ import torch
 from dpo_studio.config import Recipe, cache_folder
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
-from dpo_studio.learning.batched import batched_logps
+from dpo_studio.learning.batched_logps import batched_logps
 from dpo_studio.learning.checkpoints import restore
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, tokens_without_gradient, unless_out_of_memory

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dpo_studio.learning.gradients import gradients
+from dpo_studio.learning.row_gradients import gradients
 from dpo_studio.models.attention import PAIRS
 from dpo_studio.models.layers import RUNGS
 from dpo_studio.policy.policy import Policy

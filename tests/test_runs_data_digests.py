@@ -13,8 +13,8 @@ import pytest
 
 from dpo_studio.errors import RunError
 from dpo_studio.models.tokenizer_settings import load_encoder
+from dpo_studio.runs.data_digests import date_of
 from dpo_studio.runs.folder import RunFolder
-from dpo_studio.runs.kept import date_of
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import Said, dpo, tiny_rows, write_recipe, write_rows
 from tests.tiny_tokenizers import CHATML

@@ -17,7 +17,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models import targets
 from dpo_studio.models.adapters import attach, attach_existing, save_adapter
 from dpo_studio.models.targets import all_linear
-from dpo_studio.policy.proof import prove_adapter, prove_trial
+from dpo_studio.policy.adapter_check import verify_adapter, verify_trial_adapter
 from tests.pairs_of_ids import random_pairs
 from tests.policies import moved, policy_on
 from tests.textbook import plain_logps
@@ -56,7 +56,7 @@ def saved(folder: Path, policy: Any = None) -> Any:
     """A policy whose adapter does something, saved."""
     policy = policy or policy_on()
     save_adapter(policy, folder, base="my/base")
-    prove_adapter(policy, folder)
+    verify_adapter(policy, folder)
     return policy
 
 
@@ -75,7 +75,7 @@ def test_a_trial_is_proven_and_leaves_the_policy_and_the_random_state_as_they_we
     torch.manual_seed(7)
     expected = torch.randn(5)
     torch.manual_seed(7)
-    prove_trial(policy, tmp_path, base="my/base")
+    verify_trial_adapter(policy, tmp_path, base="my/base")
     assert torch.equal(torch.randn(5), expected)
     after = dict(policy.named_parameters())
     assert after.keys() == before.keys()
@@ -91,7 +91,7 @@ def test_adapters_of_bfloat16_bases_and_continued_ones_are_proven(tmp_path: Path
         saved(tmp_path / "start")
         policy = attach_existing(tiny_model(), tmp_path / "start", trainable=True)
         policy = attach_existing(policy, tmp_path / "start", trainable=False, name="reference")
-    prove_trial(policy, tmp_path / "trial", base="my/base")
+    verify_trial_adapter(policy, tmp_path / "trial", base="my/base")
     saved(tmp_path / "end", policy)
 
 
@@ -99,14 +99,14 @@ def test_a_layer_lost_from_the_file_is_caught(tmp_path: Path) -> None:
     policy = saved(tmp_path)
     change(tmp_path, **{Q_A: None, Q_B: None})
     with pytest.raises(ModelError, match=f"its file lacks the tensor {Q_A}"):
-        prove_adapter(policy, tmp_path)
+        verify_adapter(policy, tmp_path)
 
 
 def test_a_tensor_under_another_name_is_caught(tmp_path: Path) -> None:
     policy = saved(tmp_path)
     change(tmp_path, **{Q_A: None, Q_A.replace("q_proj", "query"): load_file(tmp_path / WEIGHTS)[Q_A]})
     with pytest.raises(ModelError, match=r"its file also has the tensor .*query|its file lacks the tensor .*q_proj"):
-        prove_adapter(policy, tmp_path)
+        verify_adapter(policy, tmp_path)
 
 
 def test_a_wrong_value_is_caught(tmp_path: Path) -> None:
@@ -115,7 +115,7 @@ def test_a_wrong_value_is_caught(tmp_path: Path) -> None:
     value[-1, -1] += 1e-6
     change(tmp_path, **{Q_B: value})
     with pytest.raises(ModelError, match=f"the tensor {Q_B} differs from the trained one"):
-        prove_adapter(policy, tmp_path)
+        verify_adapter(policy, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -149,7 +149,7 @@ def test_settings_that_plain_peft_would_compute_otherwise_are_caught(
     file = tmp_path / "adapter_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changes))
     with pytest.raises(ModelError, match=words):
-        prove_adapter(policy, tmp_path)
+        verify_adapter(policy, tmp_path)
 
 
 def test_all_linear_leaves_out_what_peft_would_not_find_again(tmp_path: Path) -> None:
@@ -158,7 +158,7 @@ def test_all_linear_leaves_out_what_peft_would_not_find_again(tmp_path: Path) ->
     assert meant.lost == [f"model.layers.1.mlp.shared_experts.{name}_proj" for name in ("down", "gate", "up")]
     assert "that PEFT would not find again" in (meant.words() or "")
     policy = moved(attach(laguna(), AdapterSection(rank=4), seed=0)).eval()
-    prove_trial(policy, tmp_path / "trial", base="my/base")
+    verify_trial_adapter(policy, tmp_path / "trial", base="my/base")
     saved(tmp_path / "adapter", policy)
     plain = PeftModel.from_pretrained(laguna(), tmp_path / "adapter").eval()
     pairs = random_pairs(2)
@@ -176,7 +176,7 @@ def test_what_the_look_at_names_would_miss_the_proof_catches(tmp_path: Path, mon
     monkeypatch.setattr(targets, "_lost", lambda _model, _names: set())
     policy = moved(attach(laguna(), AdapterSection(rank=4), seed=0))
     with pytest.raises(ModelError, match=r"it loads another tensor than was saved as .*shared_experts\.down_proj"):
-        prove_trial(policy, tmp_path / "trial", base="my/base")
+        verify_trial_adapter(policy, tmp_path / "trial", base="my/base")
     save_adapter(policy, tmp_path / "adapter", base="my/base")
     with pytest.raises(ModelError, match=r"shared_experts\.down_proj"):
-        prove_adapter(policy, tmp_path / "adapter")
+        verify_adapter(policy, tmp_path / "adapter")

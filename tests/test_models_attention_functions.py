@@ -23,8 +23,8 @@ from transformers import (
 
 from dpo_studio.errors import ModelError
 from dpo_studio.learning.logprobs import pair_logps
-from dpo_studio.models.attending import _attend, _attend_flex, _attend_pairs, _attend_plainly, pack_note
 from dpo_studio.models.attention import DENSE, FLEX, PAIRS, block_mask, choose_attention, row_inputs
+from dpo_studio.models.attention_functions import _attend, _attend_flex, _attend_pairs, _attend_plainly, pack_note
 from dpo_studio.tokens.pack import pack
 from tests.pairs_of_ids import random_pairs
 from tests.textbook import columns, plain_logps

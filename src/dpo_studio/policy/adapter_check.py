@@ -21,12 +21,12 @@ from transformers.utils import logging as transformers_logging
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.adapters import POLICY, quiet_peft, save_adapter, saved_tensors
 
-__all__ = ["prove_adapter", "prove_trial"]
+__all__ = ["verify_adapter", "verify_trial_adapter"]
 
 _SUFFIX = f".{POLICY}.weight"
 
 
-def prove_trial(policy: PeftModel, scratch: Path, *, base: str, seed: int = 0) -> None:
+def verify_trial_adapter(policy: PeftModel, scratch: Path, *, base: str, seed: int = 0) -> None:
     """Save the policy's adapter to `scratch` with noise in every tensor, and prove that; the policy is unchanged.
 
     Without noise a fresh adapter's B is zero, like that of a layer whose tensors were lost.
@@ -37,10 +37,10 @@ def prove_trial(policy: PeftModel, scratch: Path, *, base: str, seed: int = 0) -
     draw = torch.Generator().manual_seed(seed)
     noise = {name: torch.randn(tensor.shape, generator=draw) for name, tensor in saved_tensors(policy).items()}
     save_adapter(policy, scratch, base=base, tensors=noise)
-    prove_adapter(policy, scratch, noise)
+    verify_adapter(policy, scratch, noise)
 
 
-def prove_adapter(policy: PeftModel, folder: Path, meant: dict[str, Tensor] | None = None) -> None:
+def verify_adapter(policy: PeftModel, folder: Path, meant: dict[str, Tensor] | None = None) -> None:
     """Check that plain PEFT loads `folder` as the tensors `meant`, by default the policy's own adapter.
 
     Raises:
