@@ -32,7 +32,7 @@ DEFAULT_SYSTEMS = [
     *("ours-cached", "packed-cached", "fp8-cached", "resident-live"),
 ]
 """What a run that is cut short should have comes first."""
-_COMPARED = (("packed", "ours"), ("fp8", "ours"), ("resident", "ours"), ("fp8", "packed"))
+_COMPARED = (("packed", "ours"), ("fp8", "ours"), ("resident", "ours"), ("fp8", "packed"), ("rows8", "ours"))
 """Kinds of base; `ours` has the bf16 one."""
 
 

@@ -43,6 +43,8 @@ OURS = {
     "ours-live": "reference in the step",
     "ours-cached": "reference computed once (not counted)",
     "ours-unshared": "reference in the step, prompts not shared",
+    "rows8-live": "base in FP8, a scale a row, reference in the step",
+    "rows8-cached": "base in FP8, a scale a row, reference computed once (not counted)",
 }
 OURS_ON_GPTQ = {
     "packed-live": "GPTQ base, reference in the step",

@@ -18,6 +18,7 @@ from dpo_studio.config import AdapterSection, TrainingSection
 from dpo_studio.frozen.fp8 import device_obstacle, fp8_obstacle, fp8_weight
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.frozen.row_scaled import RowScaled, row_scaled_obstacle
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference import reference_logps
 from dpo_studio.learning.state import TrainingState
@@ -57,10 +58,12 @@ _FORWARD, _BACKWARD = 2, 2
 def our_policy(shape: Shape, device: torch.device, kind: str = "ours") -> PeftModel:
     """A policy with random weights, ready for training: what `load_chat_model` and the run do for a real one.
 
-    Its base is bf16 (`ours`) or GPTQ: `packed`, with `fp8` products, or dequantised once (`resident`).
+    Its base is bf16 (`ours`), the same in FP8 (`rows8`), or GPTQ: `packed`, with `fp8` products, or dequantised once
+    (`resident`).
     """
     attention = FLEX if device.type == "cuda" else PAIRS
-    base = random_model(shape, device, attention, None if kind == "ours" else partial(gptq_linear, kind=kind))
+    linear = {"ours": None, "rows8": in_fp8}.get(kind, partial(gptq_linear, kind=kind))
+    base = random_model(shape, device, attention, linear)
     base.requires_grad_(False)
     base.eval()
     policy = attach(base, AdapterSection(rank=RANK, alpha=ALPHA, targets=list(TARGETS)), seed=0)
@@ -68,6 +71,13 @@ def our_policy(shape: Shape, device: torch.device, kind: str = "ours") -> PeftMo
     if device.type == "cuda":
         set_recompute(policy, "nothing")
     return policy
+
+
+def in_fp8(dense: nn.Linear) -> nn.Linear:
+    """The layer in FP8, as `load_chat_model` makes it under `compute: fp8`."""
+    if obstacle := row_scaled_obstacle(dense.weight.device, dense.weight.dtype):
+        raise RuntimeError(f"FP8: {obstacle}")
+    return FrozenLinear(RowScaled.of(dense.weight.detach()), dense.bias)
 
 
 def gptq_linear(dense: nn.Linear, kind: str) -> nn.Linear:

@@ -78,6 +78,7 @@ class Shape:
 
 SHAPES = {
     "mistral-7b": Shape(layers=32, hidden=4096, intermediate=14336, heads=32, kv_heads=8),
+    "llama-70b": Shape(layers=80, hidden=8192, intermediate=28672, heads=64, kv_heads=8),
     "smollm2-135m": Shape(layers=30, hidden=576, intermediate=1536, heads=9, kv_heads=3, head_size=64),
     "small": Shape(layers=4, hidden=256, intermediate=704, heads=4, kv_heads=2, vocabulary=8192, head_size=64),
     "tiny": Shape(layers=2, hidden=64, intermediate=128, heads=4, kv_heads=2, vocabulary=512, head_size=16),

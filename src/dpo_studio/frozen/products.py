@@ -3,8 +3,9 @@
 Adding B A x to W x afterwards would read and write the widest tensors of a model once more. Here the narrow product is
 written first and the base's product accumulates onto it inside the matrix product. A packed weight is dequantised for
 the product and freed, and dequantised again in the backward pass: autograd keeps the packed integers only. Under
-FP8 the forward products have block-scaled e4m3 on both sides; the backward pass does not, because it contracts over
-the outputs, and GPTQ's scales change with each of them.
+FP8 the forward products have e4m3 on both sides, each input rounded once for all its readers. So have the backward
+ones of dense weights; those of GPTQ's do not, because they contract over the outputs, and GPTQ's scales change with
+each of them.
 
 The operator is opaque to torch.compile, which would otherwise turn each accumulation into a copy and an addition.
 So a reference can be the policy's own compiled code with the adapter disabled inside it (`adapter_disabled`).
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor
 
 from dpo_studio.frozen.fp8 import fp8_rows
+from dpo_studio.frozen.row_scaled import RowScaled, row_scaled
 from dpo_studio.frozen.weights import Frozen, InFP8, flatten, unflatten
 
 __all__ = ["adapter_disabled", "products"]
@@ -61,12 +63,13 @@ def _lora(
         down_RK, ups_Nr = down_RK[:0], [up_Nr[:, :0] for up_Nr in ups_Nr]
     low_TR = x_TK @ down_RK.t()
     outputs = []
-    in_fp8: tuple[Tensor, Tensor] | None = None  # the input, once for all its readers
+    in_fp8: dict[type[Frozen], tuple[Tensor, Tensor]] = {}  # the input, once for all its readers
     frozen = unflatten(kinds, weights, numbers)
     for weight, up_Nr, low_Tr in zip(frozen, ups_Nr, _by_layer(low_TR, ups_Nr), strict=True):
         if isinstance(weight, InFP8):
-            in_fp8 = in_fp8 or fp8_rows(x_TK)
-            y_TN = weight.product(*in_fp8)[: len(x_TK)]
+            if type(weight) not in in_fp8:
+                in_fp8[type(weight)] = (row_scaled if isinstance(weight, RowScaled) else fp8_rows)(x_TK)
+            y_TN = weight.product(*in_fp8[type(weight)])[: len(x_TK)].to(x_TK.dtype)
             outputs.append(y_TN.addmm_(low_Tr, up_Nr.t()) if up_Nr.shape[1] else y_TN)
         else:
             outputs.append((low_Tr @ up_Nr.t()).addmm_(x_TK, weight.dequantised(x_TK.dtype).t()))
@@ -104,7 +107,10 @@ def _lora_backward(
         return [slope_TR, *ups_slopes]
     x_slope_TK = slope_TR @ down_RK
     for gradient_TN, weight in zip(gradients_TN, unflatten(kinds, weights, numbers), strict=True):
-        x_slope_TK.addmm_(gradient_TN, weight.dequantised(gradient_TN.dtype))
+        if isinstance(weight, RowScaled):
+            x_slope_TK.add_(weight.input_slope(gradient_TN))
+        else:
+            x_slope_TK.addmm_(gradient_TN, weight.dequantised(gradient_TN.dtype))
     return [slope_TR, *ups_slopes, x_slope_TK]
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from dpo_studio.frozen.dense import Dense
 from dpo_studio.frozen.fp8 import Block8
 from dpo_studio.frozen.gptq import Packed
+from dpo_studio.frozen.row_scaled import RowScaled
 
 __all__ = ["KINDS", "Frozen", "InFP8", "flatten", "unflatten"]
 
-Frozen = Dense | Packed | Block8
+Frozen = Dense | Packed | Block8 | RowScaled
 """What a frozen weight may be."""
-InFP8 = Block8
+InFP8 = Block8 | RowScaled
 """The kinds that are multiplied in FP8; the others are dequantised to the precision of the input first."""
 
 KINDS: dict[str, type[Frozen]] = {kind.tag: kind for kind in get_args(Frozen)}
