@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ def one(rows: int, inputs: int, outputs: int, kind: str) -> dict[str, Any]:
     for name, way in ways.items():
         try:
             y_MN = way()
-        except (RuntimeError, ValueError) as error:
-            found[name] = str(error).splitlines()[0][:200]
+        except (RuntimeError, ValueError) as failure:
+            found[name] = str(failure).splitlines()[0][:200]
             continue
         error = ((y_MN[:_ROWS_COMPARED].double() - exact).norm() / exact.norm()).item()
         bias = ((y_MN[:_ROWS_COMPARED].double() * exact).sum() / exact.square().sum()).item() - 1
@@ -116,7 +117,7 @@ def block_ways(x_MK: Tensor, weight_NK: Tensor) -> dict[str, Callable[[], Tensor
             w8_NK.t(),
             x_scales_MG,
             ScalingType.BlockWise1x128,
-            scales.contiguous(),
+            scales.contiguous().t(),  # (K / 128, N / 128), with the blocks of an output next to each other
             ScalingType.BlockWise128x128,
             output_dtype=torch.bfloat16,
         )
@@ -129,12 +130,11 @@ def passes(rows: int, products: list[tuple[int, int]]) -> dict[str, float]:
     widths = sorted({inputs for _, inputs in products} | {outputs for outputs, _ in products})
     found = {}
     for width in widths:
-        x_MK = drawn(rows, width, "normal")
+        x_MK, other_MK = drawn(rows, width, "normal"), drawn(rows, width, "normal")
         low_MR, up_NR = drawn(rows, 16, "normal"), drawn(width, 16, "normal")
-        found[f"round {width}"] = milliseconds(lambda x_MK=x_MK: row_scaled(x_MK))
-        found[f"add LoRA to {width}"] = milliseconds(lambda x=x_MK, a=low_MR, b=up_NR: x.addmm_(a, b.t()))
-        other_MK = x_MK.clone()
-        found[f"add {width}"] = milliseconds(lambda x=x_MK, y=other_MK: x.add_(y))
+        found[f"round {width}"] = milliseconds(partial(row_scaled, x_MK))
+        found[f"add LoRA to {width}"] = milliseconds(partial(x_MK.addmm_, low_MR, up_NR.t()))
+        found[f"add {width}"] = milliseconds(partial(x_MK.add_, other_MK))
     return {name: round(value, 4) for name, value in found.items()}
 
 

@@ -15,6 +15,7 @@ from dpo_studio.frozen.fp8 import Block8
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear, held_dense, weight_count
 from dpo_studio.frozen.products import products
+from dpo_studio.frozen.row_scaled import RowScaled
 from dpo_studio.frozen.weights import KINDS, Frozen, flatten, unflatten
 
 
@@ -43,7 +44,7 @@ def test_mixed_kinds_come_back_as_they_went_in() -> None:
 def test_some_rows_of_a_weight_are_those_of_the_whole() -> None:
     integers = torch.randint(-8, 8, (16, 256)).float().to(torch.float8_e4m3fn)
     kinds: list[Frozen] = [packed(8, act_order=True), packed(8, act_order=False), Dense(torch.rand(8, 64))]
-    for weight in (*kinds, Block8(integers, torch.rand(16, 2))):
+    for weight in (*kinds, Block8(integers, torch.rand(16, 2)), RowScaled.of(torch.randn(16, 32))):
         assert weight.shape == tuple(weight.exact(torch.float32).shape)
         assert torch.equal(weight.rows(3).exact(torch.float32), weight.exact(torch.float32)[:3])
 

@@ -20,9 +20,11 @@ import torch
 
 from dpo_studio.cli.app import set_environment
 from dpo_studio.config import AdapterSection, TrainingSection
+from dpo_studio.frozen import adapter_columns
 from dpo_studio.frozen.fp8 import fp8_rows, fp8_weight
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.frozen.row_scaled import RowScaled, row_scaled
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, plan_limit
 from dpo_studio.learning.packing_check import check_packing
@@ -174,7 +176,65 @@ def test_fp8_loses_nothing_of_the_weights() -> None:
     assert 5e-3 < ((found.double() - exact).norm() / exact.norm()).item() < 4e-2
 
 
-def gptq_policy(*, fp8: bool = False, resident: bool = False) -> Any:
+@pytest.mark.parametrize("inputs", [48, 4096, 20000])
+def test_rows_are_rounded_on_the_gpu_as_on_the_cpu(inputs: int) -> None:
+    """The same scales, and values that differ by one step of e4m3 where the two divide differently."""
+    x = torch.randn(77, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
+    x[3], x[5, 7] = 0, 30000
+    (x8, scales), (expected8, expected) = row_scaled(x.to(CUDA)), row_scaled(x)
+    assert torch.equal(scales.cpu(), expected)
+    differs = x8.cpu().float() != expected8.float()
+    assert differs.float().mean() < 1e-3
+    assert torch.allclose(x8.cpu().float(), expected8.float(), rtol=0.13, atol=2**-9)
+
+
+@pytest.mark.parametrize("size", [1e-6, 1e-3, 0.1, 10.0], ids="B={}".format)
+@pytest.mark.parametrize("ranks", [(1,), (16,), (21, 21, 21), (3, 8, 5), (100,)], ids=str)
+def test_an_adapters_part_of_an_fp8_product_is_as_fine_as_in_bf16(ranks: tuple[int, ...], size: float) -> None:
+    """The part alone: a weight and inputs that are zero but for what sets the scales, so that nothing hides it. Two
+    e4m3 halves of each side have about eight bits together, as bf16 has; rank 100 does not fit, and is added in bf16.
+    """
+    draw = torch.Generator(CUDA).manual_seed(1)
+    inputs, rows = 1024, 77
+    x = torch.zeros(rows, inputs, device=CUDA, dtype=torch.bfloat16)
+    x[:, 0] = 4.0
+    outputs = [304 + 16 * i for i in range(len(ranks))]
+    dense = [torch.zeros(n, inputs, device=CUDA, dtype=torch.bfloat16) for n in outputs]
+    for weight in dense:
+        weight[:, 1] = 0.1  # the other side has a zero there
+    weights = [RowScaled.of(weight) for weight in dense]
+    low = torch.randn(rows, sum(ranks), generator=draw, device=CUDA).bfloat16()
+    ups = [size * torch.randn(n, r, generator=draw, device=CUDA) for n, r in zip(outputs, ranks, strict=True)]
+    ups = [up.bfloat16() for up in ups]
+    found = adapter_columns.outputs(x, weights, low, ups)
+    for y, up, part in zip(found, ups, torch.split(low, list(ranks), 1), strict=True):
+        exact = part.double() @ up.double().t()
+        assert ((y.double() - exact).norm() / exact.norm()).item() < 0.012
+    gradients_ = [torch.zeros(rows, n, device=CUDA, dtype=torch.bfloat16) for n in outputs]
+    gradients_[0][:, 0] = 4.0
+    down = (0.03 * torch.randn(sum(ranks), inputs, generator=draw, device=CUDA)).bfloat16()
+    slope = (size * low).bfloat16()
+    found_slope = adapter_columns.input_slopes(gradients_, weights, slope, down)
+    exact = slope.double() @ down.double()
+    exact[:, 1] += 4.0 * 0.1  # the weight's own part of the gradient
+    others = torch.arange(inputs, device=CUDA) != 1
+    assert ((found_slope.double() - exact)[:, others].norm() / exact[:, others].norm()).item() < 0.012
+
+
+@pytest.mark.parametrize("rank", [4, 16, 40])
+def test_an_adapter_left_out_of_an_fp8_product_is_one_of_zeros_to_the_bit(rank: int) -> None:
+    draw = torch.Generator(CUDA).manual_seed(2)
+    x = torch.randn(77, 512, generator=draw, device=CUDA).bfloat16()
+    weights = [RowScaled.of(torch.randn(256, 512, generator=draw, device=CUDA).bfloat16()) for _ in range(3)]
+    low = torch.randn(77, 3 * rank, generator=draw, device=CUDA).bfloat16()
+    some = [torch.randn(256, rank, generator=draw, device=CUDA).bfloat16() for _ in weights]
+    adapter_columns.outputs(x, weights, low, some)  # leaves its columns behind the weights
+    left_out = adapter_columns.outputs(x, weights, None, some)
+    zeros = adapter_columns.outputs(x, weights, low, [torch.zeros_like(up) for up in some])
+    assert all(torch.equal(a, b) for a, b in zip(left_out, zeros, strict=True))
+
+
+def gptq_policy(*, fp8: bool = False, resident: bool = False, rows8: bool = False) -> Any:
     """A tiny Llama whose linears hold random 4-bit words in groups of 128, bf16, its adapter moved."""
     shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     model = tiny_model(attn_implementation=FLEX, initializer_range=0.05, **shape).bfloat16().to(CUDA)
@@ -186,7 +246,8 @@ def gptq_policy(*, fp8: bool = False, resident: bool = False) -> Any:
         if resident:
             linear.weight.data = weight.dequantised(torch.bfloat16)
         else:
-            layer = FrozenLinear(fp8_weight(weight) if fp8 else weight)
+            kind = RowScaled.of(weight.dequantised(torch.bfloat16)) if rows8 else fp8_weight(weight) if fp8 else weight
+            layer = FrozenLinear(kind)
             setattr(model.get_submodule(parent), child, layer)
     model.requires_grad_(False)
     policy = attach(model, AdapterSection(rank=4, alpha=8), seed=0)
@@ -214,10 +275,11 @@ def test_a_packed_base_is_the_dense_one(compiled: bool) -> None:
         assert torch.equal(gradient, dense_slopes[name]), name
 
 
+@pytest.mark.parametrize("rows8", [False, True])
 @pytest.mark.parametrize("compiled", [False, True])
-def test_fp8_starts_at_ln_2_and_stays_near_bf16(compiled: bool) -> None:
+def test_fp8_starts_at_ln_2_and_stays_near_bf16(compiled: bool, rows8: bool) -> None:
     """Policy and reference err alike: with B at zero the margins are 0 to the bit. Per token both stay near bf16's."""
-    policy = gptq_policy(fp8=True)
+    policy = gptq_policy(fp8=not rows8, rows8=rows8)
     plain = gptq_policy()
     tokens = sum(len(a.ids) for pair in PAIRS for a in (pair.chosen, pair.rejected))
     with compiled_layers(policy) if compiled else nullcontext():

@@ -13,12 +13,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["dequantise", "fp8_by_row", "fp8_integers", "fp8_rows", "scaled_integers"]
+__all__ = ["dequantise", "fp8_integers", "fp8_rows", "scaled_integers"]
 
 _ROWS = 64
 _FP8_LARGEST = 448.0
-_ROW_AT_ONCE = 16384
-"""Values of a row that one program keeps in registers between finding its largest and rounding them."""
 
 
 def fp8_integers(
@@ -48,29 +46,6 @@ def fp8_rows(x_MK: Tensor, block: int) -> tuple[Tensor, Tensor]:
     with torch.cuda.device(x_MK.device):
         _rows_to_fp8[grid](x_MK, x8_MK, scales_MB, rows, inputs, _ROWS, block, _FP8_LARGEST)
     return x8_MK, scales_MB
-
-
-def fp8_by_row(x_MK: Tensor) -> tuple[Tensor, Tensor]:
-    """e4m3, (M, K), and the scale of each row, (M,): read once where a row fits in a program's registers."""
-    if x_MK.stride(1) != 1:
-        x_MK = x_MK.contiguous()
-    rows, inputs = x_MK.shape
-    x8_MK = torch.empty(rows, inputs, dtype=torch.float8_e4m3fn, device=x_MK.device)
-    scales_M = torch.empty(rows, dtype=torch.float32, device=x_MK.device)
-    columns = min(triton.next_power_of_2(inputs), _ROW_AT_ONCE)
-    with torch.cuda.device(x_MK.device):
-        _by_row_to_fp8[(rows,)](
-            x_MK,
-            x8_MK,
-            scales_M,
-            inputs,
-            x_MK.stride(0),
-            columns,
-            inputs <= columns,
-            _FP8_LARGEST,
-            num_warps=max(4, min(16, columns // 1024)),
-        )
-    return x8_MK, scales_M
 
 
 def dequantise(
@@ -186,36 +161,6 @@ def _rows_to_fp8(  # type: ignore[no-untyped-def]
     scale_M = tl.maximum(tl.max(tl.abs(x), axis=1), 1e-12) / LARGEST
     tl.store(x8_ptr + at, (x / scale_M[:, None]).to(x8_ptr.dtype.element_ty), mask=inside)
     tl.store(scales_ptr + tl.program_id(1).to(tl.int64) * rows + m, scale_M, mask=m < rows)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _by_row_to_fp8(  # type: ignore[no-untyped-def]
-    x_ptr,
-    x8_ptr,
-    scales_ptr,
-    inputs,
-    row_stride,
-    COLUMNS: tl.constexpr,
-    WHOLE: tl.constexpr,
-    LARGEST: tl.constexpr,
-) -> None:
-    """One row: its largest value becomes e4m3's largest."""
-    m = tl.program_id(0).to(tl.int64)
-    k = tl.arange(0, COLUMNS)
-    x = tl.load(x_ptr + m * row_stride + k, mask=k < inputs, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(x), axis=0)
-    if not WHOLE:
-        for start in range(COLUMNS, inputs, COLUMNS):
-            more = tl.load(x_ptr + m * row_stride + start + k, mask=start + k < inputs, other=0.0).to(tl.float32)
-            largest = tl.maximum(largest, tl.max(tl.abs(more), axis=0))
-    scale = tl.maximum(largest, 1e-12) / LARGEST
-    tl.store(scales_ptr + m, scale)
-    tl.store(x8_ptr + m * inputs + k, (x / scale).to(x8_ptr.dtype.element_ty), mask=k < inputs)
-    if not WHOLE:
-        for start in range(COLUMNS, inputs, COLUMNS):
-            more = tl.load(x_ptr + m * row_stride + start + k, mask=start + k < inputs, other=0.0).to(tl.float32)
-            at = m * inputs + start + k
-            tl.store(x8_ptr + at, (more / scale).to(x8_ptr.dtype.element_ty), mask=start + k < inputs)
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -18,14 +18,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
-from dpo_studio.frozen.fp8 import fp8_rows
-from dpo_studio.frozen.row_scaled import RowScaled, row_scaled
-from dpo_studio.frozen.weights import Frozen, InFP8, flatten, unflatten
+from dpo_studio.frozen import adapter_columns
+from dpo_studio.frozen.fp8 import Block8, fp8_rows
+from dpo_studio.frozen.row_scaled import RowScaled
+from dpo_studio.frozen.weights import Frozen, flatten, unflatten
 
 __all__ = ["adapter_disabled", "products"]
 
@@ -59,17 +60,19 @@ def _lora(
 ) -> list[Tensor]:
     """[y of each layer (T, N)], and x A^T (T, R) for the backward pass; NaN if the adapter is disabled."""
     rank = len(down_RK)
+    frozen = list(unflatten(kinds, weights, numbers))
+    if _all_row_scaled(frozen):
+        low_TR = x_TK.new_full((len(x_TK), rank), math.nan) if _adapter_disabled else x_TK @ down_RK.t()
+        return [*adapter_columns.outputs(x_TK, frozen, None if _adapter_disabled else low_TR, ups_Nr), low_TR]
     if _adapter_disabled:
         down_RK, ups_Nr = down_RK[:0], [up_Nr[:, :0] for up_Nr in ups_Nr]
     low_TR = x_TK @ down_RK.t()
     outputs = []
-    in_fp8: dict[type[Frozen], tuple[Tensor, Tensor]] = {}  # the input, once for all its readers
-    frozen = unflatten(kinds, weights, numbers)
+    in_fp8: tuple[Tensor, Tensor] | None = None  # the input, once for all its readers
     for weight, up_Nr, low_Tr in zip(frozen, ups_Nr, _by_layer(low_TR, ups_Nr), strict=True):
-        if isinstance(weight, InFP8):
-            if type(weight) not in in_fp8:
-                in_fp8[type(weight)] = (row_scaled if isinstance(weight, RowScaled) else fp8_rows)(x_TK)
-            y_TN = weight.product(*in_fp8[type(weight)])[: len(x_TK)].to(x_TK.dtype)
+        if isinstance(weight, Block8):
+            in_fp8 = in_fp8 or fp8_rows(x_TK)
+            y_TN = weight.product(*in_fp8)[: len(x_TK)]
             outputs.append(y_TN.addmm_(low_Tr, up_Nr.t()) if up_Nr.shape[1] else y_TN)
         else:
             outputs.append((low_Tr @ up_Nr.t()).addmm_(x_TK, weight.dequantised(x_TK.dtype).t()))
@@ -105,12 +108,12 @@ def _lora_backward(
         ups_slopes.append(gradient_TN.t() @ low_Tr)
     if not needs_input:
         return [slope_TR, *ups_slopes]
+    frozen = list(unflatten(kinds, weights, numbers))
+    if _all_row_scaled(frozen):
+        return [slope_TR, *ups_slopes, adapter_columns.input_slopes(gradients_TN, frozen, slope_TR, down_RK)]
     x_slope_TK = slope_TR @ down_RK
-    for gradient_TN, weight in zip(gradients_TN, unflatten(kinds, weights, numbers), strict=True):
-        if isinstance(weight, RowScaled):
-            x_slope_TK.add_(weight.input_slope(gradient_TN))
-        else:
-            x_slope_TK.addmm_(gradient_TN, weight.dequantised(gradient_TN.dtype))
+    for gradient_TN, weight in zip(gradients_TN, frozen, strict=True):
+        x_slope_TK.addmm_(gradient_TN, weight.dequantised(gradient_TN.dtype))
     return [slope_TR, *ups_slopes, x_slope_TK]
 
 
@@ -159,6 +162,11 @@ def _slopes(ctx: Any, gradients: list[Tensor]) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("dpo_studio::lora", _slopes, setup_context=_keep)
+
+
+def _all_row_scaled(weights: Sequence[Frozen]) -> TypeGuard[Sequence[RowScaled]]:
+    """Layers that read one input are loaded alike."""
+    return all(isinstance(weight, RowScaled) for weight in weights)
 
 
 def _by_layer(stacked_TR: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:
