@@ -182,14 +182,14 @@ def test_rows_are_rounded_on_the_gpu_as_on_the_cpu(inputs: int) -> None:
     x = torch.randn(77, inputs, generator=torch.Generator().manual_seed(0)).bfloat16()
     x[3], x[5, 7] = 0, 30000
     (x8, scales), (expected8, expected) = row_scaled(x.to(CUDA)), row_scaled(x)
-    assert torch.equal(scales.cpu(), expected)
+    assert torch.allclose(scales.cpu(), expected, rtol=1e-6)
     differs = x8.cpu().float() != expected8.float()
     assert differs.float().mean() < 1e-3
     assert torch.allclose(x8.cpu().float(), expected8.float(), rtol=0.13, atol=2**-9)
 
 
 @pytest.mark.parametrize("size", [1e-6, 1e-3, 0.1, 10.0], ids="B={}".format)
-@pytest.mark.parametrize("ranks", [(1,), (16,), (21, 21, 21), (3, 8, 5), (100,)], ids=str)
+@pytest.mark.parametrize("ranks", [(1,), (16,), (28, 28, 28), (3, 8, 5), (100,)], ids=str)
 def test_an_adapters_part_of_an_fp8_product_is_as_fine_as_in_bf16(ranks: tuple[int, ...], size: float) -> None:
     """The part alone: a weight and inputs that are zero but for what sets the scales, so that nothing hides it. Two
     e4m3 halves of each side have about eight bits together, as bf16 has; rank 100 does not fit, and is added in bf16.

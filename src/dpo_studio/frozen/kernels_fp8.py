@@ -2,7 +2,7 @@
 
 Imported only where there is a GPU. `adapter_columns` says what the columns are.
 
-Shapes: M = rows of activations, K = inputs, N = outputs, R = ranks, r = one layer's, X = K and the columns, E = those.
+Shapes: M = rows of activations, K = inputs, N = outputs, R = ranks, r = one layer's, X = K and the columns, E = those, S = filled up.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ _LARGEST = 448.0
 _ROW_AT_ONCE = 16384
 """Values of a row that one program keeps in registers between finding its largest and rounding them."""
 _ROWS = 32
+_ALIGNED = 128
+"""Bytes: rows of other lengths make the product a fifth slower."""
 
 
 def fp8_by_row(
@@ -36,19 +38,21 @@ def fp8_by_row(
     if x_MK.stride(1) != 1:
         x_MK = x_MK.contiguous()
     rows, inputs = x_MK.shape
-    x8_MX = torch.empty(rows, inputs + width, dtype=torch.float8_e4m3fn, device=x_MK.device)
+    stride = -(-(inputs + width) // _ALIGNED) * _ALIGNED
+    x8_MS = torch.empty(rows, stride, dtype=torch.float8_e4m3fn, device=x_MK.device)
     scales_M = torch.empty(rows, dtype=torch.float32, device=x_MK.device)
     columns = min(triton.next_power_of_2(inputs), _ROW_AT_ONCE)
     rank = 0 if low_MR is None else low_MR.shape[1]
     with torch.cuda.device(x_MK.device):
         _by_row[(rows,)](
             x_MK,
-            x8_MX,
+            x8_MS,
             scales_M,
             x_MK if low_MR is None else low_MR,
             scales_M if largest_R is None else largest_R,
             inputs,
             x_MK.stride(0),
+            stride,
             0 if low_MR is None else low_MR.stride(0),
             rank,
             width,
@@ -60,7 +64,7 @@ def fp8_by_row(
             LARGEST=_LARGEST,
             num_warps=max(4, min(16, columns // 1024)),
         )
-    return x8_MX, scales_M
+    return x8_MS[:, : inputs + width], scales_M
 
 
 def write_columns(room_NE: Tensor, up_Nr: Tensor, scales_N: Tensor, largest_r: Tensor, first: int, ranks: int) -> None:
@@ -104,6 +108,7 @@ def _by_row(  # type: ignore[no-untyped-def]
     largest_ptr,
     inputs,
     row_stride,
+    out_stride,
     low_stride,
     rank,
     width,
@@ -117,7 +122,7 @@ def _by_row(  # type: ignore[no-untyped-def]
     """One row: its largest value, the adapter's included, becomes e4m3's largest."""
     m = tl.program_id(0).to(tl.int64)
     k = tl.arange(0, COLUMNS)
-    out_ptr = x8_ptr + m * (inputs + width)
+    out_ptr = x8_ptr + m * out_stride
     x = tl.load(x_ptr + m * row_stride + k, mask=k < inputs, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(x), axis=0)
     if not WHOLE:
