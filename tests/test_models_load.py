@@ -175,10 +175,9 @@ def test_other_quantisations_than_gptq_are_refused_by_name(folder: Path, quantis
     assert words in refusal(folder).message
 
 
-@pytest.mark.parametrize("key", [{"residency": "bf16"}, {"compute": "fp8"}])
-def test_settings_for_gptq_are_refused_on_other_bases(folder: Path, key: dict[str, str]) -> None:
-    with pytest.raises(ModelError, match=r"model\.residency and model\.compute are for GPTQ bases"):
-        loaded(folder, **key)
+def test_residency_is_refused_on_other_bases_than_gptq(folder: Path) -> None:
+    with pytest.raises(ModelError, match=r"model\.residency is for GPTQ bases"):
+        loaded(folder, residency="bf16")
 
 
 def test_an_unsupported_architecture_is_refused_before_its_weights_are_read(folder: Path) -> None:

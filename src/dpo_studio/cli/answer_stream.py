@@ -14,12 +14,12 @@ if TYPE_CHECKING:  # it imports torch
 __all__ = ["cut_note", "load", "print_stream", "wrapped"]
 
 
-def load(model: str, dtype: str | None, *, with_reference: bool = False) -> LoadedModel:
+def load(model: str, dtype: str | None, compute: str | None, *, with_reference: bool = False) -> LoadedModel:
     from dpo_studio.console.progress import Progress
     from dpo_studio.workflows.loading import load_any
 
     with Progress() as progress:
-        return load_any(model, dtype=dtype, with_reference=with_reference, say=progress.say)
+        return load_any(model, dtype=dtype, compute=compute, with_reference=with_reference, say=progress.say)
 
 
 def print_stream(pieces: Iterable[str]) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 import typer
 
 from dpo_studio.cli.answer_stream import cut_note, load, print_stream
-from dpo_studio.cli.options import Dtype, MaxNewTokens, ModelOrRun, Seed, Temperature, TopP
+from dpo_studio.cli.options import Compute, Dtype, MaxNewTokens, ModelOrRun, Seed, Temperature, TopP
 
 if TYPE_CHECKING:  # they import torch
     from dpo_studio.workflows.loading import LoadedModel
@@ -34,11 +34,12 @@ def chat(
     seed: Seed = 0,
     system: Annotated[Optional[str], typer.Option(help="A system turn before the conversation.")] = None,  # noqa: UP045
     dtype: Dtype = None,
+    compute: Compute = None,
 ) -> None:
     """Chat with a model. /base and /tuned switch between them, /new starts over, /help lists more, /quit ends."""
     from dpo_studio.workflows.talking import Chat, Sampling
 
-    talk = Chat(load(model, dtype), Sampling(temperature, max_new_tokens, top_p, seed), system)
+    talk = Chat(load(model, dtype, compute), Sampling(temperature, max_new_tokens, top_p, seed), system)
     _converse(talk, model)
 
 

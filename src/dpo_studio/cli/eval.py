@@ -10,6 +10,7 @@ import typer
 
 from dpo_studio.cli.options import (
     JUDGE_HELP,
+    Compute,
     Concurrency,
     Format,
     KeyEnv,
@@ -44,6 +45,7 @@ def evaluate(
     samples: Annotated[int, typer.Option(min=1, help="Answers to a prompt at each temperature above 0.")] = 1,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 128,
     seed: Seed = 0,
+    compute: Compute = None,
     source: Annotated[
         Optional[str],  # noqa: UP045
         typer.Option(help="Pairs to measure on instead of the run's held-out pairs."),
@@ -80,7 +82,7 @@ def evaluate(
         check_replies(replies, reads)
     if len(runs) > 1:
         check_figure(figure, reads, replies=replies, overwrite=overwrite)
-    settings = Evaluation(asked, samples, max_new_tokens, prompts, seed)
+    settings = Evaluation(asked, samples, max_new_tokens, prompts, seed, compute)
     measured: list[tuple[str, dict[str, Any]]] = []
     for run, named in zip(runs, judges_of(runs, judge, against), strict=True):
         with Progress() as progress:

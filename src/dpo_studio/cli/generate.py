@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from dpo_studio.cli.answer_stream import cut_note, load, print_stream
-from dpo_studio.cli.options import Dtype, MaxNewTokens, ModelOrRun, Overwrite, Seed, Temperature, TopP
+from dpo_studio.cli.options import Compute, Dtype, MaxNewTokens, ModelOrRun, Overwrite, Seed, Temperature, TopP
 
 if TYPE_CHECKING:  # they import torch
     from dpo_studio.workflows.loading import LoadedModel
@@ -45,6 +45,7 @@ def generate(
         typer.Option(min=1, help="With --prompts: answers to each prompt, a line each."),
     ] = None,
     dtype: Dtype = None,
+    compute: Compute = None,
 ) -> None:
     """Answer one prompt, streamed, or a file of them, with the model's chat template."""
     if (prompt is None) == (prompts is None):
@@ -60,12 +61,13 @@ def generate(
     sampling = Sampling(temperature, max_new_tokens, top_p, seed)
     if prompts is not None:
         sides = ("base", "tuned") if both else ("base",) if base else ("tuned",)
-        _answer_file(model, prompts, out, sampling, system, sides, samples, dtype=dtype, overwrite=overwrite)
+        loading = {"dtype": dtype, "compute": compute}
+        _answer_file(model, prompts, out, sampling, system, sides, samples, loading, overwrite=overwrite)
         return
     text = input_text("-", what="prompt", limit=_LARGEST_PROMPT) if prompt == "-" else prompt or ""
     if not text.strip():
         raise typer.BadParameter("the prompt is empty", param_hint="--prompt")
-    chat = Chat(load(model, dtype, with_reference=base), sampling, system, tuned=not base)
+    chat = Chat(load(model, dtype, compute, with_reference=base), sampling, system, tuned=not base)
     print_stream(chat.say(text))
     if chat.cut:
         print(cut_note(max_new_tokens), file=sys.stderr)
@@ -79,8 +81,8 @@ def _answer_file(
     system: str | None,
     sides: tuple[str, ...],
     samples: int | None,
+    loading: dict[str, str | None],
     *,
-    dtype: str | None,
     overwrite: bool,
 ) -> None:
     """Every prompt of a file, in batches; errors are reported before the model is loaded."""
@@ -91,7 +93,7 @@ def _answer_file(
         check_outputs({"--out": out}, reads=[prompts, model], overwrite=overwrite)
     check_batched(sampling, samples or 1)
     asked = read_prompts(prompts)
-    loaded = load(model, dtype, with_reference="base" in sides)
+    loaded = load(model, **loading, with_reference="base" in sides)
     lines, cut = _answer_all(loaded, asked, sampling, system, sides=sides, samples=samples)
     _write_lines(lines, out, overwrite=overwrite)
     if cut:

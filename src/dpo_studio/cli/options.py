@@ -16,6 +16,7 @@ __all__ = [
     "Anyway",
     "Bits",
     "CalibrationRows",
+    "Compute",
     "Concurrency",
     "DescAct",
     "Dtype",
@@ -69,6 +70,10 @@ Rows = Annotated[Optional[int], typer.Option("--rows", min=1, help="A seeded sam
 Revision = Annotated[
     Optional[str],  # noqa: UP045
     typer.Option("--revision", help="Branch, tag or commit of a Hub dataset."),
+]
+Compute = Annotated[
+    Optional[Literal["bf16", "fp8"]],  # noqa: UP045
+    typer.Option(help="Products with frozen weights. Default: as the run's recipe says."),
 ]
 Dtype = Annotated[
     Optional[Literal["float32", "bfloat16", "float16"]],  # noqa: UP045

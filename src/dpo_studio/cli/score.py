@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from dpo_studio.cli.options import (
+    Compute,
     Dtype,
     Format,
     Labels,
@@ -33,6 +34,7 @@ def score(
     overwrite: Overwrite = False,
     beta: Annotated[Optional[float], typer.Option(help="Reward per nat; default: the run's, else 0.1.")] = None,  # noqa: UP045
     dtype: Dtype = None,
+    compute: Compute = None,
     max_length: Annotated[Optional[int], typer.Option(min=8, help="Longest prompt and answer, in tokens.")] = None,  # noqa: UP045
     too_long: TooLong = "drop",
     format_: Format = "auto",
@@ -50,6 +52,7 @@ def score(
     settings: dict[str, Any] = {
         "beta": beta,
         "dtype": dtype,
+        "compute": compute,
         "max_length": max_length,
         "too_long": too_long,
     }

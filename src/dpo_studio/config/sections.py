@@ -72,8 +72,8 @@ class ModelSection(Section):
     """A Jinja file used in place of the tokenizer's own chat template."""
     residency: Literal["packed", "bf16"] = "packed"
     """GPTQ bases: keep the packed integers and dequantise for each product, or dequantise once."""
-    compute: Literal["auto", "fp8"] = "auto"
-    """GPTQ bases: the precision of the forward products."""
+    compute: Literal["auto", "bf16", "fp8"] = "auto"
+    """The precision of products with frozen weights. auto and bf16: the dtype's. fp8: e4m3, faster and coarser."""
 
 
 class ReadingSection(Section):

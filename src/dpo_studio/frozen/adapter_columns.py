@@ -39,7 +39,7 @@ def outputs(
             for y_MN, up_Nr, low_Mr in zip(ys, ups_Nr, torch.split(low_MR, ranks, 1), strict=True):
                 y_MN.addmm_(low_Mr, up_Nr.t())
         return ys
-    from dpo_studio.frozen.kernels_fp8 import fp8_by_row, write_columns
+    from dpo_studio.frozen.kernels_fp8 import fp8_by_row, largest_of, write_columns
 
     width = _width(rank)
     if low_MR is None:
@@ -48,7 +48,7 @@ def outputs(
         largest_R, first = x_MK.new_zeros(rank, dtype=torch.float32), 0
         for weight, up_Nr in zip(weights, ups_Nr, strict=True):
             own = largest_R[first : first + up_Nr.shape[1]]
-            own.copy_(_largest(up_Nr, weight.scales_N))
+            largest_of(up_Nr, weight.scales_N, own)
             room_NE = weight.weight_NX[:, x_MK.shape[1] : x_MK.shape[1] + width]
             write_columns(room_NE, up_Nr, weight.scales_N, own, first, rank)
             first += up_Nr.shape[1]
@@ -66,13 +66,14 @@ def input_slopes(
         for gradient_MN, weight in zip(gradients_MN, weights, strict=True):
             slope_MK.add_(weight.input_slope(gradient_MN))
         return slope_MK
-    from dpo_studio.frozen.kernels_fp8 import fp8_by_row, write_columns
+    from dpo_studio.frozen.kernels_fp8 import fp8_by_row, largest_of, write_columns
 
     (gradient_MN, *other_gradients), (weight, *others) = gradients_MN, weights
     width, outputs = _width(rank), weight.shape[0]
-    largest_R = _largest(down_RK.t(), weight.scales_K).expand(rank).contiguous()
+    largest_R, up_KR = down_RK.new_zeros(rank, dtype=torch.float32), down_RK.t()
+    largest_of(up_KR, weight.scales_K, largest_R)
     room_KE = weight.transposed_KX[:, outputs : outputs + width]
-    write_columns(room_KE, down_RK.t().contiguous(), weight.scales_K, largest_R, 0, rank)
+    write_columns(room_KE, up_KR, weight.scales_K, largest_R, 0, rank)
     rounded = fp8_by_row(gradient_MN, slope_MR, largest_R, width)
     slope_MK = scaled_product(*rounded, weight.transposed_KX, weight.scales_K)
     for gradient_MN, weight in zip(other_gradients, others, strict=True):
@@ -87,8 +88,3 @@ def _fits(like: Tensor, rank: int) -> bool:
 def _width(rank: int) -> int:
     """Columns of an adapter: three a rank, filled up to what the product wants."""
     return -(-3 * rank // MULTIPLE) * MULTIPLE
-
-
-def _largest(up_Nr: Tensor, scales_N: Tensor) -> Tensor:
-    """Of an adapter's matrix in units of the weight's scales, fp32, on the device."""
-    return (up_Nr / scales_N[:, None]).abs().amax()

@@ -2,7 +2,8 @@
 
 Imported only where there is a GPU. `adapter_columns` says what the columns are.
 
-Shapes: M = rows of activations, K = inputs, N = outputs, R = ranks, r = one layer's, X = K and the columns, E = those, S = filled up.
+Shapes: M = rows of activations, K = inputs, N = outputs, R = ranks, r = one layer's, X = K and the columns, E = those,
+S = X filled up.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["fp8_by_row", "write_columns"]
+__all__ = ["fp8_by_row", "largest_of", "write_columns"]
 
 _LARGEST = 448.0
 _ROW_AT_ONCE = 16384
@@ -67,6 +68,25 @@ def fp8_by_row(
     return x8_MS[:, : inputs + width], scales_M
 
 
+def largest_of(up_Nr: Tensor, scales_N: Tensor, out_r: Tensor) -> None:
+    """Write the largest of |up / scale| to each of `out_r`, which holds zeros."""
+    outputs, rank = up_Nr.shape
+    with torch.cuda.device(up_Nr.device):
+        _largest[(triton.cdiv(outputs, _ROWS),)](
+            up_Nr,
+            scales_N,
+            out_r,
+            outputs,
+            rank,
+            len(out_r),
+            up_Nr.stride(0),
+            up_Nr.stride(1),
+            ROWS=_ROWS,
+            RANKS=triton.next_power_of_2(rank),
+            COPIES=triton.next_power_of_2(len(out_r)),
+        )
+
+
 def write_columns(room_NE: Tensor, up_Nr: Tensor, scales_N: Tensor, largest_r: Tensor, first: int, ranks: int) -> None:
     """Write an adapter's columns behind a weight: [high, high, low] of up / scale, zeros for other layers' ranks.
 
@@ -81,6 +101,8 @@ def write_columns(room_NE: Tensor, up_Nr: Tensor, scales_N: Tensor, largest_r: T
             largest_r,
             outputs,
             up_Nr.shape[1],
+            up_Nr.stride(0),
+            up_Nr.stride(1),
             first,
             ranks,
             width,
@@ -154,6 +176,31 @@ def _by_row(  # type: ignore[no-untyped-def]
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _largest(  # type: ignore[no-untyped-def]
+    up_ptr,
+    scales_ptr,
+    out_ptr,
+    outputs,
+    rank,
+    copies,
+    up_stride_n,
+    up_stride_r,
+    ROWS: tl.constexpr,
+    RANKS: tl.constexpr,
+    COPIES: tl.constexpr,
+) -> None:
+    """ROWS outputs; a maximum does not depend on the order."""
+    n = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    r = tl.arange(0, RANKS)
+    inside = (n < outputs)[:, None] & (r < rank)[None, :]
+    up = tl.load(up_ptr + n[:, None] * up_stride_n + r[None, :] * up_stride_r, mask=inside, other=0.0).to(tl.float32)
+    scale_N = tl.load(scales_ptr + n, mask=n < outputs, other=1.0)
+    largest = tl.max(tl.max(tl.abs(up) / scale_N[:, None], axis=1), axis=0)
+    copy = tl.arange(0, COPIES)
+    tl.atomic_max(out_ptr + copy, tl.zeros((COPIES,), tl.float32) + largest, mask=copy < copies)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _columns(  # type: ignore[no-untyped-def]
     room_ptr,
     up_ptr,
@@ -161,6 +208,8 @@ def _columns(  # type: ignore[no-untyped-def]
     largest_ptr,
     outputs,
     rank,
+    up_stride_n,
+    up_stride_r,
     first,
     ranks,
     width,
@@ -175,7 +224,8 @@ def _columns(  # type: ignore[no-untyped-def]
     piece, r = e // ranks, e % ranks - first
     inside = (n < outputs)[:, None]
     own = (piece < 3) & (r >= 0) & (r < rank)
-    up = tl.load(up_ptr + n[:, None] * rank + r[None, :], mask=inside & own[None, :], other=0.0).to(tl.float32)
+    at = n[:, None] * up_stride_n + r[None, :] * up_stride_r
+    up = tl.load(up_ptr + at, mask=inside & own[None, :], other=0.0).to(tl.float32)
     scale_N = tl.load(scales_ptr + n, mask=n < outputs, other=1.0)
     value = up / (scale_N[:, None] * _shift(tl.load(largest_ptr), LARGEST))
     high8 = value.to(room_ptr.dtype.element_ty)

@@ -141,10 +141,8 @@ class ModelFolder:
             ModelError: no config, an adapter beside it, pickle-only weights, or a kind of model that we cannot train.
         """
         self.check_files()
-        if self.quantization is None and (section.residency != "packed" or section.compute != "auto"):
-            raise ModelError(
-                "model.residency and model.compute are for GPTQ bases", hint=f"{self.name} is not one: remove them"
-            )
+        if self.quantization is None and section.residency != "packed":
+            raise ModelError("model.residency is for GPTQ bases", hint=f"{self.name} is not one: remove it")
         config = self.config
         try:
             refuse_unfit(config, self.name)

@@ -20,6 +20,7 @@ from dpo_studio.config import ModelSection, cache_folder
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import ModelFolder, open_model
+from dpo_studio.models.fp8_model import into_fp8
 from dpo_studio.models.gptq_model import load_gptq
 from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.chat import ChatEncoder
@@ -78,6 +79,8 @@ def load_chat_model(
     if folder.quantization is None:
         model = load_weights(AutoModelForCausalLM, folder, dtype, attention)
         with put_on_gpu(model.get_memory_footprint(), folder.name, hint=f"{_AS_GPTQ}, or {_MORE_ROOM}"):
+            if section.compute == "fp8":
+                say(into_fp8(model, device, folder.name))
             model = model.to(device)
     else:
         model = _load_packed(folder, section, dtype, attention, device, say)

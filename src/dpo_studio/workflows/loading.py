@@ -76,6 +76,7 @@ def load_any(
     name: str,
     *,
     dtype: str | None = None,
+    compute: str | None = None,
     with_reference: bool = False,
     say: Callable[[str], None] = lambda _: None,
 ) -> LoadedModel:
@@ -84,7 +85,7 @@ def load_any(
     Raises:
         ModelError, RunError: not found or unusable; or `with_reference`, a run whose reference is another model.
     """
-    changes: dict[str, Any] = {} if dtype is None else {"dtype": dtype}
+    changes = {key: value for key, value in (("dtype", dtype), ("compute", compute)) if value is not None}
     folder = _folder(name)
     if is_run(folder):
         return _load_run(RunFolder(folder), changes, with_reference, say)

@@ -34,6 +34,7 @@ def score_pairs(
     *,
     beta: float | None = None,
     dtype: str | None = None,
+    compute: str | None = None,
     max_length: int | None = None,
     too_long: TooLong = "drop",
     progress: Progress | None = None,
@@ -48,7 +49,7 @@ def score_pairs(
         raise UsageError(f"--beta {beta} is not a positive number")
     with progress or Progress() as shown:
         pairs = read_pairs(as_source(source))
-        loaded = load_any(name, dtype=dtype, with_reference=True, say=shown.say)
+        loaded = load_any(name, dtype=dtype, compute=compute, with_reference=True, say=shown.say)
         used_beta = beta if beta is not None else loaded.beta if loaded.beta is not None else 0.1
         encoded = encode_pairs(pairs.pairs, loaded.base.encoder, max_length=max_length, too_long=too_long)
         if not encoded.pairs:

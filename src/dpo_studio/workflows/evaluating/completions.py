@@ -14,6 +14,7 @@ import torch
 from dpo_studio.console.progress import Progress
 from dpo_studio.disk import write_atomically
 from dpo_studio.errors import RunError
+from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.preferences.pair import Message
 from dpo_studio.reading import parse_json, read_text
@@ -42,6 +43,8 @@ class Speaker:
             "device": loaded.base.device.type,
             "torch": torch.__version__,
         }
+        if computes_in_fp8(loaded.policy):
+            self._depends_on["compute"] = "fp8"
 
     def prompt_ids(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The prompts as this model reads them."""

@@ -69,6 +69,8 @@ class Evaluation:
     prompts: int = 80
     """Held-out prompts, at most."""
     seed: int = 0
+    compute: str | None = None
+    """Precision of products with frozen weights; None: as the run's recipe says."""
 
     def __post_init__(self) -> None:
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
@@ -112,7 +114,7 @@ def evaluate_run(
     recipe, folder = _recipe(run), RunFolder(user_path(run))
     with progress or Progress() as shown:
         pairs = _pairs(recipe, source, run, shown)
-        loaded = load_any(run, with_reference=against == REFERENCE, say=shown.say)
+        loaded = load_any(run, compute=asked.compute, with_reference=against == REFERENCE, say=shown.say)
         asked_judge = (
             judge(loaded=loaded) if callable(judge) else judge_from(judge, loaded=loaded, say=shown.say)
         )  # errors in it are reported before any long work
