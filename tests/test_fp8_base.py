@@ -99,7 +99,7 @@ def test_a_run_in_fp8_starts_at_ln_2_to_the_bit_and_moves(run: Path) -> None:
     metrics = [line for line in lines if "loss" in line]
     assert metrics[0]["loss"] == torch.tensor(math.log(2)).item()
     assert metrics[0]["rewards/margins"] == 0
-    assert all(line["rewards/margins"] != 0 for line in metrics[1:])
+    assert metrics[-1]["rewards/margins"] != 0
 
 
 def test_score_and_generate_compute_as_the_run_did_unless_told(run: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -81,7 +82,7 @@ def _answer_file(
     system: str | None,
     sides: tuple[str, ...],
     samples: int | None,
-    loading: dict[str, str | None],
+    loading: Mapping[str, str | None],
     *,
     overwrite: bool,
 ) -> None:

@@ -60,7 +60,7 @@ _WINNERS = {"a": "base", "b": "tuned", "tie": "tie"}
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What is asked of both sides."""
+    """What is asked of both sides; `compute` as `load_any` takes it."""
 
     temperatures: tuple[float, ...] = (0.0, 0.25, 0.5, 0.75, 1.0)
     samples: int = 1
@@ -70,13 +70,11 @@ class Evaluation:
     """Held-out prompts, at most."""
     seed: int = 0
     compute: str | None = None
-    """Precision of products with frozen weights; None: as the run's recipe says."""
 
     def __post_init__(self) -> None:
         if not self.temperatures or len(set(self.temperatures)) < len(self.temperatures):
             raise UsageError("temperatures: at least one, and none twice", hint="--temperatures 0,0.25,0.5,0.75,1")
-        wrong = [t for t in self.temperatures if not 0 <= t < float("inf")]
-        if wrong:
+        if wrong := [t for t in self.temperatures if not 0 <= t < float("inf")]:
             raise UsageError(f"temperature {wrong[0]} is not 0 or more")
         if min(self.samples, self.max_new_tokens, self.prompts) < 1:
             raise UsageError("samples, new tokens and prompts are at least 1 each")
