@@ -15,7 +15,7 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel
 
 from dpo_studio.runs.facts import read_run
-from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.folder import RunFolder, was_begun
 from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.curves import Curve, columns, thinned
 from dpo_studio.studio.job_routes import Id, shown_job
@@ -106,17 +106,26 @@ def go_on(here: Here, name: str, started: Started) -> dict[str, Any]:
 def one_run(here: Here, name: str) -> dict[str, Any]:
     """Everything about a run but its curve."""
     run = run_named(here, name)
-    facts = read_run(run)
     job = here.jobs.last_of(run)
+    told = {} if job is None else shown_job(job)
+    ended = {"log": "" if job is None else tail(job.log), "error": told.get("error"), "hint": told.get("hint")}
+    if not was_begun(run):
+        return (
+            summary(here, run) | ended | {"recipe": "", "result": None, "facts": {}, "findings": [], "checkpoints": []}
+        )
+    facts = read_run(run)
     checkpoints = sorted(run.glob(f"{RunFolder.CHECKPOINTS}/step-*"), key=lambda path: (len(path.name), path.name))
-    return summary(here, run) | {
-        "recipe": facts.recipe_text,
-        "result": facts.result,
-        "facts": {"environment": facts.environment, "win_rates": facts.win_rates, "notes": list(facts.notes)},
-        "findings": findings(run, curve_of(here, run)),
-        "checkpoints": [here.places.shown(path) for path in checkpoints],
-        "log": "" if job is None else tail(job.log),
-    }
+    return (
+        summary(here, run)
+        | {
+            "recipe": facts.recipe_text,
+            "result": facts.result,
+            "facts": {"environment": facts.environment, "win_rates": facts.win_rates, "notes": list(facts.notes)},
+            "findings": findings(run, curve_of(here, run)),
+            "checkpoints": [here.places.shown(path) for path in checkpoints],
+        }
+        | ended
+    )
 
 
 async def _events(here: Studio, run: Path, step: int, request: Request) -> AsyncIterator[str]:
@@ -126,7 +135,7 @@ async def _events(here: Studio, run: Path, step: int, request: Request) -> Async
     try:
         state, generation = None, None
         while not await request.is_disconnected():
-            if not run.is_dir():
+            if not run.is_dir() and not await asyncio.to_thread(_may_come, here, run):
                 yield _event("gone", {"error": f"{run} is not there any more"})
                 return
             curve, now = await asyncio.to_thread(_look, here, run)
@@ -147,6 +156,11 @@ async def _events(here: Studio, run: Path, step: int, request: Request) -> Async
             await asyncio.sleep(_EVERY)
     finally:
         here.streams.discard(ticket)
+
+
+def _may_come(here: Studio, run: Path) -> bool:
+    job = here.jobs.last_of(run)
+    return job is not None and job.is_active
 
 
 def _look(here: Studio, run: Path) -> tuple[Curve, dict[str, Any]]:

@@ -61,13 +61,13 @@ def _begun(run: Path) -> float:
 
 
 def run_named(studio: Studio, name: str) -> Path:
-    """The run folder of a name as the list has it.
+    """The run folder of a name as the list has it; before it is there, that of a job that was started for it.
 
     Raises:
         Refused: it leads out, or is no run.
     """
     path = studio.places.inside(name, "name")
-    if not was_begun(path):
+    if not was_begun(path) and studio.jobs.last_of(path) is None:
         raise Refused(f"{name[:80]!r} is not a run", status=404, field="name", hint="was it moved or removed?")
     RunFolder(path).refuse_what_leads_out()
     return path
@@ -108,7 +108,7 @@ def summary(studio: Studio, run: Path) -> dict[str, Any]:
         "held_out": accuracy is not None,
         "margin": finite(last, "rewards/margins"),
         "started": datetime.datetime.fromtimestamp(_begun(run), datetime.UTC).isoformat(timespec="seconds"),
-        "base": _key(recipe, "model", "path"),
+        "base": _base(studio, recipe),
         "objective": _key(recipe, "objective", "kind") or "dpo",
         "health": [finding["title"] for finding in findings(run, curve)],
         "job": None if job is None else job.id,
@@ -166,6 +166,12 @@ def _pairs(run: Path) -> int | None:
     rows = kept.get("train") if isinstance(kept, dict) else None
     rows = rows.get("rows", rows.get("pairs")) if isinstance(rows, dict) else rows
     return len(rows) if isinstance(rows, list | dict) else rows if isinstance(rows, int) else None
+
+
+def _base(studio: Studio, recipe: dict[str, Any]) -> str | None:
+    """As one would type it in the studio's folder."""
+    base = _key(recipe, "model", "path")
+    return studio.places.shown(Path(base)) if base is not None and Path(base).is_absolute() else base
 
 
 def _key(recipe: dict[str, Any], section: str, key: str) -> str | None:

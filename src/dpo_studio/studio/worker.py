@@ -69,7 +69,7 @@ class Answering:
             return own, True
         for each in self._loaded.values():
             plain = each.adapter is not None and each.other_reference is None and each.reference_adapter is None
-            if plain and str(each.base.typed) == name:
+            if plain and _is_same(str(each.base.typed), name):
                 return each, False
         return None
 
@@ -85,6 +85,11 @@ class Answering:
                     ended = bool(end.value)
                     break
         self.tell({"index": index, "end": True, "cut": not ended})
+
+
+def _is_same(model: str, other: str) -> bool:
+    """Whether two names are of one model; a folder may be named from the studio's folder, or from the root."""
+    return model == other or (os.path.exists(other) and os.path.realpath(model) == os.path.realpath(other))  # noqa: PTH110
 
 
 def main(asked: TextIO, answers: TextIO) -> None:

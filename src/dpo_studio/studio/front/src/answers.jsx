@@ -1,7 +1,7 @@
 // Two models answer the same prompt: chosen, asked, streamed. Compare and Chat are made of this.
 import { useRef, useState } from "preact/hooks";
 import { stream } from "./api.js";
-import { Field, useGet } from "./parts.jsx";
+import { Field, Typed, useGet } from "./parts.jsx";
 
 export const BLANK = { text: "", ended: false, cut: false };
 
@@ -56,11 +56,7 @@ export function Models({ names, onNames, titles = ["One model", "The other"] }) 
       </datalist>
       {titles.map((title, at) => (
         <Field key={title} label={title} help={at ? null : "a run, a checkpoint, a model folder or a base"}>
-          <input
-            list="models"
-            value={names[at]}
-            onChange={(event) => onNames(names.map((old, index) => (index === at ? event.target.value : old)))}
-          />
+          <Typed list="models" value={names[at]} onText={(text) => onNames(names.map((old, index) => (index === at ? text : old)))} />
         </Field>
       ))}
     </div>
@@ -70,13 +66,7 @@ export function Models({ names, onNames, titles = ["One model", "The other"] }) 
 export function Sampling({ values, onValues }) {
   const field = (key, label, step) => (
     <Field label={label}>
-      <input
-        type="number"
-        step={step}
-        min="0"
-        value={values[key]}
-        onChange={(event) => onValues({ ...values, [key]: Number(event.target.value) })}
-      />
+      <Typed type="number" step={step} min="0" value={values[key]} onText={(text) => onValues({ ...values, [key]: Number(text) })} />
     </Field>
   );
   return (

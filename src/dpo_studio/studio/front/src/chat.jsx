@@ -1,7 +1,7 @@
 // Two models side by side in the same conversation.
 import { useState } from "preact/hooks";
 import { Answer, Models, SAMPLING, Sampling, useAnswers } from "./answers.jsx";
-import { Empty, Field, Trouble } from "./parts.jsx";
+import { Empty, Field, Trouble, sends } from "./parts.jsx";
 
 export function Chat({ right = "" }) {
   const [models, setModels] = useState(["bundled:smollm2-135m-instruct", right]);
@@ -28,8 +28,8 @@ export function Chat({ right = "" }) {
           <Field label="System prompt" help="optional">
             <textarea rows="2" value={system} onInput={(event) => setSystem(event.target.value)} />
           </Field>
-          <Field label="Message">
-            <textarea rows="2" value={typed} onInput={(event) => setTyped(event.target.value)} />
+          <Field label="Message" help="Ctrl and Enter send">
+            <textarea rows="2" value={typed} onKeyDown={sends} onInput={(event) => setTyped(event.target.value)} />
           </Field>
         </div>
         <p class="actions">

@@ -2,7 +2,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { newId, post } from "./api.js";
 import { Answer, Models, SAMPLING, Sampling, useAnswers } from "./answers.jsx";
-import { Empty, Field, Trouble, link, useAction } from "./parts.jsx";
+import { Empty, Field, Trouble, link, sends, useAction } from "./parts.jsx";
 
 const CHOICES = [
   ["1", "left", "Left is better"],
@@ -51,6 +51,7 @@ export function Compare({ left = "bundled:smollm2-135m-instruct", right = "" }) 
     } else {
       setRound(null);
       clear();
+      field.current?.focus();
     }
   };
   const [vote, voting, refused] = useAction(async (choice) => {
@@ -70,6 +71,7 @@ export function Compare({ left = "bundled:smollm2-135m-instruct", right = "" }) 
     setCount((old) => old + 1);
   });
 
+  const field = useRef(null);
   const keys = useRef(null);
   keys.current = (event) => {
     if (event.target.matches("input, textarea, select") || event.ctrlKey || event.metaKey || event.altKey) return;
@@ -104,8 +106,8 @@ export function Compare({ left = "bundled:smollm2-135m-instruct", right = "" }) 
         }}
       >
         <div class="form two">
-          <Field label="Prompt">
-            <textarea rows="2" value={typed} onInput={(event) => setTyped(event.target.value)} />
+          <Field label="Prompt" help="Ctrl and Enter ask">
+            <textarea ref={field} rows="2" value={typed} onKeyDown={sends} onInput={(event) => setTyped(event.target.value)} />
           </Field>
           <Field label="or a file of prompts" help={prompts.length ? `${prompts.length} prompts wait` : "a prompt a line, or JSONL with `prompt`"}>
             <input type="file" accept=".txt,.jsonl,.json" onChange={open} />

@@ -1,7 +1,7 @@
 // Export of a run, the jobs, and the machine.
 import { useState } from "preact/hooks";
 import { newId, post } from "./api.js";
-import { Command, Empty, Field, Job, State, Trouble, Waiting, bytes, link, useAction, useGet, when } from "./parts.jsx";
+import { Command, Empty, Field, Job, State, Table, Trouble, Waiting, bytes, link, useAction, useGet, when } from "./parts.jsx";
 
 const TARGETS = {
   adapter: "a LoRA adapter that PEFT and vLLM load on the base",
@@ -89,8 +89,7 @@ export function Machine() {
   ];
   return (
     <>
-      <div class="table">
-        <table>
+      <Table name="this machine">
           <caption>This machine</caption>
           <tbody>
             {rows.map(([name, value]) => (
@@ -100,15 +99,14 @@ export function Machine() {
               </tr>
             ))}
           </tbody>
-        </table>
-      </div>
+        </Table>
       <section>
         <h2>Jobs</h2>
         {jobs?.length ? (
           jobs.slice(0, 30).map((job) => (
             <div key={job.id} class="panel">
               <p class="about">
-                <State of={job.state} /> <span>{job.verb}</span> <span class="muted">{job.started && when(job.started)}</span>
+                <State of={job.state} /> <span>{job.verb}</span> <span class="muted">{job.started && when(1000 * job.started)}</span>
               </p>
               <Command>{job.command}</Command>
               <Trouble error={job.error ? { message: job.error, hint: job.hint } : null} />

@@ -1,7 +1,7 @@
 // A new run: a form made of the recipe's JSON Schema beside the YAML that it writes, the command, and its start.
 import { useEffect, useState } from "preact/hooks";
 import { newId, post } from "./api.js";
-import { Command, Field, Job, Trouble, Waiting, link, useAction, useGet } from "./parts.jsx";
+import { Command, Field, Job, Trouble, Typed, Waiting, link, useAction, useGet } from "./parts.jsx";
 
 const FIRST = ["model.path", "data.train.source", "data.held_out.fraction", "data.max_length", "objective.kind", "objective.beta"];
 
@@ -47,12 +47,12 @@ function read(text) {
 }
 
 function Input({ path, schema, value, onValue, ...described }) {
-  const common = { ...described, name: path.join("."), onChange: (event) => onValue(read(event.target.value)) };
+  const common = { ...described, name: path.join(".") };
   const shown = value ?? "";
   const options = schema.enum ?? (schema.type === "boolean" ? [true, false] : null);
   if (options)
     return (
-      <select {...common} value={String(shown)}>
+      <select {...common} value={String(shown)} onChange={(event) => onValue(read(event.target.value))}>
         <option value="">default ({String(schema.default ?? "–")})</option>
         {options.map((option) => (
           <option key={option} value={String(option)}>
@@ -61,7 +61,8 @@ function Input({ path, schema, value, onValue, ...described }) {
         ))}
       </select>
     );
-  return <input {...common} value={shown} placeholder={schema.default == null ? "" : String(schema.default)} />;
+  const placeholder = schema.default == null ? "" : String(schema.default);
+  return <Typed {...common} value={shown} placeholder={placeholder} onText={(text) => onValue(read(text))} />;
 }
 
 function Section({ title, keys, values, errors, onValues, open }) {

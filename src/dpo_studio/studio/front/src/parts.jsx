@@ -9,6 +9,11 @@ export const bytes = (value) => (value == null ? "–" : `${(value / 2 ** 30).to
 export const link = (...parts) => `#/${parts.map(encodeURIComponent).join("/")}`;
 export const when = (time) => new Date(time).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "short" });
 
+/** Ctrl and Enter in a field of several lines, where Enter alone begins a line. */
+export const sends = (event) => {
+  if (event.key === "Enter" && (event.ctrlKey || event.metaKey) && event.target.value.trim()) event.target.form.requestSubmit();
+};
+
 /** {value, error, again} of a GET, asked again every `every` milliseconds while the page is visible. */
 export function useGet(path, every = 0) {
   const [state, setState] = useState({ value: null, error: null });
@@ -93,6 +98,23 @@ export function Field({ label, help, error, children }) {
       </div>
     </div>
   );
+}
+
+/** A table that may be wider than the page: it is scrolled by keyboard, too. */
+export const Table = ({ name, children, ...more }) => (
+  <div class="table" role="region" aria-label={name} tabindex="0">
+    <table {...more}>{children}</table>
+  </div>
+);
+
+/** An input whose text is its own while somebody types: `0.` is no number yet, and a page that is drawn again keeps it. */
+export function Typed({ value, onText, ...more }) {
+  const [text, setText] = useState(null);
+  const on = (event) => {
+    setText(event.target.value);
+    onText(event.target.value);
+  };
+  return <input {...more} value={text ?? value} onInput={on} onBlur={() => setText(null)} />;
 }
 
 const CHIPS = { running: "tuned", finished: "better", failed: "worse", stopped: "unclear", interrupted: "unclear" };

@@ -1,6 +1,6 @@
 // One run: its curves as it trains, what is wrong with it, its log, its recipe, and what can be done with it.
 import { useEffect, useMemo, useState } from "preact/hooks";
-import { get, newId, post } from "./api.js";
+import { get, newId, post, query } from "./api.js";
 import { Curve } from "./curve.jsx";
 import { Command, State, Trouble, Turns, Waiting, link, number, percent, useAction, useGet } from "./parts.jsx";
 
@@ -144,14 +144,14 @@ export function Run({ name }) {
             </button>
           )
         )}
-        <a class="button" href={`${link("compare")}?right=${encodeURIComponent(name)}`}>
+        <a class="button" href={`${link("compare")}?${query({ left: run.base, right: name })}`}>
           Compare with its base
         </a>
         <a class="button" href={`${link("export")}?run=${encodeURIComponent(name)}`}>
           Export
         </a>
       </p>
-      <Trouble error={refused ?? error ?? lost} />
+      <Trouble error={refused ?? error ?? lost ?? (run.state === "failed" && run.error ? run : null)} />
       {!live && <p role="status">The connection was lost; the page reconnects and catches up.</p>}
       <dl class="cards">
         <Card title="Loss" value={number(run.loss)} note={run.objective === "dpo" ? "last step; DPO begins at ln 2 = 0.693" : "last step"} />

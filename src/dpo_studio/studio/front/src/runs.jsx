@@ -2,7 +2,7 @@
 import { useState } from "preact/hooks";
 import { get } from "./api.js";
 import { Curve } from "./curve.jsx";
-import { Empty, State, Trouble, Waiting, link, number, percent, useGet, when } from "./parts.jsx";
+import { Empty, State, Table, Trouble, Waiting, link, number, percent, useGet, when } from "./parts.jsx";
 
 export function Runs() {
   const { value: runs, error } = useGet("/api/runs", 3000);
@@ -22,8 +22,7 @@ export function Runs() {
   return (
     <>
       <Trouble error={error} />
-      <div class="table">
-        <table class="runs">
+      <Table name="runs" class="runs">
           <thead>
             <tr>
               <th>
@@ -71,15 +70,14 @@ export function Runs() {
                   {run.accuracy != null && !run.held_out && <small class="muted"> train</small>}
                 </td>
                 <td class="n">{number(run.margin)}</td>
-                <td>
+                <td class="wide">
                   {run.base} <small class="muted">{run.objective}</small>
                 </td>
-                <td>{when(run.started)}</td>
+                <td class="date">{when(run.started)}</td>
               </tr>
             ))}
           </tbody>
-        </table>
-      </div>
+        </Table>
       <Together names={chosen} />
     </>
   );

@@ -5,7 +5,7 @@ import { Empty, Field, Trouble, Waiting, link, number, percent, useAction, useGe
 
 function WinRates({ rows, caption }) {
   return (
-    <div class="table">
+    <div class="table" role="region" aria-label={caption} tabindex="0">
       <table>
         <caption>{caption}</caption>
         <thead>
@@ -63,7 +63,7 @@ export function Votes() {
       {sets.length > 1 &&
         sets.map(([name, rows]) => <WinRates key={name} rows={rows} caption={name || "Prompts that were typed"} />)}
       {strengths.length > 0 && (
-        <div class="table">
+        <div class="table" role="region" aria-label="Bradley-Terry" tabindex="0">
           <table>
             <caption>Bradley-Terry strengths (log-odds around 0)</caption>
             <tbody>
