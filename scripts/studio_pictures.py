@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 import tempfile
 from pathlib import Path
+from typing import Literal
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -15,7 +16,7 @@ from tests.studio_client import served
 from tests.studio_pages import PAGES, chromium, go, opened, something_to_see
 
 WIDTHS = (1440, 1024, 390)
-THEMES = ("light", "dark")
+THEMES: tuple[Literal["light"], Literal["dark"]] = ("light", "dark")
 SETTLED_MS = 1500
 """The doctor's report of 30 pairs, and the first events of a run."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import os
+import random
 import shutil
 import signal
 import time
@@ -16,7 +18,7 @@ from starlette.testclient import TestClient
 
 from dpo_studio import SourceSection
 from dpo_studio.preferences.sources import read_pairs
-from dpo_studio.studio.votes import Vote, strengths
+from dpo_studio.studio.standings import Compared, strengths
 from tests.studio_client import browser_of, served, until, vote_of
 from tests.tiny_runs import tiny_rows, write_recipe, write_rows
 
@@ -148,7 +150,27 @@ def test_three_models_are_ranked(folder: Path) -> None:
         left, right = ("a", "b") if number < 10 else ("b", "c")
         client.post("/api/votes", json=vote_of(number, "right" if number % 10 == 0 else "left", left, right))
     strength = client.get("/api/votes/summary").json()["bradley_terry"]
-    assert strength["a"] > strength["b"] > strength["c"] and abs(sum(strength.values())) < 1e-9
+    middle = {name: each["strength"] for name, each in strength.items()}
+    assert middle["a"] > middle["b"] > middle["c"] and abs(sum(middle.values())) < 1e-9
+    assert all(each["ci95"][0] < each["strength"] < each["ci95"][1] for each in strength.values())
+    assert strength["a"]["ci95"][0] > strength["c"]["ci95"][1]  # nine of ten, twice over: no doubt of these two
+
+
+def test_a_vote_for_whatever_is_longer_is_worth_nothing_at_equal_length(folder: Path) -> None:
+    """One model always answers longer and wins; where by chance the other is longer, that one wins."""
+    client = browser_of(folder)
+    for number in range(30):
+        long, short = "x" * (40 + 7 * (number % 5)), "y" * (10 + 3 * (number % 4))
+        flipped = number % 5 == 0
+        answers = {"left": short, "right": long} if flipped else {"left": long, "right": short}
+        vote = vote_of(number, "right" if flipped else "left", answers=answers, prompt_set="a" if number < 15 else "b")
+        client.post("/api/votes", json=vote)
+    told = client.get("/api/votes/summary").json()
+    (pair,) = told["pairs"]
+    assert pair["win_rate"] == 24 / 30 and pair["win_rate_ci95"][0] > 0.5
+    low, high = pair["length_controlled_ci95"]
+    assert low < 0.5 < high and low <= pair["length_controlled"] <= high
+    assert {name: each["pairs"][0]["n"] for name, each in told["by_prompt_set"].items()} == {"a": 15, "b": 15}
 
 
 @pytest.mark.parametrize(
@@ -184,10 +206,32 @@ def at_rest(client: TestClient) -> None:
 
 def test_strengths_by_hand() -> None:
     """Three wins of four, and half a vote more for each: 3.5 to 1.5, ln(3.5 / 1.5) = 0.847 apart."""
-    votes = [Vote.model_validate(vote_of(n, "right" if n == 0 else "left", "a", "b")) for n in range(4)]
-    found = strengths(votes)
+    votes = [Compared(str(number), ("a", "b"), 1.0 if number else 0.0, 0) for number in range(4)]
+    found = {name: each["strength"] for name, each in strengths(votes).items()}
     assert found["a"] - found["b"] == pytest.approx(0.8473, abs=1e-4)
     assert found["a"] + found["b"] == pytest.approx(0)
+
+
+def test_strengths_are_the_likeliest() -> None:
+    """Of three models the gradient of Bradley and Terry's likelihood is zero: wins = expected wins for each."""
+    draw = random.Random(0)
+    names = ["a", "b", "c", "d"]
+    some = [
+        Compared(str(n), (names[n % 4], names[(n + 1 + n // 9) % 4]), draw.choice([0.0, 0.5, 1.0]), 0)
+        for n in range(80)
+    ]
+    some = [each for each in some if each.models[0] != each.models[1]]
+    found = {name: each["strength"] for name, each in strengths(some).items()}
+    met = {(min(each.models), max(each.models)) for each in some}
+    prior = [Compared("", pair, 0.5, 0) for pair in met]  # half a vote either way
+    for name in names:
+        excess = 0.0
+        for each in [*some, *prior]:
+            if name in each.models:
+                other = each.models[0] if each.models[1] == name else each.models[1]
+                won = each.points if each.models[0] == name else 1 - each.points
+                excess += won - 1 / (1 + math.exp(found[other] - found[name]))
+        assert abs(excess) < 1e-6
 
 
 def test_pairs_are_paged_searched_checked_and_saved_without_some(folder: Path) -> None:

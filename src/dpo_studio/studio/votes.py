@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from math import exp, log
+from collections import Counter
+from functools import lru_cache
 from typing import Any, Literal
 
 from fastapi import APIRouter
 from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_studio.disk import write_atomically
-from dpo_studio.evaluation.winrate import win_rate
 from dpo_studio.preferences.pair import Message, Pair, trl_row
 from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.job_routes import Id
+from dpo_studio.studio.standings import Compared, standings
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.writing import check_outputs
 
-__all__ = ["Vote", "router", "strengths"]
+__all__ = ["Vote", "router"]
 
 router = APIRouter(prefix="/api/votes")
-_ROUNDS = 500
 Choice = Literal["left", "right", "tie", "both_bad"]
 
 
@@ -92,16 +90,32 @@ def votes(here: Here) -> list[Vote]:
 @router.get("/summary")
 def summary(here: Here) -> dict[str, Any]:
     """Who wins against whom, in all and by prompt set; strengths where there are more than two models."""
-    kept = _all(here)
+    with here.store.reading() as db:
+        return _summed(tuple(row["content"] for row in db.execute("SELECT content FROM votes ORDER BY time, id")))
+
+
+@lru_cache(maxsize=4)
+def _summed(contents: tuple[str, ...]) -> dict[str, Any]:
+    """Of votes as they are kept: a page asks every few seconds, and a bootstrap takes one."""
+    kept = [Vote.model_validate_json(content) for content in contents]
     sets = sorted({each.prompt_set for each in kept})
-    models = {name for each in kept for name in (each.models.left, each.models.right)}
     return {
         "votes": len(kept),
         "choices": Counter(each.choice for each in kept),
-        "pairs": _win_rates(kept),
-        "by_prompt_set": {name: _win_rates([each for each in kept if each.prompt_set == name]) for name in sets},
-        "bradley_terry": strengths(kept) if len(models) > 2 else {},
+        **standings([_compared(each) for each in kept]),
+        "by_prompt_set": {
+            name: standings([_compared(each) for each in kept if each.prompt_set == name]) for name in sets
+        },
     }
+
+
+def _compared(vote: Vote) -> Compared:
+    return Compared(
+        json.dumps([turn.content for turn in vote.turns]),
+        (vote.models.left, vote.models.right),
+        {"left": 1.0, "right": 0.0}.get(vote.choice, 0.5),
+        len(vote.answers.left) - len(vote.answers.right),
+    )
 
 
 @router.post("/export")
@@ -125,53 +139,6 @@ def export(here: Here, asked: Export) -> dict[str, Any]:
         "both_bad": count["both_bad"],
         "same_answers": left_out,
     }
-
-
-def strengths(votes: Sequence[Vote]) -> dict[str, float]:
-    """Bradley and Terry's strengths (1952) as log-odds around 0: P(a beats b) = 1 / (1 + exp(b - a)).
-
-    Hunter's MM updates (2004); a tie is half a win for each, and half a vote either way between all that met keeps a
-    model that never lost finite.
-    """
-    won: dict[str, float] = defaultdict(float)
-    met: Counter[tuple[str, str]] = Counter()
-    for each in votes:
-        left, right = each.models.left, each.models.right
-        if left != right:
-            met[min(left, right), max(left, right)] += 1
-            won[left] += {"left": 1.0, "right": 0.0}.get(each.choice, 0.5)
-            won[right] += {"left": 0.0, "right": 1.0}.get(each.choice, 0.5)
-    for first, second in met:
-        won[first] += 0.5
-        won[second] += 0.5
-    strength = dict.fromkeys(sorted(won), 1.0)
-    for _ in range(_ROUNDS):
-        shared = dict.fromkeys(strength, 0.0)
-        for (first, second), times in met.items():
-            each_share = (times + 1) / (strength[first] + strength[second])
-            shared[first] += each_share
-            shared[second] += each_share
-        strength = {name: won[name] / shared[name] for name in strength}
-        middle = exp(sum(map(log, strength.values())) / max(1, len(strength)))
-        strength = {name: value / middle for name, value in strength.items()}
-    return {name: log(value) for name, value in strength.items()}
-
-
-def _win_rates(votes: Sequence[Vote]) -> list[dict[str, Any]]:
-    """The first model's share against the second, for each two that met."""
-    met: dict[tuple[str, str], list[tuple[Literal["win", "tie", "loss"], str]]] = defaultdict(list)
-    for each in votes:
-        left, right = each.models.left, each.models.right
-        if left == right:
-            continue
-        winner = {"left": left, "right": right}.get(each.choice)
-        pair = min(left, right), max(left, right)
-        verdict: Literal["win", "tie", "loss"] = "tie" if winner is None else "win" if winner == pair[0] else "loss"
-        met[pair].append((verdict, json.dumps([turn.content for turn in each.turns])))
-    return [
-        {"models": list(pair)} | vars(win_rate([verdict for verdict, _ in some], [prompt for _, prompt in some]))
-        for pair, some in sorted(met.items())
-    ]
 
 
 def _pair(vote: Vote) -> Pair | None:
