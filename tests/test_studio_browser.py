@@ -41,8 +41,15 @@ def test_the_loop_from_pairs_to_votes_to_training_on_the_votes(browser: Browser,
         page.keyboard.press("Enter")
         expect(page.get_by_text("1 to 20 of 40").first).to_be_visible(timeout=LONG)
         expect(page.get_by_text("Looked for and fine")).to_be_visible(timeout=LONG)
+        press(page, page.get_by_role("button", name="mend row 0"))
+        write(page, page.get_by_label("chosen of row 0"), "These are better words.")
         assert violations(page) == []
-        follow(page, "Train on these pairs")
+        press(page, page.get_by_role("button", name="Keep these words"))
+        write(page, page.get_by_label("Save as a new file"), "mended.jsonl")
+        page.keyboard.press("Enter")
+        expect(page.get_by_text("40 pairs are in mended.jsonl")).to_be_visible(timeout=LONG)
+        assert "better words" in (tmp_path / "mended.jsonl").read_text().splitlines()[0]
+        follow(page, "Train on them")
 
         train(page, "first")
         follow(page, "See its curves")

@@ -64,6 +64,7 @@ def test_a_stream_of_a_real_studio_whose_worker_dies_and_comes_back(
         os.kill(worker, 9)
         assert events(browser, asked_of("run"))[-1][0] in ("done", "error")
         assert events(browser, asked_of("run"))[-1][0] == "done"
+        browser.post("/api/downloads", {"name": "nothing-of-this-name/x"})
         missing = dict(events(browser, asked_of("nothing-of-this-name/x")))
         assert missing["error"]["error"] and "Traceback" not in missing["error"]["error"]
 

@@ -9,7 +9,9 @@ import random
 import shutil
 import signal
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
@@ -95,7 +97,7 @@ def test_nothing_outside_is_read_or_written_by_a_job_or_an_export(folder: Path, 
         assert client.post("/api/jobs", json=asked).status_code in (400, 403), path
         asked = {"id": "job-000001", "verb": "export", "run": "runs/done", "out": path}
         assert client.post("/api/jobs", json=asked).status_code in (400, 403), path
-        for key in ("model.path", "model.chat_template", "data.train.source", "run.folder", "reference.adapter"):
+        for key in ("model.path", "model.chat_template", "data.train.source", "run.folder", "run.sample_prompts"):
             values: dict[str, Any] = {"model": {"path": "bundled:x"}, "data": {"train": {"source": "bundled:everyday"}}}
             *sections, last = key.split(".")
             inside = values
@@ -266,8 +268,53 @@ def test_pairs_are_paged_searched_checked_and_saved_without_some(folder: Path) -
 
     told = until(report)
     assert told["report"]["rows"] == 31 and told["report"]["pairs"] == 30
+    for finding in told["report"]["findings"]:
+        if finding["has_rows"]:
+            shown = page(finding=finding["name"], limit=200)["pairs"]
+            assert len(shown) == finding["count"] and all("rows" not in each for each in told["report"]["findings"])
+            assert {each["row"] for each in finding["examples"]} <= {pair["row"] for pair in shown}
+    longer = [row for row, pair in enumerate(rows) if len(pair["chosen"]) > len(pair["rejected"])]
+    assert [pair["row"] for pair in page(finding="length-bias", limit=200)["pairs"]] == longer
+    assert client.get("/api/data/pairs", params={"path": "pairs.jsonl", "finding": "x"}).status_code == 404
     assert len(client.get("/api/jobs").json()) == 1
     at_rest(client)
+
+
+def test_nothing_is_downloaded_before_somebody_says_yes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The Hub is a server of ours, which counts who asks it."""
+    asked: list[str] = []
+
+    class Hub(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            asked.append(self.path)
+            self.send_error(404)
+
+        do_HEAD = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Hub) as hub:
+        Thread(target=hub.serve_forever, daemon=True).start()
+        monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{hub.server_port}")
+        for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE"):
+            monkeypatch.delenv(name, raising=False)
+        with served(tmp_path) as browser:
+            browser.log_in()
+            for route in ("/api/data", "/api/data/pairs"):
+                said = browser.client.get(route, params={"path": "some/pairs"})
+                assert (said.status_code, said.json()["field"]) == (409, "download")
+            question = {"models": ["some/model"], "messages": [{"role": "user", "content": "x"}]}
+            assert browser.client.post("/api/generate", json=question).json()["field"] == "download"
+            assert browser.client.post("/api/downloads", json={"name": "../x"}).status_code == 403
+            values = {"model": {"path": "some/model"}, "data": {"train": {"source": "some/pairs"}}}
+            assert browser.post("/api/recipe/check", {"values": values})["downloads"] == ["some/model", "some/pairs"]
+            assert asked == [] and browser.get("/api/jobs") == []
+            browser.post("/api/downloads", {"name": "some/pairs"})
+            assert browser.client.get("/api/data/pairs", params={"path": "some/pairs"}).status_code == 200
+            until(lambda: asked)
+        hub.shutdown()
+    assert any("some/pairs" in path for path in asked)
 
 
 def test_a_source_outside_is_not_read(folder: Path) -> None:

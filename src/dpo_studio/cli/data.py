@@ -127,6 +127,7 @@ def check(
     rows: Rows = None,
     revision: Revision = None,
     as_json: Annotated[bool, typer.Option("--json", help="All findings, as JSON.")] = False,
+    all_rows: Annotated[bool, typer.Option("--all-rows", help="With --json: every row of each finding.")] = False,
     html: Annotated[Optional[Path], typer.Option(metavar="FILE", help="Write a page with figures here too.")] = None,  # noqa: UP045
     overwrite: Overwrite = False,
 ) -> None:
@@ -136,6 +137,8 @@ def check(
 
     if chat_template is not None and model is None:
         raise typer.BadParameter("goes with --model", param_hint="--chat-template")
+    if all_rows and not as_json:
+        raise typer.BadParameter("goes with --json", param_hint="--all-rows")
     if html is not None:
         _check_page(html, [source, held_out, model, chat_template], overwrite=overwrite)
     section = source_section(source, format_, map_, label, split_name, rows, revision)
@@ -147,7 +150,7 @@ def check(
         too_long=too_long,
     )
     if as_json:
-        print(json.dumps(report.to_plain()))
+        print(json.dumps(report.to_plain(all_rows=all_rows)))
     else:
         from dpo_studio.reports.data_table import print_report
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -28,13 +29,17 @@ _FLATTERED = "Held-out numbers then measure memorisation, and are too good."
 
 @dataclass
 class _Tally:
-    """A count and the first of what was counted."""
+    """The rows of what was counted, and the first of it."""
 
-    count: int = 0
+    rows: array[int] = field(default_factory=lambda: array("Q"))
     examples: list[Example] = field(default_factory=list)
 
+    @property
+    def count(self) -> int:
+        return len(self.rows)
+
     def add(self, row: int, text: str) -> None:
-        self.count += 1
+        self.rows.append(row)
         if len(self.examples) < EXAMPLES:
             self.examples.append(Example(row, text))
 
@@ -120,6 +125,7 @@ class Duplicates:
             does=_SEEN_TWICE,
             todo="Keep one copy of each.",
             examples=tuple(copies.examples),
+            rows=copies.rows,
         )
 
     def _contradictions(self) -> Finding:
@@ -133,6 +139,7 @@ class Duplicates:
             does="The two pull in opposite directions: neither is learned, and accuracy on them cannot pass one half.",
             todo="Keep the one you trust or neither, and look for a source whose label is read the wrong way round.",
             examples=tuple(opposites.examples),
+            rows=opposites.rows,
         )
 
     def _near_pairs(self, prompt_twins: NDArray[np.int64]) -> Finding:
@@ -151,6 +158,7 @@ class Duplicates:
             does=f"Prompt and answers share four fifths of their text with an earlier pair. {_SEEN_TWICE}",
             todo="Keep one of each kind, unless the variations are meant.",
             examples=tuple(examples),
+            rows=[rows[at] for at in np.flatnonzero(twins >= 0)],
         )
 
     def _near_prompts(self, twins: NDArray[np.int64]) -> Finding:
@@ -166,6 +174,7 @@ class Duplicates:
             does=f"A split by prompt keeps exact repeats on one side, near ones it does not. {_FLATTERED}",
             todo="Hold out another source. Short questions in one long instruction look like this and may be meant.",
             examples=tuple(examples),
+            rows=[rows[at] for at in np.flatnonzero(twins >= 0)],
         )
 
     def _leak(self) -> Finding:

@@ -51,6 +51,8 @@ class Finding:
     examples: tuple[Example, ...] = ()
     numbers: Mapping[str, float | None] = field(default_factory=dict)
     """What was measured, for machines."""
+    rows: Sequence[int] = ()
+    """All rows that it concerns, where the check knows them."""
 
     @property
     def share(self) -> float:
@@ -128,8 +130,8 @@ class DataReport:
             return f"Usable: {ready}; look at {_listed([finding.title for finding in warnings])} first."
         return f"Ready: {ready}, and no check has anything against them."
 
-    def to_plain(self) -> dict[str, Any]:
-        """Everything, as JSON has it."""
+    def to_plain(self, *, all_rows: bool = False) -> dict[str, Any]:
+        """Everything, as JSON has it; with `all_rows` each finding has its `rows`: as many as the source, at most."""
         return {
             "source": self.source,
             "format": self.format,
@@ -141,7 +143,9 @@ class DataReport:
             "prompts": self.prompts,
             "refused": dict(self.refused),
             "looked_at": self.looked_at,
-            "findings": [_plain(finding) for finding in self.findings],
+            "findings": [
+                _plain(finding) | ({"rows": list(finding.rows)} if all_rows else {}) for finding in self.findings
+            ],
             "histograms": [
                 {
                     "name": h.name,

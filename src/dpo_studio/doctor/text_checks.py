@@ -41,6 +41,8 @@ class TextChecks:
         self.refused = RefusedRows()
         self._counts = [0] * len(WORDING)
         self._examples: list[list[Example]] = [[] for _ in WORDING]
+        self._worded: list[array[int]] = [array("Q") for _ in WORDING]
+        """The rows of each."""
         self._lengths = array("I"), array("I")
         """Characters of every chosen and every rejected answer."""
         self._scores = array("d"), array("d")
@@ -72,6 +74,7 @@ class TextChecks:
         for number, check in enumerate(WORDING):
             if (seen := check.look(pair)) is not None:
                 self._counts[number] += 1
+                self._worded[number].append(pair.row)
                 if len(self._examples[number]) < EXAMPLES:
                     self._examples[number].append(Example(pair.row, seen))
         if pair.scores is not None:
@@ -141,8 +144,10 @@ class TextChecks:
     def _wording(self, number: int) -> Finding:
         check, count = WORDING[number], self._counts[number]
         level = level_of(count, self.pairs, warning=check.warning)
-        examples = tuple(self._examples[number])
-        return Finding(check.name, check.title, count, self.pairs, level, check.does, check.todo, examples=examples)
+        examples, rows = tuple(self._examples[number]), self._worded[number]
+        return Finding(
+            check.name, check.title, count, self.pairs, level, check.does, check.todo, examples=examples, rows=rows
+        )
 
     def _length_bias(self) -> Finding:
         chosen, rejected = map(_floats, self._lengths)
@@ -174,6 +179,7 @@ class TextChecks:
                 for at in widest
             ),
             numbers={"longer_wins": round(float(wins), 6), "length_score_correlation": correlation},
+            rows=[self._rows[at] for at in np.flatnonzero(chosen > rejected)],
         )
 
     def _length_score_correlation(self) -> float | None:
@@ -237,6 +243,7 @@ class TextChecks:
                 does="The run learns the answer that the judge liked less.",
                 todo="Over a half: the label is read the wrong way round, swap the two. A few: drop them.",
                 examples=self._scored_examples(reversed_),
+                rows=self._scored_rows(reversed_),
             ),
             Finding(
                 "small-margins",
@@ -248,9 +255,13 @@ class TextChecks:
                 todo="Drop them, or say how many labels may be wrong: objective.label_smoothing.",
                 detail=f"a margin of {threshold:.3g} or less, a twentieth of the range of the scores",
                 examples=self._scored_examples(small),
+                rows=self._scored_rows(small),
                 numbers=numbers,
             ),
         ]
+
+    def _scored_rows(self, which: NDArray[np.bool_]) -> list[int]:
+        return [self._rows[self._scored[at]] for at in np.flatnonzero(which)]
 
     def _scored_examples(self, which: NDArray[np.bool_]) -> tuple[Example, ...]:
         chosen, rejected = self._scores

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +19,9 @@ from dpo_studio.preferences.pair import Pair, trl_row
 from dpo_studio.preferences.sources import open_pairs
 from dpo_studio.reading import parse_json, read_bytes
 from dpo_studio.studio.api_errors import Refused
+from dpo_studio.studio.downloads import ask_first
 from dpo_studio.studio.job_routes import shown_job
+from dpo_studio.studio.jobs import Job
 from dpo_studio.studio.pair_index import key_of
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.writing import appearing, check_outputs
@@ -28,6 +31,7 @@ __all__ = ["router", "uploads"]
 router = APIRouter(prefix="/api/data")
 uploads = APIRouter(prefix="/api/uploads")
 _LARGEST_REPORT = 64 * 2**20
+REFUSED = "refused"
 Name = Annotated[str, Query(max_length=1000)]
 
 
@@ -59,18 +63,36 @@ class Saved(BaseModel):
 
 @router.get("")
 def report(here: Here, path: Name) -> dict[str, Any]:
-    """The doctor's report, made by a job that is started at the first question; `state` says how far it is."""
+    """The doctor's report, made by a job that is started at the first question; `state` says how far it is.
+
+    A finding whose rows `pairs?finding=NAME` can show has `has_rows`.
+    """
     source, file = _source(here, path)
-    words = ["data", "check", source, "--json"]
-    job = here.jobs.start(f"check-{key_of(source, file)}", "data-check", words)
+    job = _doctor(here, source, file)
     shown = shown_job(job)
     if job.state in ("running", "interrupted"):
         return shown | {"report": None}
     try:
-        content = read_bytes(job.out, what="report", limit=_LARGEST_REPORT).decode("utf-8", "replace")
-        return shown | {"report": parse_json(content, what="report") if content else None}
-    except DPOStudioError as error:
-        return shown | {"report": None, "error": error.message}
+        return shown | {"report": _read_report(job.out, job.out.stat().st_mtime_ns)[0]}
+    except (DPOStudioError, OSError) as error:
+        return shown | {"report": None, "error": str(error)}
+
+
+def _doctor(here: Studio, source: str, file: Path | None) -> Job:
+    words = ["data", "check", source, "--json", "--all-rows"]
+    return here.jobs.start(f"check-{key_of(source, file)}", "data-check", words)
+
+
+@lru_cache(maxsize=4)
+def _read_report(file: Path, _: int) -> tuple[Any, dict[str, str]]:
+    """(the report without rows, the rows of each finding as a JSON list); None where nothing was printed."""
+    content = read_bytes(file, what="report", limit=_LARGEST_REPORT).decode("utf-8", "replace")
+    told = parse_json(content, what="report") if content else None
+    rows = {}
+    for finding in told["findings"] if isinstance(told, dict) else ():
+        finding["has_rows"] = bool(finding["rows"])
+        rows[finding["name"]] = json.dumps(finding.pop("rows"))
+    return told, rows
 
 
 @router.get("/pairs")
@@ -82,13 +104,30 @@ def pairs(
     search: Annotated[str, Query(max_length=500)] = "",
     finding: Annotated[str, Query(max_length=200)] = "",
 ) -> dict[str, Any]:
-    """A page of pairs; until the index is whole, how many rows were read."""
-    index = here.indexes.of(*_source(here, path))
+    """A page of pairs; until the index is whole, how many rows were read.
+
+    `finding` is a name of the doctor's report, or `refused`: rows that are no pair.
+    """
+    source, file = _source(here, path)
+    index = here.indexes.of(source, file)
     if index.error is not None:
         raise Refused(index.error.message, hint=index.error.hint, field="path")
     if not index.is_ready:
         return {"state": "indexing", "rows": index.rows, "total": None, "pairs": []}
-    return {"state": "ready"} | index.page(offset, limit, search, finding)
+    rows = None
+    if finding and finding != REFUSED:
+        job = _doctor(here, source, file)
+        if job.state == "running":
+            return {"state": "indexing", "rows": index.rows, "total": None, "pairs": []}
+        rows = _rows_of(job, finding)
+    return {"state": "ready"} | index.page(offset, limit, search, refused=finding == REFUSED, rows=rows)
+
+
+def _rows_of(job: Job, finding: str) -> str:
+    known = _read_report(job.out, job.out.stat().st_mtime_ns)[1] if job.out.exists() else {}
+    if finding not in known:
+        raise Refused(f"{finding[:80]!r} is no finding of the report", status=404, field="finding")
+    return known[finding]
 
 
 @uploads.put("/{name}")
@@ -140,6 +179,7 @@ def _source(here: Studio, name: str) -> tuple[str, Path | None]:
     checked = here.places.named(name, "path")
     absolute = _absolute(checked, here)
     path = here.folder / checked
+    ask_first(here, checked)
     return absolute, path if path.exists() else None
 
 

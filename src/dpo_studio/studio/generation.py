@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import AsyncIterator
 from typing import Annotated, Any, Literal
@@ -10,6 +11,7 @@ from fastapi import APIRouter
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from dpo_studio.studio.downloads import ask_first
 from dpo_studio.studio.runs import find_runs, summary
 from dpo_studio.studio.studio import Here, Studio
 
@@ -60,6 +62,8 @@ def sources(here: Here) -> dict[str, list[str]]:
 async def generate(here: Here, asked: Question) -> StreamingResponse:
     """The answers, piece by piece, as server-sent events: say, piece, end, error, done."""
     names = [here.places.named(name, "models") for name in asked.models]
+    for name in names:
+        await asyncio.to_thread(ask_first, here, name)
     request = asked.model_dump() | {"models": names}
     return StreamingResponse(_events(here, request), media_type="text/event-stream")
 

@@ -14,8 +14,9 @@ from dpo_studio.disk import write_atomically
 from dpo_studio.paths import plain_name
 from dpo_studio.reading import read_text
 from dpo_studio.studio.api_errors import Refused
+from dpo_studio.studio.downloads import say_yes
 from dpo_studio.studio.jobs import Job
-from dpo_studio.studio.recipes import problems_of, read_values, written
+from dpo_studio.studio.recipes import downloads_of, problems_of, read_values, written
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.studio.tails import error_of, tail
 
@@ -57,11 +58,12 @@ def schema() -> dict[str, object]:
 
 @router.post("/recipe/check")
 def check(here: Here, given: RecipeValues) -> dict[str, Any]:
-    """The YAML of a recipe, what is wrong with it, and the command that trains it."""
+    """The YAML of a recipe, what is wrong with it, the command that trains it, and what that would download."""
     values = read_values(given.yaml, given.values)
     errors = problems_of(values, here.places)
     text = given.yaml if given.yaml is not None else written(values)
-    return {"yaml": text, "errors": errors, "command": shlex.join(["dpo", "train", f"{plain_name(given.name)}.yaml"])}
+    command = shlex.join(["dpo", "train", f"{plain_name(given.name)}.yaml"])
+    return {"yaml": text, "errors": errors, "command": command, "downloads": downloads_of(values, here.places)}
 
 
 @router.post("/jobs")
@@ -121,6 +123,7 @@ def _train(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
     elif read_text(file, what="recipe", limit=_LARGEST) != text:
         raise Refused(f"{file.name} is another recipe", status=409, field="name", hint="choose another name")
     flags = [*(["--dry-run"] if asked.dry_run else []), *(["--anyway"] if asked.anyway else [])]
+    say_yes(here, downloads_of(values, here.places))  # the page names them beside the button
     section = values.get("run") or {}
     run = here.places.inside(section.get("folder") or f"runs/{name}", "run.folder")
     return ["train", f"./{file.name}", *flags], None if asked.dry_run else run
@@ -145,7 +148,9 @@ def _eval(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
 
 
 def _data_check(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
-    return ["data", "check", here.places.named(asked.source or "", "source"), "--json"], None
+    source = here.places.named(asked.source or "", "source")
+    say_yes(here, [source])
+    return ["data", "check", source, "--json"], None
 
 
 def _existing(here: Studio, name: str | None, field: str) -> str:

@@ -80,15 +80,20 @@ class PairIndex:
                 db.execute("BEGIN")
         db.execute("COMMIT")
 
-    def page(self, offset: int, limit: int, search: str, finding: str) -> dict[str, Any]:
-        """Some rows with the number of all that match: words of a text, or the rows that were refused."""
-        where, values = "1", []
+    def page(
+        self, offset: int, limit: int, search: str, *, refused: bool = False, rows: str | None = None
+    ) -> dict[str, Any]:
+        """Some rows with the number of all that match: words of a text, refused ones, those of a JSON list."""
+        where = "1"
+        values: list[object] = []
         if search.strip():
             where = "row IN (SELECT rowid FROM words WHERE words MATCH ?)"
             values = [" ".join('"' + word.replace('"', '""') + '"' for word in search.split())]
-        if finding:
-            where += " AND refused LIKE '%' || ? || '%'" if finding != "refused" else " AND refused IS NOT NULL"
-            values += [finding] if finding != "refused" else []
+        if refused:
+            where += " AND refused IS NOT NULL"
+        if rows is not None:
+            where += " AND row IN (SELECT value FROM json_each(?))"
+            values.append(rows)
         with closing(sqlite3.connect(self.file)) as db:
             count = db.execute(f"SELECT count(*) FROM pairs WHERE {where}", values).fetchone()[0]  # noqa: S608 - constants
             found = db.execute(

@@ -73,12 +73,19 @@ class Places:
             if not _BUNDLED.fullmatch(name):
                 raise Refused(f"{name[:80]!r} is not bundled", field=field)
             return name
-        is_there = _exists(self.folder / _SPLIT.sub("", name).partition("/")[0])
-        if not is_there and not _SPLIT.sub("", name).endswith(_DATA) and _HUB_ID.fullmatch(name) and ".." not in name:
+        if self.is_on_hub(name):
             return name
         whole = _exists(self.folder / name)
         self.inside(name if whole else _SPLIT.sub("", name), field)
         return name
+
+    def is_on_hub(self, name: str) -> bool:
+        """Whether a command would ask the Hub for it: the name of a model or dataset there, and of nothing here."""
+        bare = _SPLIT.sub("", name)
+        is_there = _exists(self.folder / bare.partition("/")[0])
+        if name.startswith(BUNDLED) or is_there or bare.endswith(_DATA):
+            return False
+        return _HUB_ID.fullmatch(name) is not None and ".." not in name
 
     def shown(self, path: Path) -> str:
         """A path as pages show it: relative to the folder where it is in it."""

@@ -14,10 +14,10 @@ from dpo_studio.config.yaml_text import one_line
 from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.places import Places
 
-__all__ = ["problems_of", "read_values", "written"]
+__all__ = ["downloads_of", "problems_of", "read_values", "written"]
 
 _NAMED = ("model.path", "reference.model", "data.train.source", "data.held_out.source")
-_FILES = ("model.adapter", "model.chat_template", "reference.adapter", "run.folder")
+_FILES = ("model.adapter", "model.chat_template", "reference.adapter", "run.folder", "run.sample_prompts")
 
 
 def read_values(text: str | None, values: dict[str, Any] | None) -> dict[str, Any]:
@@ -56,9 +56,7 @@ def problems_of(values: dict[str, Any], places: Places) -> list[dict[str, str | 
 def _leading_out(values: dict[str, Any], places: Places) -> list[dict[str, str | None]]:
     found: list[dict[str, str | None]] = []
     for key in (*_NAMED, *_FILES, "run.tracker"):
-        value: Any = values
-        for part in key.split("."):
-            value = value.get(part) if isinstance(value, dict) else None
+        value = _at(values, key)
         if not isinstance(value, str):
             continue
         try:
@@ -68,6 +66,19 @@ def _leading_out(values: dict[str, Any], places: Places) -> list[dict[str, str |
         except Refused as refused:
             found.append({"field": key, "message": refused.message, "hint": refused.hint})
     return found
+
+
+def downloads_of(values: dict[str, Any], places: Places) -> list[str]:
+    """What a training would download from the Hub, unless it is in the Hub's cache."""
+    named = [value for key in _NAMED if isinstance(value := _at(values, key), str)]
+    return [value for value in dict.fromkeys(named) if places.is_on_hub(value)]
+
+
+def _at(values: dict[str, Any], key: str) -> Any:
+    value: Any = values
+    for part in key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    return value
 
 
 def _field(problem: str) -> str | None:

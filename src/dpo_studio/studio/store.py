@@ -26,6 +26,10 @@ _MIGRATIONS: tuple[tuple[str, ...], ...] = (
         "CREATE TABLE jobs (id TEXT PRIMARY KEY, verb TEXT, words TEXT NOT NULL, run TEXT, made REAL NOT NULL)",
         "CREATE TABLE votes (id TEXT PRIMARY KEY, time TEXT NOT NULL, content TEXT NOT NULL)",
     ),
+    (
+        "CREATE TABLE downloads (name TEXT PRIMARY KEY, made REAL NOT NULL)",
+        "CREATE TABLE endpoints (name TEXT PRIMARY KEY, key_variable TEXT, made REAL NOT NULL)",
+    ),
 )
 """Each brings the file from `user_version` = its place to the next one. Only ever added to."""
 

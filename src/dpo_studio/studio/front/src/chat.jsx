@@ -1,21 +1,21 @@
 // Two models side by side in the same conversation.
 import { useState } from "preact/hooks";
 import { Answer, Models, SAMPLING, Sampling, useAnswers } from "./answers.jsx";
-import { Empty, Field, Trouble, sends } from "./parts.jsx";
+import { Asking, Empty, Field, sends } from "./parts.jsx";
 
 export function Chat({ right = "" }) {
   const [models, setModels] = useState(["bundled:smollm2-135m-instruct", right]);
   const [sampling, setSampling] = useState(SAMPLING);
   const [system, setSystem] = useState("");
   const [typed, setTyped] = useState("");
-  const [asked, setAsked] = useState("");
+  const [asked, setAsked] = useState([]);
   const { answers, said, error, busy, ask, stop } = useAnswers();
   const names = models.filter((name) => name.trim());
   const send = (event) => {
     event.preventDefault();
     const turns = [{ role: "user", content: typed.trim() }];
     if (system.trim()) turns.unshift({ role: "system", content: system.trim() });
-    setAsked(typed.trim());
+    setAsked(turns);
     setTyped("");
     ask(names, turns, sampling);
   };
@@ -46,11 +46,11 @@ export function Chat({ right = "" }) {
           </span>
         </p>
       </form>
-      <Trouble error={error} />
+      <Asking error={error} onYes={() => ask(names, asked, sampling)} />
       {answers.length ? (
         <section aria-label="answers">
           <p class="prompt" dir="auto">
-            {asked}
+            {asked.at(-1)?.content}
           </p>
           <div class="compare">
             {answers.map((answer, at) => (

@@ -2,7 +2,7 @@
 import { useEffect, useRef, useState } from "preact/hooks";
 import { newId, post } from "./api.js";
 import { Answer, Models, SAMPLING, Sampling, useAnswers } from "./answers.jsx";
-import { Empty, Field, Trouble, link, sends, useAction } from "./parts.jsx";
+import { Asking, Empty, Field, link, sends, useAction } from "./parts.jsx";
 
 const CHOICES = [
   ["1", "left", "Left is better"],
@@ -130,7 +130,7 @@ export function Compare({ left = "bundled:smollm2-135m-instruct", right = "" }) 
           </span>
         </p>
       </form>
-      <Trouble error={error ?? refused} />
+      <Asking error={error ?? refused} onYes={() => show(round.prompt, round.from)} />
       {round ? (
         <section aria-label="comparison">
           <p class="prompt" dir="auto">

@@ -2,7 +2,7 @@
 import { useEffect, useState } from "preact/hooks";
 import { post, query, upload } from "./api.js";
 import { words } from "./differences.js";
-import { Empty, Field, Trouble, Turns, Waiting, link, useAction, useGet } from "./parts.jsx";
+import { Asking, Empty, Field, Trouble, Turns, Waiting, link, useAction, useGet } from "./parts.jsx";
 
 const PAGE = 20;
 
@@ -21,7 +21,7 @@ export function Data({ path = "" }) {
           open(typed.trim());
         }}
       >
-        <Field label="Pairs" help="a file or folder here, `bundled:everyday`, or a dataset's id on the Hub (which is downloaded)">
+        <Field label="Pairs" help="a file or folder here, `bundled:everyday`, or a dataset's id on the Hub">
           <input value={typed} onInput={(event) => setTyped(event.target.value)} />
         </Field>
         <Field label="or a file of this browser's machine" help="up to 1 GiB, into uploads/">
@@ -35,8 +35,7 @@ export function Data({ path = "" }) {
       {sending && <Waiting>Uploading</Waiting>}
       {path ? (
         <>
-          <Report key={`report ${path}`} path={path} />
-          <Pairs key={path} path={path} />
+          <Opened key={path} path={path} />
         </>
       ) : (
         <Empty title="No pairs are open">
@@ -50,10 +49,26 @@ export function Data({ path = "" }) {
   );
 }
 
+/** The report and the pairs; a finding's rows are shown by its button. Nothing is downloaded before somebody says yes. */
+function Opened({ path }) {
+  const [finding, setFinding] = useState("");
+  const report = useGet(`/api/data?${query({ path })}`);
+  if (report.error?.field === "download") return <Asking error={report.error} onYes={report.again} />;
+  const show = (name) => {
+    setFinding(name);
+    document.getElementById("pairs")?.scrollIntoView();
+  };
+  return (
+    <>
+      <Report path={path} asked={report} onShow={show} />
+      <Pairs path={path} finding={finding} onFinding={setFinding} findings={report.value?.report?.findings ?? []} />
+    </>
+  );
+}
+
 const TONES = { stop: "worse", warning: "unclear", note: "none", fine: "better" };
 
-function Report({ path }) {
-  const { value, error, again } = useGet(`/api/data?${query({ path })}`);
+function Report({ path, asked: { value, error, again }, onShow }) {
   const running = value?.state === "running";
   useEffect(() => {
     if (!running) return undefined;
@@ -78,6 +93,13 @@ function Report({ path }) {
                 {[finding.detail, finding.does, finding.todo].filter(Boolean).map((text) => (
                   <p key={text}>{text}</p>
                 ))}
+                {(finding.has_rows || finding.name === "refused-rows") && (
+                  <p class="actions">
+                    <button type="button" onClick={() => onShow(nameOf(finding))}>
+                      Show its {finding.count.toLocaleString()} rows
+                    </button>
+                  </p>
+                )}
                 {(finding.examples ?? []).map((example, at) => (
                   <p key={at} class="text muted" dir="auto">
                     row {example.row}: {example.text}
@@ -98,15 +120,18 @@ function Report({ path }) {
   );
 }
 
-function Pairs({ path }) {
+/** As `pairs?finding=` has it. */
+const nameOf = (finding) => (finding.name === "refused-rows" ? "refused" : finding.name);
+
+function Pairs({ path, finding, onFinding, findings }) {
   const [search, setSearch] = useState("");
-  const [finding, setFinding] = useState("");
   const [offset, setOffset] = useState(0);
   const [aside, setAside] = useState([]);
+  const [edited, setEdited] = useState({});
   const [out, setOut] = useState("cleaned.jsonl");
   const [saved, setSaved] = useState(null);
   const { value, error, again } = useGet(`/api/data/pairs?${query({ path, offset, limit: PAGE, search, finding })}`);
-  const [save, busy, refused] = useAction(async () => setSaved(await post("/api/data/save", { path, out, without: aside })));
+  const [save, busy, refused] = useAction(async () => setSaved(await post("/api/data/save", { path, out, without: aside, edited })));
   const indexing = value?.state === "indexing";
   useEffect(() => {
     if (!indexing) return undefined;
@@ -114,21 +139,29 @@ function Pairs({ path }) {
     return () => clearInterval(timer);
   }, [indexing, again]);
   const toggle = (row) => setAside((old) => (old.includes(row) ? old.filter((other) => other !== row) : [...old, row]));
+  useEffect(() => setOffset(0), [finding]);
   const first = (change) => (event) => {
     setOffset(0);
     change(event.target.value);
   };
   return (
     <section>
-      <h2>Pairs</h2>
+      <h2 id="pairs">Pairs</h2>
       <div class="form two">
         <Field label="Search">
           <input type="search" value={search} onInput={first(setSearch)} />
         </Field>
         <Field label="Show">
-          <select value={finding} onChange={first(setFinding)}>
+          <select value={finding} onChange={first(onFinding)}>
             <option value="">all rows</option>
             <option value="refused">rows that are no pair</option>
+            {findings
+              .filter((each) => each.has_rows)
+              .map((each) => (
+                <option key={each.name} value={each.name}>
+                  {each.title} ({each.count.toLocaleString()})
+                </option>
+              ))}
           </select>
         </Field>
       </div>
@@ -141,7 +174,14 @@ function Pairs({ path }) {
         <>
           <Pager place="above" total={value.total} offset={offset} onOffset={setOffset} />
           {value.pairs.map((pair) => (
-            <PairCard key={pair.row} pair={pair} isAside={aside.includes(pair.row)} onAside={() => toggle(pair.row)} />
+            <PairCard
+              key={pair.row}
+              pair={edited[pair.row] ? { ...pair, ...edited[pair.row] } : pair}
+              isAside={aside.includes(pair.row)}
+              isMended={Boolean(edited[pair.row])}
+              onAside={() => toggle(pair.row)}
+              onMended={(mended) => setEdited((old) => ({ ...old, [pair.row]: mended }))}
+            />
           ))}
           {!value.pairs.length && <p class="muted">No row matches.</p>}
           <Pager place="below" total={value.total} offset={offset} onOffset={setOffset} />
@@ -155,7 +195,7 @@ function Pairs({ path }) {
         }}
       >
         <Field
-          label={`Save as a new file, without ${aside.length} rows set aside`}
+          label={`Save as a new file, without ${aside.length} rows set aside and with ${Object.keys(edited).length} mended`}
           help="The source is never changed."
           error={refused?.field === "out" ? refused : null}
         >
@@ -194,7 +234,42 @@ function Pager({ total, offset, onOffset, place }) {
 
 const textOf = (turns) => (turns ?? []).map((turn) => turn.content).join("\n\n");
 
-function PairCard({ pair, isAside, onAside }) {
+/** The last turn of each part in other words. */
+function Mend({ pair, onMended }) {
+  const sides = ["prompt", "chosen", "rejected"];
+  const [texts, setTexts] = useState(Object.fromEntries(sides.map((side) => [side, pair[side].at(-1).content])));
+  const mended = () =>
+    Object.fromEntries(
+      sides.map((side) => [side, pair[side].map((turn, at) => ({ role: turn.role, content: at === pair[side].length - 1 ? texts[side] : turn.content }))]),
+    );
+  return (
+    <form
+      onSubmit={(event) => {
+        event.preventDefault();
+        onMended(mended());
+      }}
+    >
+      {sides.map((side) => (
+        <Field key={side} label={`${side} of row ${pair.row}`}>
+          <textarea
+            rows="3"
+            value={texts[side]}
+            onInput={(event) => {
+              const text = event.target.value;
+              setTexts((old) => ({ ...old, [side]: text }));
+            }}
+          />
+        </Field>
+      ))}
+      <p class="actions">
+        <button disabled={sides.some((side) => !texts[side].trim())}>Keep these words</button>
+      </p>
+    </form>
+  );
+}
+
+function PairCard({ pair, isAside, isMended, onAside, onMended }) {
+  const [mending, setMending] = useState(false);
   if (pair.refused)
     return (
       <article class="panel">
@@ -213,7 +288,13 @@ function PairCard({ pair, isAside, onAside }) {
   return (
     <article class={isAside ? "panel aside" : "panel"} aria-label={`row ${pair.row}`}>
       <p class="row">
-        <span class="number">row {pair.row}</span>
+        <span class="number">
+          row {pair.row}
+          {isMended && " · mended"}
+        </span>
+        <button type="button" class="small" aria-expanded={mending} aria-label={`mend row ${pair.row}`} onClick={() => setMending(!mending)}>
+          Mend
+        </button>
         <label class="inline">
           <input type="checkbox" checked={isAside} onChange={onAside} /> set aside
         </label>
@@ -225,6 +306,15 @@ function PairCard({ pair, isAside, onAside }) {
         {side("Chosen", "tuned", chosen)}
         {side("Rejected", "base", rejected)}
       </div>
+      {mending && (
+        <Mend
+          pair={pair}
+          onMended={(mended) => {
+            setMending(false);
+            onMended(mended);
+          }}
+        />
+      )}
     </article>
   );
 }

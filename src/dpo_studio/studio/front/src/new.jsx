@@ -147,6 +147,9 @@ export function NewRun({ source = "" }) {
           <Trouble key={index} error={{ message: each.field ? `${each.field}: ${each.message}` : each.message, hint: each.hint }} />
         ))}
         <Trouble error={wrong ?? refused} />
+        {checked.downloads?.length > 0 && (
+          <p class="panel finding unclear">Starting downloads from the Hub what is not in its cache: {checked.downloads.join(", ")}.</p>
+        )}
         <Command>{checked.command}</Command>
         <p class="actions">
           <button type="button" disabled={busy || checked.errors.length > 0} onClick={() => start(true)}>

@@ -1,7 +1,7 @@
 // Parts that several pages share.
 import { cloneElement } from "preact";
 import { useCallback, useEffect, useId, useRef, useState } from "preact/hooks";
-import { get } from "./api.js";
+import { get, post } from "./api.js";
 
 export const percent = (value) => (value == null ? "–" : `${(100 * value).toFixed(1)} %`);
 export const number = (value, digits = 3) => (value == null ? "–" : Number(value).toPrecision(digits));
@@ -63,6 +63,28 @@ export function Trouble({ error }) {
     <div class="trouble" role="alert">
       <strong>{error.message ?? error.error}</strong>
       {error.hint && <span> {error.hint}</span>}
+    </div>
+  );
+}
+
+/** What is on the Hub is downloaded when somebody says so. Everything else that is refused is said. */
+export function Asking({ error, onYes }) {
+  const [yes, busy, refused] = useAction(async () => {
+    await post("/api/downloads", { name: error.message.split(" ")[0] });
+    onYes();
+  });
+  if (error?.field !== "download") return <Trouble error={error} />;
+  return (
+    <div class="panel finding unclear" role="alert">
+      <p>
+        {error.message}. {error.hint}.
+      </p>
+      <p class="actions">
+        <button type="button" class="first" disabled={busy} onClick={yes}>
+          Download it
+        </button>
+      </p>
+      <Trouble error={refused} />
     </div>
   );
 }
