@@ -12,6 +12,7 @@ import pytest
 
 from dpo_studio.studio.worker import Answering
 from dpo_studio.workflows.loading import load_any
+from tests.stub_server import Reply, stub_server
 from tests.studio_client import Browser, browser_of, served
 
 
@@ -67,6 +68,47 @@ def test_a_stream_of_a_real_studio_whose_worker_dies_and_comes_back(
         browser.post("/api/downloads", {"name": "nothing-of-this-name/x"})
         missing = dict(events(browser, asked_of("nothing-of-this-name/x")))
         assert missing["error"]["error"] and "Traceback" not in missing["error"]["error"]
+
+
+def test_a_listed_server_is_asked_beside_a_model_of_ours_and_no_other(
+    tmp_path: Path, tiny_run: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pieces come while the model here is still loading; its key goes to it alone, and no answer has it."""
+    monkeypatch.setenv("THEIR_API_KEY", key := "sk-studio-0123456789abcdef")
+    pieces = [{"choices": [{"delta": {"content": text}}]} for text in ("Good ", f"key {key}.")]
+    pieces.append({"choices": [{"delta": {}, "finish_reason": "length"}]})
+    body = "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + "data: [DONE]\n\n"
+    shutil.copytree(tiny_run, tmp_path / "run")
+    with stub_server(lambda number, _: Reply(body) if number < 2 else Reply(f"no: {key}", 401)) as stub:
+        with served(tmp_path) as browser:
+            browser.log_in()
+            name = f"server:their-model@{stub.url}"
+            said = browser.client.post("/api/generate", json=asked_of("run", name))
+            assert (said.status_code, said.json()["field"]) == (403, "models") and stub.requests == []
+            for wrong in ("file:///etc/passwd", "http://u:p@x/v1", "http://x/v1?k=1", "x", "http://a b"):
+                asked = {"model": "m", "url": wrong}
+                assert browser.client.post("/api/endpoints", json=asked).json()["field"] == "url", wrong
+            secret: dict[str, Any] = {"model": "m", "url": stub.url, "key_variable": "AWS_SECRET_ACCESS_KEY"}
+            assert browser.client.post("/api/endpoints", json=secret).status_code == 422
+            listed: dict[str, Any] = {"model": "their-model", "url": stub.url + "/", "key_variable": "THEIR_API_KEY"}
+            assert browser.post("/api/endpoints", listed) == {"name": name}
+            assert browser.get("/api/compare/sources")["servers"] == [name]
+            told = events(browser, asked_of("run", name))
+            first = next(data["index"] for kind, data in told if kind == "piece")
+            assert first == 1, "the server did not wait for the model here"
+            assert [data["cut"] for kind, data in told if kind == "end" and data["index"] == 1] == [True]
+            assert {data["index"] for kind, data in told if kind == "end"} == {0, 1} and told[-1][0] == "done"
+            assert "".join(d["piece"] for k, d in told if k == "piece" and d["index"] == 1) == "Good key [key]."
+            both = events(browser, asked_of(name, name))
+            assert stub.requests[0]["messages"] == [{"role": "user", "content": "keep the bread"}]
+            assert stub.headers[0]["authorization"] == f"Bearer {key}" and stub.requests[0]["max_tokens"] == 4
+            assert [kind for kind, _ in both].count("error") == 1 and both[-1][0] == "done"
+            shown = json.dumps([told, both, browser.get("/api/endpoints"), browser.get("/api/jobs")])
+            assert key not in shown and '"key_is_set": true' in shown
+            browser.post("/api/endpoints/remove", {"name": name})
+            assert browser.client.post("/api/generate", json=asked_of(name)).status_code == 403
+        kept = b"".join(file.read_bytes() for file in tmp_path.glob(".dpo-studio.db*"))
+    assert key.encode() not in kept and len(stub.requests) == 3
 
 
 def children(pid: int) -> list[int]:

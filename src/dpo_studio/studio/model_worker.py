@@ -7,7 +7,7 @@ import json
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,7 +30,7 @@ class Workshop:
     _turn: asyncio.Lock = field(default_factory=asyncio.Lock)
     _watch: asyncio.Task[None] | None = None
 
-    async def ask(self, request: dict[str, Any]) -> AsyncIterator[dict[str, Any]]:
+    async def ask(self, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
         """The worker's lines; an asker who leaves stops the answer, and the next one finds the worker free."""
         async with self._turn:
             process = await self._started()

@@ -13,7 +13,17 @@ from fastapi.staticfiles import StaticFiles
 
 from dpo_studio import __version__
 from dpo_studio.errors import UsageError
-from dpo_studio.studio import data_routes, downloads, generation, job_routes, login, machine, run_routes, votes
+from dpo_studio.studio import (
+    data_routes,
+    downloads,
+    endpoints,
+    generation,
+    job_routes,
+    login,
+    machine,
+    run_routes,
+    votes,
+)
 from dpo_studio.studio.api_errors import told_as_json
 from dpo_studio.studio.guard import Guard, is_loopback
 from dpo_studio.studio.processes import is_alive, start_of
@@ -45,6 +55,7 @@ def create_app(studio: Studio) -> FastAPI:
         data_routes.router,
         data_routes.uploads,
         downloads.router,
+        endpoints.router,
         machine.router,
     ):
         app.include_router(router)

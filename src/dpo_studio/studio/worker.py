@@ -6,11 +6,12 @@ Requests are lines of JSON on stdin, `{models, messages, sampling}`; answers are
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, TextIO
@@ -36,13 +37,19 @@ class Answering:
     _loaded: dict[str, LoadedModel] = field(default_factory=dict)
 
     def answer(self, request: dict[str, Any]) -> None:
-        """All answers to one request, one model after the other."""
+        """All answers to one request: in turns, a piece of each, where they are of two models in memory."""
         self.stopped = False
         try:
             self._load(request["models"])
             chat = [Message(turn["role"], turn["content"]) for turn in request["messages"]]
-            for index, name in enumerate(request["models"]):
-                self._stream(index, name, chat, Sampling(**request["sampling"]))
+            sampling = Sampling(**request["sampling"])
+            found = [self._found(name) for name in request["models"]]
+            models = {id(each[0]) for each in found if each is not None}
+            some = [self._stream(index, name, chat, sampling) for index, name in enumerate(request["models"])]
+            if len(models) < len(some):  # one model with its adapter on and off: one after the other
+                some = [itertools.chain(*some)]
+            while some:
+                some = [stream for stream in some if next(stream, None) is not None]
         except DPOStudioError as error:
             self.tell({"error": error.message, "hint": error.hint})
         except Exception as error:  # a GPU without memory, say: the next request may be smaller
@@ -73,7 +80,8 @@ class Answering:
                 return each, False
         return None
 
-    def _stream(self, index: int, name: str, chat: list[Message], sampling: Sampling) -> None:
+    def _stream(self, index: int, name: str, chat: list[Message], sampling: Sampling) -> Iterator[bool]:
+        """Tell the pieces of an answer, one at each `next`."""
         found = self._found(name)
         assert found is not None, "it was loaded a moment ago"
         ended = False
@@ -81,6 +89,7 @@ class Answering:
             while not self.stopped:
                 try:
                     self.tell({"index": index, "piece": next(pieces)})
+                    yield True
                 except StopIteration as end:
                     ended = bool(end.value)
                     break

@@ -55,7 +55,7 @@ export function Models({ names, onNames, titles = ["One model", "The other"] }) 
         ))}
       </datalist>
       {titles.map((title, at) => (
-        <Field key={title} label={title} help={at ? null : "a run, a checkpoint, a model folder or a base"}>
+        <Field key={title} label={title} help={at ? null : "a run, a checkpoint, a model folder, a base, or a server that Settings lists"}>
           <Typed list="models" value={names[at]} onText={(text) => onNames(names.map((old, index) => (index === at ? text : old)))} />
         </Field>
       ))}

@@ -21,7 +21,7 @@ const PAGES = {
   votes: ["Votes", Votes],
   chat: ["Chat", Chat],
   export: ["Export", Export],
-  machine: ["This machine", Machine],
+  machine: ["Settings", Machine],
 };
 
 function address() {

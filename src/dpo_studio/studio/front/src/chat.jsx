@@ -42,7 +42,7 @@ export function Chat({ right = "" }) {
             </button>
           )}
           <span role="status" class="muted">
-            {busy && (said || "The models answer, one after the other …")}
+            {busy && (said || "The models answer …")}
           </span>
         </p>
       </form>

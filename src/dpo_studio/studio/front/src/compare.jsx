@@ -126,7 +126,7 @@ export function Compare({ left = "bundled:smollm2-135m-instruct", right = "" }) 
             </button>
           )}
           <span role="status" class="muted">
-            {busy ? said || "The models answer, one after the other …" : count ? `Votes cast here: ${count}` : ""}
+            {busy ? said || "The models answer …" : count ? `Votes cast here: ${count}` : ""}
           </span>
         </p>
       </form>
