@@ -58,11 +58,11 @@ class Browser:
 
 
 @contextmanager
-def served(folder: Path, port: int = 0) -> Iterator[Browser]:
+def served(folder: Path, *more: str, port: int = 0) -> Iterator[Browser]:
     """`dpo studio` on a folder, killed at the end."""
     command = [sys.executable, "-m", "dpo_studio", "studio", "--folder", str(folder), "--port", str(port)]
     with subprocess.Popen(
-        [*command, "--no-browser"], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+        [*command, "--no-browser", *more], stdout=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
     ) as process:
         try:
             assert process.stdout is not None

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import re
+import shutil
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
+from typing import get_args
 
 import pytest
 from playwright.sync_api import Browser, Locator, Page, expect
+from pydantic import BaseModel
 
+from dpo_studio.config import Recipe
+from dpo_studio.objectives import OBJECTIVES
+from dpo_studio.objectives.formula import Formula
 from tests.studio_client import served, vote_of
 from tests.studio_pages import PAGES, chromium, go, opened, reach, something_to_see, violations, write
 from tests.tiny_models import tiny_folder
@@ -80,9 +89,11 @@ def test_the_loop_from_pairs_to_votes_to_training_on_the_votes(browser: Browser,
         follow(page, "See its curves")
         expect(page.locator(".about .chip")).to_have_text("finished", timeout=LONG)
         press(page, page.locator(".actions").get_by_role("link", name="Export"))
-        write(page, page.get_by_label("Into the folder"), "out")
+        write(page, page.get_by_label("Into the folder").first, "out")
+        expect(page.get_by_text("$ dpo export ./runs/second ./out --to adapter")).to_be_visible()
         page.keyboard.press("Enter")
-        expect(page.locator(".panel .chip")).to_have_text("finished", timeout=LONG)
+        expect(page.get_by_role("region", name="check of the export")).to_be_visible(timeout=LONG)
+        expect(page.locator(".panel .panel .chip")).to_have_text("finished", timeout=LONG)
         assert violations(page) == []
         assert (tmp_path / "out" / "adapter_model.safetensors").is_file()
     assert not wrong
@@ -164,6 +175,131 @@ def test_every_page_is_readable_for_everybody(
             assert violations(page) == [], name
         page.close()
     assert not wrong
+
+
+def test_a_page_of_another_port_of_this_machine_can_do_nothing(browser: Browser, tmp_path: Path) -> None:
+    """Its requests carry our cookie, for ports are one site; still none is answered, and none changes anything."""
+    page_of_others = b"<!doctype html><title>others</title><form method=post enctype=text/plain target=_self></form>"
+
+    class Others(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.send_header("content-type", "text/html")
+            self.end_headers()
+            self.wfile.write(page_of_others)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    tries = """async ([url, vote]) => {
+        const ask = (how) => fetch(url + '/api/votes', {credentials: 'include', ...how}).then(answer => answer.text());
+        const ways = {
+            read: () => ask({}),
+            blind: () => ask({mode: 'no-cors'}),
+            json: () => ask({method: 'POST', body: vote, headers: {'content-type': 'application/json'}}),
+            plain: () => ask({method: 'POST', mode: 'no-cors', body: vote}),
+            events: () => new Promise((yes, no) => {
+                const events = new EventSource(url + '/api/runs/x/events', {withCredentials: true});
+                events.onopen = yes; events.onerror = () => { events.close(); no(new Error('no')); };
+            }),
+            frame: () => new Promise((yes, no) => {
+                const frame = document.body.appendChild(document.createElement('iframe'));
+                frame.onload = () => { try { yes(frame.contentDocument.body.innerText); } catch { no(); } };
+                frame.src = url + '/';
+            }),
+        };
+        const told = {};
+        for (const [name, way] of Object.entries(ways))
+            told[name] = await way().then(said => String(said ?? ''), () => 'refused');
+        document.forms[0].action = url + '/api/votes';
+        document.forms[0].submit();
+        return told;
+    }"""
+    with served(tmp_path) as studio, ThreadingHTTPServer(("127.0.0.1", 0), Others) as others:
+        Thread(target=others.serve_forever, daemon=True).start()
+        context = browser.new_context()
+        page = context.new_page()
+        page.goto(studio.link)
+        expect(page.get_by_role("heading", name="No runs yet")).to_be_visible()
+        other = context.new_page()
+        other.goto(f"http://127.0.0.1:{others.server_port}/")
+        told = other.evaluate(tries, [studio.url, json.dumps(vote_of(1))])
+        other.wait_for_load_state()
+        assert {name: text for name, text in told.items() if text not in ("refused", "")} == {}, told
+        assert page.evaluate("fetch('/api/votes').then(answer => answer.json())") == []
+        others.shutdown()
+        context.close()
+
+
+def test_a_run_page_catches_up_when_its_studio_comes_back(browser: Browser, tmp_path: Path, tiny_run: Path) -> None:
+    """SIGKILL while the page watches; two steps later the studio is started again on the same port."""
+    shutil.copytree(tiny_run, tmp_path / "run")
+    (tmp_path / "run" / "result.json").unlink()
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    with served(tmp_path) as first:
+        page = opened(browser, first.link, [])
+        page.goto(f"{first.url}/#/run/run")
+        expect(page.get_by_role("img", name="Loss over steps")).to_be_visible(timeout=LONG)
+        port = int(first.url.rpartition(":")[2])
+    expect(page.get_by_text("The connection was lost")).to_be_visible(timeout=LONG)
+    last = json.loads(metrics.read_text().splitlines()[-1])
+    with metrics.open("a") as file:
+        for step in (5, 6):
+            file.write(json.dumps(last | {"step": step, "loss": 0.125 * step}) + "\n")
+    with served(tmp_path, port=port):
+        expect(page.get_by_role("img", name="Loss over steps. Last values: loss: 0.75")).to_be_visible(timeout=LONG)
+        expect(page.get_by_text("The connection was lost")).not_to_be_visible(timeout=LONG)
+        expect(page.locator(".about")).to_contain_text("step 6", timeout=LONG)
+        steps = page.evaluate(
+            "fetch('/api/runs/run/metrics').then(answer => answer.json()).then(all => all.columns.step)"
+        )
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_the_form_of_a_run_has_every_key_and_each_message_beside_its_field(browser: Browser, tmp_path: Path) -> None:
+    """The keys are those of the recipe's own sections, walked here; each loss brings its own."""
+    wrong: list[str] = []
+    with served(tmp_path) as studio:
+        page = opened(browser, studio.link, wrong)
+        go(page, "new")
+        named = "[...document.querySelectorAll('main [name]')].map(each => each.name)"
+        shown = set(page.evaluate(named))
+        assert shown == keys_of(Recipe) - {"objective"} | fields_of(OBJECTIVES[0])
+        page.evaluate("document.querySelectorAll('details').forEach(each => { each.open = true; })")
+        for formula in OBJECTIVES:
+            page.get_by_label("objective.kind").select_option(formula.kind)
+            assert {name for name in page.evaluate(named) if name.startswith("objective")} == fields_of(formula)
+        page.get_by_label("objective.kind").select_option("ipo")
+        for key, text in {
+            "training.epochs": "-1",
+            "training.betas": "[0.9, 2]",
+            "adapter.targets": "[]",
+            "data.train.map": "{}}",
+            "training.save_every": "often",
+            "model.path": "../elsewhere",
+        }.items():
+            page.get_by_label(key, exact=True).fill(text)
+            expect(page.get_by_label(key, exact=True)).to_have_attribute("aria-invalid", "true")
+            expect(
+                page.locator(f"[name='{key}']").locator("xpath=ancestor::div[1]").get_by_role("alert")
+            ).to_be_visible()
+        page.get_by_label("Recipe (YAML)").fill("model: {pth: x}")
+        expect(page.get_by_text("model.pth").first).to_be_visible()
+    assert not wrong
+
+
+def keys_of(section: type[BaseModel], before: str = "") -> set[str]:
+    """The keys of a recipe's section, from its Python class; those of a section inside are its own."""
+    found: set[str] = set()
+    for name, field in section.model_fields.items():
+        choices = (field.annotation, *get_args(field.annotation))
+        inside = [each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)]
+        found |= keys_of(inside[0], f"{before}{name}.") if inside else {f"{before}{name}"}
+    return found
+
+
+def fields_of(formula: type[Formula]) -> set[str]:
+    return {f"objective.{field.name}" for field in dataclasses.fields(formula)}
 
 
 def test_the_built_pages_are_those_of_their_sources() -> None:

@@ -22,7 +22,7 @@ from dpo_studio.studio.studio import Studio
 from tests.studio_client import PORT, URL, browser_of, served, vote_of
 from tests.tiny_runs import dpo
 
-STARTING = {("/api/jobs", "post"), ("/api/generate", "post")}
+STARTING = {("/api/jobs", "post"), ("/api/generate", "post"), ("/api/downloads", "post")}
 """Routes that start processes when what they are sent is right."""
 
 

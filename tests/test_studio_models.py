@@ -75,7 +75,7 @@ def test_a_listed_server_is_asked_beside_a_model_of_ours_and_no_other(
 ) -> None:
     """Its pieces come while the model here is still loading; its key goes to it alone, and no answer has it."""
     monkeypatch.setenv("THEIR_API_KEY", key := "sk-studio-0123456789abcdef")
-    pieces = [{"choices": [{"delta": {"content": text}}]} for text in ("Good ", f"key {key}.")]
+    pieces: list[Any] = [{"choices": [{"delta": {"content": text}}]} for text in ("Good ", f"key {key}.")]
     pieces.append({"choices": [{"delta": {}, "finish_reason": "length"}]})
     body = "".join(f"data: {json.dumps(piece)}\n\n" for piece in pieces) + "data: [DONE]\n\n"
     shutil.copytree(tiny_run, tmp_path / "run")

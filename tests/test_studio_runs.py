@@ -93,9 +93,9 @@ def test_nothing_outside_is_read_or_written_by_a_job_or_an_export(folder: Path, 
     for path in ("../x.jsonl", "/tmp/x.jsonl", "link/x.jsonl", ".dpo-studio/x", "~/../x/../../y"):  # noqa: S108
         client.post("/api/votes", json=vote_of(1))
         assert client.post("/api/votes/export", json={"out": path}).status_code in (400, 403), path
-        asked: dict[str, Any] = {"id": "job-000001", "verb": "data-check", "source": path}
+        asked: dict[str, Any] = {"id": "job-000001", "verb": "data-check", "data-check": {"source": path}}
         assert client.post("/api/jobs", json=asked).status_code in (400, 403), path
-        asked = {"id": "job-000001", "verb": "export", "run": "runs/done", "out": path}
+        asked = {"id": "job-000001", "verb": "export", "export": {"run": "runs/done", "out": path}}
         assert client.post("/api/jobs", json=asked).status_code in (400, 403), path
         for key in ("model.path", "model.chat_template", "data.train.source", "run.folder", "run.sample_prompts"):
             values: dict[str, Any] = {"model": {"path": "bundled:x"}, "data": {"train": {"source": "bundled:everyday"}}}
@@ -107,8 +107,43 @@ def test_nothing_outside_is_read_or_written_by_a_job_or_an_export(folder: Path, 
             said = client.post("/api/recipe/check", json={"values": values}).json()
             assert key in [error["field"] for error in said["errors"]], (key, path)
     for source in ("-", "--help", ""):
-        asked = {"id": "job-000001", "verb": "data-check", "source": source}
+        asked = {"id": "job-000001", "verb": "data-check", "data-check": {"source": source}}
         assert client.post("/api/jobs", json=asked).status_code == 400
+    assert client.get("/api/jobs").json() == []
+
+
+def test_the_options_of_jobs_become_words_and_no_more(folder: Path) -> None:
+    """Shown before they run; a judge with code, an unlisted server and an option for a name are refused."""
+    client = browser_of(folder)
+    client.post("/api/endpoints", json={"model": "m", "url": "http://127.0.0.1:9/v1", "key_variable": "X_API_KEY"})
+
+    def command(verb: str, **given: Any) -> Any:
+        said = client.post("/api/jobs/preview", json={"verb": verb, verb: given}).json()
+        return said.get("command") or said["field"]
+
+    export = {"run": "runs/done", "out": "out"}
+    assert command("export", **export) == "dpo export ./runs/done ./out --to adapter"
+    fine = {"to": "gptq", "bits": 8, "group_size": "64", "rows": 5, "desc_act": True, "force": True, "dtype": "float32"}
+    flags = "--to gptq --bits 8 --group-size 64 --rows 5 --desc-act --dtype float32 --force"
+    assert command("export", **export, **fine) == f"dpo export ./runs/done ./out {flags}"
+    assert command("eval", run="runs/done", judge="everyday", temperatures="0,0.5", prompts=8, seed=0) == (
+        "dpo eval ./runs/done --judge everyday --temperatures 0,0.5 --prompts 8 --seed 0"
+    )
+    assert command("eval", run="runs/done", judge="llm:m@http://127.0.0.1:9/v1").endswith("--judge-key-env X_API_KEY")
+    quantize = command("quantize", model="bundled:smollm2-135m-instruct", out="q", calibration="bundled:everyday")
+    assert quantize == "dpo quantize bundled:smollm2-135m-instruct ./q --calibration bundled:everyday"
+    for wrong in ("rules.py:judge", "./rules.py:judge", "llm:m@http://127.0.0.1:10/v1", "reward:../x", "--help"):
+        assert command("eval", run="runs/done", judge=wrong) == "judge", wrong
+    for verb, given, field in (
+        ("export", export | {"bits": 5}, "export.bits"),
+        ("export", export | {"group_size": "64; id"}, "export.group_size"),
+        ("export", export | {"more": 1}, "export.more"),
+        ("export", export | {"run": "../x"}, "run"),
+        ("eval", {"run": "runs/done", "temperatures": "0 --judge x"}, "eval.temperatures"),
+        ("quantize", {"model": "-x", "out": "q"}, "model"),
+        ("quantize", {"model": "bundled:x", "out": "../q"}, "out"),
+    ):
+        assert command(verb, **given) == field
     assert client.get("/api/jobs").json() == []
 
 
@@ -186,9 +221,9 @@ def test_a_vote_that_is_none_is_refused_with_its_field(folder: Path, wrong: dict
 def test_a_job_that_fails_shows_the_command_s_own_error(folder: Path) -> None:
     (folder / "broken.jsonl").write_text("this is no JSON\n")
     client = browser_of(folder)
-    asked = {"id": "job-000001", "verb": "data-check", "source": "broken.jsonl"}
+    asked = {"id": "job-000001", "verb": "data-check", "data-check": {"source": "broken.jsonl"}}
     assert client.post("/api/jobs", json=asked).json()["command"] == "dpo data check broken.jsonl --json"
-    assert client.post("/api/jobs", json=asked | {"source": "runs"}).status_code == 409
+    assert client.post("/api/jobs", json=asked | {"data-check": {"source": "runs"}}).status_code == 409
 
     def ended() -> Any:
         job = client.get("/api/jobs/job-000001").json()
@@ -337,7 +372,7 @@ def test_a_killed_studio_loses_no_training_no_vote_and_doubles_nothing(tmp_path:
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, rows=tiny_rows(64), training={"max_steps": 300, "epochs": 50})
     text = recipe.read_text().replace(str(tmp_path / "run"), "runs/mine").replace(str(tiny_base), "base")
     shutil.copytree(tiny_base, tmp_path / "base")
-    asked = {"id": "job-of-mine-1", "verb": "train", "yaml": text, "name": "mine"}
+    asked = {"id": "job-of-mine-1", "verb": "train", "train": {"yaml": text, "name": "mine"}}
 
     def running(browser: Any) -> Any:
         runs = [run for run in browser.get("/api/runs") if run["step"] >= 2]
@@ -357,7 +392,7 @@ def test_a_killed_studio_loses_no_training_no_vote_and_doubles_nothing(tmp_path:
             os.kill(first.process.pid, signal.SIGKILL)
         port, cookies = int(first.url.rpartition(":")[2]), dict(first.client.cookies.items())
         first.process.wait()
-    with served(tmp_path, port) as second:
+    with served(tmp_path, port=port) as second:
         second.client.cookies.update(cookies)  # nobody is logged out
         second.post("/api/votes", vote_of(1))
         second.post("/api/jobs", asked)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import sqlite3
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -12,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from dpo_studio.errors import DPOStudioError
 
-__all__ = ["Refused", "refusal", "told_as_json"]
+__all__ = ["Refused", "no_store", "refusal", "told_as_json"]
 
 
 class Refused(DPOStudioError):
@@ -35,6 +36,7 @@ def told_as_json(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _of_a_form)
     app.add_exception_handler(HTTPException, _of_http)
     app.add_exception_handler(OSError, _of_the_disk)
+    app.add_exception_handler(sqlite3.Error, _of_the_store)
     app.add_exception_handler(Exception, _of_nobody)
 
 
@@ -61,13 +63,24 @@ async def _of_http(_: Request, error: Exception) -> JSONResponse:
 
 async def _of_the_disk(_: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, OSError)
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     where = f"{error.filename}: " if error.filename else ""
     return refusal(
         f"{where}{error.strerror or error}",
         status=507 if full else 400,
         hint="free some space and try again" if full else "is the folder still there, and may it be written?",
     )
+
+
+def no_store(error: sqlite3.Error) -> JSONResponse:
+    """SQLite's errors: nothing of the transaction was kept."""
+    hint = "is the disk full, and is the folder still there? Nothing was changed"
+    return refusal(f"the studio's file cannot be used: {error}", status=507, hint=hint)
+
+
+async def _of_the_store(_: Request, error: Exception) -> JSONResponse:
+    assert isinstance(error, sqlite3.Error)
+    return no_store(error)
 
 
 async def _of_nobody(_: Request, error: Exception) -> JSONResponse:

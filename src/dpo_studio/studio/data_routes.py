@@ -139,11 +139,20 @@ async def upload(here: Here, name: str, request: Request) -> dict[str, Any]:
     if file.exists():
         raise Refused(f"uploads/{name} exists", status=409, field="name", hint="choose another name")
     length = 0
-    with scratch_file(file) as (scratch, written):
-        async for piece in request.stream():
-            length += written.write(piece)
-        finish(written, file)
-        give_name(scratch, file, overwrite=False)
+    body = request.stream()
+    try:
+        with scratch_file(file) as (scratch, written):
+            async for piece in body:
+                left = memoryview(piece)
+                while left:  # a disk that is nearly full takes a part of it
+                    left = left[written.write(left) :]
+                length += len(piece)
+            finish(written, file)
+            give_name(scratch, file, overwrite=False)
+    except OSError:  # a full disk: a browser hears of it only once its whole body was taken
+        async for _ in body:
+            pass
+        raise
     return {"path": here.places.shown(file), "bytes": length}
 
 
@@ -180,6 +189,8 @@ def _source(here: Studio, name: str) -> tuple[str, Path | None]:
     absolute = _absolute(checked, here)
     path = here.folder / checked
     ask_first(here, checked)
+    if not here.places.is_there(checked):
+        raise Refused(f"{checked[:80]!r} is not there", status=404, field="path", hint="was it moved or removed?")
     return absolute, path if path.exists() else None
 
 

@@ -22,7 +22,7 @@ from dpo_studio.reading import parse_json
 from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.studio import Here, Studio
 
-__all__ = ["SERVER", "answer_of", "listed", "named_endpoints", "router"]
+__all__ = ["SERVER", "answer_of", "key_variable_of", "listed", "named_endpoints", "router"]
 
 router = APIRouter(prefix="/api/endpoints")
 SERVER = "server:"
@@ -94,11 +94,16 @@ def listed(here: Studio, name: str, field: str) -> str:
     return name
 
 
-async def answer_of(here: Studio, name: str, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
-    """`{piece}` as they come, then `{end, cut}`; or `{error, hint}`. Redirects are not followed."""
+def key_variable_of(here: Studio, name: str) -> str | None:
+    """The variable that has the key of a listed server; None where it needs none."""
     with here.store.reading() as db:
         row = db.execute("SELECT key_variable FROM endpoints WHERE name = ?", (name,)).fetchone()
-    key = os.environ.get((row["key_variable"] if row is not None else None) or "", "").strip()
+    return None if row is None else row["key_variable"]
+
+
+async def answer_of(here: Studio, name: str, request: dict[str, Any]) -> AsyncGenerator[dict[str, Any]]:
+    """`{piece}` as they come, then `{end, cut}`; or `{error, hint}`. Redirects are not followed."""
+    key = os.environ.get(key_variable_of(here, name) or "", "").strip()
     secret = Secret(key)
     model, _, url = name.removeprefix(SERVER).partition("@")
     sampling = request["sampling"]

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import ipaddress
+import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -18,7 +19,7 @@ from starlette.requests import HTTPConnection
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from dpo_studio.studio.api_errors import refusal
+from dpo_studio.studio.api_errors import no_store, refusal
 
 __all__ = ["LARGEST_BODY", "LOGIN", "Door", "Guard"]
 
@@ -90,7 +91,10 @@ class Guard:
             return
         asked = HTTPConnection(scope)
         answering = _with_headers(send, private=scope["path"].startswith("/api"))
-        refused = self._refusal(scope, asked) or _too_long(asked.headers, _limit(scope["path"]))
+        try:
+            refused = self._refusal(scope, asked) or _too_long(asked.headers, _limit(scope["path"]))
+        except sqlite3.Error as error:  # a full disk, or the folder is gone: who is logged in cannot be looked up
+            refused = no_store(error)
         if refused is not None:
             await refused(scope, receive, answering)
             return

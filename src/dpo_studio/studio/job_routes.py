@@ -7,14 +7,15 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from dpo_studio.config.sections import recipe_schema
 from dpo_studio.disk import write_atomically
 from dpo_studio.paths import plain_name
-from dpo_studio.reading import read_text
+from dpo_studio.reading import read_json, read_text
 from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.downloads import say_yes
+from dpo_studio.studio.job_options import Evaluating, Exporting, Quantizing
 from dpo_studio.studio.jobs import Job
 from dpo_studio.studio.recipes import downloads_of, problems_of, read_values, written
 from dpo_studio.studio.studio import Here, Studio
@@ -37,17 +38,36 @@ class RecipeValues(BaseModel):
     """Of the file and, unless it says otherwise, of the run."""
 
 
-class Asked(RecipeValues):
-    """A job: a verb and what it needs."""
+class Training(RecipeValues):
+    """`dpo train`."""
 
-    id: Id
-    verb: Literal["train", "export", "eval", "data-check"]
-    run: str | None = None
-    out: str | None = None
-    to: Literal["adapter", "merged", "gptq"] = "adapter"
-    source: str | None = None
     dry_run: bool = False
     anyway: bool = False
+
+
+class Checking(BaseModel):
+    """`dpo data check`."""
+
+    model_config = ConfigDict(extra="forbid")
+    source: str
+
+
+class Asked(BaseModel):
+    """A job: a verb, and under its name what it is asked."""
+
+    model_config = ConfigDict(extra="forbid")
+    verb: Literal["train", "export", "eval", "quantize", "data-check"]
+    train: Training | None = None
+    export: Exporting | None = None
+    eval: Evaluating | None = None
+    quantize: Quantizing | None = None
+    data_check: Annotated[Checking | None, Field(alias="data-check")] = None
+
+
+class AskedOnce(Asked):
+    """The same with an id: asked twice it is one job."""
+
+    id: Id
 
 
 @router.get("/schema")
@@ -66,11 +86,35 @@ def check(here: Here, given: RecipeValues) -> dict[str, Any]:
     return {"yaml": text, "errors": errors, "command": command, "downloads": downloads_of(values, here.places)}
 
 
+@router.post("/jobs/preview")
+def preview(here: Here, asked: Asked) -> dict[str, Any]:
+    """The command that would be run, or what is wrong with it; nothing is started."""
+    if asked.verb == "train":
+        raise Refused("a recipe is checked by /api/recipe/check", field="verb")
+    return {"command": shlex.join(["dpo", *_words(here, asked)[0]])}
+
+
 @router.post("/jobs")
-def start(here: Here, asked: Asked) -> dict[str, Any]:
+def start(here: Here, asked: AskedOnce) -> dict[str, Any]:
     """Start a job, once for each id."""
-    words, run = {"train": _train, "export": _export, "eval": _eval, "data-check": _data_check}[asked.verb](here, asked)
+    words, run = _words(here, asked)
+    if asked.quantize is not None:
+        asked.quantize.begun(here)
     return shown_job(here.jobs.start(asked.id, asked.verb, words, run))
+
+
+def _words(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
+    """(the words of the command, the run whose job it is)."""
+    given = getattr(asked, asked.verb.replace("-", "_"))
+    if given is None:
+        raise Refused(f"{asked.verb} needs its values", field=asked.verb)
+    if isinstance(given, Training):
+        return _train(here, given)
+    if isinstance(given, Checking):
+        source = here.places.named(given.source, "source")
+        say_yes(here, [source])
+        return ["data", "check", source, "--json"], None
+    return given.words(here), None
 
 
 @router.get("/jobs")
@@ -94,6 +138,17 @@ def stop(here: Here, name: str) -> dict[str, Any]:
     return shown_job(job)
 
 
+@router.get("/exports")
+def exported(here: Here, path: str) -> dict[str, Any]:
+    """What an export or a quantised model says of itself: its check against the run's own model."""
+    folder = here.places.existing(path, "path")
+    for name in ("export.json", "quantization.json"):
+        if (folder / name).is_file():
+            told = read_json(here.places.inside(str(folder / name), "path"), what=name, limit=_LARGEST)
+            return told if isinstance(told, dict) else {}
+    raise Refused(f"{path[:80]!r} is no export", status=404, field="path")
+
+
 def shown_job(job: Job) -> dict[str, Any]:
     """A job in the list; one that failed has the command's own error and hint."""
     error, hint = error_of(tail(job.log)) if job.exit_code else (None, None)
@@ -110,7 +165,7 @@ def shown_job(job: Job) -> dict[str, Any]:
     }
 
 
-def _train(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
+def _train(here: Studio, asked: Training) -> tuple[list[str], Path | None]:
     """The recipe becomes a file of the studio's folder, which is never replaced by another one."""
     values = read_values(asked.yaml, asked.values)
     if errors := problems_of(values, here.places):
@@ -127,32 +182,3 @@ def _train(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
     section = values.get("run") or {}
     run = here.places.inside(section.get("folder") or f"runs/{name}", "run.folder")
     return ["train", f"./{file.name}", *flags], None if asked.dry_run else run
-
-
-def _export(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
-    run = _existing(here, asked.run, "run")
-    if not asked.out:
-        raise Refused("where to is not said", field="out")
-    out = here.places.inside(asked.out, "out")
-    return [
-        "export",
-        run,
-        f"./{here.places.shown(out)}" if out.is_relative_to(here.folder) else str(out),
-        "--to",
-        asked.to,
-    ], None
-
-
-def _eval(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
-    return ["eval", _existing(here, asked.run, "run")], None
-
-
-def _data_check(here: Studio, asked: Asked) -> tuple[list[str], Path | None]:
-    source = here.places.named(asked.source or "", "source")
-    say_yes(here, [source])
-    return ["data", "check", source, "--json"], None
-
-
-def _existing(here: Studio, name: str | None, field: str) -> str:
-    path = here.places.existing(name or "", field)
-    return f"./{path.relative_to(here.folder)}" if path.is_relative_to(here.folder) else str(path)

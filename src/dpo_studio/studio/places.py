@@ -87,6 +87,11 @@ class Places:
             return False
         return _HUB_ID.fullmatch(name) is not None and ".." not in name
 
+    def is_there(self, name: str) -> bool:
+        """Whether a name of `named` is of something: here, bundled, or (who knows) on the Hub."""
+        here = _exists(self.folder / name) or _exists(self.folder / _SPLIT.sub("", name))
+        return here or name.startswith(BUNDLED) or self.is_on_hub(name)
+
     def shown(self, path: Path) -> str:
         """A path as pages show it: relative to the folder where it is in it."""
         return path.relative_to(self.folder).as_posix() if path.is_relative_to(self.folder) else str(path)

@@ -95,8 +95,9 @@ def serve(folder: Path, *, host: str, port: int, allow: tuple[Path, ...], tell: 
         limit_concurrency=_CONNECTIONS,
         timeout_graceful_shutdown=2,  # streams of events end only when they are ended
     )
-    tell(f"{url}?token={studio.sessions.new_token()}")
-    uvicorn.Server(config).run(sockets=[listening])
+    with studio.store.held():
+        tell(f"{url}?token={studio.sessions.new_token()}")
+        uvicorn.Server(config).run(sockets=[listening])
 
 
 def another_link(folder: Path, port: int) -> str:

@@ -74,6 +74,13 @@ class Store:
                 raise
             db.execute("COMMIT")
 
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep SQLite's files beside the store while a studio runs: on a full disk it could not make them to read."""
+        with closing(self._open()) as db:
+            db.execute("SELECT count(*) FROM sessions").fetchone()
+            yield
+
     def _open(self) -> sqlite3.Connection:
         db = sqlite3.connect(self.file, timeout=_WAIT, isolation_level=None)
         db.row_factory = sqlite3.Row

@@ -18,7 +18,7 @@ from dpo_studio.studio.standings import Compared, standings
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.writing import check_outputs
 
-__all__ = ["Vote", "router"]
+__all__ = ["router"]
 
 router = APIRouter(prefix="/api/votes")
 Choice = Literal["left", "right", "tie", "both_bad"]

@@ -5,13 +5,13 @@ import { Command, Field, Job, Trouble, Typed, Waiting, link, useAction, useGet }
 
 const FIRST = ["model.path", "data.train.source", "data.held_out.fraction", "data.max_length", "objective.kind", "objective.beta"];
 
-/** Objectives have fields of their own: the form has the kind and beta, the YAML beside it all of them. */
-function objective(schema) {
-  const kinds = (schema.properties.objective?.oneOf ?? []).map((each) => resolved(each, schema).properties.kind.const);
-  return [
-    [["objective", "kind"], { enum: kinds, default: "dpo", description: "the loss" }],
-    [["objective", "beta"], { default: 0.1, description: "how closely the policy is held to the reference" }],
-  ];
+/** Objectives have fields of their own: those of the kind that is chosen. */
+function objective(schema, kind = "dpo") {
+  const kinds = schema.properties.objective.oneOf.map((each) => resolved(each, schema));
+  const own = kinds.find((each) => each.properties.kind.const === kind) ?? kinds[0];
+  const choice = { enum: kinds.map((each) => each.properties.kind.const), default: "dpo", description: "the loss", kind: true };
+  const { kind: _, ...others } = own.properties;
+  return [[["objective", "kind"], choice], ...Object.entries(others).map(([key, each]) => [["objective", key], resolved(each, schema)])];
 }
 
 const set = (values, path, value) => {
@@ -24,7 +24,7 @@ const set = (values, path, value) => {
 };
 const at = (values, path) => path.reduce((value, key) => value?.[key], values);
 
-/** The keys of a schema as a flat list: [path, schema]. Choices of sections show the fields of their first one. */
+/** The keys of a schema as a flat list: [path, schema]. */
 function keysOf(schema, root, path = []) {
   const whole = resolved(schema, root);
   if (!whole.properties) return [[path, whole]];
@@ -34,26 +34,38 @@ function keysOf(schema, root, path = []) {
 function resolved(schema, root) {
   if (schema.$ref) return { ...resolved(root.$defs[schema.$ref.split("/").pop()], root), ...without(schema, "$ref") };
   const parts = (schema.anyOf ?? schema.allOf ?? []).filter((part) => part.type !== "null");
-  if (parts.length === 1) return { ...resolved(parts[0], root), ...without(schema, "anyOf", "allOf") };
+  const sections = parts.map((part) => resolved(part, root)).filter((part) => part.properties);
+  if (parts.length === 1 || sections.length === 1)
+    return { ...resolved(sections[0] ?? parts[0], root), ...without(schema, "anyOf", "allOf") };
   return schema;
 }
 const without = (value, ...keys) => Object.fromEntries(Object.entries(value).filter(([key]) => !keys.includes(key)));
 
-/** What was typed, as the YAML would read it: numbers and true/false where they are, text otherwise. */
-function read(text) {
+/** What was typed, as the YAML would read it: numbers, true, false and null, lists and mappings (as JSON), else text. */
+function read(text, schema) {
   if (text === "") return undefined;
+  if (schema.type === "string") return text;
   if (text === "true" || text === "false") return text === "true";
+  if (text === "null") return null;
+  if (/^\s*[[{]/.test(text))
+    try {
+      return JSON.parse(text);
+    } catch {
+      return text; // not yet; until then the server says what is wrong
+    }
   return text.trim() !== "" && Number.isFinite(Number(text)) ? Number(text) : text;
 }
 
+const asText = (value) => (value === undefined ? "" : typeof value === "string" ? value : JSON.stringify(value));
+
 function Input({ path, schema, value, onValue, ...described }) {
   const common = { ...described, name: path.join(".") };
-  const shown = value ?? "";
+  const shown = asText(value);
   const options = schema.enum ?? (schema.type === "boolean" ? [true, false] : null);
   if (options)
     return (
-      <select {...common} value={String(shown)} onChange={(event) => onValue(read(event.target.value))}>
-        <option value="">default ({String(schema.default ?? "–")})</option>
+      <select {...common} value={shown} onChange={(event) => onValue(read(event.target.value, schema))}>
+        <option value="">default ({asText(schema.default ?? "–")})</option>
         {options.map((option) => (
           <option key={option} value={String(option)}>
             {String(option)}
@@ -61,8 +73,9 @@ function Input({ path, schema, value, onValue, ...described }) {
         ))}
       </select>
     );
-  const placeholder = schema.default == null ? "" : String(schema.default);
-  return <Typed {...common} value={shown} placeholder={placeholder} onText={(text) => onValue(read(text))} />;
+  const many = schema.type === "object" || schema.type === "array";
+  const placeholder = schema.default == null ? (many ? "as JSON" : "") : asText(schema.default);
+  return <Typed {...common} value={shown} placeholder={placeholder} onText={(text) => onValue(read(text, schema))} />;
 }
 
 function Section({ title, keys, values, errors, onValues, open }) {
@@ -73,10 +86,15 @@ function Section({ title, keys, values, errors, onValues, open }) {
       <div class="form">
         {keys.map(([path, schema]) => {
           const name = path.join(".");
-          const error = errors.find((each) => each.field === name);
+          const error = errors.find((each) => each.field === name || each.field?.startsWith(`${name}.`));
           return (
             <Field key={name} label={name} help={schema.description} error={error}>
-              <Input path={path} schema={schema} value={at(values, path)} onValue={(value) => onValues(set(values, path, value))} />
+              <Input
+                path={path}
+                schema={schema}
+                value={at(values, path)}
+                onValue={(value) => onValues((old) => set(schema.kind ? { ...old, objective: undefined } : old, path, value))}
+              />
             </Field>
           );
         })}
@@ -99,7 +117,7 @@ export function NewRun({ source = "" }) {
   const asked = typed === null ? { values, name } : { yaml: typed, name };
   const [start, busy, refused] = useAction(async (dry_run) => {
     setJob(null);
-    const { id } = await post("/api/jobs", { id: newId(), verb: "train", dry_run, ...asked, yaml: typed ?? checked.yaml, values: null });
+    const { id } = await post("/api/jobs", { id: newId(), verb: "train", train: { dry_run, name, yaml: typed ?? checked.yaml } });
     setJob({ id, dry_run });
   });
   const [check, , wrong] = useAction(async () => setChecked(await post("/api/recipe/check", asked)));
@@ -108,11 +126,12 @@ export function NewRun({ source = "" }) {
     return () => clearTimeout(timer);
   }, [values, typed, name]);
   if (!schema) return error ? <Trouble error={error} /> : <Waiting />;
-  const plain = keysOf(schema, schema).filter(([, each]) => each.type !== "object" && each.type !== "array" && !each.oneOf);
-  const keys = [...plain, ...objective(schema)];
+  const plain = keysOf(schema, schema).filter(([[section]]) => section !== "objective");
+  const keys = [...plain, ...objective(schema, values.objective?.kind)];
   const isFirst = ([path]) => FIRST.includes(path.join("."));
   const sections = [...new Set(keys.map(([path]) => path[0]))];
-  const others = checked.errors.filter((each) => !keys.some(([path]) => path.join(".") === each.field));
+  const known = (field) => keys.some(([path]) => field === path.join(".") || field?.startsWith(`${path.join(".")}.`));
+  const others = checked.errors.filter((each) => !known(each.field));
   const part = (title, some, open) => (
     <Section key={title} title={title} keys={some} values={values} errors={checked.errors} onValues={setValues} open={open} />
   );

@@ -172,13 +172,15 @@ export function Run({ name }) {
           run.findings.map((finding, at) => (
             <div key={at} class="panel finding">
               <h3>{finding.title}</h3>
-              {["seen", "means", "advice", "text", "detail"].map(
-                (key) => typeof finding[key] === "string" && <p key={key}>{finding[key]}</p>,
-              )}
+              <p>
+                From step {finding.first_step}
+                {finding.last_step > finding.first_step && ` to ${finding.last_step}`}: {finding.saw}
+              </p>
+              <p>{finding.advice}</p>
             </div>
           ))
         ) : (
-          <p class="muted">Nothing wrong so far.</p>
+          <p class="muted">{run.step ? `Healthy: in ${run.step} steps no check found anything.` : "No step has ended yet."}</p>
         )}
       </section>
       {samples?.length > 0 && (

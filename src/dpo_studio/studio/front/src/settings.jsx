@@ -1,75 +1,7 @@
-// Export of a run, the jobs, and the machine.
+// Settings: the servers that may be asked; the machine, and the jobs.
 import { useState } from "preact/hooks";
-import { newId, post } from "./api.js";
-import { Command, Empty, Field, Job, State, Table, Trouble, Waiting, bytes, link, useAction, useGet, when } from "./parts.jsx";
-
-const TARGETS = {
-  adapter: "a LoRA adapter that PEFT and vLLM load on the base",
-  merged: "the whole model, for any tool that loads safetensors",
-  gptq: "a quantised model; it needs the extra gptq",
-};
-
-export function Export({ run = "" }) {
-  const { value: runs, error } = useGet("/api/runs");
-  const [chosen, setChosen] = useState(run);
-  const [to, setTo] = useState("adapter");
-  const [out, setOut] = useState("exported");
-  const [job, setJob] = useState(null);
-  const [start, busy, refused] = useAction(async () => {
-    setJob((await post("/api/jobs", { id: newId(), verb: "export", run: chosen, out, to })).id);
-  });
-  if (!runs) return error ? <Trouble error={error} /> : <Waiting />;
-  if (!runs.length)
-    return (
-      <Empty title="Nothing to export">
-        <p>
-          <a href={link("new")}>Start a run</a> first.
-        </p>
-      </Empty>
-    );
-  const wrong = (field) => (refused?.field === field ? refused : null);
-  return (
-    <>
-      <form
-        class="panel"
-        onSubmit={(event) => {
-          event.preventDefault();
-          start();
-        }}
-      >
-        <div class="form two">
-          <Field label="Run" error={wrong("run")}>
-            <select value={chosen} onChange={(event) => setChosen(event.target.value)}>
-              <option value="">choose one</option>
-              {runs.map((each) => (
-                <option key={each.path} value={each.name}>
-                  {each.name}
-                </option>
-              ))}
-            </select>
-          </Field>
-          <Field label="As" help={TARGETS[to]}>
-            <select value={to} onChange={(event) => setTo(event.target.value)}>
-              {Object.keys(TARGETS).map((each) => (
-                <option key={each}>{each}</option>
-              ))}
-            </select>
-          </Field>
-          <Field label="Into the folder" help="a new one, in the studio's folder" error={wrong("out")}>
-            <input value={out} onInput={(event) => setOut(event.target.value)} />
-          </Field>
-        </div>
-        <p class="actions">
-          <button class="first" disabled={busy || !chosen || !out}>
-            Export
-          </button>
-        </p>
-        {!wrong("run") && !wrong("out") && <Trouble error={refused} />}
-      </form>
-      {job && <Job key={job} id={job} />}
-    </>
-  );
-}
+import { post } from "./api.js";
+import { Command, Field, State, Table, Trouble, Waiting, bytes, useAction, useGet, when } from "./parts.jsx";
 
 /** Models behind OpenAI-compatible servers, which Compare and Chat may ask. */
 function Servers() {
