@@ -21,7 +21,8 @@ __all__ = ["Curve", "Curves", "columns", "thinned"]
 Row = dict[str, Any]
 Columns = dict[str, list[float | None]]
 _READ_AT_ONCE = 64 * 2**20
-_JUDGING = 0.1
+_JUDGING = 0.03
+"""Seconds of each question, of which a page has several at once."""
 _KEPT = 64
 """Curves in memory: 20,000 steps take some 20 MB."""
 _HELD_OUT = "eval_"
@@ -112,7 +113,7 @@ def columns(rows: list[Row]) -> Columns:
     return {name: [finite(row, name) for row in rows] for name in names}
 
 
-def thinned(rows: list[Row], points: int) -> dict[str, Columns]:
+def thinned(rows: list[Row], points: int, *, spread: bool = True) -> dict[str, Columns]:
     """At most so many points: means of neighbours, with the least and the largest of each so that no spike is lost.
 
     Held-out numbers are few and stay as they are, in a table of their own.
@@ -129,6 +130,8 @@ def thinned(rows: list[Row], points: int) -> dict[str, Columns]:
     means: Columns = {name: [fmean(group) if group else None for group in some] for name, some in groups.items()}
     if "step" in groups:
         means["step"] = [group[-1] for group in groups["step"]]
+    if not spread:
+        return {"columns": means, "held_out": columns(held_out)}
     low: Columns = {name: [min(group, default=None) for group in some] for name, some in groups.items()}
     high: Columns = {name: [max(group, default=None) for group in some] for name, some in groups.items()}
     return {"columns": means, "low": low, "high": high, "held_out": columns(held_out)}

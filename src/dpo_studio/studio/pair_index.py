@@ -24,10 +24,13 @@ from dpo_studio.preferences.sources import open_pairs
 __all__ = ["PairIndexes", "key_of"]
 
 _TABLES = (
-    "CREATE TABLE pairs (row INTEGER PRIMARY KEY, content TEXT, refused TEXT)",
+    "CREATE TABLE pairs (row INTEGER PRIMARY KEY, refused TEXT)",  # small: pages are counted and skipped here
+    "CREATE TABLE contents (row INTEGER PRIMARY KEY, content TEXT)",
     "CREATE INDEX refusals ON pairs (row) WHERE refused IS NOT NULL",
     "CREATE VIRTUAL TABLE words USING fts5(text, content='')",
 )
+_LAYOUT = "2"
+"""Of the tables: an index of another layout has another name."""
 _AT_ONCE = 1000
 
 
@@ -70,10 +73,11 @@ class PairIndex:
             if isinstance(result, Pair):
                 row = trl_row(result)
                 words = " ".join(turn["content"] for side in ("prompt", "chosen", "rejected") for turn in row[side])
-                db.execute("INSERT INTO pairs VALUES (?, ?, NULL)", (result.row, json.dumps(row)))
+                db.execute("INSERT INTO pairs VALUES (?, NULL)", (result.row,))
+                db.execute("INSERT INTO contents VALUES (?, ?)", (result.row, json.dumps(row)))
                 db.execute("INSERT INTO words (rowid, text) VALUES (?, ?)", (result.row, words))
             else:
-                db.execute("INSERT INTO pairs VALUES (?, NULL, ?)", (result.row, f"{result.reason} {result.seen}"))
+                db.execute("INSERT INTO pairs VALUES (?, ?)", (result.row, f"{result.reason} {result.seen}"))
             self.rows += 1
             if self.rows % _AT_ONCE == 0:
                 db.execute("COMMIT")
@@ -97,7 +101,8 @@ class PairIndex:
         with closing(sqlite3.connect(self.file)) as db:
             count = db.execute(f"SELECT count(*) FROM pairs WHERE {where}", values).fetchone()[0]  # noqa: S608 - constants
             found = db.execute(
-                f"SELECT * FROM pairs WHERE {where} ORDER BY row LIMIT ? OFFSET ?",  # noqa: S608 - constants
+                f"SELECT row, content, refused FROM (SELECT * FROM pairs WHERE {where} ORDER BY row LIMIT ? OFFSET ?) "  # noqa: S608 - constants
+                "LEFT JOIN contents USING (row) ORDER BY row",
                 [*values, limit, offset],
             ).fetchall()
         return {"total": count, "pairs": [_shown(*each) for each in found]}
@@ -125,7 +130,7 @@ class PairIndexes:
 
 def key_of(source: str, path: Path | None) -> str:
     """A name for a source as it is now: another size or time of any of its files is another source."""
-    parts = [source]
+    parts = [_LAYOUT, source]
     for file in _files(path) if path is not None else ():
         there = file.stat()
         parts.append(f"{file}\0{there.st_size}\0{there.st_mtime_ns}")

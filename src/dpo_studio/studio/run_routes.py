@@ -11,16 +11,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request
-from fastapi.responses import StreamingResponse
+from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel
 
-from dpo_studio.runs.facts import read_run
 from dpo_studio.runs.folder import RunFolder, was_begun
 from dpo_studio.studio.api_errors import Refused
 from dpo_studio.studio.curves import Curve, columns, thinned
 from dpo_studio.studio.job_routes import Id, shown_job
 from dpo_studio.studio.processes import holder_of
-from dpo_studio.studio.runs import curve_of, find_runs, findings, run_named, summary
+from dpo_studio.studio.runs import curve_of, find_runs, findings, recipe_text, run_named, summary
 from dpo_studio.studio.studio import Here, Studio
 from dpo_studio.studio.tails import tail
 
@@ -46,11 +45,14 @@ def runs(here: Here) -> list[dict[str, Any]]:
 
 
 @router.get("/{name:path}/metrics")
-def metrics(here: Here, name: str, points: Annotated[int, Query(ge=10, le=20_000)] = 1000) -> dict[str, Any]:
-    """The curve in at most so many points, and the step from which events go on."""
+def metrics(
+    here: Here, name: str, points: Annotated[int, Query(ge=10, le=20_000)] = 1000, spread: bool = True
+) -> JSONResponse:
+    """The curve in at most so many points, and the step from which events go on; `spread`: with `low` and `high`."""
     curve = curve_of(here, run_named(here, name))
     last = curve.rows[-1]["step"] if curve.rows else -1
-    return thinned(curve.rows, points) | {"last_step": last, "generation": curve.generation}
+    told = thinned(curve.rows, points, spread=spread) | {"last_step": last, "generation": curve.generation}
+    return JSONResponse(told)  # as it is: FastAPI would look at each of 50,000 numbers first
 
 
 @router.get("/{name:path}/samples")
@@ -109,18 +111,12 @@ def one_run(here: Here, name: str) -> dict[str, Any]:
     job = here.jobs.last_of(run)
     told = {} if job is None else shown_job(job)
     ended = {"log": "" if job is None else tail(job.log), "error": told.get("error"), "hint": told.get("hint")}
-    if not was_begun(run):
-        return (
-            summary(here, run) | ended | {"recipe": "", "result": None, "facts": {}, "findings": [], "checkpoints": []}
-        )
-    facts = read_run(run)
     checkpoints = sorted(run.glob(f"{RunFolder.CHECKPOINTS}/step-*"), key=lambda path: (len(path.name), path.name))
     return (
         summary(here, run)
         | {
-            "recipe": facts.recipe_text,
-            "result": facts.result,
-            "facts": {"environment": facts.environment, "win_rates": facts.win_rates, "notes": list(facts.notes)},
+            "recipe": recipe_text(run),
+            "result": RunFolder(run).result() if was_begun(run) else None,
             "findings": findings(run, curve_of(here, run)),
             "checkpoints": [here.places.shown(path) for path in checkpoints],
         }

@@ -26,7 +26,7 @@ from dpo_studio.studio.jobs import Job
 from dpo_studio.studio.processes import holder_of
 from dpo_studio.studio.studio import Studio
 
-__all__ = ["curve_of", "find_runs", "findings", "run_named", "summary"]
+__all__ = ["curve_of", "find_runs", "findings", "recipe_text", "run_named", "summary"]
 
 _DEPTH, _MOST = 3, 1000
 _SMALL = 20_000_000
@@ -137,9 +137,17 @@ def _state(run: Path, job: Job | None) -> str:
     return "stopped" if job.was_stopped else "failed"
 
 
+def recipe_text(run: Path) -> str:
+    """The resolved recipe of a run; empty where it cannot be read."""
+    try:
+        return read_text(run / RunFolder.RECIPE, what="the run's recipe", limit=_SMALL)
+    except DPOStudioError:
+        return ""
+
+
 def _recipe(run: Path) -> dict[str, Any]:
     try:
-        recipe = parse_yaml(read_text(run / RunFolder.RECIPE, what="the run's recipe", limit=_SMALL))
+        recipe = parse_yaml(recipe_text(run))
     except (DPOStudioError, yaml.YAMLError):
         return {}
     return recipe if isinstance(recipe, dict) else {}

@@ -25,7 +25,7 @@ function useCurve(name) {
     const path = `/api/runs/${encodeURIComponent(name)}`;
     const begin = async () => {
       try {
-        const { columns, held_out, last_step } = await get(`${path}/metrics?points=2000`);
+        const { columns, held_out, last_step } = await get(`${path}/metrics?points=1000&spread=false`);
         if (gone) return;
         setCurve({ columns, held_out });
         setError(null);

@@ -90,7 +90,7 @@ function Together({ names }) {
   const [curves, setCurves] = useState({});
   const missing = names.filter((name) => !curves[name]);
   if (missing.length)
-    Promise.all(missing.map(async (name) => [name, await get(`/api/runs/${name}/metrics?points=500`)])).then((found) =>
+    Promise.all(missing.map(async (name) => [name, await get(`/api/runs/${name}/metrics?points=500&spread=false`)])).then((found) =>
       setCurves((old) => ({ ...old, ...Object.fromEntries(found) })),
     );
   if (names.length < 2)
