@@ -25,7 +25,7 @@ function Servers() {
   return (
     <section>
       <h2>Servers</h2>
-      <p class="muted">OpenAI-compatible servers (vLLM, llama.cpp, Ollama and others) for Compare and Chat. Others are not asked.</p>
+      <p class="muted lead">OpenAI-compatible servers (vLLM, llama.cpp, Ollama and others) for Compare and Chat. Others are not asked.</p>
       {servers?.map(({ name, key_variable, key_is_set }) => (
         <div key={name} class="panel row">
           <code class="number">{name}</code>
