@@ -73,7 +73,7 @@ def served(folder: Path, *more: str, port: int = 0) -> Iterator[Browser]:
             process.kill()
 
 
-def until(look: Callable[[], Any], seconds: float = 60.0) -> Any:
+def until(look: Callable[[], Any], seconds: float = 180.0) -> Any:
     """What `look` sees once it is something."""
     end = time.monotonic() + seconds
     while not (seen := look()):
