@@ -21,6 +21,8 @@ __all__ = ["Compared", "standings", "strengths"]
 _ROUNDS = 1000
 _CLOSE = 1e-10
 _RESAMPLES = 1000
+_MOST_MODELS, _MOST_PAIRS = 30, 60
+"""What is summed up: two hundred models would take 300 MB, and no one reads their table."""
 _VERDICTS: dict[float, Literal["win", "tie", "loss"]] = {1.0: "win", 0.5: "tie", 0.0: "loss"}
 Floats = NDArray[np.float64]
 
@@ -43,10 +45,11 @@ def standings(some: Sequence[Compared]) -> dict[str, Any]:
     for each in some:
         if each.models[0] != each.models[1]:
             met[min(each.models), max(each.models)].append(each)
-    names = sorted({name for pair in met for name in pair})
+    names = {name for pair in met for name in pair}
+    shown = sorted(sorted(met, key=lambda pair: -len(met[pair]))[:_MOST_PAIRS])
     return {
-        "pairs": [{"models": list(pair)} | _against(pair[0], met[pair]) for pair in sorted(met)],
-        "bradley_terry": strengths(some) if len(names) > 2 else {},
+        "pairs": [{"models": list(pair)} | _against(pair[0], met[pair]) for pair in shown],
+        "bradley_terry": strengths(some) if 2 < len(names) <= _MOST_MODELS else {},
     }
 
 

@@ -21,6 +21,8 @@ from dpo_studio.writing import check_outputs
 __all__ = ["router"]
 
 router = APIRouter(prefix="/api/votes")
+_MOST_SETS = 20
+"""Sets of prompts that are summed up, those with the most votes."""
 Choice = Literal["left", "right", "tie", "both_bad"]
 
 
@@ -98,7 +100,7 @@ def summary(here: Here) -> dict[str, Any]:
 def _summed(contents: tuple[str, ...]) -> dict[str, Any]:
     """Of votes as they are kept: a page asks every few seconds, and a bootstrap takes one."""
     kept = [Vote.model_validate_json(content) for content in contents]
-    sets = sorted({each.prompt_set for each in kept})
+    sets = sorted(name for name, _ in Counter(each.prompt_set for each in kept).most_common(_MOST_SETS))
     return {
         "votes": len(kept),
         "choices": Counter(each.choice for each in kept),
