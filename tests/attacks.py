@@ -173,9 +173,9 @@ _ADDED: list[Draw] = [
 ]
 _ADAPTER: list[list[Draw]] = [
     [
-        ("peft_type", "LOHA", r"only plain LoRA"),
-        ("use_dora", True, r"only plain LoRA"),
-        ("bias", "all", r"only plain LoRA"),
+        ("peft_type", "LOHA", r"only LoRA"),
+        ("use_dora", True, r"lora_magnitude_vector|no tensor"),
+        ("bias", "all", r"only LoRA"),
         ("modules_to_save", ["lm_head"], r"modules_to_save"),
         ("trainable_token_indices", [1], r"trainable_token_indices"),
         ("init_lora_weights", "pissa", r"changes the base"),

@@ -318,7 +318,7 @@ def test_a_long_value_is_not_repeated_in_full() -> None:
 
 
 def test_an_adapter_to_continue_brings_its_own_shape() -> None:
-    with pytest.raises(RecipeError, match=r"model\.adapter brings its own rank.*remove adapter\.alpha, adapter\.rank"):
+    with pytest.raises(RecipeError, match=r"model\.adapter brings its own kind.*remove adapter\.alpha, adapter\.rank"):
         validate_recipe(
             MINIMAL | {"model": {"path": "m", "adapter": "a"}, "adapter": {"rank": 4, "alpha": 8}}, where="r"
         )

@@ -108,6 +108,7 @@ def test_a_delta_for_a_layer_that_is_not_there_or_not_finite_is_refused() -> Non
     with pytest.raises(ModelError, match="nosuch"):
         merge(model, {"nosuch": Delta(torch.ones(1, 1), torch.ones(1, 1), 1.0)})
     name, delta = next(iter(adapter_deltas(policy_on("llama")).items()))
+    assert isinstance(delta, Delta)
     with pytest.raises(ModelError, match="not finite"):
         merge(model, {name: Delta(delta.down_rK * float("inf"), delta.up_Nr, 1.0)})
 

@@ -287,7 +287,8 @@ def test_links_that_are_usual_are_followed(model: Path, tmp_path: Path) -> None:
 
 DEFAULTS = {"peft_type": "LORA", "use_dora": False, "megatron_core": "megatron.core", "new": [], "r": 8}
 STRANGE_LORA: list[tuple[dict[str, Any], str]] = [
-    ({"use_dora": True}, "use_dora"),
+    ({"use_dora": True}, "lora_magnitude_vector"),
+    ({"lora_bias": True}, "lora_bias"),
     ({"bias": "all"}, "bias"),
     ({"peft_type": "IA3"}, "IA3"),
     ({"peft_type": None}, "None"),
@@ -326,9 +327,9 @@ def test_an_adapter_that_is_more_than_plain_lora_is_refused(
 
 
 def test_a_strange_adapter_is_refused_with_a_way_on() -> None:
-    two = {"peft_type": "LORA", "use_dora": True, "bias": "all"}
+    two = {"peft_type": "LORA", "megatron_core": "evil", "bias": "all"}
     error = refusal(lambda: refuse_strange_lora(two, DEFAULTS, "a"))
-    assert error.message == "a: only plain LoRA adapters can be used; this is LORA, use_dora, bias"
+    assert error.message == "a: only LoRA, rsLoRA and DoRA adapters can be used; this is LORA, megatron_core, bias"
     assert error.hint == "merge it into its base first, or train a LoRA adapter"
     error = refusal(lambda: refuse_strange_lora({"peft_type": "LORA", "init_lora_weights": "pissa"}, DEFAULTS, "a"))
     assert str(error.hint).startswith("PEFT makes plain LoRA of it: save_pretrained(")

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
@@ -27,6 +27,7 @@ from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards, read_quantization
 from dpo_studio.frozen.linear import FrozenLinear, held_dense, weight_count
 from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.load import load_chat_model
@@ -172,8 +173,6 @@ def load_gptq_fp32(folder: Path, **settings: Any) -> Any:
 
 def peft_twin(policy: Any, model: Any) -> Any:
     """Plain PEFT on `model` with the policy's adapter."""
-    from peft import LoraConfig, get_peft_model
-
     config = LoraConfig(r=SECTION.rank, lora_alpha=SECTION.alpha, target_modules="all-linear", task_type="CAUSAL_LM")
     twin = get_peft_model(model, config)
     ours = dict(policy.named_parameters())
@@ -509,3 +508,38 @@ def test_a_quantised_head_is_read_as_plain_weights(gptq_base: Path, tmp_path: Pa
 def test_fp8_says_what_it_needs(gptq_base: Path) -> None:
     with pytest.raises(ModelError, match="Hopper"):
         load_gptq_fp32(gptq_base, compute="fp8")
+
+
+DORA = SECTION.model_copy(update={"kind": "dora"})
+
+
+def test_dora_over_packed_weights_is_plain_peft_s_over_the_oracle_s(gptq_base: Path) -> None:
+    """Its norms are those of the dequantised weights."""
+    policy = attach(load_gptq_fp32(gptq_base), DORA, seed=0)
+    oracle = get_peft_model(
+        plain_dense(gptq_base),
+        LoraConfig(r=SECTION.rank, lora_alpha=SECTION.alpha, target_modules="all-linear", use_dora=True),
+    ).eval()
+    theirs = dict(oracle.named_parameters())
+    for name, p in policy.named_parameters():
+        if "magnitude" in name:
+            torch.testing.assert_close(p, theirs[name], rtol=1e-6, atol=1e-6)
+            p.detach().mul_(1.2)
+        elif "lora_B" in name:
+            p.detach().copy_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))))
+    for name, p in oracle.named_parameters():
+        if "lora_" in name:
+            p.data = dict(policy.named_parameters())[name].data.clone()
+    expected_P2 = plain_logps(oracle, PAIRS)
+    expected = gradients(oracle, (WEIGHTS_P2 * expected_P2).sum())
+    logps_P2 = columns(pair_logps(policy, pack(PAIRS)))
+    torch.testing.assert_close(logps_P2, expected_P2, rtol=1e-5, atol=1e-4)
+    for name, gradient in gradients(policy, (WEIGHTS_P2 * logps_P2).sum()).items():
+        largest = expected[name].abs().max().item()
+        torch.testing.assert_close(gradient, expected[name], rtol=0, atol=1e-4 * largest, msg=name)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_check_at_the_start_holds_dora_over_packed_weights_to_peft_s_own(gptq_base: Path, dtype: Any) -> None:
+    packed = load_chat_model(ModelSection(path=str(gptq_base), dtype=dtype)).model
+    assert check_packing(attach(packed, DORA, seed=0), PAIRS) < (1e-4 if dtype == "float32" else 0.2)

@@ -161,17 +161,36 @@ class DataSection(Section):
     """Pairs over `max_length` are dropped, or lose their answers' ends (no end of turn is learned) or oldest turns."""
 
 
+LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]
+"""A layer's full name or the end of one; PEFT takes expressions too, and some of those take for ever to match."""
+
+
 class AdapterSection(Section):
     """The LoRA adapter (Hu et al. 2021, arXiv 2106.09685)."""
 
+    kind: Literal["lora", "rslora", "dora"] = "lora"
+    """lora. rslora: scaled by alpha / sqrt(rank) (arXiv 2312.03732). dora: each output's magnitude is trained apart
+    from its direction (arXiv 2402.09353)."""
     rank: Annotated[int, Field(gt=0)] = 16
     """Rank of the update."""
     alpha: Annotated[float, Field(gt=0)] = 32
     """The update is scaled by alpha / rank."""
+    rank_pattern: dict[LayerName, Annotated[int, Field(gt=0)]] = {}
+    """Other ranks, by a layer's name or the end of one: {down_proj: 8}. The first that fits a layer counts."""
+    alpha_pattern: dict[LayerName, Annotated[float, Field(gt=0)]] = {}
+    """Other alphas, by name as in `rank_pattern`."""
+    learning_rate_ratio: Annotated[float, Field(gt=0)] | None = None
+    """LoRA+ (arXiv 2402.12354): B's learning rate is so many times A's; DoRA's magnitudes take B's. null: the same."""
+    modules_to_save: list[LayerName] = []
+    """Modules that are trained whole and saved with the adapter: the input embedding, the head, or both."""
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
     """Which linear layers: all of them but the head, or a list of name endings such as [q_proj, v_proj]."""
+
+
+_ABOUT_TRAINING = frozenset({"learning_rate_ratio"})
+"""Keys of `adapter` that say how it is trained, not what it is: an adapter that is continued does not bring them."""
 
 
 class ReferenceSection(Section):
@@ -273,9 +292,22 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _an_adapter_brings_its_own_shape(self) -> Recipe:
-        if self.model.adapter is not None and (conflicting := self.adapter.model_fields_set):
+        conflicting = self.adapter.model_fields_set - _ABOUT_TRAINING
+        if self.model.adapter is not None and conflicting:
             keys = ", ".join(f"adapter.{name}" for name in sorted(conflicting))
-            raise ValueError(f"model.adapter brings its own rank, alpha, dropout and targets; remove {keys}")
+            raise ValueError(f"model.adapter brings its own kind, rank, alpha, dropout and targets; remove {keys}")
+        return self
+
+    @model_validator(mode="after")
+    def _a_reference_that_moves_is_a_product(self) -> Recipe:
+        if self.reference.update_every is not None:
+            if self.adapter.kind == "dora":
+                raise ValueError("a DoRA adapter cannot be mixed into a reference that moves (reference.update_every)")
+            if self.adapter.modules_to_save:
+                raise ValueError(
+                    "modules that are trained whole (adapter.modules_to_save) cannot be mixed into a reference that "
+                    "moves (reference.update_every)"
+                )
         return self
 
     @model_validator(mode="after")
@@ -296,7 +328,7 @@ class Recipe(Section):
         """All settings as plain data, from which the same recipe can be loaded."""
         plain = self.model_dump(mode="json")
         if self.model.adapter is not None:
-            del plain["adapter"]
+            plain["adapter"] = {name: plain["adapter"][name] for name in sorted(_ABOUT_TRAINING)}
         if self.data.held_out.source is not None:
             del plain["data"]["held_out"]["fraction"]
         return plain

@@ -26,10 +26,12 @@ from transformers.utils import logging as transformers_logging
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.adapters import POLICY
+from dpo_studio.models.dora import is_dora
 from dpo_studio.models.lora import LoraLinear
+from dpo_studio.models.trained_modules import TrainedModule
 from dpo_studio.scan import read_json
 
-__all__ = ["Delta", "adapter_deltas", "copy_tokenizer", "forget_where_from", "merge", "rounded", "save_plain"]
+__all__ = ["Delta", "Whole", "adapter_deltas", "copy_tokenizer", "forget_where_from", "merge", "rounded", "save_plain"]
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -49,27 +51,47 @@ class Delta:
     up_Nr: Tensor
     """LoRA's B, fp32."""
     scale: float
+    gain_N: Tensor | None = None
+    """DoRA's magnitude over its norm, fp32: what the sum is multiplied by."""
 
     def added_to(self, weight_NK: Tensor) -> Tensor:
         """fp32."""
         up_Nr, down_rK = (side.to(weight_NK.device) for side in (self.up_Nr, self.down_rK))
-        return torch.addmm(weight_NK.float(), up_Nr, down_rK, alpha=self.scale)
+        sum_NK = torch.addmm(weight_NK.float(), up_Nr, down_rK, alpha=self.scale)
+        return sum_NK if self.gain_N is None else sum_NK.mul_(self.gain_N.to(sum_NK.device)[:, None])
 
 
-def adapter_deltas(policy: nn.Module) -> dict[str, Delta]:
-    """What the policy's adapter adds, by the name that the layer has in the base, on the CPU."""
-    return {
-        name.removeprefix("base_model.model."): Delta(
-            layer.lora_A[POLICY].weight.detach().float().cpu(),
-            layer.lora_B[POLICY].weight.detach().float().cpu(),
-            float(layer.scaling[POLICY]),
-        )
-        for name, layer in policy.named_modules()
-        if isinstance(layer, LoraLinear) and POLICY in layer.lora_A
-    }
+@dataclass(frozen=True, eq=False)
+class Whole:
+    """What was trained in the place of an embedding or a head."""
+
+    tensors: dict[str, Tensor]
+    """By the names they have in their module, fp32."""
 
 
-def merge(model: nn.Module, deltas: Mapping[str, Delta], dtype: torch.dtype = torch.bfloat16) -> None:
+def adapter_deltas(policy: nn.Module) -> dict[str, Delta | Whole]:
+    """What the policy's adapter changes, by the name that the layer has in the base, on the CPU.
+
+    DoRA's norms are those of the last forward pass, or of the adapter as it was loaded.
+    """
+    found: dict[str, Delta | Whole] = {}
+    for name, layer in policy.named_modules():
+        name = name.removeprefix("base_model.model.")
+        if isinstance(layer, LoraLinear) and POLICY in layer.lora_A:
+            gain_N = layer.lora_magnitude_vector[POLICY].gain() if is_dora(layer, POLICY) else None
+            found[name] = Delta(
+                layer.lora_A[POLICY].weight.detach().float().cpu(),
+                layer.lora_B[POLICY].weight.detach().float().cpu(),
+                float(layer.scaling[POLICY]),
+                None if gain_N is None else gain_N.detach().cpu(),
+            )
+        elif isinstance(layer, TrainedModule) and POLICY in layer.modules_to_save:
+            named = layer.modules_to_save[POLICY].named_parameters()
+            found[name] = Whole({key: p.detach().float().cpu() for key, p in named})
+    return found
+
+
+def merge(model: nn.Module, deltas: Mapping[str, Delta | Whole], dtype: torch.dtype = torch.bfloat16) -> None:
     """Make `model` dense, with the deltas in it, every tensor rounded once to `dtype`; a layer at a time.
 
     Raises:
@@ -78,17 +100,36 @@ def merge(model: nn.Module, deltas: Mapping[str, Delta], dtype: torch.dtype = to
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear) or name in deltas}
     if strange := sorted(deltas.keys() - layers.keys()):
         raise ModelError(f"the adapter is for {strange[0]}, which the base has not")
+    if any(isinstance(delta, Whole) for delta in deltas.values()):
+        _untie(model)
     for name, layer in layers.items():
+        if isinstance(whole := deltas.get(name), Whole):
+            for key, tensor in whole.tensors.items():  # to the nearest, as every forward pass of the run rounded it
+                setattr(layer, key, nn.Parameter(_finite(tensor.to(dtype), name, dtype), requires_grad=False))
+            continue
         weight_NK = layer.dense_weight(torch.float32) if isinstance(layer, FrozenLinear) else layer.weight
         with torch.no_grad():
-            if name in deltas:
-                merged_NK = rounded(deltas[name].added_to(weight_NK), dtype, seed=_seed(name))
+            if isinstance(delta := deltas.get(name), Delta):
+                merged_NK = rounded(delta.added_to(weight_NK), dtype, seed=_seed(name))
             else:
                 merged_NK = weight_NK.to(dtype)
-        if not torch.isfinite(merged_NK).all():
-            raise ModelError(f"{name}: the merged weights are not finite in {dtype}")
-        model.set_submodule(name, _linear(merged_NK, layer.bias))
+        model.set_submodule(name, _linear(_finite(merged_NK, name, dtype), layer.bias))
     model.to(dtype)
+
+
+def _finite(merged: Tensor, name: str, dtype: torch.dtype) -> Tensor:
+    if not torch.isfinite(merged).all():
+        raise ModelError(f"{name}: the merged weights are not finite in {dtype}")
+    return merged
+
+
+def _untie(model: Any) -> None:
+    """Give the head a weight of its own where it shares the embedding's: only one of the two may have been trained."""
+    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    if head.weight is embedding.weight:
+        head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
+        for config in (model.config, model.config.get_text_config()):
+            config.tie_word_embeddings = False
 
 
 def rounded(exact: Tensor, dtype: torch.dtype, *, seed: int) -> Tensor:

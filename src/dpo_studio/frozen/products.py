@@ -28,7 +28,7 @@ from dpo_studio.frozen.fp8 import Block8, fp8_rows
 from dpo_studio.frozen.row_scaled import RowScaled
 from dpo_studio.frozen.weights import Frozen, flatten, unflatten
 
-__all__ = ["adapter_disabled", "products"]
+__all__ = ["adapter_disabled", "is_adapter_disabled", "products"]
 
 _adapter_disabled = False
 
@@ -46,6 +46,11 @@ def adapter_disabled() -> Iterator[None]:
         yield
     finally:
         _adapter_disabled = before
+
+
+def is_adapter_disabled() -> bool:
+    """Whether this is inside `adapter_disabled`. Compiled code asks by operators alone: it would keep one answer."""
+    return _adapter_disabled
 
 
 def products(x: Tensor, weights: Sequence[Frozen], down_RK: Tensor, ups_Nr: list[Tensor]) -> list[Tensor]:

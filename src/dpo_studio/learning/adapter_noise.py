@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.models.trained_modules import TrainedModule
 
 __all__ = ["noisy_adapters"]
 
@@ -21,8 +22,8 @@ _ROWS = 64
 
 @contextmanager
 def noisy_adapters(model: nn.Module, *, seed: int = 0, only: Collection[str] | None = None) -> Iterator[None]:
-    """Inside, seeded noise is added to every B of every adapter, or of those in `only`; afterwards B is restored, to
-    the bit.
+    """Inside, seeded noise is added to every B of every adapter, or of those in `only`, to its magnitudes, and to what
+    is trained whole; afterwards all is restored, to the bit.
 
     The tensors keep their place in memory, and no other random state is touched.
     """
@@ -30,18 +31,28 @@ def noisy_adapters(model: nn.Module, *, seed: int = 0, only: Collection[str] | N
     kept: list[tuple[Tensor, Tensor]] = []
     try:
         for module in model.modules():
-            if isinstance(module, LoraLayer):
-                for name, up in module.lora_B.items():
-                    if only is not None and name not in only:
-                        continue
-                    weight = up.weight.data
-                    noise = torch.randn(weight.shape, generator=draw) * _size_of(module, name)
-                    kept.append((weight, weight.clone()))
-                    weight.add_(noise.to(weight))
+            for name, tensor, size in _to_be_changed(module):
+                if only is None or name in only:
+                    noise = torch.randn(tensor.shape, generator=draw) * size
+                    kept.append((tensor, tensor.clone()))
+                    tensor.add_(noise.to(tensor))
         yield
     finally:
-        for weight, before in kept:
-            weight.copy_(before)
+        for tensor, before in kept:
+            tensor.copy_(before)
+
+
+def _to_be_changed(module: nn.Module) -> Iterator[tuple[str, Tensor, float]]:
+    """(adapter, tensor, size of its noise); detached, so that a change counts as one of the parameter's own."""
+    if isinstance(module, LoraLayer):
+        for name, up in module.lora_B.items():
+            yield name, up.weight.detach(), _size_of(module, name)
+        for name, magnitude in module.lora_magnitude_vector.items():
+            yield name, magnitude.weight.detach(), _SIZE * _rms(magnitude.weight.detach())
+    elif isinstance(module, TrainedModule):
+        for name, whole in module.modules_to_save.items():
+            for p in whole.parameters():
+                yield name, p.detach(), _SIZE * _rms(p.detach())
 
 
 def _size_of(module: LoraLayer, name: str) -> float:

@@ -24,6 +24,7 @@ from transformers import PreTrainedConfig
 from dpo_studio.frozen.linear import FrozenLinear, computes_in_fp8
 from dpo_studio.models.layers import causal_lm, plain_layers
 from dpo_studio.models.lora import LoraLinear
+from dpo_studio.models.trained_modules import TrainedModule
 from dpo_studio.tokens.encode import EncodedAnswer
 
 __all__ = ["computes_in_fp32", "in_fp32", "plain_model", "plain_token_logps"]
@@ -61,7 +62,7 @@ def plain_model(model: nn.Module, adapter: str | None) -> Iterator[None]:
                     restored.callback(setattr, config, f"{choice}_internal", getattr(config, choice))
                     setattr(config, f"{choice}_internal", "eager")
         for module in model.modules():
-            if isinstance(module, BaseTunerLayer):
+            if isinstance(module, BaseTunerLayer | TrainedModule):
                 for name, value in (("_disable_adapters", adapter is None), ("_active_adapter", adapter or [])):
                     restored.callback(setattr, module, name, getattr(module, name))
                     setattr(module, name, [value] if isinstance(value, str) else value)
@@ -85,6 +86,8 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
         for module in model.modules():
             if isinstance(module, FrozenLinear):
                 _put_forward(restored, module, MethodType(partial(_packed_in_fp32, dtype=dtype), module))
+            if isinstance(module, TrainedModule):
+                _put_forward(restored, module, MethodType(partial(TrainedModule.forward, exact=dtype), module))
         for unit, whole in _units(model):
             widened: list[tuple[Tensor, Tensor]] = []
             before = unit.register_forward_pre_hook(partial(_widen, widened=widened, whole=whole), prepend=True)

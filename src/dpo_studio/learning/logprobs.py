@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from dpo_studio.learning.head_gradient import with_head_gradient
 from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
 from dpo_studio.models.layers import as_compiled_for_training, causal_lm
@@ -71,7 +72,10 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
         hidden_NH = torch.cat(hidden).index_select(0, torch.cat([place_n for _, place_n in rows]).argsort())
     if not torch.is_grad_enabled():
         hidden_NH = hidden_NH.detach()
-    return _head_logps(hidden_NH, head.weight, head.bias, batch.target_N, collision_N, law)
+    weight = head.weight.detach().to(hidden_NH.dtype)
+    bias = None if head.bias is None else head.bias.detach().to(hidden_NH.dtype)
+    logps_N = _head_logps(hidden_NH, weight, bias, batch.target_N, collision_N, law)
+    return with_head_gradient(logps_N, hidden_NH, head, batch.target_N, law)
 
 
 class _Context(Protocol):

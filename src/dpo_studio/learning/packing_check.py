@@ -26,7 +26,7 @@ from dpo_studio.learning.eager_logps import computes_in_fp32, in_fp32, plain_mod
 from dpo_studio.learning.logprobs import token_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, too_long_for_memory, unless_out_of_memory
 from dpo_studio.learning.probe_pairs import ProbePair, limits_of, probe_pairs
-from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval
+from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval, saved_name
 from dpo_studio.models.layers import causal_lm
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.tokens.chat import ChatEncoder
@@ -202,11 +202,11 @@ def _check_finite(model: nn.Module) -> None:
 
 def _check_loaded(model: nn.Module, name: str, folder: Path) -> None:
     """Raises ModelError if a tensor of the adapter in memory differs from its file's."""
-    tensors = dict(model.named_parameters())
+    tensors = {saved_name(parameter, name): p for parameter, p in model.named_parameters()}
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
         for key in file.keys():  # noqa: SIM118 - safe_open is no dict
             saved = file.get_tensor(key)
-            mine = tensors.get(f"{key.removesuffix('.weight')}.{name}.weight")
+            mine = tensors.get(key)
             if mine is None or not torch.equal(saved.float(), mine.detach().cpu().float()):
                 raise ModelError(
                     f"{folder} was loaded, and {key} is not what its file says",

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import increment_version
 
 from dpo_studio.config import ReferenceSection, TrainingSection
 from dpo_studio.errors import NonFiniteError
@@ -49,10 +50,11 @@ class TrainingState:
         total_steps: int,
         reference: ReferenceSection = _FIXED,
         ranks: Ranks = _ALONE,
+        learning_rate_ratio: float | None = None,
     ) -> TrainingState:
-        """AdamW over what is trained, at step 0."""
+        """AdamW over what is trained, at step 0; `learning_rate_ratio` is LoRA+'s."""
         optimizer = torch.optim.AdamW(
-            policy.trained.values(),
+            [{"params": params, "ratio": ratio} for ratio, params in policy.by_learning_rate(learning_rate_ratio)],
             lr=section.learning_rate,
             betas=section.betas,
             eps=section.eps,
@@ -74,8 +76,9 @@ class TrainingState:
             raise NonFiniteError("the gradient is not finite")
         rate = learning_rate(self.section, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
+            group["lr"] = rate * group["ratio"]
         self.optimizer.step()
+        increment_version(list(trained))  # which torch's fused step leaves out; what is derived from them looks at it
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.skipped_in_a_row = 0

@@ -1,4 +1,4 @@
-"""An adapter's settings: plain LoRA and nothing else, of the types and sizes that its tensors bear out.
+"""An adapter's settings: the kinds of LoRA that are computed here, of the types and sizes that its tensors bear out.
 
 PEFT imports, unpickles, rebuilds the base or matches expressions by what adapter_config.json says. So the file is read
 here, and PEFT gets settings that were checked one by one; it never opens the file itself.
@@ -21,22 +21,20 @@ _LORA_KEYS = frozenset(
     (
         *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         "auto_mapping",  # names a library to import, and only AutoPeftModel does
-        *("r", "lora_alpha", "lora_dropout", "use_rslora", "fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern"),
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save"),
+        *("fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
     )
 )
-"""Settings of plain LoRA: scale, rank and where. All others of PEFT's must be as they are by default."""
+"""Settings of LoRA, rsLoRA and DoRA: scale, rank and where. All others of PEFT's must be as they are by default."""
 _HANDED_ON = frozenset(
     (
         *("task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),
         *("fan_in_fan_out", "rank_pattern", "alpha_pattern", "target_modules", "init_lora_weights"),
+        *("use_dora", "modules_to_save"),
     )
 )
 """What PEFT is given of them. The rest says the same as its defaults, or names layers that the tensors name too."""
-_NAMES_OF_HEAD_OR_EMBEDDING = (
-    ("modules_to_save", "whole modules, as a rule the head or the embedding"),
-    ("trainable_token_indices", "rows of the embedding"),
-)
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
 """Values of init_lora_weights that the saved tensors replace; pissa changes the base, corda reads a pickle."""
 _PLAIN_PATTERN = re.compile(r"\^?(\w|\\?\.)+\$?")
@@ -47,7 +45,7 @@ _MOST_TARGETS = 1000
 
 
 def refuse_strange_lora(raw: Any, defaults: Mapping[str, Any], name: str) -> None:
-    """Refuse an adapter's settings if they are more than plain LoRA; `defaults` are PEFT's own.
+    """Refuse an adapter's settings if they are more than LoRA, rsLoRA or DoRA; `defaults` are PEFT's own.
 
     Raises:
         ModelError: another kind of adapter, one whose start changes its base, an expression where a name goes, a value
@@ -55,18 +53,18 @@ def refuse_strange_lora(raw: Any, defaults: Mapping[str, Any], name: str) -> Non
     """
     if not isinstance(raw, dict):
         raise ModelError(f"{name}: adapter_config.json is not a JSON object")
-    for key, names in _NAMES_OF_HEAD_OR_EMBEDDING:
-        if value := raw.get(key):
-            raise ModelError(
-                f"{name}: this adapter adapts {names} ({key}: {_value_text(value)}); not supported",
-                hint="an adapter of attention and dense MLPs can be used; or merge this one into its base first",
-            )
+    if rows := raw.get("trainable_token_indices"):
+        raise ModelError(
+            f"{name}: this adapter adapts rows of the embedding (trainable_token_indices: {_value_text(rows)}); "
+            "not supported",
+            hint="an adapter of attention and dense MLPs can be used; or merge this one into its base first",
+        )
     strange = [key for key in defaults if key not in _LORA_KEYS and raw.get(key) and raw[key] != defaults[key]]
     if raw.get("bias", "none") != "none":
         strange.append("bias")
     if raw.get("peft_type") != "LORA" or strange:
         raise ModelError(
-            f"{name}: only plain LoRA adapters can be used; this is "
+            f"{name}: only LoRA, rsLoRA and DoRA adapters can be used; this is "
             f"{', '.join([_value_text(raw.get('peft_type')), *strange])}",
             hint="merge it into its base first, or train a LoRA adapter",
         )
@@ -218,6 +216,8 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "lora_alpha": (_number, "a number"),
     "lora_dropout": (lambda value: _number(value) and 0 <= value < 1, "a share below 1"),
     "use_rslora": (_yes_or_no, "true or false"),
+    "use_dora": (lambda value: value is None or _yes_or_no(value), "true or false"),
+    "modules_to_save": (lambda value: _names(value) and not isinstance(value, str), "a list of names"),
     "fan_in_fan_out": (_yes_or_no, "true or false"),
     "rank_pattern": (_by_name(_rank_value), "layers and their ranks"),
     "alpha_pattern": (_by_name(_number), "layers and their alphas"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,8 +24,11 @@ from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.products import adapter_disabled
 from dpo_studio.models.adapter_settings import lora_settings, refuse_strange_lora
+from dpo_studio.models.dora import Dora, keep_norms, start_magnitudes
+from dpo_studio.models.head import body_of
 from dpo_studio.models.lora import LoraLinear, link_mates
 from dpo_studio.models.targets import all_linear, not_adaptable, refuse_targets, short_names
+from dpo_studio.models.trained_modules import TrainedModule, modules_named, take_over
 from dpo_studio.scan import read_json, scan_folder
 from dpo_studio.sizes import tensor_shapes
 
@@ -40,6 +43,7 @@ __all__ = [
     "in_eval",
     "quiet_peft",
     "save_adapter",
+    "saved_name",
     "saved_tensors",
     "train_mode",
 ]
@@ -53,7 +57,8 @@ def attach(
     """A fresh adapter on `base`: A random from `seed`, B zero, so the policy starts as the base.
 
     Raises:
-        ModelError: a target names no linear layer, or one that is never adapted: experts, routers, the head.
+        ModelError: a target names no linear layer, or one that is never adapted: experts, routers, the head; or a
+            pattern fits no layer, or a module to save is not the embedding or the head.
     """
     if section.targets == "all-linear":
         meant = all_linear(base)
@@ -69,6 +74,11 @@ def attach(
         lora_dropout=section.dropout,
         target_modules=targets,
         task_type="CAUSAL_LM",
+        use_rslora=section.kind == "rslora",
+        use_dora=section.kind == "dora",
+        rank_pattern=dict(section.rank_pattern),
+        alpha_pattern=dict(section.alpha_pattern),
+        modules_to_save=modules_named(base, section.modules_to_save, "adapter.modules_to_save") or None,
     )
     config._register_custom_module({nn.Linear: LoraLinear})
     with torch.random.fork_rng(devices=[]):
@@ -81,7 +91,11 @@ def attach(
             raise ModelError(
                 f"adapter.targets {section.targets}: {error}", hint=f"this model's linear layers: {', '.join(linear)}"
             ) from None
+    take_over(policy)
     _check_layers(policy, f"adapter.targets {section.targets}")
+    _check_patterns(policy, section)
+    if config.use_dora:
+        start_magnitudes(policy, POLICY, next(base.parameters()).dtype)
     return _ready_to_train(policy)
 
 
@@ -93,10 +107,13 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
     """
     config = read_adapter_config(folder)
     under = base.get_base_model() if isinstance(base, PeftModel) else base
-    layers = sorted(_ranks(folder))
+    layers = sorted(_ranks(folder, config.modules_to_save or ()))
     if strange := not_adaptable(under, layers):
         raise _adapts(folder, *strange)
     _check_layers_are_there(under, layers, folder)
+    if config.modules_to_save:
+        config.modules_to_save = modules_named(under, config.modules_to_save, f"{folder}: modules_to_save")
+        _check_whole_are_there(folder, config.modules_to_save)
     config.inference_mode = not trainable
     config._register_custom_module({nn.Linear: LoraLinear})
     try:
@@ -118,6 +135,7 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
             f"{folder}: this adapter does not fit the model: {reason_of(error)}",
             hint="was it trained on another base? adapter_config.json names it",
         ) from None
+    take_over(policy)
     _check_every_tensor_was_used(policy, folder, name)
     _check_layers(policy, str(folder))
     return _ready_to_train(policy)
@@ -141,15 +159,16 @@ def read_adapter_config(folder: Path) -> LoraConfig:
         )
     raw = read_json(folder / "adapter_config.json")
     refuse_strange_lora(raw, LoraConfig().to_dict(), str(folder))
-    settings = lora_settings(raw, _ranks(folder), str(folder))
+    settings = lora_settings(raw, _ranks(folder, raw.get("modules_to_save") or ()), str(folder))
     try:
         return LoraConfig(**settings)
     except (ValueError, TypeError, AttributeError) as error:
         raise ModelError(f"{folder}/adapter_config.json cannot be used: {error}") from None
 
 
-def _ranks(folder: Path) -> dict[str, int]:
-    """The layers that an adapter has tensors for, by their names in the base, and the rank of each one's A, if any.
+def _ranks(folder: Path, whole: Collection[str]) -> dict[str, int]:
+    """The layers that an adapter has tensors for, by their names in the base, and the rank of each one's A, if any; not
+    those of modules that are saved `whole`.
 
     Raises:
         ModelError: the file is damaged.
@@ -157,6 +176,9 @@ def _ranks(folder: Path) -> dict[str, int]:
     ranks: dict[str, int] = {}
     for key, (_, shape) in tensor_shapes([folder / "adapter_model.safetensors"], str(folder)).items():
         layer, _, side = key.removeprefix("base_model.model.").partition(".lora_")
+        module = layer.rpartition(".")[0]
+        if not side and any(module == name or module.endswith(f".{name}") for name in whole):
+            continue
         rank = shape[0] if side == "A.weight" and shape else 0
         ranks[layer] = max(rank, ranks.get(layer, 0))
     return ranks
@@ -167,6 +189,17 @@ def _check_layers_are_there(base: nn.Module, layers: Sequence[str], folder: Path
     known = {name for name, _ in base.named_modules()}
     if odd := [layer for layer in layers if layer not in known]:
         raise _unmatched(folder, len(odd), f"base_model.model.{odd[0]}")
+
+
+def _check_whole_are_there(folder: Path, modules: Sequence[str]) -> None:
+    """Told before PEFT, which asks for each tensor by its name and fails by an exception that says nothing more."""
+    saved = tensor_shapes([folder / "adapter_model.safetensors"], str(folder))
+    for module in modules:
+        if f"base_model.model.{module}.weight" not in saved:
+            raise ModelError(
+                f"{folder}: adapter_config.json has {module} in modules_to_save, and there is no tensor of it",
+                hint="is the file whole? an adapter that has none should not name the module",
+            )
 
 
 def _adapts(folder: Path, name: str, what: str) -> ModelError:
@@ -188,12 +221,20 @@ def adapter_state(policy: PeftModel) -> dict[str, nn.Parameter]:
 
 def saved_tensors(policy: PeftModel) -> dict[str, Tensor]:
     """The policy's adapter by the names that PEFT's files have, in a fixed order."""
-    suffix = f".{POLICY}.weight"
-    return {
-        name.removesuffix(suffix) + ".weight": p.detach()
-        for name, p in sorted(policy.named_parameters())
-        if name.endswith(suffix) and ".lora_" in name
-    }
+    named = ((saved_name(name), p) for name, p in policy.named_parameters())
+    return {name: p.detach() for name, p in sorted(named, key=lambda one: one[0] or "") if name is not None}
+
+
+def saved_name(parameter: str, adapter: str = POLICY) -> str | None:
+    """What PEFT's files call a parameter of the model's adapter of this name; None for any other parameter."""
+    module, found, tensor = parameter.rpartition(f".{adapter}.")
+    if not found:
+        return None
+    if module.endswith(".modules_to_save"):
+        return f"{module.removesuffix('.modules_to_save')}.{tensor}"
+    if ".lora_" not in module:
+        return None
+    return module if module.endswith(".lora_magnitude_vector") else f"{module}.{tensor}"
 
 
 def save_adapter(policy: PeftModel, folder: Path, *, base: str, tensors: Mapping[str, Tensor] | None = None) -> None:
@@ -207,12 +248,15 @@ def save_adapter(policy: PeftModel, folder: Path, *, base: str, tensors: Mapping
     save_file(written, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = policy.peft_config[POLICY].to_dict()
     config["target_modules"] = _short_targets(policy)
+    if config["modules_to_save"]:
+        config["modules_to_save"] = short_names(policy.get_base_model(), config["modules_to_save"])
     config["base_model_name_or_path"] = base
     config["inference_mode"] = True
     plain = json.loads(
         json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     )
-    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    plain = dict(sorted(plain.items()))  # but patterns in their order: the first that fits a layer counts
+    (folder / "adapter_config.json").write_text(json.dumps(plain, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager
@@ -266,6 +310,10 @@ def quiet_peft() -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
         warnings.filterwarnings("ignore", message="Found missing adapter keys", category=UserWarning)
+        # of a recipe's patterns we refuse such ones, of another trainer's adapter they change nothing
+        warnings.filterwarnings("ignore", message="The following (rank|alpha)_pattern keys", category=RuntimeWarning)
+        # that the embedding is trained and the head, tied to it, is not: what modules_to_save means
+        warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
         for asker in askers:
             asker.is_gptqmodel_available = lambda: False
         try:
@@ -291,14 +339,29 @@ def _check_layers(policy: PeftModel, what: str) -> None:
             hint="remove it from the targets; `all-linear` does not include it",
         )
     for name, module in adapted.items():
-        if type(module) is not LoraLinear or module.lora_variant:
+        if type(module) is not LoraLinear or not all(isinstance(kind, Dora) for kind in module.lora_variant.values()):
             raise ModelError(
                 f"{what} adapts {name} ({type(module).__name__}), a kind of layer that DPO Studio does not compute",
                 hint="name linear layers only, or use `all-linear`",
             )
-    ours = {id(p) for module in adapted.values() for p in (*module.lora_A.parameters(), *module.lora_B.parameters())}
+    named = ("lora_A", "lora_B", "lora_magnitude_vector")
+    parts = [getattr(module, name) for module in adapted.values() for name in named]
+    parts += [module.modules_to_save for module in under.modules() if isinstance(module, TrainedModule)]
+    ours = {id(p) for part in parts for p in part.parameters()}
     if others := sorted(name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in ours):
         raise ModelError(f"{what} would train {others[0]}, which no adapter's file would contain")
+
+
+def _check_patterns(policy: PeftModel, section: AdapterSection) -> None:
+    """Raises ModelError if a pattern fits no layer: its rank or alpha would be that of the others, and nothing said."""
+    layers = [name for name, module in policy.get_base_model().named_modules() if isinstance(module, lora.LoraLayer)]
+    for key in ("rank_pattern", "alpha_pattern"):
+        for name in getattr(section, key):
+            if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
+                raise ModelError(
+                    f"adapter.{key}: no adapted layer is called {name}, or has a name that ends so",
+                    hint=f"adapted are {', '.join(short_names(policy.get_base_model(), layers)[:20])}",
+                )
 
 
 def _ready_to_train(policy: PeftModel) -> PeftModel:
@@ -306,6 +369,8 @@ def _ready_to_train(policy: PeftModel) -> PeftModel:
     for name, p in policy.named_parameters():
         if ".lora_" in name:
             p.data = p.data.float()
+    base = policy.get_base_model()
+    keep_norms(body_of(base), base.dtype)
     link_mates(policy)
     return policy
 
@@ -320,9 +385,8 @@ def _short_targets(policy: PeftModel) -> list[str]:
 def _check_every_tensor_was_used(policy: PeftModel, folder: Path, name: str) -> None:
     """PEFT only warns when a saved tensor finds no layer, or a layer no tensor."""
     with safe_open(folder / "adapter_model.safetensors", framework="pt") as file:
-        saved = {key.removesuffix(".weight") for key in file.keys()}  # noqa: SIM118 - safe_open is no dict
-    suffix = f".{name}.weight"
-    wanted = {key.removesuffix(suffix) for key, _ in policy.named_parameters() if key.endswith(suffix)}
+        saved = set(file.keys())
+    wanted = {key for parameter, _ in policy.named_parameters() if (key := saved_name(parameter, name)) is not None}
     if saved != wanted:
         odd = sorted(saved ^ wanted)
         raise _unmatched(folder, len(odd), odd[0])

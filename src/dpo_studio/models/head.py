@@ -16,6 +16,7 @@ from transformers import PreTrainedConfig
 
 from dpo_studio.errors import ModelError
 from dpo_studio.models.families import family_of
+from dpo_studio.models.trained_modules import TrainedModule
 
 __all__ = ["HeadLaw", "body_of", "head_law", "head_of"]
 
@@ -83,16 +84,17 @@ def body_of(base: Any) -> Any:
 
 
 def head_of(base: Any) -> Any:
-    """The linear layer that makes a model's logits of its body's hidden states.
+    """The linear layer that makes a model's logits of its body's hidden states; the trained copy where that computes.
 
     Raises:
         ModelError: there is more between the two than one product.
     """
-    head = base.get_output_embeddings()
+    wrapper = base.get_output_embeddings()
+    head = wrapper.now() if isinstance(wrapper, TrainedModule) else wrapper
     if not isinstance(head, nn.Linear) or "bias" not in head._parameters or set(_own(head)) - {"weight", "bias"}:
         raise ModelError(f"{base.config.model_type} makes its logits by a {type(head).__name__}, not by one product")
     for name, child in base.named_children():
-        if child is not body_of(base) and child is not head and any(True for _ in child.parameters()):
+        if child is not body_of(base) and child is not wrapper and any(True for _ in child.parameters()):
             raise ModelError(
                 f"{base.config.model_type} has a {type(child).__name__} ({name}) between its hidden states and its head"
             )

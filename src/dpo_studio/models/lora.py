@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.linear import FrozenLinear, frozen_weight
 from dpo_studio.frozen.products import products
+from dpo_studio.models.dora import Dora, is_dora, scaled_outputs
 
 __all__ = ["LoraLinear", "free_shared_outputs", "link_mates"]
 
@@ -35,12 +36,17 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
     _ready: tuple[Tensor, Tensor] | None = None
     """(input, output) of this layer, computed in its leader's call and not asked for yet."""
 
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], Any]:
+        """PEFT's table of the kinds of LoRA, with our DoRA in the place of its own."""
+        return {**super().lora_variants, ("use_dora",): Dora}
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The adapted output for the one active adapter; everything else is computed by PEFT."""
         if self.disable_adapters and not self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.merged or len(active) != 1 or active[0] in self.lora_variant:
+        if self.merged or len(active) != 1 or not (active[0] not in self.lora_variant or is_dora(self, active[0])):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         ready, self._ready = self._ready, None
         if ready is not None and ready[0] is x:
@@ -71,8 +77,12 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         super().merge(*args, **kwargs)
 
     def _with_dropout(self, x: Tensor, name: str) -> Tensor:
+        dropped = self.lora_dropout[name](x)
+        if is_dora(self, name):  # g (W d + s B A d) + W (x - d) + b, d = dropout(x), as PEFT has it
+            (y,) = lora_outputs(dropped, [self], name)
+            return y + products(x - dropped, [frozen_weight(self.base_layer)], *_no_adapter(x, self))[0]
         y = self.base_layer(x)
-        low = nn.functional.linear(self.lora_dropout[name](x), self.lora_A[name].weight.to(x.dtype))
+        low = nn.functional.linear(dropped, self.lora_A[name].weight.to(x.dtype))
         up = self.lora_B[name].weight.to(x.dtype)
         flat = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name])
         return flat.view(y.shape)
@@ -85,7 +95,15 @@ def lora_outputs(x: Tensor, layers: Sequence[LoraLinear], name: str) -> list[Ten
     # alpha / r goes into B before it is rounded: for scales that are powers of two this is exact
     ups_Nr = [(layer.scaling[name] * layer.lora_B[name].weight).to(x.dtype) for layer in layers]
     outputs = products(x, [frozen_weight(base) for base in bases], down_RK, ups_Nr)
+    for place, layer in enumerate(layers):
+        if is_dora(layer, name):
+            outputs[place] = scaled_outputs(layer, name, outputs[place])
     return [y if base.bias is None else y + base.bias for base, y in zip(bases, outputs, strict=True)]
+
+
+def _no_adapter(x: Tensor, layer: LoraLinear) -> tuple[Tensor, list[Tensor]]:
+    """A and B of rank 0."""
+    return x.new_empty(0, layer.in_features), [x.new_empty(layer.out_features, 0)]
 
 
 def link_mates(model: nn.Module) -> None:

@@ -7,6 +7,7 @@ onto an empty base of the same class and config, and every tensor is compared at
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from copy import deepcopy
 from pathlib import Path
 
@@ -19,11 +20,9 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpo_studio.errors import ModelError, reason_of
-from dpo_studio.models.adapters import POLICY, quiet_peft, save_adapter, saved_tensors
+from dpo_studio.models.adapters import POLICY, quiet_peft, save_adapter, saved_name, saved_tensors
 
 __all__ = ["verify_adapter", "verify_trial_adapter"]
-
-_SUFFIX = f".{POLICY}.weight"
 
 
 def verify_trial_adapter(policy: PeftModel, scratch: Path, *, base: str, seed: int = 0) -> None:
@@ -65,7 +64,7 @@ def _check_file(folder: Path, meant: dict[str, Tensor]) -> None:
 def _loaded(policy: PeftModel, folder: Path) -> PeftModel:
     """What `PeftModel.from_pretrained` makes of the folder."""
     with torch.random.fork_rng(devices=[]), quiet_peft():  # its layers are made with random numbers
-        base = _empty_like(policy.get_base_model())
+        base = _empty_like(policy.get_base_model(), policy.peft_config[POLICY].modules_to_save or ())
         try:
             return PeftModel.from_pretrained(base, folder, torch_device="cpu")
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -73,13 +72,12 @@ def _loaded(policy: PeftModel, folder: Path) -> PeftModel:
 
 
 def _check_loaded(loaded: PeftModel, policy: PeftModel, meant: dict[str, Tensor]) -> None:
-    found = {
-        name.removesuffix(_SUFFIX) + ".weight": p for name, p in loaded.named_parameters() if name.endswith(_SUFFIX)
-    }
+    found = {saved_name(name): p for name, p in loaded.named_parameters()}
     for name in sorted(meant):
         if name not in found:
             raise _broken(f"it has no place for the tensor {name}")
-        if not _same(found[name], meant[name]):
+        loaded_as = torch.float32 if ".lora_" in name else found[name].dtype  # a whole module as the base's own is
+        if not _same(found[name], meant[name].to(loaded_as)):
             raise _broken(f"it loads another tensor than was saved as {name}, or none")
     theirs, ours = _adapted(loaded), _adapted(policy)
     for name in sorted(theirs.keys() ^ ours.keys()):
@@ -100,8 +98,9 @@ def _same(one: Tensor, other: Tensor) -> bool:
     return one.shape == other.shape and torch.equal(one.detach().cpu().float(), other.detach().cpu().float())
 
 
-def _empty_like(model: PreTrainedModel) -> nn.Module:
-    """A model of the same class and config, on the CPU, whose weights take no memory and have no values.
+def _empty_like(model: PreTrainedModel, whole: Collection[str]) -> nn.Module:
+    """A model of the same class and config, on the CPU, whose weights take no memory and have no values; except in the
+    modules named `whole`, which PEFT copies to load what was saved.
 
     On `meta`, where weights take no memory either, PEFT 0.21 loads nothing. A quantised base's layers are plain ones
     here: PEFT names tensors by the module's path.
@@ -117,10 +116,11 @@ def _empty_like(model: PreTrainedModel) -> nn.Module:
             empty: nn.Module = type(model)._from_config(config, attn_implementation="eager")
     finally:
         transformers_logging.set_verbosity(verbosity)
-    for module in empty.modules():
+    for place, module in empty.named_modules():
         for name, p in list(module._parameters.items()):
             if p is not None:
-                module._parameters[name] = nn.Parameter(_empty(p), requires_grad=False)
+                real = torch.zeros(p.shape, dtype=p.dtype) if place in whole else _empty(p)
+                module._parameters[name] = nn.Parameter(real, requires_grad=False)
         for name, buffer in list(module._buffers.items()):
             if buffer is not None:
                 module._buffers[name] = _empty(buffer)

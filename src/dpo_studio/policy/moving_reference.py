@@ -19,13 +19,25 @@ from peft import PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 
+from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import POLICY, REFERENCE
 
-__all__ = ["RANKS_KEPT", "move_reference", "put_reference", "reference_state"]
+__all__ = ["RANKS_KEPT", "check_movable", "move_reference", "put_reference", "reference_state"]
 
 RANKS_KEPT = 4
 """The reference's rank, at most, in ranks of the policy's adapter. In training successive policies share most of their
 directions: on SmolLM2-135M 4 truncate 7e-6, less than bf16 rounds; of twelve unrelated policies it would be 2 %."""
+
+
+def check_movable(policy: PeftModel) -> None:
+    """Raises ModelError if an adapter is more than products: magnitudes and whole modules have no such sum."""
+    for name, config in policy.peft_config.items():
+        if config.use_dora or config.modules_to_save:
+            what = "a DoRA adapter" if config.use_dora else "an adapter with whole modules"
+            raise ModelError(
+                f"reference.update_every: {what} ({name}) cannot be mixed into a reference that moves (TR-DPO)",
+                hint="use adapter.kind: lora or rslora without modules_to_save, or a reference that does not move",
+            )
 
 
 @torch.no_grad()
@@ -35,7 +47,8 @@ def move_reference(policy: PeftModel, share: float) -> float:
     Returns the relative truncation error of the worst layer, in Frobenius norms. Such errors decay with the old
     reference, a geometric series: their sum is at most the worst cut / share.
     """
-    most = RANKS_KEPT * max(config.r for config in policy.peft_config.values())
+    configs = policy.peft_config.values()
+    most = RANKS_KEPT * max(rank for config in configs for rank in (config.r, *config.rank_pattern.values()))
     worst = 0.0
     for layer in _layers(policy).values():
         A_RI, B_OR = _interpolated(layer, share)

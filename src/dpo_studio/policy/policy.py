@@ -25,7 +25,7 @@ from dpo_studio.models.adapters import (
     train_mode,
 )
 from dpo_studio.policy.adapter_check import verify_adapter, verify_trial_adapter
-from dpo_studio.policy.moving_reference import move_reference, put_reference, reference_state
+from dpo_studio.policy.moving_reference import check_movable, move_reference, put_reference, reference_state
 
 __all__ = ["Policy"]
 
@@ -76,6 +76,19 @@ class Policy:
         of them adds in this order."""
         return adapter_state(self.model)
 
+    def by_learning_rate(self, ratio: float | None) -> list[tuple[float, list[nn.Parameter]]]:
+        """What is trained in groups, each with the ratio of its learning rate to the recipe's.
+
+        LoRA+ (Hayou et al. 2024, arXiv 2402.12354): B learns faster than A, by `ratio`; as in PEFT so do tensors of one
+        dimension, DoRA's magnitudes. None: one group.
+        """
+        if ratio is None:
+            return [(1.0, list(self.trained.values()))]
+        fast = {name for name, p in self.trained.items() if ".lora_B." in name or p.ndim == 1}
+        groups = [(ratio, [p for name, p in self.trained.items() if name in fast])]
+        groups.append((1.0, [p for name, p in self.trained.items() if name not in fast]))
+        return [group for group in groups if group[1]]
+
     def train_mode(self) -> None:
         """Turn on dropout, in the adapter only."""
         train_mode(self.model)
@@ -120,6 +133,14 @@ class Policy:
             ModelError: plain PEFT would not compute with what this training saves.
         """
         verify_trial_adapter(self.model, scratch, base=base)
+
+    def check_movable(self) -> None:
+        """See that a reference can be moved towards this policy.
+
+        Raises:
+            ModelError: the adapter is more than products B A, which are all that is mixed.
+        """
+        check_movable(self.model)
 
     def move_reference(self, share: float) -> float:
         """Move the reference by `share` towards the policy (TR-DPO); returns the truncation error."""

@@ -351,16 +351,26 @@ def _allowed(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
     return key in _MAY_GROW and (after is None or before is None or after > before)
 
 
+_PATTERNS = ("adapter.rank_pattern", "adapter.alpha_pattern")
+"""Keys whose value is a mapping of names with dots in them, of which the first that fits counts."""
+
+
 def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in raw.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {f"{prefix}{key}": value}
+        name = f"{prefix}{key}"
+        if name in _PATTERNS:
+            flat[name] = list(value.items())
+        else:
+            flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
     return flat
 
 
 def _nested(flat: dict[str, Any]) -> dict[str, Any]:
     nested: dict[str, Any] = {}
     for key, value in flat.items():
+        if key in _PATTERNS:
+            value = dict(value)
         *sections, name = key.split(".")
         inner = nested
         for section in sections:

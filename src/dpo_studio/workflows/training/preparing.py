@@ -124,6 +124,8 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
     else:
         policy = Policy.saved(base.model, Path(recipe.model.adapter), trainable=True)
     ReferenceChoice.of(recipe).load_beside(policy)
+    if recipe.reference.update_every is not None:
+        policy.check_movable()
     return policy
 
 

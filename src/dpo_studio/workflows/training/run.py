@@ -204,7 +204,9 @@ def _train_in(
         log = RunLog(run, hold, base.device, progress, recipe.run.tracker)
         if limit.recompute != "nothing":
             log.write_limit(limit)
-        state = TrainingState.fresh(policy, recipe.training, steps.total, recipe.reference, ranks)
+        state = TrainingState.fresh(
+            policy, recipe.training, steps.total, recipe.reference, ranks, recipe.adapter.learning_rate_ratio
+        )
         steps = replace(steps, token_budget=limit.tokens)
         samples = Samples(policy, encoder, chats, recipe.training.sample_every or 0, run, progress)
         session = Session(recipe, base, policy, data, steps, state, saver, log, progress, samples, models.reference)
