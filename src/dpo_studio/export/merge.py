@@ -27,11 +27,22 @@ from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.adapters import POLICY
 from dpo_studio.models.dora import is_dora
+from dpo_studio.models.experts import LoraExperts, factors, plain_name
 from dpo_studio.models.lora import LoraLinear
 from dpo_studio.models.trained_modules import TrainedModule
 from dpo_studio.scan import read_json
 
-__all__ = ["Delta", "Whole", "adapter_deltas", "copy_tokenizer", "forget_where_from", "merge", "rounded", "save_plain"]
+__all__ = [
+    "AnyDelta",
+    "Delta",
+    "Whole",
+    "adapter_deltas",
+    "copy_tokenizer",
+    "forget_where_from",
+    "merge",
+    "rounded",
+    "save_plain",
+]
 
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
@@ -62,6 +73,23 @@ class Delta:
 
 
 @dataclass(frozen=True, eq=False)
+class ExpertsDelta:
+    """The adapter's delta of one projection of all experts."""
+
+    down_ErK: Tensor
+    """LoRA's A of each expert, fp32."""
+    up_ENr: Tensor
+    """LoRA's B of each, with the scale, fp32."""
+    transposed: bool
+    """Whether the base has (E, K, N) in the place of (E, N, K)."""
+
+    def added_to(self, weight: Tensor, expert: int) -> Tensor:
+        """One expert's weight, in the base's shape, fp32."""
+        delta_NK = (self.up_ENr[expert] @ self.down_ErK[expert]).to(weight.device)
+        return weight[expert].float() + (delta_NK.t() if self.transposed else delta_NK)
+
+
+@dataclass(frozen=True, eq=False)
 class Whole:
     """What was trained in the place of an embedding or a head."""
 
@@ -69,12 +97,15 @@ class Whole:
     """By the names they have in their module, fp32."""
 
 
-def adapter_deltas(policy: nn.Module) -> dict[str, Delta | Whole]:
+AnyDelta = Delta | ExpertsDelta | Whole
+
+
+def adapter_deltas(policy: nn.Module) -> dict[str, AnyDelta]:
     """What the policy's adapter changes, by the name that the layer has in the base, on the CPU.
 
     DoRA's norms are those of the last forward pass, or of the adapter as it was loaded.
     """
-    found: dict[str, Delta | Whole] = {}
+    found: dict[str, AnyDelta] = {}
     for name, layer in policy.named_modules():
         name = name.removeprefix("base_model.model.")
         if isinstance(layer, LoraLinear) and POLICY in layer.lora_A:
@@ -85,23 +116,30 @@ def adapter_deltas(policy: nn.Module) -> dict[str, Delta | Whole]:
                 float(layer.scaling[POLICY]),
                 None if gain_N is None else gain_N.detach().cpu(),
             )
+        elif isinstance(layer, LoraExperts) and POLICY in layer.lora_A:
+            down_ErK, up_ENr = (part.detach().float().cpu() for part in factors(layer, POLICY))
+            transposed = bool(layer.get_base_layer().is_transposed)
+            found[f"{plain_name(name)}.{layer.parameter_name}"] = ExpertsDelta(down_ErK, up_ENr, transposed)
         elif isinstance(layer, TrainedModule) and POLICY in layer.modules_to_save:
             named = layer.modules_to_save[POLICY].named_parameters()
             found[name] = Whole({key: p.detach().float().cpu() for key, p in named})
     return found
 
 
-def merge(model: nn.Module, deltas: Mapping[str, Delta | Whole], dtype: torch.dtype = torch.bfloat16) -> None:
+def merge(model: nn.Module, deltas: Mapping[str, AnyDelta], dtype: torch.dtype = torch.bfloat16) -> None:
     """Make `model` dense, with the deltas in it, every tensor rounded once to `dtype`; a layer at a time.
 
     Raises:
         ModelError: a delta is for a layer that the model has not, or the sum is not finite.
     """
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear) or name in deltas}
-    if strange := sorted(deltas.keys() - layers.keys()):
+    experts = {name: p for name, p in model.named_parameters() if isinstance(deltas.get(name), ExpertsDelta)}
+    if strange := sorted(deltas.keys() - layers.keys() - experts.keys()):
         raise ModelError(f"the adapter is for {strange[0]}, which the base has not")
     if any(isinstance(delta, Whole) for delta in deltas.values()):
         _untie(model)
+    for name, p in experts.items():
+        _merge_experts(p, deltas[name], name, dtype)
     for name, layer in layers.items():
         if isinstance(whole := deltas.get(name), Whole):
             for key, tensor in whole.tensors.items():  # to the nearest, as every forward pass of the run rounded it
@@ -115,6 +153,15 @@ def merge(model: nn.Module, deltas: Mapping[str, Delta | Whole], dtype: torch.dt
                 merged_NK = weight_NK.to(dtype)
         model.set_submodule(name, _linear(_finite(merged_NK, name, dtype), layer.bias))
     model.to(dtype)
+
+
+@torch.no_grad()
+def _merge_experts(p: nn.Parameter, delta: object, name: str, dtype: torch.dtype) -> None:
+    assert isinstance(delta, ExpertsDelta)
+    merged = torch.empty(p.shape, dtype=dtype, device=p.device)
+    for expert in range(len(p)):  # one at a time: of all together 30B's layers have 2 GiB in fp32
+        merged[expert] = rounded(delta.added_to(p, expert), dtype, seed=_seed(f"{name}.{expert}"))
+    p.data = _finite(merged, name, dtype)
 
 
 def _finite(merged: Tensor, name: str, dtype: torch.dtype) -> Tensor:

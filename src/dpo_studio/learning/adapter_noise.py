@@ -69,7 +69,7 @@ def _some_rows(module: LoraLayer) -> Tensor:
     if isinstance(base, FrozenLinear):
         return base.kept.rows(_ROWS).exact(torch.float32)
     weight: Tensor = module.get_param() if hasattr(module, "get_param") else base.weight
-    return weight.detach()[:_ROWS]
+    return weight.detach().flatten(0, -2)[:_ROWS]
 
 
 def _rms(x: Tensor) -> float:

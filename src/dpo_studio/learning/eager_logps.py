@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from dpo_studio.frozen.linear import FrozenLinear, computes_in_fp8
+from dpo_studio.models.experts import LoraExperts
 from dpo_studio.models.layers import causal_lm, plain_layers
 from dpo_studio.models.lora import LoraLinear
 from dpo_studio.models.trained_modules import TrainedModule
@@ -68,6 +69,8 @@ def plain_model(model: nn.Module, adapter: str | None) -> Iterator[None]:
                     setattr(module, name, [value] if isinstance(value, str) else value)
             if isinstance(module, LoraLinear):
                 _put_forward(restored, module, MethodType(lora.Linear.forward, module))
+            if isinstance(module, LoraExperts):
+                _put_forward(restored, module, MethodType(lora.ParamWrapper.forward, module))
         yield
 
 

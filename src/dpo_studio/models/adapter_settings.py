@@ -22,7 +22,7 @@ _LORA_KEYS = frozenset(
         *("peft_type", "task_type", "peft_version", "base_model_name_or_path", "revision", "inference_mode"),
         "auto_mapping",  # names a library to import, and only AutoPeftModel does
         *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "modules_to_save"),
-        *("fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern"),
+        *("fan_in_fan_out", "bias", "rank_pattern", "alpha_pattern", "target_parameters"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "init_lora_weights"),
     )
 )
@@ -31,14 +31,16 @@ _HANDED_ON = frozenset(
     (
         *("task_type", "base_model_name_or_path", "revision", "r", "lora_alpha", "lora_dropout", "use_rslora"),
         *("fan_in_fan_out", "rank_pattern", "alpha_pattern", "target_modules", "init_lora_weights"),
-        *("use_dora", "modules_to_save"),
+        *("use_dora", "modules_to_save", "target_parameters"),
     )
 )
 """What PEFT is given of them. The rest says the same as its defaults, or names layers that the tensors name too."""
 _HARMLESS_STARTS = (True, False, None, "gaussian", "orthogonal")
 """Values of init_lora_weights that the saved tensors replace; pissa changes the base, corda reads a pickle."""
-_PLAIN_PATTERN = re.compile(r"\^?(\w|\\?\.)+\$?")
-"""A layer's name, or the end of one: an expression of PEFT's that takes no time to match."""
+_PLAIN_PATTERN = re.compile(r"(\.\*\\\.|\^)?(\w|\\?\.)+\$?")
+"""A layer's name, or the end of one: an expression that takes no time to match. PEFT itself writes `.*\\.NAME`."""
+_OF_EXPERTS = re.compile(r"(.*\.)?((\w+_)?experts|base_layer)")
+"""A layer whose tensors are those of all experts, in a row: a file does not say how many there are."""
 _NAME = re.compile(r"(/|\./)?[^\\:%~\x00-\x1f\x7f]+")
 _MOST_TARGETS = 1000
 """Names of layers that a list may have beyond those it has tensors for: some lists are made for every family."""
@@ -108,19 +110,22 @@ def lora_settings(raw: Mapping[str, Any], ranks: Mapping[str, int], name: str) -
     targets = raw.get("target_modules")
     by_expression = any(raw.get(key) not in (None, [], "") for key in ("exclude_modules", "layers_to_transform"))
     if not isinstance(targets, list) or by_expression:
-        settings["target_modules"] = sorted(ranks)
+        settings["target_modules"] = sorted(layer for layer in ranks if not _OF_EXPERTS.fullmatch(layer))
     elif len(targets) > len(ranks) + _MOST_TARGETS:
         raise ModelError(
             f"{name}: adapter_config.json names {len(targets):,} target modules, and has tensors for {len(ranks):,} "
             "layers"
         )
+    if len(settings.get("target_parameters") or ()) > _MOST_TARGETS:
+        raise ModelError(f"{name}: adapter_config.json names more than {_MOST_TARGETS:,} target parameters")
     for key in ("rank_pattern", "alpha_pattern"):
         patterns = settings.get(key) or {}
         if len(patterns) > len(ranks):
             raise ModelError(f"{name}: {key} has {len(patterns):,} entries for {len(ranks):,} layers with tensors")
         settings[key] = patterns
     expected = {layer: _rank(layer, settings) for layer in ranks}
-    if wrong := sorted(layer for layer, rank in ranks.items() if rank not in (0, expected[layer])):
+    linear = {layer: rank for layer, rank in ranks.items() if not _OF_EXPERTS.fullmatch(layer)}
+    if wrong := sorted(layer for layer, rank in linear.items() if rank not in (0, expected[layer])):
         layer = wrong[0]
         raise ModelError(
             f"{name}: adapter_config.json gives {_value_text(layer)} rank {expected[layer]:,}, its tensors have "
@@ -222,6 +227,7 @@ _TYPES: dict[str, tuple[Callable[[Any], bool], str]] = {
     "rank_pattern": (_by_name(_rank_value), "layers and their ranks"),
     "alpha_pattern": (_by_name(_number), "layers and their alphas"),
     "target_modules": (_names, "a list of layers' names"),
+    "target_parameters": (lambda value: _names(value) and not isinstance(value, str), "a list of names"),
     "exclude_modules": (_names, "a list of layers' names"),
     "layers_pattern": (_names, "a list of names"),
     "layers_to_transform": (_places, "a list of layers' numbers"),

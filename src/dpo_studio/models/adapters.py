@@ -13,7 +13,6 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.lora import awq, gptq
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import other as peft_utils
 from peft.utils import quantization_utils
 from safetensors import SafetensorError, safe_open
@@ -23,12 +22,14 @@ from torch import Tensor, nn
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.products import adapter_disabled
+from dpo_studio.models.adapted_layers import adapted_names, check_layers, check_patterns
 from dpo_studio.models.adapter_settings import lora_settings, refuse_strange_lora
-from dpo_studio.models.dora import Dora, keep_norms, start_magnitudes
+from dpo_studio.models.dora import keep_norms, start_magnitudes
+from dpo_studio.models.experts import plain_name, take_over_experts
 from dpo_studio.models.head import body_of
 from dpo_studio.models.lora import LoraLinear, link_mates
-from dpo_studio.models.targets import all_linear, not_adaptable, refuse_targets, short_names
-from dpo_studio.models.trained_modules import TrainedModule, modules_named, take_over
+from dpo_studio.models.targets import all_linear, named_targets, not_adaptable, short_names, short_parameters
+from dpo_studio.models.trained_modules import modules_named, take_over
 from dpo_studio.scan import read_json, scan_folder
 from dpo_studio.sizes import tensor_shapes
 
@@ -60,19 +61,21 @@ def attach(
         ModelError: a target names no linear layer, or one that is never adapted: experts, routers, the head; or a
             pattern fits no layer, or a module to save is not the embedding or the head.
     """
-    if section.targets == "all-linear":
-        meant = all_linear(base)
-        targets = meant.names
-        if words := meant.words():
-            say(words)
-    else:
-        targets = sorted(section.targets)
-        refuse_targets(base, targets)
+    meant = all_linear(base) if section.targets == "all-linear" else named_targets(base, section.targets)
+    if section.targets == "all-linear" and (words := meant.words()):
+        say(words)
+    if meant.parameters and (section.kind == "dora" or section.dropout):
+        what = "adapter.kind: dora" if section.kind == "dora" else "adapter.dropout"
+        raise ModelError(
+            f"{what} cannot be on the experts of a mixture: PEFT has no such adapter on {meant.parameters[0]}",
+            hint="without it experts can be adapted; or name layers of attention as adapter.targets",
+        )
     config = LoraConfig(
         r=section.rank,
         lora_alpha=section.alpha,
         lora_dropout=section.dropout,
-        target_modules=targets,
+        target_modules=meant.names,
+        target_parameters=list(meant.parameters) or None,
         task_type="CAUSAL_LM",
         use_rslora=section.kind == "rslora",
         use_dora=section.kind == "dora",
@@ -92,8 +95,9 @@ def attach(
                 f"adapter.targets {section.targets}: {error}", hint=f"this model's linear layers: {', '.join(linear)}"
             ) from None
     take_over(policy)
-    _check_layers(policy, f"adapter.targets {section.targets}")
-    _check_patterns(policy, section)
+    take_over_experts(policy)
+    check_layers(policy, f"adapter.targets {section.targets}")
+    check_patterns(policy, section)
     if config.use_dora:
         start_magnitudes(policy, POLICY, next(base.parameters()).dtype)
     return _ready_to_train(policy)
@@ -136,8 +140,9 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
             hint="was it trained on another base? adapter_config.json names it",
         ) from None
     take_over(policy)
+    take_over_experts(policy)
     _check_every_tensor_was_used(policy, folder, name)
-    _check_layers(policy, str(folder))
+    check_layers(policy, str(folder))
     return _ready_to_train(policy)
 
 
@@ -187,7 +192,7 @@ def _ranks(folder: Path, whole: Collection[str]) -> dict[str, int]:
 def _check_layers_are_there(base: nn.Module, layers: Sequence[str], folder: Path) -> None:
     """Told before PEFT looks for them: of a hundred thousand names it compares each with each of the base's modules."""
     known = {name for name, _ in base.named_modules()}
-    if odd := [layer for layer in layers if layer not in known]:
+    if odd := [layer for layer in layers if plain_name(layer) not in known]:
         raise _unmatched(folder, len(odd), f"base_model.model.{odd[0]}")
 
 
@@ -247,7 +252,9 @@ def save_adapter(policy: PeftModel, folder: Path, *, base: str, tensors: Mapping
     written = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     save_file(written, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     config = policy.peft_config[POLICY].to_dict()
-    config["target_modules"] = _short_targets(policy)
+    layers, parameters = adapted_names(policy.get_base_model())
+    config["target_modules"] = short_names(policy.get_base_model(), layers)
+    config["target_parameters"] = short_parameters(policy.get_base_model(), parameters) or None
     if config["modules_to_save"]:
         config["modules_to_save"] = short_names(policy.get_base_model(), config["modules_to_save"])
     config["base_model_name_or_path"] = base
@@ -323,47 +330,6 @@ def quiet_peft() -> Iterator[None]:
                 asker.is_gptqmodel_available = ask
 
 
-def _check_layers(policy: PeftModel, what: str) -> None:
-    """What is trained is computed, switched off for the reference, and saved: our own layers, A and B, nothing else.
-
-    Log-probs are read off the head's own weight (`learning.logprobs`), so an adapter on it would never be trained.
-
-    Raises:
-        ModelError: something else is adapted.
-    """
-    under = policy.get_base_model()
-    adapted = {name: module for name, module in under.named_modules() if isinstance(module, BaseTunerLayer)}
-    if strange := not_adaptable(under, sorted(adapted)):
-        raise ModelError(
-            f"{what} adapts {strange[1]} ({strange[0]}), which DPO Studio cannot train",
-            hint="remove it from the targets; `all-linear` does not include it",
-        )
-    for name, module in adapted.items():
-        if type(module) is not LoraLinear or not all(isinstance(kind, Dora) for kind in module.lora_variant.values()):
-            raise ModelError(
-                f"{what} adapts {name} ({type(module).__name__}), a kind of layer that DPO Studio does not compute",
-                hint="name linear layers only, or use `all-linear`",
-            )
-    named = ("lora_A", "lora_B", "lora_magnitude_vector")
-    parts = [getattr(module, name) for module in adapted.values() for name in named]
-    parts += [module.modules_to_save for module in under.modules() if isinstance(module, TrainedModule)]
-    ours = {id(p) for part in parts for p in part.parameters()}
-    if others := sorted(name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in ours):
-        raise ModelError(f"{what} would train {others[0]}, which no adapter's file would contain")
-
-
-def _check_patterns(policy: PeftModel, section: AdapterSection) -> None:
-    """Raises ModelError if a pattern fits no layer: its rank or alpha would be that of the others, and nothing said."""
-    layers = [name for name, module in policy.get_base_model().named_modules() if isinstance(module, lora.LoraLayer)]
-    for key in ("rank_pattern", "alpha_pattern"):
-        for name in getattr(section, key):
-            if not any(layer == name or layer.endswith(f".{name}") for layer in layers):
-                raise ModelError(
-                    f"adapter.{key}: no adapted layer is called {name}, or has a name that ends so",
-                    hint=f"adapted are {', '.join(short_names(policy.get_base_model(), layers)[:20])}",
-                )
-
-
 def _ready_to_train(policy: PeftModel) -> PeftModel:
     """Master weights in fp32 (an update of 1e-5 is lost in bf16); layers that read one input computed together."""
     for name, p in policy.named_parameters():
@@ -373,13 +339,6 @@ def _ready_to_train(policy: PeftModel) -> PeftModel:
     keep_norms(body_of(base), base.dtype)
     link_mates(policy)
     return policy
-
-
-def _short_targets(policy: PeftModel) -> list[str]:
-    """Names of the adapted layers, as the short endings where those say the same as the full names."""
-    model = policy.get_base_model()
-    layers = [name for name, module in model.named_modules() if isinstance(module, lora.LoraLayer)]
-    return short_names(model, layers)
 
 
 def _check_every_tensor_was_used(policy: PeftModel, folder: Path, name: str) -> None:

@@ -1,7 +1,7 @@
-"""Which layers an adapter may be on: attention and dense MLPs, never experts, routers, the head or the embedding.
+"""Which layers an adapter may be on: attention, dense MLPs and fused experts, never routers, the head or the embedding.
 
-PEFT 0.21's own `all-linear` takes the routers of some mixtures along, and in others it makes of `gate_proj` the fused
-experts, which then cannot be adapted. So `all-linear` is resolved here, by name, to layers that plain PEFT finds again.
+PEFT 0.21's own `all-linear` takes the routers of some mixtures along, and no expert of others. So `all-linear` is
+resolved here, by name, to layers and parameters that plain PEFT finds again.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 
 from dpo_studio.errors import ModelError
+from dpo_studio.models.experts import fused_experts, plain_name
 
-__all__ = ["all_linear", "not_adaptable", "refuse_targets", "short_names"]
+__all__ = ["all_linear", "named_targets", "not_adaptable", "short_names", "short_parameters"]
 
 _EXPERTS = re.compile(r"(?!shared_)(\w+_)?experts")
 """A module of experts that a router selects from. Shared ones see every token, and are dense."""
@@ -33,10 +34,12 @@ _ROUTER = re.compile(r"gate|\w*router\w*|\w*expert_gate")
 
 @dataclass(frozen=True)
 class Targets:
-    """What `all-linear` means in one model."""
+    """What is adapted in one model."""
 
     names: list[str]
-    """Full names, sorted."""
+    """Linear layers: full names, sorted, of `all-linear`; of a list what it says."""
+    parameters: Sequence[str] = ()
+    """Projections of fused experts (PEFT's `target_parameters`): full names, sorted."""
     experts: int = 0
     """Layers of experts, left out."""
     routers: int = 0
@@ -58,14 +61,16 @@ class Targets:
         if not (self.experts or self.routers):
             return f"all-linear leaves out {', and '.join(left_out)}" if left_out else None
         more = "".join(f", and {what}" for what in left_out)
+        experts = f" and {len(self.parameters)} projections of experts" if self.parameters else ""
+        left = f"{self.experts} layers of experts, " if self.experts else ""
         return (
-            f"a mixture of experts: all-linear is {len(self.names)} layers of attention and dense MLPs here. Left out: "
-            f"{self.experts} layers of experts, {self.routers} routers{more}; the load-balancing loss is not added"
+            f"a mixture of experts: all-linear is {len(self.names)} layers of attention and dense MLPs{experts} here. "
+            f"Left out: {left}{self.routers} routers{more}; the load-balancing loss is not added"
         )
 
 
 def all_linear(model: nn.Module) -> Targets:
-    """The linear layers of the text model that are applied to every token and that plain PEFT can name.
+    """The linear layers of the text model that plain PEFT can name, and its experts' projections, not the routers.
 
     Raises:
         ModelError: there is none.
@@ -82,18 +87,43 @@ def all_linear(model: nn.Module) -> Targets:
     names = sorted({*ours} - lost)
     if not names:
         raise ModelError("adapter.targets all-linear: this model has no linear layer that can be adapted")
+    fused = _found_again(model)
+    parameters = sorted(name for place, names in fused.items() if place.startswith(within or "") for name in names)
     kinds = [
-        what for name, what in strange.items() if not any(strange.get(parent) == what for parent in _parents(name))
+        what
+        for name, what in strange.items()
+        if name not in fused and not any(strange.get(parent) == what for parent in _parents(name))
     ]
-    return Targets(names, kinds.count("expert"), kinds.count("router"), sorted({*dense} - {*ours}), sorted(lost))
+    renamed_ones = sorted({*dense} - {*ours})
+    return Targets(names, parameters, kinds.count("expert"), kinds.count("router"), renamed_ones, sorted(lost))
 
 
-def refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
-    """Look at targets that a recipe names.
+def named_targets(model: nn.Module, targets: Iterable[str]) -> Targets:
+    """What the names of a recipe's list, full ones or their ends, stand for.
 
     Raises:
-        ModelError: one names the head, the embedding, experts or a router, or nothing that PEFT would find.
+        ModelError: one names the head, the embedding, experts that are not fused, or a router, or nothing that PEFT
+            would find.
     """
+    layers, parameters = [], set()
+    known = [name for name, _ in model.named_modules()]
+    fused = _found_again(model)
+    for target in sorted(set(targets)):
+        fits = {
+            name
+            for place, names in fused.items()
+            for name in names
+            if any(one == target or one.endswith(f".{target}") for one in (name, place))
+        }
+        parameters |= fits
+        elsewhere = [name for name in known if name == target or name.endswith(f".{target}")]
+        if not fits or {*elsewhere} - {*fused}:
+            layers.append(target)
+    _refuse_targets(model, layers)
+    return Targets(layers, sorted(parameters))
+
+
+def _refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
     modules = [name for name, _ in model.named_modules()]
     parameters = [name for name, _ in model.named_parameters()]
     linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -109,7 +139,7 @@ def refuse_targets(model: nn.Module, targets: Iterable[str]) -> None:
         if target.rpartition(".")[2] in renamed:
             raise ModelError(
                 f"adapter.targets: {target} is a name that PEFT gives to this family's experts, "
-                "which DPO Studio does not adapt",
+                "and a dense layer has it too",
                 hint="use `all-linear` without it",
             )
         if missed := sorted(lost.intersection(found)):
@@ -130,9 +160,12 @@ def not_adaptable(model: nn.Module, names: Iterable[str]) -> tuple[str, str] | N
         _name_of(model, _called(model, "get_input_embeddings")): "the embedding",
     }
     strange = _of_mixtures(model)
+    fused = fused_experts(model) if strange else {}
     for name in names:
         if what := special.get(name):
             return name, what
+        if plain_name(name) in fused:
+            continue
         for place in (name, *_parents(name)) if strange else ():
             end = place.rpartition(".")[2]
             if strange.get(place) == "router" or _ROUTER.fullmatch(end):
@@ -148,6 +181,23 @@ def short_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     short = {name.rpartition(".")[2] for name in names}
     meant = {name for name, _ in model.named_modules() if name.rpartition(".")[2] in short}
     return sorted(short if meant == names else names)
+
+
+def short_parameters(model: nn.Module, names: Iterable[str]) -> list[str]:
+    """The names' last two parts if they mean the same projections of the model's experts, else the names; sorted."""
+    names = set(names)
+    short = {".".join(name.split(".")[-2:]) for name in names}
+    every = [name for ones in fused_experts(model).values() for name in ones]
+    meant = {name for name in every if ".".join(name.split(".")[-2:]) in short}
+    return sorted(short if meant == names else names)
+
+
+def _found_again(model: nn.Module) -> dict[str, list[str]]:
+    """`fused_experts`, without those whose tensors PEFT would give other names when it loads them."""
+    fused = fused_experts(model)
+    layers = {layer: place for place in fused for layer in (place, f"{place}.base_layer")}
+    lost = {layers[layer] for layer in _lost(model, layers)}
+    return {place: names for place, names in fused.items() if place not in lost}
 
 
 def _of_mixtures(model: nn.Module) -> dict[str, str]:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import POLICY, REFERENCE
+from dpo_studio.models.experts import adapts_experts
 
 __all__ = ["RANKS_KEPT", "check_movable", "move_reference", "put_reference", "reference_state"]
 
@@ -30,7 +31,12 @@ directions: on SmolLM2-135M 4 truncate 7e-6, less than bf16 rounds; of twelve un
 
 
 def check_movable(policy: PeftModel) -> None:
-    """Raises ModelError if an adapter is more than products: magnitudes and whole modules have no such sum."""
+    """Raises ModelError if an adapter is more than products: magnitudes, experts and whole modules have no such sum."""
+    if adapts_experts(policy):
+        raise ModelError(
+            "reference.update_every: adapted experts cannot be mixed into a reference that moves (TR-DPO)",
+            hint="name layers of attention as adapter.targets, or use a reference that does not move",
+        )
     for name, config in policy.peft_config.items():
         if config.use_dora or config.modules_to_save:
             what = "a DoRA adapter" if config.use_dora else "an adapter with whole modules"

@@ -11,7 +11,7 @@ from torch import nn
 
 from dpo_studio.config import ModelSection, Recipe
 from dpo_studio.console.progress import Progress
-from dpo_studio.export.merge import Delta, Whole, adapter_deltas
+from dpo_studio.export.merge import AnyDelta, adapter_deltas
 from dpo_studio.export.verify import ExportCheck, compare
 from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.batched_logps import batched_logps
@@ -43,7 +43,7 @@ class RunModel:
 
     base: ModelFolder
     """The folder of its base."""
-    deltas: dict[str, Delta | Whole]
+    deltas: dict[str, AnyDelta]
     pairs: list[EncodedPair]
     prompts: list[str]
     """The key of each pair's prompt."""

@@ -18,6 +18,7 @@ from dpo_studio.learning.memory import MemoryLimit, plan_limit
 from dpo_studio.learning.reference import Reference, ReferenceChoice
 from dpo_studio.learning.reference_cache import ReferenceCache
 from dpo_studio.models.adapters import attach_existing, in_eval
+from dpo_studio.models.experts import adapts_experts
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import ChatModel, load_chat_model
@@ -159,4 +160,6 @@ def make_reference(
         "device": base.device.type,
         "torch": torch.__version__,
     }
+    if adapts_experts(model):  # computed by our own product, which rounds otherwise than transformers'
+        key["experts"] = "adapted"
     return Reference(model, computing, ReferenceCache(cache_folder() / "reference", key))
