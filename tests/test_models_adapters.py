@@ -353,22 +353,22 @@ def tiny_mixture() -> Any:
     return Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **heads)).eval()
 
 
-def test_of_a_mixture_the_attention_is_adapted_and_plain_peft_loads_it(tmp_path: Path) -> None:
-    """Two layers of q, k, v and o; what was left out is told; the same logits in plain PEFT."""
+def test_of_a_mixture_attention_and_experts_are_adapted_and_plain_peft_loads_it(tmp_path: Path) -> None:
+    """Two layers of q, k, v, o and two projections of experts; what was left out is told; plain PEFT's logits."""
     said: list[str] = []
     base = tiny_mixture().requires_grad_(False)
     policy = moved(attach(base, AdapterSection(rank=2, alpha=4), seed=0, say=said.append)).eval()
-    assert len(adapter_state(policy)) == 2 * 4 * 2
+    assert len(adapter_state(policy)) == 2 * (4 + 2) * 2
     assert len(said) == 1
-    assert "2 layers of experts, 2 routers; the load-balancing loss is not added" in said[0]
+    assert "4 projections of experts here. Left out: 2 routers; the load-balancing loss is not added" in said[0]
     save_adapter(policy, tmp_path, base="my/base")
     plain = PeftModel.from_pretrained(tiny_mixture(), tmp_path).eval()
     ids = torch.arange(20)[None]
     torch.testing.assert_close(policy(input_ids=ids).logits, plain(input_ids=ids).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(("target", "what"), [("gate", "a router"), ("experts", "an expert"), ("gate_proj", "experts")])
-def test_targets_that_name_experts_or_routers_are_refused_by_name(target: str, what: str) -> None:
+@pytest.mark.parametrize(("target", "what"), [("gate", "a router"), ("gate_proj", "experts")])
+def test_targets_that_name_routers_or_halves_of_experts_are_refused_by_name(target: str, what: str) -> None:
     with pytest.raises(ModelError, match=rf"{target} is .*{what}"):
         attach(tiny_mixture(), AdapterSection(targets=["q_proj", target]), seed=0)
 

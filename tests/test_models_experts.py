@@ -259,7 +259,7 @@ def test_the_product_and_its_gradients_are_the_formula_s(
 ) -> None:
     """By the loop in fp32, and by torch's grouped_mm in bf16, which a GPU takes and a CPU has too; rank 3 is padded."""
     dtype = torch.bfloat16 if grouped else torch.float32
-    monkeypatch.setattr(expert_products, "_in_groups", lambda *_: grouped)
+    monkeypatch.setattr(expert_products, "in_groups", lambda *_: grouped)
     given, exact = (
         drawn(transposed, dtype),
         [
@@ -280,7 +280,7 @@ def test_the_product_and_its_gradients_are_the_formula_s(
 
 @pytest.mark.parametrize("grouped", [False, True])
 def test_a_disabled_adapter_is_one_of_zeros_to_the_bit(grouped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(expert_products, "_in_groups", lambda *_: grouped)
+    monkeypatch.setattr(expert_products, "in_groups", lambda *_: grouped)
     x, weight, ends, down, up = drawn(False, torch.bfloat16)
     zeros = expert_products.expert_products(x, weight, ends, down, torch.zeros_like(up))
     with adapter_disabled():

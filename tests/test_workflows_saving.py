@@ -171,7 +171,7 @@ def test_a_read_only_folder_is_told_of_before_the_model_is_loaded(
 def test_an_adapter_that_plain_peft_would_not_load_is_told_of_before_the_first_step(
     recipe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(adapters, "_short_targets", lambda _policy: ["q_proj"])
+    monkeypatch.setattr(adapters, "short_names", lambda _model, _names: ["q_proj"])
     refused(
         dpo("train", recipe), "plain PEFT would not load", "no place for the tensor base_model.model.model.layers.0"
     )

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from tests.tiny_tokenizers import VOCABULARY
+from tests.tiny_tokenizers import VOCABULARY, end_ids, tiny_tokenizer
 
-__all__ = ["MIXTURES", "tiny_mixture"]
+__all__ = ["MIXTURES", "mixture_folder", "tiny_mixture"]
 
 _SHAPE: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -69,3 +70,13 @@ def tiny_mixture(kind: str = "qwen3_moe", *, seed: int = 0, **changes: Any) -> P
             p.data = 0.3 * torch.randn(p.shape, generator=draw)
     model.requires_grad_(False)
     return model
+
+
+def mixture_folder(folder: Path, kind: str = "qwen3_moe", **changes: Any) -> Path:
+    """The mixture with a tokenizer, saved as a Hub repository would hold them."""
+    tokenizer = tiny_tokenizer("chatml")
+    model = tiny_mixture(kind, **changes)
+    model.generation_config.eos_token_id = sorted(end_ids("chatml"))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

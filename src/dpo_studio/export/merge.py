@@ -35,7 +35,6 @@ from dpo_studio.scan import read_json
 __all__ = [
     "AnyDelta",
     "Delta",
-    "Whole",
     "adapter_deltas",
     "copy_tokenizer",
     "forget_where_from",

@@ -37,7 +37,7 @@ def _experts(x_SK: Tensor, weight_EKN: Tensor, ends_E: Tensor, down_ErK: Tensor,
     rank, disabled = down_ErK.shape[1], is_adapter_disabled()
     if disabled:
         down_ErK, up_ENr = down_ErK[:, :0], up_ENr[:, :, :0]
-    if _in_groups(x_SK, weight_EKN):
+    if in_groups(x_SK, weight_EKN):
         down_ErK, up_ENr = _padded(down_ErK, 1), _padded(up_ENr, 2)
         y_SN = nn.functional.grouped_mm(x_SK, weight_EKN, offs=ends_E)
         low_Sr = x_SK.new_zeros(len(x_SK), 0)
@@ -71,7 +71,7 @@ def _experts_backward(
 ) -> list[Tensor]:
     """[dL/dA (E, r, K), dL/dB (E, N, r), and dL/dx (S, K) if it is needed]."""
     rank = down_ErK.shape[1]
-    if _in_groups(x_SK, weight_EKN):
+    if in_groups(x_SK, weight_EKN):
         down_ErK, up_ENr, low_Sr = _padded(down_ErK, 1), _padded(up_ENr, 2), _padded(low_Sr, 1)
         slope_Sr = nn.functional.grouped_mm(gradient_SN, up_ENr, offs=ends_E)
         there_E = ends_E.diff(prepend=ends_E.new_zeros(1)) > 0
@@ -127,7 +127,7 @@ def _slopes(ctx: Any, gradients: list[Tensor]) -> tuple[Tensor | None, ...]:
 torch.library.register_autograd("dpo_studio::experts", _slopes, setup_context=_keep)
 
 
-def _in_groups(x_SK: Tensor, weight_EKN: Tensor) -> bool:
+def in_groups(x_SK: Tensor, weight_EKN: Tensor) -> bool:
     """Whether grouped_mm takes these: bf16, rows of whole 16 bytes, an Ampere GPU or a later one."""
     return (
         x_SK.is_cuda

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -15,7 +17,7 @@ from dpo_studio.models.lora import LoraLinear
 from dpo_studio.models.targets import not_adaptable, short_names
 from dpo_studio.models.trained_modules import TrainedModule
 
-__all__ = ["adapted_names", "check_layers", "check_patterns"]
+__all__ = ["adapted_names", "check_layers", "check_parameters", "check_patterns"]
 
 
 def adapted_names(model: nn.Module) -> tuple[list[str], list[str]]:
@@ -56,6 +58,17 @@ def check_layers(policy: PeftModel, what: str) -> None:
     ours = {id(p) for part in parts for p in part.parameters()}
     if others := sorted(name for name, p in policy.named_parameters() if p.requires_grad and id(p) not in ours):
         raise ModelError(f"{what} would train {others[0]}, which no adapter's file would contain")
+
+
+def check_parameters(model: nn.Module, names: Collection[str], what: str) -> None:
+    """Raises ModelError if one of an adapter's target parameters is no projection of experts that are computed here."""
+    known = [name for names in fused_experts(model).values() for name in names]
+    for wanted in names:
+        if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+            raise ModelError(
+                f"{what}: target_parameters has {wanted}, which is no projection of fused experts in this model",
+                hint="was this adapter trained on another base?",
+            )
 
 
 def check_patterns(policy: PeftModel, section: AdapterSection) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.products import adapter_disabled
-from dpo_studio.models.adapted_layers import adapted_names, check_layers, check_patterns
+from dpo_studio.models.adapted_layers import adapted_names, check_layers, check_parameters, check_patterns
 from dpo_studio.models.adapter_settings import lora_settings, refuse_strange_lora
 from dpo_studio.models.dora import keep_norms, start_magnitudes
 from dpo_studio.models.experts import plain_name, take_over_experts
@@ -115,6 +115,7 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
     if strange := not_adaptable(under, layers):
         raise _adapts(folder, *strange)
     _check_layers_are_there(under, layers, folder)
+    check_parameters(under, config.target_parameters or (), str(folder))
     if config.modules_to_save:
         config.modules_to_save = modules_named(under, config.modules_to_save, f"{folder}: modules_to_save")
         _check_whole_are_there(folder, config.modules_to_save)

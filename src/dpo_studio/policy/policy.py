@@ -13,6 +13,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from dpo_studio.config import AdapterSection
+from dpo_studio.models.adapted_layers import adapted_names
 from dpo_studio.models.adapters import (
     REFERENCE,
     adapter_state,
@@ -88,6 +89,11 @@ class Policy:
         groups = [(ratio, [p for name, p in self.trained.items() if name in fast])]
         groups.append((1.0, [p for name, p in self.trained.items() if name not in fast]))
         return [group for group in groups if group[1]]
+
+    def resolved_targets(self) -> list[str] | None:
+        """Full names of what is adapted, where experts are; None of a dense model, whose `all-linear` says it all."""
+        layers, parameters = adapted_names(self.model.get_base_model())
+        return sorted([*layers, *parameters]) if parameters else None
 
     def train_mode(self) -> None:
         """Turn on dropout, in the adapter only."""

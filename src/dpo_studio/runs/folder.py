@@ -47,8 +47,8 @@ _MAY_CHANGE = (
     *("run.tracker", "run.folder", "run.sample_prompts"),
 )
 _MAY_GROW = ("training.epochs", "training.max_steps")
-_RESOLVED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto"}
-"""Keys whose `auto` is decided once and written into the run."""
+_RESOLVED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto", "adapter.targets": "all-linear"}
+"""Keys and the value of each that is decided once and written into the run."""
 _LARGEST = 20_000_000
 """Bytes of a file that is read whole; of a recipe, `parse_yaml` takes less."""
 _LARGEST_LINES = 1_000_000_000
@@ -181,7 +181,7 @@ class RunFolder:
             return wanted
         old, new = _flat(there.to_plain()), _flat(wanted.to_plain())
         for key, auto in _RESOLVED.items():
-            if new[key] == auto:
+            if new.get(key) == auto:
                 new[key] = old[key]
         differences = [key for key in sorted(old | new) if old.get(key) != new.get(key) and not _allowed(key, old, new)]
         if differences:

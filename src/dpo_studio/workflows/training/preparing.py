@@ -38,6 +38,7 @@ __all__ = [
     "make_reference",
     "read_and_split",
     "resolve_dtype",
+    "resolve_targets",
     "resolve_token_budget",
     "steps_of",
 ]
@@ -102,6 +103,14 @@ def resolve_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
     """The recipe with the precision in which the base was loaded, in place of `auto`."""
     dtype: Any = str(base.model.dtype).removeprefix("torch.")
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+
+
+def resolve_targets(recipe: Recipe, policy: Policy) -> Recipe:
+    """The recipe with the names that `all-linear` meant in a mixture of experts: later versions may mean more."""
+    targets = policy.resolved_targets()
+    if recipe.model.adapter is not None or recipe.adapter.targets != "all-linear" or targets is None:
+        return recipe
+    return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"targets": targets})})
 
 
 def resolve_token_budget(

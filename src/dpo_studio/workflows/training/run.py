@@ -36,6 +36,7 @@ from dpo_studio.workflows.training.preparing import (
     encode_both,
     read_and_split,
     resolve_dtype,
+    resolve_targets,
     resolve_token_budget,
     steps_of,
 )
@@ -192,6 +193,7 @@ def _train_in(
     check_not_shorter(run, steps.total)
     warn_of_length(recipe, len(data.train.pairs), steps.total, progress.warn)
     policy = attach_policy(base, recipe, progress.say)
+    recipe = resolve_targets(recipe, policy)
     saver = Saver(run, hold, published_name(base.typed), recipe.training.save_every)
     saver.check_room(policy, recipe.reference)
     saver.save_trial(policy)
