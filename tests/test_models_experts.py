@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from dpo_studio.models.adapters import (
 )
 from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.experts import LoraExperts
+from dpo_studio.models.layers import compiled_layers, set_recompute
 from dpo_studio.objectives import DPO
 from dpo_studio.policy.adapter_check import verify_adapter, verify_trial_adapter
 from dpo_studio.tokens.pack import pack
@@ -297,3 +299,25 @@ def test_peft_s_own_wrapper_is_not_left(tmp_path: Path) -> None:
     policy = ours("mixtral")
     wrappers = [module for module in policy.modules() if isinstance(module, lora.ParamWrapper)]
     assert len(wrappers) == 4 and all(type(module) is LoraExperts for module in wrappers)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
+@pytest.mark.parametrize("kind", ["qwen3_moe", "mixtral"])
+def test_compiled_layers_are_the_plain_ones_and_switch_off(kind: str) -> None:
+    policy = moved(attach(tiny_mixture(kind, attn_implementation="sdpa"), AdapterSection(rank=4), seed=0)).eval()
+    set_recompute(policy, "nothing")
+    torch._dynamo.reset()
+    expected = columns(pair_logps(policy, pack(THREE)))
+    slopes = gradients(policy, expected.sum())
+    with torch.no_grad(), as_reference(policy):
+        off = columns(pair_logps(policy, pack(THREE)))
+    with compiled_layers(policy):
+        found = columns(pair_logps(policy, pack(THREE)))
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+        for name, slope in gradients(policy, found.sum()).items():
+            largest = slopes[name].abs().max().item()
+            torch.testing.assert_close(slope, slopes[name], rtol=0, atol=1e-3 * largest + 1e-9, msg=name)
+        with torch.no_grad(), as_reference(policy):
+            torch.testing.assert_close(columns(pair_logps(policy, pack(THREE))), off, rtol=1e-4, atol=1e-4)

@@ -186,7 +186,7 @@ class AdapterSection(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """Dropout on the adapter's input while training."""
     targets: Literal["all-linear"] | Annotated[list[str], Field(min_length=1)] = "all-linear"
-    """Which linear layers: all of them but the head, or a list of name endings such as [q_proj, v_proj]."""
+    """Which layers: all linear ones but the head, and fused experts; or a list of name endings such as [q_proj]."""
 
 
 _ABOUT_TRAINING = frozenset({"learning_rate_ratio"})

@@ -59,6 +59,8 @@ def modules_named(base: Any, names: Sequence[str], where: str) -> list[str]:
     Raises:
         ModelError: one is not the input embedding or the head, or is packed.
     """
+    if not names:
+        return []
     own = {"the input embedding": base.get_input_embeddings(), "the head": base.get_output_embeddings()}
     known = {name: module for name, module in base.named_modules() if any(module is one for one in own.values())}
     found = set()
