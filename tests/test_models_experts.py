@@ -228,6 +228,40 @@ def test_an_adapter_from_elsewhere_on_a_router_is_refused_by_name(kind: str, tmp
         attach_existing(tiny_mixture(kind), tmp_path, trainable=False)
 
 
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"r": 10**9},
+            r"gives the experts of model\.layers\.0\.mlp\.experts the ranks .*1000000000.*, its tensors have",
+        ),
+        ({"rank_pattern": {"experts.down_proj": 10**9}}, r"gives the experts of .* the ranks .*1000000000"),
+        ({"rank_pattern": {r".*\.down_proj": 10**9}}, r"gives the experts of .* the ranks .*1000000000"),
+        ({"target_parameters": ["experts.down_proj"]}, r"gives the experts of .* the ranks \[3\]"),
+        ({"target_parameters": None}, r"gives the experts of .* the ranks \[\]"),
+        (
+            {"target_parameters": None, "target_modules": ["gate_proj", "up_proj", "down_proj"], "r": 10**9},
+            "1000000000",
+        ),
+        ({"target_parameters": None, "target_modules": ["gate_proj"]}, "without also targeting up_proj"),
+        ({"target_parameters": ["experts.down_proj", "gate.weight"]}, "gate.weight, which is no projection of fused"),
+        ({"target_parameters": ["a"] * 2000}, "more than 1,000 target parameters"),
+        ({"target_parameters": "experts.down_proj"}, "which is not a list of names"),
+    ],
+    ids=str,
+)
+def test_settings_that_the_experts_tensors_do_not_bear_out_are_refused(
+    change: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    """PEFT would make matrices of a billion rows before it looks at the file."""
+    policy = ours("qwen3_moe", targets=["experts"])
+    save_adapter(policy, tmp_path, base="b")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | change))
+    with pytest.raises(ModelError, match=words):
+        attach_existing(tiny_mixture(), tmp_path, trainable=False)
+
+
 # The product
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -77,8 +78,8 @@ def test_merged_plain_transformers_says_what_plain_peft_says(
 
 
 def test_a_reference_that_moves_is_refused_where_experts_are_adapted(base: Path, tmp_path: Path) -> None:
-    moving = {"reference": {"update_every": 2}}
+    moving: dict[str, Any] = {"reference": {"update_every": 2}}
     said = dpo("train", write_recipe(tmp_path / "recipe.yaml", base, **moving))
     assert said.code == 1 and "adapted experts cannot be mixed into a reference that moves" in said.err
-    attention = {"adapter": {"targets": ["q_proj", "v_proj"]}}
+    attention: dict[str, Any] = {"adapter": {"targets": ["q_proj", "v_proj"]}}
     assert dpo("train", write_recipe(tmp_path / "recipe.yaml", base, **moving, **attention)).code == 0

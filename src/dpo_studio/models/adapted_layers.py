@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Mapping
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 from torch import nn
+from transformers import PreTrainedModel
 
 from dpo_studio.config import AdapterSection
 from dpo_studio.errors import ModelError
+from dpo_studio.models.adapter_settings import rank_of
 from dpo_studio.models.dora import Dora
 from dpo_studio.models.experts import LoraExperts, fused_experts, plain_name
 from dpo_studio.models.lora import LoraLinear
@@ -60,14 +63,37 @@ def check_layers(policy: PeftModel, what: str) -> None:
         raise ModelError(f"{what} would train {others[0]}, which no adapter's file would contain")
 
 
-def check_parameters(model: nn.Module, names: Collection[str], what: str) -> None:
-    """Raises ModelError if one of an adapter's target parameters is no projection of experts that are computed here."""
-    known = [name for names in fused_experts(model).values() for name in names]
-    for wanted in names:
-        if not any(name == wanted or name.endswith(f".{wanted}") for name in known):
+def check_parameters(model: PreTrainedModel, config: LoraConfig, rows: Mapping[str, int], what: str) -> None:
+    """See that an adapter's target parameters are experts that are computed here, of the ranks that its tensors have;
+    `rows` are those of each layer's A.
+
+    The settings are then as PEFT makes them: names of transformers 4 are those of the fused experts.
+
+    Raises:
+        ModelError: they are not; PEFT would make tensors of any rank first.
+    """
+    try:
+        convert_peft_config_for_transformers(config, model=model, conversions=None)
+    except ValueError as error:
+        raise ModelError(f"{what}: this adapter does not fit the model: {error}") from None
+    fused = fused_experts(model)
+    wanted = sorted(config.target_parameters or ())
+    every = [name for names in fused.values() for name in names]
+    named = {one: [name for name in every if name == one or name.endswith(f".{one}")] for one in wanted}
+    if strange := [target for target, names in named.items() if not names]:
+        raise ModelError(
+            f"{what}: target_parameters has {strange[0]}, which is no projection of fused experts in this model",
+            hint="was this adapter trained on another base?",
+        )
+    meant = {name for names in named.values() for name in names}
+    experts = {plain_name(name): module for name, module in model.named_modules() if hasattr(module, "num_experts")}
+    for place, names in fused.items():
+        ranks = [rank_of(name, config.rank_pattern, config.r) for name in names if name in meant]
+        found = [count / experts[place].num_experts for layer, count in rows.items() if plain_name(layer) == place]
+        if sorted(ranks) != sorted(found):
             raise ModelError(
-                f"{what}: target_parameters has {wanted}, which is no projection of fused experts in this model",
-                hint="was this adapter trained on another base?",
+                f"{what}: adapter_config.json gives the experts of {place} the ranks {ranks}, its tensors have {found}",
+                hint="was this adapter trained on another base? r and rank_pattern must be those of its training",
             )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from dpo_studio.errors import ModelError
 
-__all__ = ["base_named_by", "lora_settings", "refuse_strange_lora"]
+__all__ = ["base_named_by", "lora_settings", "rank_of", "refuse_strange_lora"]
 
 _LORA_KEYS = frozenset(
     (
@@ -123,7 +123,7 @@ def lora_settings(raw: Mapping[str, Any], ranks: Mapping[str, int], name: str) -
         if len(patterns) > len(ranks):
             raise ModelError(f"{name}: {key} has {len(patterns):,} entries for {len(ranks):,} layers with tensors")
         settings[key] = patterns
-    expected = {layer: _rank(layer, settings) for layer in ranks}
+    expected = {layer: rank_of(layer, settings["rank_pattern"], int(settings.get("r", 8))) for layer in ranks}
     linear = {layer: rank for layer, rank in ranks.items() if not _OF_EXPERTS.fullmatch(layer)}
     if wrong := sorted(layer for layer, rank in linear.items() if rank not in (0, expected[layer])):
         layer = wrong[0]
@@ -135,12 +135,12 @@ def lora_settings(raw: Mapping[str, Any], ranks: Mapping[str, int], name: str) -
     return settings
 
 
-def _rank(layer: str, settings: Mapping[str, Any]) -> int:
+def rank_of(layer: str, patterns: Mapping[str, int], otherwise: int) -> int:
     """As PEFT finds it: the first pattern that is the layer's name or ends it, else r."""
-    for pattern, rank in settings["rank_pattern"].items():
+    for pattern, rank in patterns.items():
         if re.match(rf"(.*\.)?({pattern})$", layer):
             return int(rank)
-    return int(settings.get("r", 8))
+    return otherwise
 
 
 def base_named_by(raw: Any, revision: Any, name: str) -> str:

@@ -111,11 +111,12 @@ def attach_existing(base: nn.Module, folder: Path, *, trainable: bool, name: str
     """
     config = read_adapter_config(folder)
     under = base.get_base_model() if isinstance(base, PeftModel) else base
-    layers = sorted(_ranks(folder, config.modules_to_save or ()))
+    ranks = _ranks(folder, config.modules_to_save or ())
+    layers = sorted(ranks)
     if strange := not_adaptable(under, layers):
         raise _adapts(folder, *strange)
     _check_layers_are_there(under, layers, folder)
-    check_parameters(under, config.target_parameters or (), str(folder))
+    check_parameters(under, config, ranks, str(folder))
     if config.modules_to_save:
         config.modules_to_save = modules_named(under, config.modules_to_save, f"{folder}: modules_to_save")
         _check_whole_are_there(folder, config.modules_to_save)
