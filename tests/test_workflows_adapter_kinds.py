@@ -116,6 +116,6 @@ def test_a_reference_that_moves_is_refused_with_what_cannot_be_mixed(run: Path, 
         reference={"update_every": 2},
     )
     said = dpo("train", recipe)
-    assert said.code == 1 and "a DoRA adapter (default) cannot be mixed into a reference that moves" in said.err
+    assert said.code == 1 and "a DoRA adapter cannot be mixed into a reference that moves" in said.err
     recipe = write_recipe(tmp_path / "recipe.yaml", base, adapter={"kind": "rslora"}, reference={"update_every": 2})
     assert dpo("train", recipe).code == 0

@@ -15,7 +15,7 @@ from __future__ import annotations
 from copy import copy
 
 import torch
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
 from peft.tuners import lora
 from torch import Tensor, nn
 
@@ -23,7 +23,14 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import POLICY, REFERENCE
 from dpo_studio.models.experts import adapts_experts
 
-__all__ = ["RANKS_KEPT", "check_movable", "move_reference", "put_reference", "reference_state"]
+__all__ = [
+    "RANKS_KEPT",
+    "check_movable",
+    "check_movable_settings",
+    "move_reference",
+    "put_reference",
+    "reference_state",
+]
 
 RANKS_KEPT = 4
 """The reference's rank, at most, in ranks of the policy's adapter. In training successive policies share most of their
@@ -33,17 +40,23 @@ directions: on SmolLM2-135M 4 truncate 7e-6, less than bf16 rounds; of twelve un
 def check_movable(policy: PeftModel) -> None:
     """Raises ModelError if an adapter is more than products: magnitudes, experts and whole modules have no such sum."""
     if adapts_experts(policy):
-        raise ModelError(
-            "reference.update_every: adapted experts cannot be mixed into a reference that moves (TR-DPO)",
-            hint="name layers of attention as adapter.targets, or use a reference that does not move",
-        )
-    for name, config in policy.peft_config.items():
-        if config.use_dora or config.modules_to_save:
-            what = "a DoRA adapter" if config.use_dora else "an adapter with whole modules"
-            raise ModelError(
-                f"reference.update_every: {what} ({name}) cannot be mixed into a reference that moves (TR-DPO)",
-                hint="use adapter.kind: lora or rslora without modules_to_save, or a reference that does not move",
-            )
+        raise _unmovable("adapted experts", "name layers of attention as adapter.targets")
+    for config in policy.peft_config.values():
+        check_movable_settings(config)
+
+
+def check_movable_settings(config: LoraConfig) -> None:
+    """The same of an adapter's settings, before there is a model."""
+    if config.use_dora or config.modules_to_save:
+        what = "a DoRA adapter" if config.use_dora else "an adapter with whole modules"
+        raise _unmovable(what, "use adapter.kind: lora or rslora without modules_to_save")
+
+
+def _unmovable(what: str, way_on: str) -> ModelError:
+    return ModelError(
+        f"reference.update_every: {what} cannot be mixed into a reference that moves (TR-DPO)",
+        hint=f"{way_on}, or use a reference that does not move",
+    )
 
 
 @torch.no_grad()

@@ -12,6 +12,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.models.adapters import read_adapter_config
 from dpo_studio.models.find import is_on_disk
 from dpo_studio.models.folder import ModelFolder, open_model
+from dpo_studio.policy.moving_reference import check_movable_settings
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["check_same_vocabulary", "find_models", "look_at_models", "reference_section"]
@@ -34,11 +35,13 @@ def find_models(recipe: Recipe) -> dict[str, ModelFolder]:
     A name on the Hub is looked up after the data: what it names may take an hour to fetch.
 
     Raises:
-        ModelError: one is missing, unsafe or unsupported; or an adapter is.
+        ModelError: one is missing, unsafe or unsupported; or an adapter is, or cannot move with the reference.
     """
     for adapter in (recipe.model.adapter, recipe.reference.adapter):
         if adapter is not None:
-            read_adapter_config(Path(adapter))
+            config = read_adapter_config(Path(adapter))
+            if recipe.reference.update_every is not None:
+                check_movable_settings(config)
     found: dict[str, ModelFolder] = {}
     for section in _sections(recipe):
         if is_on_disk(section.path):
