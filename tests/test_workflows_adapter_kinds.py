@@ -119,3 +119,15 @@ def test_a_reference_that_moves_is_refused_with_what_cannot_be_mixed(run: Path, 
     assert said.code == 1 and "a DoRA adapter cannot be mixed into a reference that moves" in said.err
     recipe = write_recipe(tmp_path / "recipe.yaml", base, adapter={"kind": "rslora"}, reference={"update_every": 2})
     assert dpo("train", recipe).code == 0
+
+
+def test_dora_over_a_base_in_fp8_begins_at_ln_2_and_is_held_to_peft_s(tmp_path: Path) -> None:
+    """The norm is of what e4m3 holds, as the products are; the check at the start compares with PEFT's own DoRA."""
+    base = tiny_folder(tmp_path / "base", num_hidden_layers=2)
+    recipe = write_recipe(
+        tmp_path / "recipe.yaml", base, model={"compute": "fp8", "dtype": "bfloat16"}, adapter={"kind": "dora"}
+    )
+    said = dpo("train", recipe)
+    assert said.code == 0, said.err
+    losses = [line["loss"] for line in metrics(tmp_path / "run") if "loss" in line]
+    assert losses[0] == pytest.approx(0.6931472, abs=1e-6) and losses[-1] != losses[0]

@@ -61,14 +61,16 @@ class Delta:
     up_Nr: Tensor
     """LoRA's B, fp32."""
     scale: float
-    gain_N: Tensor | None = None
-    """DoRA's magnitude over its norm, fp32: what the sum is multiplied by."""
+    magnitude_N: Tensor | None = None
+    """DoRA's, fp32: the norm that each row of the sum is given."""
 
     def added_to(self, weight_NK: Tensor) -> Tensor:
         """fp32."""
         up_Nr, down_rK = (side.to(weight_NK.device) for side in (self.up_Nr, self.down_rK))
         sum_NK = torch.addmm(weight_NK.float(), up_Nr, down_rK, alpha=self.scale)
-        return sum_NK if self.gain_N is None else sum_NK.mul_(self.gain_N.to(sum_NK.device)[:, None])
+        if self.magnitude_N is None:
+            return sum_NK
+        return sum_NK.mul_((self.magnitude_N.to(sum_NK.device) / torch.linalg.vector_norm(sum_NK, dim=1))[:, None])
 
 
 @dataclass(frozen=True, eq=False)
@@ -100,20 +102,17 @@ AnyDelta = Delta | ExpertsDelta | Whole
 
 
 def adapter_deltas(policy: nn.Module) -> dict[str, AnyDelta]:
-    """What the policy's adapter changes, by the name that the layer has in the base, on the CPU.
-
-    DoRA's norms are those of the last forward pass, or of the adapter as it was loaded.
-    """
+    """What the policy's adapter changes, by the name that the layer has in the base, on the CPU."""
     found: dict[str, AnyDelta] = {}
     for name, layer in policy.named_modules():
         name = name.removeprefix("base_model.model.")
         if isinstance(layer, LoraLinear) and POLICY in layer.lora_A:
-            gain_N = layer.lora_magnitude_vector[POLICY].gain() if is_dora(layer, POLICY) else None
+            magnitude_N = layer.lora_magnitude_vector[POLICY].weight if is_dora(layer, POLICY) else None
             found[name] = Delta(
                 layer.lora_A[POLICY].weight.detach().float().cpu(),
                 layer.lora_B[POLICY].weight.detach().float().cpu(),
                 float(layer.scaling[POLICY]),
-                None if gain_N is None else gain_N.detach().cpu(),
+                None if magnitude_N is None else magnitude_N.detach().float().cpu(),
             )
         elif isinstance(layer, LoraExperts) and POLICY in layer.lora_A:
             down_ErK, up_ENr = (part.detach().float().cpu() for part in factors(layer, POLICY))

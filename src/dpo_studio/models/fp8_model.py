@@ -28,7 +28,7 @@ def into_fp8(model: PreTrainedModel, device: torch.device, name: str) -> str:
     if obstacle := row_scaled_obstacle(device, model.dtype):
         raise ModelError(f"model.compute: fp8 {obstacle}", hint=_HINT)
     targets = all_linear(model)
-    if targets.experts:
+    if targets.experts or targets.parameters:
         raise ModelError(
             f"model.compute: fp8 cannot be used for {name}: its experts would stay as they are",
             hint=_HINT,
