@@ -46,7 +46,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         if self.disable_adapters and not self.merged:
             return self.base_layer(x, *args, **kwargs)  # type: ignore[no-any-return]
         active = [name for name in self.active_adapters if name in self.lora_A]
-        if self.merged or len(active) != 1 or not (active[0] not in self.lora_variant or is_dora(self, active[0])):
+        if self.merged or len(active) != 1 or (active[0] in self.lora_variant and not is_dora(self, active[0])):
             return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return]
         ready, self._ready = self._ready, None
         if ready is not None and ready[0] is x:
@@ -77,12 +77,12 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         super().merge(*args, **kwargs)
 
     def _with_dropout(self, x: Tensor, name: str) -> Tensor:
-        dropped = self.lora_dropout[name](x)
         if is_dora(self, name):  # g (W d + s B A d) + W (x - d) + b, d = dropout(x), as PEFT has it
+            dropped = self.lora_dropout[name](x)
             (y,) = lora_outputs(dropped, [self], name)
             return y + products(x - dropped, [frozen_weight(self.base_layer)], *_no_adapter(x, self))[0]
         y = self.base_layer(x)
-        low = nn.functional.linear(dropped, self.lora_A[name].weight.to(x.dtype))
+        low = nn.functional.linear(self.lora_dropout[name](x), self.lora_A[name].weight.to(x.dtype))
         up = self.lora_B[name].weight.to(x.dtype)
         flat = torch.addmm(y.flatten(0, -2), low.flatten(0, -2), up.t(), alpha=self.scaling[name])
         return flat.view(y.shape)
