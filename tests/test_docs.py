@@ -222,8 +222,8 @@ def test_what_hints_and_documents_say_to_install_can_be_installed_from_a_clone()
     written = [*DOCUMENTS, *(ROOT / "src").rglob("*.py"), ROOT / "Makefile"]
     assert [file.name for file in written if "pip install 'dpo-studio" in file.read_text(encoding="utf-8")] == []
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
-    named = {extra for file in written for extra in re.findall(r"install_hint\(\"(\w+)\"\)", file.read_text())}
-    named |= {extra for file in DOCUMENTS for extra in re.findall(r"'\.\[(\w+)\]'", file.read_text())}
+    named = {extra for file in written for extra in re.findall(r"install_hint\(\"([\w-]+)\"\)", file.read_text())}
+    named |= {extra for file in DOCUMENTS for extra in re.findall(r"'\.\[([\w-]+)\]'", file.read_text())}
     assert named == extras.keys() - {"dev"}
 
 

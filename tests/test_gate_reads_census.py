@@ -64,6 +64,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/workflows/training/saving.py", "re.match"): (1, "the constant MINUTES of the recipe"),
     # What a process of ours wrote a moment ago, where nobody else writes.
     ("dpo_studio/export/requantise.py", "read_text"): (4, "an export's scratch folder, and the log of our own process"),
+    ("dpo_studio/export/gguf_tokenizer.py", "json.loads"): (1, "of what a loaded tokenizer has just written"),
     ("dpo_studio/export/requantise.py", "json.loads"): (4, "an export's scratch folder, and lines of our own process"),
     ("dpo_studio/export/gptq_job.py", "read_text"): (1, "a job that this process's parent wrote"),
     ("dpo_studio/export/gptq_job.py", "json.loads"): (1, "a job that this process's parent wrote"),

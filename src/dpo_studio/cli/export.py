@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from dpo_studio.cli.options import Bits, CalibrationRows, DescAct, Dtype, Form, GroupSize, Overwrite, group_of
+from dpo_studio.cli.options import Bits, CalibrationRows, DescAct, Dtype, Form, GgufKind, GroupSize, Overwrite, group_of
 
 __all__ = ["export"]
 
@@ -16,6 +16,7 @@ def export(
     run: Annotated[str, typer.Argument(metavar="RUN", help="A run folder.")],
     out: Annotated[Path, typer.Argument(help="The folder to make.")],
     to: Form,
+    type_: GgufKind = "f16",
     bits: Bits = 4,
     group_size: GroupSize = "auto",
     rows: CalibrationRows = 128,
@@ -26,10 +27,20 @@ def export(
     overwrite: Overwrite = False,
     dtype: Dtype = None,
 ) -> None:
-    """Write the adapter, one merged model or one GPTQ folder; it is compared with the run's model first."""
+    """Write the adapter, a merged model, a GPTQ folder or a GGUF; it is compared with the run's model first."""
     size = group_of(group_size)
     from dpo_studio.workflows.exporting.run import Quantising, export_run
 
     settings = Quantising(bits, size, desc_act)
-    export_run(run, out, to, settings=settings, rows=rows, force=force, overwrite=overwrite, dtype=dtype)
+    export_run(
+        run,
+        out,
+        to,
+        settings=settings,
+        gguf_type=type_,
+        rows=rows,
+        force=force,
+        overwrite=overwrite,
+        dtype=dtype,
+    )
     print(out)

@@ -22,6 +22,7 @@ __all__ = [
     "Dtype",
     "Form",
     "Format",
+    "GgufKind",
     "GroupSize",
     "JudgeSpec",
     "KeyEnv",
@@ -83,7 +84,10 @@ TooLong = Annotated[
     Literal["drop", "cut_prompt_start", "cut_answer_end"], typer.Option(help="What to do with a longer pair.")
 ]
 Tracker = Annotated[Optional[Literal["tensorboard", "wandb", "trackio"]], typer.Option(help="Log to it as well.")]  # noqa: UP045
-Form = Annotated[Literal["adapter", "merged", "gptq"], typer.Option("--to", help="What to write.")]
+GgufKind = Annotated[
+    Literal["f16", "bf16", "q8_0", "q4_k_m"], typer.Option("--type", help="Of the matrices of a GGUF file.")
+]
+Form = Annotated[Literal["adapter", "merged", "gptq", "gguf"], typer.Option("--to", help="What to write.")]
 Bits = Annotated[Literal[2, 3, 4, 8], typer.Option(help="Bits of a weight.")]
 Overrides = Annotated[
     list[str] | None,

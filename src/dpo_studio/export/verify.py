@@ -34,7 +34,8 @@ class Bar:
     """Share of the reward margins beyond the noise that keep their sign."""
 
 
-BARS = {"merged": Bar(0.99, 0.97), "gptq": Bar(0.95, 0.85)}
+BARS = {"merged": Bar(0.99, 0.97), "gptq": Bar(0.95, 0.85), "gguf": Bar(0.99, 0.97)}
+"""A GGUF's are those of the merged model that it is written from."""
 
 
 @dataclass(frozen=True)

@@ -99,6 +99,16 @@ class ChatEncoder:
         self._texts.find_anchor(self._trial)
 
     @property
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Without the template."""
+        return self._tokenizer
+
+    @property
+    def template(self) -> str:
+        """The chat template, as Jinja."""
+        return self._writer.template.source
+
+    @property
     def pad_id(self) -> int:
         """The padding id; masked out."""
         return int(self._tokenizer.pad_token_id if self._tokenizer.pad_token_id is not None else self._eos)
@@ -154,6 +164,14 @@ class ChatEncoder:
         """
         chat = self._chat(prompt, open_answer=True)
         return self._texts.ids(chat, self._texts.whole([chat]))
+
+    def prompt_text(self, prompt: Sequence[Message]) -> str:
+        """The prompt as a server sends it, as text; special tokens that its turns spell are stand-ins.
+
+        Raises:
+            PairError: the template refuses it.
+        """
+        return self._chat(prompt, open_answer=True).text
 
     def chat_ids(self, chats: Sequence[Sequence[Message]]) -> list[list[int] | PairError]:
         """Whole chats to their last token, whatever the template writes after the last turn; or why not."""

@@ -43,12 +43,13 @@ from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.workflows.demo import SHOWCASE
 from dpo_studio.workflows.exporting.cards import adapter_card, tuned_card
 from dpo_studio.workflows.exporting.comparing import RunModel, ask_the_run, look_again, stop_rate
+from dpo_studio.workflows.exporting.gguf import GgufKind, check_gguf, write_gguf_export
 from dpo_studio.workflows.exporting.quantizing import free_memory
 from dpo_studio.workflows.loading import adapter_of
 
 __all__ = ["Quantising", "export_run"]
 
-Form = Literal["adapter", "merged", "gptq"]
+Form = Literal["adapter", "merged", "gptq", "gguf"]
 
 
 def export_run(
@@ -57,6 +58,7 @@ def export_run(
     to: Form,
     *,
     settings: Quantising | None = None,
+    gguf_type: GgufKind = "f16",
     rows: int = 128,
     force: bool = False,
     overwrite: bool = False,
@@ -66,7 +68,8 @@ def export_run(
     """Export the run's adapter into the new folder `out`; return `export.json`'s content.
 
     merged: base and adapter in bf16. gptq: that, requantised, calibrated on the run's own training pairs. Both are
-    loaded back and compared with the run's own model; too far apart is an error unless `force`.
+    loaded back and compared with the run's own model; too far apart is an error unless `force`. gguf: merged, written
+    for llama.cpp in `gguf_type`, and compared there where `xllamacpp` is installed.
 
     Raises:
         DPOStudioError: with a hint; `out` is whole or not there.
@@ -79,6 +82,8 @@ def export_run(
     check_new(out, reads=[run, recipe.model.path, recipe.model.adapter], overwrite=overwrite)
     if to == "gptq":
         check_gptqmodel()
+    if to == "gguf":
+        check_gguf(recipe.model, gguf_type)
     with progress or Progress() as shown:
         adapter = adapter_of(folder, shown.say)
         check_finite_adapter(adapter)
@@ -86,7 +91,8 @@ def export_run(
             return _export_adapter(folder, recipe, adapter, out, overwrite=overwrite)
         if dtype is not None:
             recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
-        return _Export(folder, recipe, adapter, out, to, settings or Quantising(), rows, force, overwrite, shown).make()
+        quantising = settings or Quantising()
+        return _Export(folder, recipe, adapter, out, to, quantising, gguf_type, rows, force, overwrite, shown).make()
 
 
 def _typed_base(run: RunFolder, recipe: Recipe) -> str:
@@ -150,8 +156,9 @@ class _Export:
     recipe: Recipe
     adapter: Path
     out: Path
-    to: Literal["merged", "gptq"]
+    to: Literal["merged", "gptq", "gguf"]
     settings: Quantising
+    gguf_type: GgufKind
     rows: int
     force: bool
     overwrite: bool
@@ -167,10 +174,14 @@ class _Export:
             base_folder = self._merge(known, place)
             if self.to == "gptq":
                 self._requantise(known.training, place)
-            comparison, answers = look_again(known, self.recipe, place.result, self.progress, today=today)
+            whole = place.work / "merged" if self.to == "gguf" else place.result
+            comparison, answers = look_again(known, self.recipe, whole, self.progress, today=today)
             for line in comparison.lines():
                 self.progress.say(line)
-            misses = comparison.misses(BARS[self.to])
+            misses, more = comparison.misses(BARS[self.to]), {}
+            if self.to == "gguf":
+                gguf = write_gguf_export(known, self.recipe, whole, place.result, self.gguf_type, self.progress, today)
+                misses, more = misses + gguf.misses, gguf.content
             if misses and not self.force:
                 raise RunError(
                     f"{self.out} is not made: the {self.to} model is too far from the run's own: {'; '.join(misses)}",
@@ -178,7 +189,7 @@ class _Export:
                 )
             for miss in misses:
                 self.progress.warn(f"made all the same: {miss}")
-            result = self._result(known, comparison, answers, misses)
+            result = self._result(known, comparison, answers, misses) | more
             _write_json(place.result / "export.json", result)
             quantised = self.settings if self.to == "gptq" else None
             base = _typed_base(self.run, self.recipe)
@@ -248,12 +259,14 @@ def _bytes_needed(known: RunModel, to: str, bits: int) -> int:
     merged = 2 * known.weights
     if to == "merged":
         return merged
+    if to == "gguf":
+        return 2 * merged
     scales = known.linear * 2 / 32
     return int(merged + 2 * (known.linear * bits / 8 + scales + 4 * (known.weights - known.linear)))
 
 
 def _what_keeps_it(to: str, settings: Quantising) -> str:
-    if to == "merged":
+    if to in ("merged", "gguf"):
         return "--to adapter keeps it exactly; --force makes it all the same"
     finer = [] if settings.group_size == 32 else ["--group-size 32"]
     more = [] if settings.bits == 8 else ["--bits 8"]
