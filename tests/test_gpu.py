@@ -24,6 +24,7 @@ from dpo_studio.frozen import adapter_columns
 from dpo_studio.frozen.fp8 import fp8_rows, fp8_weight
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.frozen.nf4 import Doubled, Nf4
 from dpo_studio.frozen.row_scaled import RowScaled, row_scaled
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, plan_limit
@@ -156,6 +157,28 @@ def test_weights_formed_by_the_kernel_are_those_of_plain_torch(bits: int, group_
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         assert torch.equal(on_gpu(weight).dequantised(dtype).cpu(), weight.exact(rounded).to(dtype))
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("block", [32, 64, 128, 4096])
+def test_nf4_formed_by_the_kernel_is_that_of_plain_torch(block: int, doubled: bool) -> None:
+    """To the bit; plain torch's is bitsandbytes' (tests/test_models_formats.py). 200 x 770 weights: blocks over the
+    ends of rows, and a last one that is not full."""
+    draw = torch.Generator().manual_seed(block)
+    shape = (200, 770)
+    blocks = -(-shape[0] * shape[1] // block)
+    bytes_P = torch.randint(0, 256, (shape[0] * shape[1] // 2,), generator=draw, dtype=torch.uint8)
+    scales = torch.rand(blocks, generator=draw)
+    parts = None
+    if doubled:
+        scales = torch.randint(0, 256, (blocks,), generator=draw, dtype=torch.uint8)
+        of_scales = torch.rand(-(-blocks // 256), generator=draw)
+        parts = Doubled(of_scales, torch.randn(256, generator=draw), torch.tensor(0.7071), 256)
+    weight = Nf4(bytes_P, scales, parts, shape, block)
+    there = Nf4.taken(iter([x.to(CUDA) for x in weight.tensors().values()]), iter(weight.numbers()))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(there.dequantised(dtype).cpu(), weight.exact(dtype))
+        assert torch.equal(there.plain(dtype).cpu(), weight.exact(dtype))
 
 
 def test_fp8_loses_nothing_of_the_weights() -> None:

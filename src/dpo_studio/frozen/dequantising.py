@@ -12,7 +12,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-__all__ = ["has_triton", "rows_at_once", "unpack"]
+__all__ = ["has_triton", "rows_at_once", "slices_at_once", "unpack"]
 
 _ELEMENTS_AT_ONCE = 1 << 19
 """Elements that a CPU dequantises at a time: the intermediate values stay in a core's cache (2 MB in fp32)."""
@@ -23,6 +23,13 @@ def rows_at_once(out_NK: Tensor) -> Iterator[slice]:
     outputs, inputs = out_NK.shape
     rows = max(1, _ELEMENTS_AT_ONCE // inputs) if out_NK.device.type == "cpu" else outputs
     yield from (slice(start, start + rows) for start in range(0, outputs, rows))
+
+
+def slices_at_once(flat: Tensor, block: int) -> Iterator[slice]:
+    """As `rows_at_once`, of a flat weight: each slice begins with a block."""
+    count = len(flat)
+    at_once = max(block, _ELEMENTS_AT_ONCE // block * block) if flat.device.type == "cpu" else max(count, 1)
+    yield from (slice(start, min(start + at_once, count)) for start in range(0, count, at_once))
 
 
 def unpack(words_NW: Tensor, bits: int) -> Tensor:

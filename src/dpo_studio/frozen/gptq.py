@@ -2,7 +2,7 @@
 zero point.
 
 The weight is scale x (integer - zero point), dequantised exactly in fp32 and rounded once: to bfloat16 under bfloat16,
-else to float16, the precision of the checkpoint.
+else to the precision of the checkpoint's scales, which is float16.
 
 Shapes: N = outputs, K = inputs, W = words of a row (K x bits / 32), G = groups of inputs.
 """
@@ -44,14 +44,23 @@ class Packed:
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """(N, K), scale x (integer - zero point), rounded once; float32 stays as exact as float16 is."""
-        rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         if self.words_NW.is_cuda and has_triton():
             from dpo_studio.frozen.kernels import dequantise
 
             return dequantise(
-                self.words_NW, self.scales_NG, self.zeros_NG, self.group_K, self.bits, self.group_size, rounded
+                self.words_NW,
+                self.scales_NG,
+                self.zeros_NG,
+                self.group_K,
+                self.bits,
+                self.group_size,
+                self._rounded_to(dtype),
             ).to(dtype)
-        return self.exact(rounded).to(dtype)
+        return self.plain(dtype)
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """(N, K) by plain torch: what `dequantised` gives."""
+        return self.exact(self._rounded_to(dtype)).to(dtype)
 
     def exact(self, dtype: torch.dtype) -> Tensor:
         """(N, K) by plain torch, exact before it is rounded to `dtype`; float32 is not rounded."""
@@ -91,3 +100,7 @@ class Packed:
         bits, group_size, act_order = next(numbers), next(numbers), next(numbers)
         words_NW, scales_NG, zeros_NG = next(tensors), next(tensors), next(tensors)
         return cls(words_NW, scales_NG, zeros_NG, next(tensors) if act_order else None, bits, group_size)
+
+    def _rounded_to(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision that a weight is formed in for a product in `dtype`."""
+        return torch.bfloat16 if dtype == torch.bfloat16 else self.scales_NG.dtype

@@ -19,7 +19,8 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError, reason_of
-from dpo_studio.frozen.gptq_files import Quantization, read_quantization
+from dpo_studio.frozen.formats import Quantization, read_quantization
+from dpo_studio.frozen.gptq_files import Gptq
 from dpo_studio.models.attention import check_architecture
 from dpo_studio.models.find import find_folder
 from dpo_studio.models.fingerprint import weights_fingerprint
@@ -34,7 +35,8 @@ from dpo_studio.tokens.chat import ChatEncoder
 __all__ = ["ModelFolder", "open_model"]
 
 _LOADED_FROM = ("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json", INDEX)
-"""What transformers and our GPTQ reader open beside the weights; an adapter's config would load the adapter as well."""
+"""What transformers and our readers of quantised weights open beside the weights; an adapter's config would load the
+adapter as well."""
 _State = Mapping[str, tuple[int, int, int]]
 """(size, time of the last change, inode) of each file that a model is loaded from."""
 
@@ -142,7 +144,12 @@ class ModelFolder:
         """
         self.check_files()
         if self.quantization is None and section.residency != "packed":
-            raise ModelError("model.residency is for GPTQ bases", hint=f"{self.name} is not one: remove it")
+            raise ModelError("model.residency is for quantised bases", hint=f"{self.name} is not quantised: remove it")
+        if section.compute == "fp8" and self.quantization is not None and not isinstance(self.quantization, Gptq):
+            raise ModelError(
+                "model.compute: fp8 is for dense and GPTQ bases",
+                hint=f"{self.name} is quantised in another format: compute: auto works with it",
+            )
         config = self.config
         try:
             refuse_unfit(config, self.name)

@@ -21,7 +21,7 @@ from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.fp8_model import into_fp8
-from dpo_studio.models.gptq_model import load_gptq
+from dpo_studio.models.quantised_model import load_quantised
 from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.chat import ChatEncoder
 
@@ -102,7 +102,7 @@ def _load_packed(
     packed = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
     hint = _MORE_ROOM if section.residency == "packed" else f"model.residency: packed takes that much; or {_MORE_ROOM}"
     with put_on_gpu(packed, folder.name, hint=hint):
-        return load_gptq(
+        return load_quantised(
             folder.path,
             deepcopy(folder.config.get_text_config()),
             folder.quantization,

@@ -1,0 +1,127 @@
+"""Checkpoints of bitsandbytes: NF4, with or without double quantisation, read as they are.
+
+bitsandbytes is not needed. Beside a layer's `weight`, flat bytes in a precision of any size (`quant_storage`), lie its
+scales, tables and a small JSON object written as bytes; each is held against the layer that the model has.
+
+Shapes: N = outputs, K = inputs, B = blocks, C = blocks of scales.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpo_studio import reading
+from dpo_studio.errors import ModelError
+from dpo_studio.frozen.nf4 import NF4_LEVELS, Doubled, Nf4
+from dpo_studio.frozen.shards import Place
+
+__all__ = ["read_bnb"]
+
+_STATE = "weight.quant_state.bitsandbytes__nf4"
+_PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
+_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Weights that share a scale, and scales that do: what bitsandbytes makes."""
+_LARGEST_STATE = 4096
+"""Bytes; a state has some 200."""
+
+
+@dataclass(frozen=True)
+class BitsAndBytes4:
+    """A checkpoint in NF4. Everything else is in each layer's own state."""
+
+    def reader(self, place: Place) -> Nf4Reader:
+        """What reads its layers."""
+        return Nf4Reader(place)
+
+
+def read_bnb(folder: Path, raw: Mapping[str, Any]) -> BitsAndBytes4:
+    """The settings of a model folder, from what its config says.
+
+    Raises:
+        ModelError: another format of bitsandbytes than NF4.
+    """
+    if not (raw.get("load_in_4bit") or raw.get("_load_in_4bit")):
+        raise ModelError(
+            f"{folder} is quantised with bitsandbytes to 8 bits, and DPO Studio reads its NF4 only",
+            hint="use the model's NF4 or GPTQ version, or its bf16 one",
+        )
+    kind = str(raw.get("bnb_4bit_quant_type", "fp4")).lower()
+    if kind != "nf4":
+        raise ModelError(
+            f"{folder} is quantised with bitsandbytes to {kind} (bnb_4bit_quant_type), and DPO Studio reads NF4 only",
+            hint="use the model's NF4 version, or its bf16 one",
+        )
+    return BitsAndBytes4()
+
+
+@dataclass(frozen=True)
+class Nf4Reader:
+    """Reads and checks one layer in NF4 at a time."""
+
+    place: Place
+
+    def layers(self) -> dict[str, list[str]]:
+        """The quantised layers, and the tensors of each."""
+        shards = self.place.shards
+        found = {*shards.with_ending(".weight.absmax"), *shards.with_ending(f".{_STATE}")}
+        return shards.of_layers(sorted(found), [*_PARTS, "bias"])
+
+    def linear(self, prefix: str, twin: nn.Linear) -> nn.Linear:
+        """The layer on the device, in the place of `twin`, the model's own."""
+        place, outputs, inputs = self.place, twin.out_features, twin.in_features
+        state = self._state(prefix)
+        if tuple(state.get("shape") or ()) != (outputs, inputs):
+            raise place.wrong(prefix, "weight", f"is of {state.get('shape')}, the model's is {(outputs, inputs)}")
+        if inputs % 2:
+            raise place.wrong(prefix, "weight", f"is of {inputs} inputs a row, and a byte has two")
+        block = self._block(prefix, state, "blocksize")
+        bytes_P = place.tensor(prefix, "weight", numbers=False).contiguous().view(torch.uint8).flatten()
+        if 2 * len(bytes_P) != outputs * inputs:
+            raise place.wrong(prefix, "weight", f"has {2 * len(bytes_P):,} weights, not {outputs} x {inputs}")
+        levels = place.tensor(prefix, "weight.quant_map", [torch.float32], (16,))
+        if levels.tolist() != torch.tensor(NF4_LEVELS).tolist():
+            raise place.wrong(prefix, "weight.quant_map", "has other levels than NF4's")
+        scales_B, doubled = self._scales(prefix, state, -(-outputs * inputs // block))
+        bias = place.bias(prefix, twin)
+        bytes_P, scales_B = bytes_P.to(place.device), scales_B.to(place.device)
+        return place.linear(prefix, Nf4(bytes_P, scales_B, doubled, (outputs, inputs), block), bias)
+
+    def _scales(self, prefix: str, state: Mapping[str, Any], blocks: int) -> tuple[Tensor, Doubled | None]:
+        place = self.place
+        if not place.has(prefix, "weight.nested_absmax"):
+            return place.tensor(prefix, "weight.absmax", [torch.float32], (blocks,)), None
+        nested = self._block(prefix, state, "nested_blocksize")
+        mean = state.get("nested_offset")
+        if not isinstance(mean, float | int):
+            raise place.wrong(prefix, _STATE, "has no nested_offset")
+        if state.get("nested_dtype") != "float32":
+            raise place.wrong(prefix, _STATE, f"has the nested_dtype {state.get('nested_dtype')!r:.40}, not float32")
+        scales_C = place.tensor(prefix, "weight.nested_absmax", [torch.float32], (-(-blocks // nested),))
+        levels = place.tensor(prefix, "weight.nested_quant_map", [torch.float32], (256,))
+        names_B = place.tensor(prefix, "weight.absmax", [torch.uint8], (blocks,))
+        offset = torch.tensor(float(mean), dtype=torch.float32, device=place.device)
+        return names_B, Doubled(scales_C.to(place.device), levels.to(place.device), offset, nested)
+
+    def _state(self, prefix: str) -> dict[str, Any]:
+        """The JSON object that lies among the tensors."""
+        raw = self.place.tensor(prefix, _STATE, [torch.uint8])
+        if raw.ndim != 1 or len(raw) > _LARGEST_STATE:
+            raise self.place.wrong(prefix, _STATE, f"is no state of NF4: {len(raw):,} bytes")
+        state = reading.parse_json(
+            bytes(raw.tolist()), what=f"tensor {prefix}.{_STATE} is not valid JSON", finite=True, error=ModelError
+        )
+        if not isinstance(state, dict) or state.get("quant_type") != "nf4":
+            raise self.place.wrong(prefix, _STATE, "is not the state of a weight in NF4")
+        return state
+
+    def _block(self, prefix: str, state: Mapping[str, Any], key: str) -> int:
+        block = state.get(key)
+        if isinstance(block, bool) or block not in _BLOCKS:
+            raise self.place.wrong(prefix, _STATE, f"has the {key} {block!r:.40}, which bitsandbytes does not make")
+        return int(block)

@@ -1,0 +1,88 @@
+"""Tiny model folders in every quantised format, made by the format's own library.
+
+In `dense/` are the same model with the weights that the library forms of them, in fp32, and in `bfloat16.safetensors`
+(float16, float32) those of the quantised layers alone, as products in that precision have them.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+__all__ = ["change_config", "change_tensors", "nf4_folder"]
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+Made = tuple[dict[str, Tensor], dict[torch.dtype, Tensor]]
+"""The tensors of a layer by the end of their names, and the weights that the library forms of them for products in each
+of `DTYPES`, (N, K)."""
+
+
+def nf4_folder(plain: Path, out: Path, *, double: bool, storage: torch.dtype = torch.uint8) -> Path:
+    """NF4 by bitsandbytes' CPU wheel, of bf16 weights."""
+    from bitsandbytes import functional
+
+    def made(weight_NK: Tensor) -> Made:
+        packed, state = functional.quantize_4bit(
+            weight_NK.bfloat16(), compress_statistics=double, quant_type="nf4", quant_storage=storage
+        )
+        parts = {"weight": packed} | {f"weight.{name}": x for name, x in state.as_dict(packed=True).items()}
+        # in one row: the CPU's kernel (0.50) takes wrong scales where rows are no whole number of blocks
+        state.shape = torch.Size([1, weight_NK.numel()])
+        dense = {}
+        for dtype in DTYPES:  # what its products are computed with in each
+            state.dtype = dtype
+            dense[dtype] = functional.dequantize_4bit(packed, state).view(weight_NK.shape)
+        return parts, dense
+
+    settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    return _written(plain, out, made, settings | {"bnb_4bit_use_double_quant": double})
+
+
+def _written(plain: Path, out: Path, made: Callable[[Tensor], Made], settings: dict[str, Any]) -> Path:
+    """The model of `plain` with every linear layer but the head as `made` gives it."""
+    packed: dict[str, Tensor] = {}
+    rest: dict[str, Tensor] = {}
+    formed: dict[torch.dtype, dict[str, Tensor]] = {dtype: {} for dtype in DTYPES}
+    for key, tensor in sorted(load_file(plain / "model.safetensors").items()):
+        if key.endswith("_proj.weight"):
+            parts, dense = made(tensor.float())
+            packed |= {f"{key.removesuffix('weight')}{end}": part.contiguous() for end, part in parts.items()}
+            for dtype, weight_NK in dense.items():
+                formed[dtype][key] = weight_NK.contiguous()
+        else:
+            rest[key] = tensor.bfloat16()
+    dense_tensors = formed[torch.float32] | {key: tensor.float() for key, tensor in rest.items()}
+    changes: dict[str, Any] = {"dtype": "bfloat16", "quantization_config": settings}
+    for place, tensors, changed in ((out, packed | rest, changes), (out / "dense", dense_tensors, {})):
+        place.mkdir(parents=True)
+        for file in plain.iterdir():
+            if file.suffix in (".json", ".jinja"):
+                shutil.copy(file, place)
+        config = json.loads((plain / "config.json").read_text())
+        (place / "config.json").write_text(json.dumps(config | changed))
+        save_file(tensors, place / "model.safetensors", metadata={"format": "pt"})
+    for dtype, weights in formed.items():
+        save_file(weights, out / "dense" / f"{str(dtype).removeprefix('torch.')}.safetensors")
+    return out
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], None]) -> None:
+    """Write the folder's tensors again after `change`."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file, metadata={"format": "pt"})
+
+
+def change_config(folder: Path, **changes: Any) -> None:
+    """Change what the folder's config says of its quantisation."""
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] |= changes
+    (folder / "config.json").write_text(json.dumps(config))

@@ -1,0 +1,216 @@
+"""Quantised formats besides GPTQ: formed weights are their own library's to the bit; each trains, scores, generates,
+exports; its adapters are plain PEFT's; and what is not exactly the format is refused.
+
+The oracles are bitsandbytes' CPU wheel (`tests/quantised_bases.py`), transformers and plain PEFT.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from torch import Tensor
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from dpo_studio.config import ModelSection
+from dpo_studio.errors import ModelError
+from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.learning.logprobs import pair_logps
+from dpo_studio.models.adapters import as_reference, attach, save_adapter
+from dpo_studio.models.load import load_chat_model
+from dpo_studio.sizes import check_model_size
+from dpo_studio.tokens.pack import pack
+from tests.pairs_of_ids import random_pairs
+from tests.policies import SECTION, moved
+from tests.quantised_bases import change_config, change_tensors, nf4_folder
+from tests.textbook import columns, plain_logps
+from tests.tiny_models import tiny_folder
+from tests.tiny_runs import dpo, write_recipe
+
+FORMATS: dict[str, Callable[[Path, Path], Path]] = {
+    "nf4": lambda plain, out: nf4_folder(plain, out, double=False),
+    "nf4-double": lambda plain, out: nf4_folder(plain, out, double=True),
+    "nf4-in-bf16": lambda plain, out: nf4_folder(plain, out, double=True, storage=torch.bfloat16),
+}
+PAIRS = random_pairs(4)
+SHAPE: dict[str, Any] = {"hidden_size": 64, "intermediate_size": 192, "head_dim": 16, "num_hidden_layers": 2}
+KEY = "model.layers.1.mlp.down_proj"
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a format: a Llama of two layers. Not to be written to."""
+    made: dict[str, Path] = {}
+    plain = tiny_folder(tmp_path_factory.mktemp("plain"), **SHAPE)
+
+    def folder(name: str) -> Path:
+        if name not in made:
+            made[name] = FORMATS[name](plain, tmp_path_factory.mktemp(name) / "base")
+        return made[name]
+
+    return folder
+
+
+def load(folder: Path, dtype: str = "float32", **settings: Any) -> Any:
+    """Our model."""
+    return load_chat_model(ModelSection(path=str(folder), dtype=dtype, **settings)).model
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_formed_weights_are_the_librarys_own(base: Callable[[str], Path], name: str) -> None:
+    """Every layer, in three precisions, packed and formed once: those of `dense/`, to the bit."""
+    for dtype in ("bfloat16", "float32", "float16"):
+        dense = load_file(base(name) / "dense" / f"{dtype}.safetensors")
+        layers = {n: m for n, m in load(base(name), dtype).named_modules() if isinstance(m, FrozenLinear)}
+        once = dict(load(base(name), dtype, residency="bf16").named_parameters())
+        assert len(layers) == 2 * 7
+        for key, layer in layers.items():
+            expected = dense[f"{key}.weight"]
+            assert str(expected.dtype) == f"torch.{dtype}"
+            assert expected.abs().max() > 0.1
+            assert torch.equal(layer.kept.dequantised(expected.dtype), expected), key
+            assert torch.equal(once[f"{key}.weight"], expected), key
+            assert torch.equal(layer.kept.rows(5).exact(torch.float32), layer.kept.exact(torch.float32)[:5])
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_log_probs_and_first_loss_are_the_plain_models(base: Callable[[str], Path], name: str) -> None:
+    """transformers' own model with the library's weights, in fp32, one sequence at a time; adapter on and off."""
+    policy = moved(attach(load(base(name)), SECTION, seed=0))
+    plain = AutoModelForCausalLM.from_pretrained(base(name) / "dense", dtype=torch.float32, attn_implementation="eager")
+    with torch.no_grad():
+        with as_reference(policy):
+            reference = columns(pair_logps(policy, pack(PAIRS)))
+        torch.testing.assert_close(reference, plain_logps(plain, PAIRS), rtol=1e-5, atol=5e-4)
+
+
+@pytest.mark.parametrize("name", ["nf4-double"])
+def test_a_base_trains_scores_generates_and_is_exported(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
+    """Four steps from ln 2 on; what is exported is the formed weight plus the adapter's delta, drawn to bf16."""
+    recipe = write_recipe(tmp_path / "r.yaml", base(name))
+    said = dpo("train", recipe)
+    assert said.code == 0, said.err
+    run = tmp_path / "run"
+    first, *_, last = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()][1:]
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-6)
+    assert last["loss"] != pytest.approx(0.693147, abs=1e-4)
+    assert len(dpo("score", run, tmp_path / "pairs.jsonl").lines) == 24
+    assert dpo("generate", run, "--prompt", "the bread", "--max-new-tokens", 4).code == 0
+    said = dpo("export", run, tmp_path / "merged", "--to", "merged", "--force")
+    assert said.code == 0, said.err
+    merged, adapter = load_file(tmp_path / "merged" / "model.safetensors"), load_file(run / "adapter" / ADAPTER)
+    formed = load_file(base(name) / "dense" / "float32.safetensors")[f"{KEY}.weight"]
+    a, b = (adapter[f"base_model.model.{KEY}.lora_{side}.weight"] for side in "AB")
+    exact = formed + 2 * b @ a  # alpha 4, rank 2
+    assert (merged[f"{KEY}.weight"].float() - exact).abs().max() <= exact.abs().max() * 2**-7
+    assert not torch.equal(merged[f"{KEY}.weight"], formed.bfloat16())
+    assert "quantization_config" not in json.loads((tmp_path / "merged" / "config.json").read_text())
+
+
+ADAPTER = "adapter_model.safetensors"
+
+
+@pytest.mark.parametrize("name", ["nf4-double"])
+def test_a_saved_adapter_scores_the_same_by_plain_peft_on_the_librarys_layers(
+    base: Callable[[str], Path], name: str, tmp_path: Path
+) -> None:
+    """transformers loads the same folder by the format's own library; in fp32, one sequence at a time."""
+    policy = moved(attach(load(base(name)), SECTION, seed=0))
+    save_adapter(policy, tmp_path / "adapter", base="someone/a-model")
+    theirs = AutoModelForCausalLM.from_pretrained(base(name), dtype=torch.float32, attn_implementation="eager")
+    for p in theirs.parameters():  # what is not quantised stays in bf16, whatever is asked for
+        p.data = p.data.float() if p.dtype == torch.bfloat16 else p.data
+    model = PeftModel.from_pretrained(theirs, tmp_path / "adapter")
+    model.train()  # else bitsandbytes multiplies in bf16; there is no dropout
+    with torch.no_grad():
+        ours = columns(pair_logps(policy, pack(PAIRS)))
+        with as_reference(policy):
+            reference = columns(pair_logps(policy, pack(PAIRS)))
+    torch.testing.assert_close(plain_logps(model, PAIRS).detach(), ours, rtol=1e-5, atol=1e-3)
+    assert (ours - reference).abs().max() > 0.1
+
+
+@pytest.mark.parametrize(("kind", "elements"), [("U8", 2), ("BF16", 4), ("F32", 8)])
+def test_four_bits_a_weight_are_counted_as_such_in_any_precision(kind: str, elements: int) -> None:
+    """Four layers of a Llama 7B, 809 million weights: in bf16 they are a quarter of that, and not too few for it."""
+    config = LlamaConfig(num_hidden_layers=4, vocab_size=64)
+    count = 4 * (4 * 4096**2 + 3 * 4096 * 11008)
+    shapes = {"all.weight": (kind, (count // elements, 1)), "all.weight.quant_map": ("F32", (16,))}
+    check_model_size(AutoModelForCausalLM, config, shapes, "a model")
+    with pytest.raises(ModelError, match="its weights have"):
+        check_model_size(AutoModelForCausalLM, config, shapes | {"all.weight": (kind, (count // 64, 1))}, "a model")
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "words"),
+    [
+        ("nf4", {"bnb_4bit_quant_type": "fp4"}, "to fp4 (bnb_4bit_quant_type)"),
+        ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes to 8 bits"),
+    ],
+)
+def test_other_settings_are_refused_by_name(
+    base: Callable[[str], Path], name: str, changes: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base(name), tmp_path / "bad")
+    change_config(folder, **changes)
+    with pytest.raises(ModelError) as raised:
+        load(folder)
+    assert words in str(raised.value) and "hint" in str(raised.value)
+
+
+def _state(**changes: Any) -> Callable[[dict[str, Tensor]], None]:
+    """Other numbers in the layer's state."""
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        key = f"{KEY}.weight.quant_state.bitsandbytes__nf4"
+        state = json.loads(bytes(tensors[key].tolist())) | changes
+        tensors[key] = torch.tensor(list(json.dumps(state).encode()), dtype=torch.uint8)
+
+    return change
+
+
+def _set(part: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({f"{KEY}.{part}": value(tensors[f"{KEY}.{part}"])})
+
+
+def _drop(part: str) -> Callable[[dict[str, Tensor]], None]:
+    def change(tensors: dict[str, Tensor]) -> None:
+        del tensors[f"{KEY}.{part}"]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        ("nf4", _state(blocksize=96), "has the blocksize 96"),
+        ("nf4", _state(shape=[192, 64]), "is of [192, 64], the model's is (64, 192)"),
+        ("nf4", _state(quant_type="fp4"), "is not the state of a weight in NF4"),
+        ("nf4", _set("weight", lambda x: x[:-1]), "weights, not 64 x 192"),
+        ("nf4", _set("weight.absmax", lambda x: x[:-1]), "is float32 (191,), not float32 (192,)"),
+        ("nf4", _set("weight.absmax", lambda x: x / 0), "has values that are not finite"),
+        ("nf4", _set("weight.quant_map", lambda x: x * 0.5), "has other levels than NF4's"),
+        ("nf4", _drop("weight.absmax"), f"tensor {KEY}.weight.absmax is missing"),
+        ("nf4", _drop("weight.quant_state.bitsandbytes__nf4"), "bitsandbytes__nf4 is missing"),
+        ("nf4", _drop("weight"), f"tensor {KEY}.weight is missing"),
+        ("nf4-double", _state(nested_blocksize=1), "has the nested_blocksize 1"),
+        ("nf4-double", _state(nested_offset=None), "has no nested_offset"),
+        ("nf4-double", _drop("weight.nested_quant_map"), "nested_quant_map is missing"),
+    ],
+)
+def test_a_bad_layer_is_refused_by_tensor(
+    base: Callable[[str], Path], name: str, change: Any, words: str, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(base(name), tmp_path / "bad")
+    change_tensors(folder, change)
+    with pytest.raises(ModelError) as raised:
+        load(folder)
+    assert words in str(raised.value), str(raised.value)
+    assert KEY in str(raised.value)
