@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.frozen.nf4 import Nf4
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
 from dpo_studio.models.load import load_chat_model
@@ -45,10 +46,15 @@ KEY = "model.layers.1.mlp.down_proj"
 
 
 @pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """The folder of a format: a Llama of two layers. Not to be written to."""
+def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama of two layers, in fp32."""
+    return tiny_folder(tmp_path_factory.mktemp("plain"), **SHAPE)
+
+
+@pytest.fixture(scope="module")
+def base(plain: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a format. Not to be written to."""
     made: dict[str, Path] = {}
-    plain = tiny_folder(tmp_path_factory.mktemp("plain"), **SHAPE)
 
     def folder(name: str) -> Path:
         if name not in made:
@@ -135,6 +141,64 @@ def test_a_saved_adapter_scores_the_same_by_plain_peft_on_the_librarys_layers(
             reference = columns(pair_logps(policy, pack(PAIRS)))
     torch.testing.assert_close(plain_logps(model, PAIRS).detach(), ours, rtol=1e-5, atol=1e-3)
     assert (ours - reference).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("kept", ["bfloat16", "float16", "float32"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+def test_a_dense_base_is_quantised_to_the_bits_that_bitsandbytes_makes(
+    kept: str, architecture: str, tmp_path: Path
+) -> None:
+    """Every linear layer but the head, biases (Qwen2) kept; levels and scales. Rows of 36 and 70: blocks over their
+    ends, a last one that is not full, and one of zeros."""
+    from bitsandbytes.functional import quantize_4bit
+
+    shape: dict[str, Any] = {"hidden_size": 36, "intermediate_size": 70, "head_dim": 8, "num_hidden_layers": 1}
+    folder = tiny_folder(tmp_path / "base", architecture, **shape)
+    cast = getattr(torch, kept)
+
+    def change(tensors: dict[str, Tensor]) -> None:
+        tensors.update({key: tensor.to(cast) for key, tensor in tensors.items()})
+        tensors["model.layers.0.mlp.up_proj.weight"][:4] = 0
+
+    change_tensors(folder, change)
+    model = load(folder, "bfloat16", quantize="nf4")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FrozenLinear)}
+    assert len(layers) == 7
+    tensors = load_file(folder / "model.safetensors")
+    for name, layer in layers.items():
+        packed, state = quantize_4bit(tensors[f"{name}.weight"], quant_type="nf4")
+        assert isinstance(layer.kept, Nf4)
+        assert torch.equal(layer.kept.bytes_P, packed.flatten())
+        assert torch.equal(layer.kept.scales_B, state.absmax)
+        assert (layer.bias is not None) == (f"{name}.bias" in tensors)
+    assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"].bfloat16())
+
+
+def test_a_base_quantised_while_loading_is_the_checkpoint_in_nf4(
+    base: Callable[[str], Path], plain: Path, tmp_path: Path
+) -> None:
+    """A run on the dense base with model.quantize gives the numbers of one on the NF4 checkpoint of the same weights,
+    although the reference of a run on the dense base itself, with the same cache, came first."""
+    found = []
+    folder = shutil.copytree(plain, tmp_path / "dense")
+    change_tensors(folder, lambda tensors: tensors.update({key: x.bfloat16() for key, x in tensors.items()}))
+    for name, path, model in (("b", folder, {}), ("a", base("nf4"), {}), ("c", folder, {"quantize": "nf4"})):
+        (tmp_path / name).mkdir()
+        steps = {} if name != "b" else {"training": {"max_steps": 1}}
+        said = dpo("train", write_recipe(tmp_path / name / "r.yaml", path, model=model, **steps))
+        assert said.code == 0, said.err
+        found.append((tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()[1:])
+    dense, checkpoint, quantised = found
+    assert quantised == checkpoint
+    assert quantised[0] != dense[0]
+    assert dpo("score", tmp_path / "c" / "run", tmp_path / "c" / "pairs.jsonl").code == 0
+    said = dpo("export", tmp_path / "c" / "run", tmp_path / "merged", "--to", "merged", "--force")
+    assert said.code == 0 and "as they are formed" in said.err, said.err
+
+
+def test_a_base_that_is_quantised_is_not_quantised_again(base: Callable[[str], Path]) -> None:
+    with pytest.raises(ModelError, match="is for dense bases"):
+        load(base("nf4"), quantize="nf4")
 
 
 @pytest.mark.parametrize(("kind", "elements"), [("U8", 2), ("BF16", 4), ("F32", 8)])

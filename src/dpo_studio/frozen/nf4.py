@@ -22,7 +22,7 @@ from torch import Tensor
 
 from dpo_studio.frozen.dequantising import has_triton, slices_at_once
 
-__all__ = ["NF4_LEVELS", "Doubled", "Nf4"]
+__all__ = ["NF4_LEVELS", "Doubled", "Nf4", "quantise_nf4"]
 
 NF4_LEVELS = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
@@ -30,6 +30,11 @@ NF4_LEVELS = (
     *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
+
+_BLOCK = 64
+"""Weights that share a scale where we quantise: bitsandbytes' own number."""
+_SMALLEST = 1e-38
+"""The smallest scale that is divided by: blocks of zeros stay zeros."""
 
 
 @dataclass(frozen=True)
@@ -133,6 +138,38 @@ class Nf4:
             return self.scales_B
         by_block = self.doubled.scales_C.repeat_interleave(self.doubled.block)[: len(self.scales_B)]
         return self.doubled.levels_256[self.scales_B.int()] * by_block + self.doubled.mean
+
+
+def quantise_nf4(weight_NK: Tensor) -> Nf4:
+    """A weight in NF4, without double quantisation: the bits that bitsandbytes makes of it on a CPU.
+
+    A block's scale is its largest size; each weight times the scale's reciprocal (in fp32, rounded; in a last block
+    that is not full: divided by the scale) gets the level that is nearest, the lower one of two as near.
+
+    Raises:
+        ValueError: an odd number of inputs.
+    """
+    if weight_NK.shape[1] % 2:
+        raise ValueError(f"NF4 has two weights a byte, and there are {weight_NK.shape[1]} inputs")
+    flat = weight_NK.flatten()
+    levels = _levels(flat.device)
+    middles = (levels[:-1] + levels[1:]) / 2
+    bytes_P = torch.empty(len(flat) // 2, dtype=torch.uint8, device=flat.device)
+    scales_B = torch.empty(-(-len(flat) // _BLOCK), dtype=torch.float32, device=flat.device)
+    for at in slices_at_once(flat, _BLOCK):
+        part = flat[at].float()
+        whole = len(part) // _BLOCK
+        blocks = part[: whole * _BLOCK].view(whole, _BLOCK)
+        scales = blocks.abs().amax(1)
+        scaled = (blocks * (1 / scales.clamp(min=_SMALLEST))[:, None]).clamp_(-1, 1).flatten()
+        if len(part) % _BLOCK:
+            rest = part[whole * _BLOCK :]
+            scale = rest.abs().amax().clamp(min=_SMALLEST)
+            scales, scaled = torch.cat([scales, scale[None]]), torch.cat([scaled, (rest / scale).clamp_(-1, 1)])
+        names = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)
+        bytes_P[at.start // 2 : at.stop // 2] = names[::2] << 4 | names[1::2]
+        scales_B[at.start // _BLOCK : -(-at.stop // _BLOCK)] = scales
+    return Nf4(bytes_P, scales_B, None, (weight_NK.shape[0], weight_NK.shape[1]), _BLOCK)
 
 
 @cache

@@ -143,7 +143,12 @@ class ModelFolder:
             ModelError: no config, an adapter beside it, pickle-only weights, or a kind of model that we cannot train.
         """
         self.check_files()
-        if self.quantization is None and section.residency != "packed":
+        if self.quantization is not None and section.quantize is not None:
+            raise ModelError(
+                f"model.quantize: {section.quantize} is for dense bases, and {self.name} is quantised already",
+                hint="remove model.quantize: it trains as it is",
+            )
+        if self.quantization is None and section.quantize is None and section.residency != "packed":
             raise ModelError("model.residency is for quantised bases", hint=f"{self.name} is not quantised: remove it")
         if section.compute == "fp8" and self.quantization is not None and not isinstance(self.quantization, Gptq):
             raise ModelError(

@@ -17,16 +17,21 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.formats import Quantization
 from dpo_studio.frozen.fp8 import device_obstacle
+from dpo_studio.frozen.quantising import QuantisingReader
 from dpo_studio.frozen.shards import Place, Shards
+from dpo_studio.models.targets import quantisable
 from dpo_studio.sizes import check_model_size
 
 __all__ = ["load_quantised"]
+
+_STRANGE = "the weights are not this model's; nothing is ever filled in at random"
+_OTHER_NAMES = "model.quantize reads tensors by the model's own names only: train without it, or a quantised checkpoint"
 
 
 def load_quantised(
     folder: Path,
     config: PreTrainedConfig,
-    quantization: Quantization,
+    quantization: Quantization | None,
     *,
     name: str,
     dtype: torch.dtype,
@@ -38,6 +43,8 @@ def load_quantised(
 ) -> PreTrainedModel:
     """The model on `device`: quantised layers as `FrozenLinear`, or dense by `residency`; everything else in `dtype`.
 
+    Without a `quantization` the checkpoint is dense, and its linear layers are quantised here.
+
     Raises:
         ModelError: a file or tensor is missing, left over, damaged, or not what the config says; nothing is filled in.
     """
@@ -48,7 +55,7 @@ def load_quantised(
         check_model_size(AutoModelForCausalLM, config, shards.shapes, name)
         model = _skeleton(config, dtype, attention, name)
         place = Place(shards, device, dtype, residency, compute, lambda words: say(f"{name}: {words}"))
-        reader = quantization.reader(place)
+        reader = QuantisingReader(place, quantisable(model)) if quantization is None else quantization.reader(place)
         layers = reader.layers()
         for prefix, keys in layers.items():
             twin = _dense_twin(model, prefix, shards.files[keys[0]].name, name)
@@ -56,7 +63,7 @@ def load_quantised(
         taken = {key for keys in layers.values() for key in keys}
         # old checkpoints kept what a config implies
         rest = [key for key in shards.files if key not in taken and not key.endswith("rotary_emb.inv_freq")]
-        _fill_in_the_rest(model, shards, rest, device, name)
+        _fill_in_the_rest(model, shards, rest, device, name, _STRANGE if quantization else _OTHER_NAMES)
     return model.to(device)
 
 
@@ -84,7 +91,7 @@ def _dense_twin(model: nn.Module, prefix: str, file: str, name: str) -> nn.Linea
     if not isinstance(layer, nn.Linear):
         raise ModelError(
             f"{name}: {file} has quantised weights for {prefix}, which is not a linear layer of this model",
-            hint="the weights are not this model's; nothing is ever filled in at random",
+            hint=_STRANGE,
         )
     return layer
 
@@ -95,7 +102,7 @@ def _place(model: nn.Module, name: str, part: nn.Module | nn.Parameter) -> None:
 
 
 def _fill_in_the_rest(
-    model: PreTrainedModel, shards: Shards, keys: Sequence[str], device: torch.device, name: str
+    model: PreTrainedModel, shards: Shards, keys: Sequence[str], device: torch.device, name: str, hint: str
 ) -> None:
     """Embeddings, norms, head and whatever was left as it was: every tensor used, every parameter found."""
     places = dict(model.named_parameters(remove_duplicate=False))
@@ -114,5 +121,5 @@ def _fill_in_the_rest(
         if keys:
             raise ModelError(
                 f"{name}: {len(keys)} {kind} tensors, the first is {keys[0]}",
-                hint="the weights are not this model's; nothing is ever filled in at random",
+                hint=hint,
             )
