@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-__all__ = ["change_config", "change_tensors", "nf4_folder"]
+__all__ = ["awq_folder", "change_config", "change_tensors", "nf4_folder"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Made = tuple[dict[str, Tensor], dict[torch.dtype, Tensor]]
@@ -43,6 +44,43 @@ def nf4_folder(plain: Path, out: Path, *, double: bool, storage: torch.dtype = t
 
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     return _written(plain, out, made, settings | {"bnb_4bit_use_double_quant": double})
+
+
+def awq_folder(plain: Path, out: Path, *, scales: torch.dtype = torch.float16, group_size: int = 32) -> Path:
+    """AWQ in the gemm packing, packed and formed by gptqmodel's own functions; in bf16 rounded once from fp32."""
+    gptqmodel = _gptqmodel_packing()
+
+    def made(weight_NK: Tensor) -> Made:
+        groups = weight_NK.view(len(weight_NK), -1, group_size)
+        low, high = groups.amin(-1).clamp(max=0), groups.amax(-1).clamp(min=0)
+        scales_NG = ((high - low) / 15).to(scales)
+        zeros_NG = (-low / scales_NG.float()).round().clamp(0, 15)
+        integers = (groups / scales_NG[..., None].float()).round().add(zeros_NG[..., None]).clamp(0, 15)
+        integers_KN, zeros_GN, scales_GN = integers.flatten(1).int().t(), zeros_NG.int().t(), scales_NG.t()
+        qweight, qzeros = gptqmodel.pack_awq(integers_KN.contiguous(), zeros_GN.contiguous(), 4)
+
+        def formed(dtype: torch.dtype) -> Tensor:
+            dense_KN: Tensor = gptqmodel.dequantize_gemm(qweight, qzeros, scales_GN.to(dtype), 4, group_size)
+            return dense_KN.t()
+
+        dense = {dtype: formed(scales).to(dtype) for dtype in DTYPES}
+        dense[torch.bfloat16] = formed(torch.float32).bfloat16()
+        return {"qweight": qweight, "qzeros": qzeros, "scales": scales_GN}, dense
+
+    settings = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm", "zero_point": True}
+    return _written(plain, out, made, settings)
+
+
+def _gptqmodel_packing() -> Any:
+    """gptqmodel's module of AWQ's packing, alone: importing gptqmodel takes 5 s, prints and patches other libraries."""
+    package = find_spec("gptqmodel")
+    assert package is not None and package.origin is not None
+    file = Path(package.origin).parent / "quantization" / "awq" / "utils" / "packing_utils.py"
+    spec = spec_from_file_location("gptqmodel_packing_utils", file)
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def _written(plain: Path, out: Path, made: Callable[[Tensor], Made], settings: dict[str, Any]) -> Path:

@@ -130,12 +130,20 @@ def test_in_bfloat16_compiled_packs_add_no_more_noise_than_bfloat16_itself() -> 
     assert 0 < ours < 1.5 * noise
 
 
-def packed_weight(bits: int, group_size: int, *, act_order: bool, outputs: int = 200, inputs: int = 768) -> Packed:
+def packed_weight(
+    bits: int,
+    group_size: int,
+    *,
+    act_order: bool,
+    outputs: int = 200,
+    inputs: int = 768,
+    of: torch.dtype = torch.float16,
+) -> Packed:
     """Random words, scales and zero points, on the CPU; outputs that fill no whole tile."""
     draw = torch.Generator().manual_seed(bits)
     groups = inputs // group_size
     words = torch.randint(-(2**31), 2**31 - 1, (outputs, inputs * bits // 32), generator=draw, dtype=torch.int32)
-    scales = (0.01 * torch.randn(outputs, groups, generator=draw)).half()
+    scales = (0.01 * torch.randn(outputs, groups, generator=draw)).to(of)
     zeros = torch.randint(0, 2**bits, (outputs, groups), generator=draw).byte()
     order = torch.randint(0, groups, (inputs,), generator=draw, dtype=torch.int32) if act_order else None
     return Packed(words, scales, zeros, order, bits, group_size)
@@ -157,6 +165,14 @@ def test_weights_formed_by_the_kernel_are_those_of_plain_torch(bits: int, group_
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         assert torch.equal(on_gpu(weight).dequantised(dtype).cpu(), weight.exact(rounded).to(dtype))
+
+
+@pytest.mark.parametrize("of", [torch.bfloat16, torch.float32])
+def test_other_precisions_of_scales_are_formed_as_by_plain_torch(of: torch.dtype) -> None:
+    """To the bit: AWQ's and compressed-tensors' scales."""
+    weight = packed_weight(4, 32, act_order=False, of=of)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(on_gpu(weight).dequantised(dtype).cpu(), weight.plain(dtype))
 
 
 @pytest.mark.parametrize("doubled", [False, True])

@@ -16,13 +16,15 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
+from dpo_studio.frozen.awq_files import read_awq
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.frozen.nf4 import Nf4
+from dpo_studio.frozen.shards import Place
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
 from dpo_studio.models.load import load_chat_model
@@ -30,12 +32,14 @@ from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.pack import pack
 from tests.pairs_of_ids import random_pairs
 from tests.policies import SECTION, moved
-from tests.quantised_bases import change_config, change_tensors, nf4_folder
+from tests.quantised_bases import awq_folder, change_config, change_tensors, nf4_folder
 from tests.textbook import columns, plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo, write_recipe
 
 FORMATS: dict[str, Callable[[Path, Path], Path]] = {
+    "awq": lambda plain, out: awq_folder(plain, out),
+    "awq-in-bf16": lambda plain, out: awq_folder(plain, out, scales=torch.bfloat16, group_size=64),
     "nf4": lambda plain, out: nf4_folder(plain, out, double=False),
     "nf4-double": lambda plain, out: nf4_folder(plain, out, double=True),
     "nf4-in-bf16": lambda plain, out: nf4_folder(plain, out, double=True, storage=torch.bfloat16),
@@ -69,6 +73,29 @@ def load(folder: Path, dtype: str = "float32", **settings: Any) -> Any:
     return load_chat_model(ModelSection(path=str(folder), dtype=dtype, **settings)).model
 
 
+def test_awqs_order_worked_by_hand() -> None:
+    """Input 0's word is 0x76543210: its nibbles 0 to 7 are outputs 0, 2, 4, 6, 1, 3, 5, 7, so outputs 0 to 7 have the
+    integers 0, 4, 1, 5, 2, 6, 3, 7. The other seven inputs are 0. Zero points are 1, scales 0.5: -0.5 to 3."""
+    words, zeros = torch.zeros(8, 1, dtype=torch.int32), torch.full((1, 1), 0x11111111, dtype=torch.int32)
+    words[0] = 0x76543210
+    tensors = {"x.qweight": words, "x.qzeros": zeros, "x.scales": torch.full((1, 8), 0.5).half()}
+    read = Read(tensors)
+    place = Place(read, torch.device("cpu"), torch.float32, "packed", "auto", print)  # type: ignore[arg-type]
+    layer = read_awq(Path(), {"bits": 4, "group_size": 8}).reader(place).linear("x", nn.Linear(8, 8, bias=False))
+    assert isinstance(layer, FrozenLinear)
+    formed_NK = layer.kept.dequantised(torch.float32)
+    assert formed_NK[:, 0].tolist() == [-0.5, 1.5, 0.0, 2.0, 0.5, 2.5, 1.0, 3.0]
+    assert (formed_NK[:, 1:] == -0.5).all()
+
+
+class Read:
+    """Tensors in the place of files."""
+
+    def __init__(self, tensors: dict[str, Tensor]) -> None:
+        self.files = dict.fromkeys(tensors, Path("none"))
+        self.read = tensors.__getitem__
+
+
 @pytest.mark.parametrize("name", FORMATS)
 def test_formed_weights_are_the_librarys_own(base: Callable[[str], Path], name: str) -> None:
     """Every layer, in three precisions, packed and formed once: those of `dense/`, to the bit."""
@@ -97,7 +124,7 @@ def test_log_probs_and_first_loss_are_the_plain_models(base: Callable[[str], Pat
         torch.testing.assert_close(reference, plain_logps(plain, PAIRS), rtol=1e-5, atol=5e-4)
 
 
-@pytest.mark.parametrize("name", ["nf4-double"])
+@pytest.mark.parametrize("name", ["awq", "nf4-double"])
 def test_a_base_trains_scores_generates_and_is_exported(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     """Four steps from ln 2 on; what is exported is the formed weight plus the adapter's delta, drawn to bf16."""
     recipe = write_recipe(tmp_path / "r.yaml", base(name))
@@ -184,7 +211,7 @@ def test_a_base_quantised_while_loading_is_the_checkpoint_in_nf4(
     change_tensors(folder, lambda tensors: tensors.update({key: x.bfloat16() for key, x in tensors.items()}))
     for name, path, model in (("b", folder, {}), ("a", base("nf4"), {}), ("c", folder, {"quantize": "nf4"})):
         (tmp_path / name).mkdir()
-        steps = {} if name != "b" else {"training": {"max_steps": 1}}
+        steps: dict[str, Any] = {} if name != "b" else {"training": {"max_steps": 1}}
         said = dpo("train", write_recipe(tmp_path / name / "r.yaml", path, model=model, **steps))
         assert said.code == 0, said.err
         found.append((tmp_path / name / "run" / "metrics.jsonl").read_text().splitlines()[1:])
@@ -215,6 +242,11 @@ def test_four_bits_a_weight_are_counted_as_such_in_any_precision(kind: str, elem
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
+        ("awq", {"version": "gemv"}, "another packing than gemm (gemv)"),
+        ("awq", {"backend": "llm-awq"}, "another packing than gemm"),
+        ("awq", {"bits": 8}, "AWQ of 8 bits"),
+        ("awq", {"zero_point": False}, "zero_point False"),
+        ("awq", {"group_size": 0}, "has the group_size 0"),
         ("nf4", {"bnb_4bit_quant_type": "fp4"}, "to fp4 (bnb_4bit_quant_type)"),
         ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes to 8 bits"),
     ],
@@ -254,6 +286,11 @@ def _drop(part: str) -> Callable[[dict[str, Tensor]], None]:
 @pytest.mark.parametrize(
     ("name", "change", "words"),
     [
+        ("awq", _set("qweight", lambda x: x[:-1]), "is int32 (191, 8), not int32 (192, 8)"),
+        ("awq", _set("qzeros", lambda x: x.float()), "is float32 (6, 8), not int32 (6, 8)"),
+        ("awq", _set("scales", lambda x: x[:3]), "is float16 (3, 64), not float16 or bfloat16 (6, 64)"),
+        ("awq", _set("scales", lambda x: x / 0), "has values that are not finite"),
+        ("awq", _drop("qzeros"), f"tensor {KEY}.qzeros is missing"),
         ("nf4", _state(blocksize=96), "has the blocksize 96"),
         ("nf4", _state(shape=[192, 64]), "is of [192, 64], the model's is (64, 192)"),
         ("nf4", _state(quant_type="fp4"), "is not the state of a weight in NF4"),

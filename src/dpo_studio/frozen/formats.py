@@ -11,6 +11,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from dpo_studio.errors import ModelError
+from dpo_studio.frozen.awq_files import read_awq
 from dpo_studio.frozen.bnb_files import read_bnb
 from dpo_studio.frozen.gptq_files import read_gptq
 from dpo_studio.frozen.shards import Place
@@ -48,11 +49,13 @@ def read_quantization(folder: Path) -> Quantization | None:
     method = str(raw.get("quant_method", "gptq" if "group_size" in raw else "unknown")).lower()
     if method == "gptq":
         return read_gptq(folder, raw)
+    if method == "awq":
+        return read_awq(folder, raw)
     if method == "bitsandbytes":
         return read_bnb(folder, raw)
     raise ModelError(
         f"{folder} is quantised with {method}, which DPO Studio does not train through",
-        hint="use the model's GPTQ or bitsandbytes NF4 version, or its bf16 one",
+        hint="use the model's GPTQ, AWQ or NF4 version, or its bf16 one",
     )
 
 

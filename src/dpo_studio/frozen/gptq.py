@@ -1,5 +1,5 @@
 """GPTQ's packed integers: a few bits each in a row of int32 words, and for every group of inputs an fp16 scale and a
-zero point.
+zero point. Other formats' integers are put in the same order when they are loaded (AWQ).
 
 The weight is scale x (integer - zero point), dequantised exactly in fp32 and rounded once: to bfloat16 under bfloat16,
 else to the precision of the checkpoint's scales, which is float16.
@@ -29,7 +29,7 @@ class Packed:
     words_NW: Tensor
     """int32. Input k of output n is `bits` bits of row n, from bit k x bits on, the lowest bit of a word first."""
     scales_NG: Tensor
-    """float16."""
+    """float16; of some AWQ checkpoints bfloat16."""
     zeros_NG: Tensor
     """uint8, the zero points themselves."""
     group_K: Tensor | None
