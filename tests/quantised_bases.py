@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.functional import pad
 
-__all__ = ["awq_folder", "change_config", "change_tensors", "nf4_folder"]
+__all__ = ["awq_folder", "change_config", "change_tensors", "compressed_folder", "nf4_folder"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Made = tuple[dict[str, Tensor], dict[torch.dtype, Tensor]]
@@ -69,6 +70,41 @@ def awq_folder(plain: Path, out: Path, *, scales: torch.dtype = torch.float16, g
 
     settings = {"quant_method": "awq", "bits": 4, "group_size": group_size, "version": "gemm", "zero_point": True}
     return _written(plain, out, made, settings)
+
+
+def compressed_folder(plain: Path, out: Path, **weights: Any) -> Path:
+    """compressed-tensors with these arguments of a scheme's weights; its own decompression is in the scales' precision,
+    bf16, in which the tiny model is saved."""
+    from compressed_tensors.compressors import FloatQuantizationCompressor, PackedQuantizationCompressor
+    from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+    from compressed_tensors.quantization.utils import calculate_qparams
+
+    scheme = QuantizationScheme(targets=["Linear"], weights=QuantizationArgs(**weights))
+    args = scheme.weights
+    kind = FloatQuantizationCompressor if args.type == "float" else PackedQuantizationCompressor
+
+    def made(weight_NK: Tensor) -> Made:
+        weight_NK = weight_NK.bfloat16()
+        height, width = _block(weights, weight_NK.shape)
+        padded = pad(weight_NK, (0, -weight_NK.shape[1] % width, 0, -weight_NK.shape[0] % height))
+        blocks = padded.view(len(padded) // height, height, -1, width)
+        scale, zero = calculate_qparams(blocks.amin((1, 3)), blocks.amax((1, 3)), args)
+        scale = scale.view(-1) if weights["strategy"] == "tensor" else scale
+        parts = kind.compress({"weight": weight_NK, "weight_scale": scale, "weight_zero_point": zero}, scheme)
+        dense = kind.decompress(parts, scheme)["weight"]
+        assert dense.dtype == torch.bfloat16
+        return parts, {dtype: dense.to(dtype) for dtype in DTYPES}
+
+    form = "float-quantized" if args.type == "float" else "pack-quantized"
+    group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
+    settings = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
+    return _written(plain, out, made, settings | {"ignore": ["lm_head"], "quantization_status": "compressed"})
+
+
+def _block(weights: dict[str, Any], shape: torch.Size) -> tuple[int, int]:
+    """Outputs and inputs that share a scale."""
+    size: list[int] = weights.get("block_structure", [1, weights.get("group_size") or shape[1]])
+    return (shape[0], shape[1]) if weights["strategy"] == "tensor" else (size[0], size[1])
 
 
 def _gptqmodel_packing() -> Any:

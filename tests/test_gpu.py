@@ -26,6 +26,7 @@ from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.frozen.nf4 import Doubled, Nf4
 from dpo_studio.frozen.row_scaled import RowScaled, row_scaled
+from dpo_studio.frozen.scaled import Scaled
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, plan_limit
 from dpo_studio.learning.packing_check import check_packing
@@ -195,6 +196,23 @@ def test_nf4_formed_by_the_kernel_is_that_of_plain_torch(block: int, doubled: bo
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         assert torch.equal(there.dequantised(dtype).cpu(), weight.exact(dtype))
         assert torch.equal(there.plain(dtype).cpu(), weight.exact(dtype))
+
+
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [(128, 128), (1, 770), (200, 770), (64, 32)])
+def test_eight_bits_formed_by_the_kernel_are_those_of_plain_torch(block: tuple[int, int], of: torch.dtype) -> None:
+    """To the bit, e4m3 and int8, with the last blocks smaller; plain torch's are the libraries'
+    (tests/test_models_formats.py)."""
+    draw = torch.Generator().manual_seed(block[0])
+    outputs, inputs = 200, 770
+    scales = torch.rand(-(-outputs // block[0]), -(-inputs // block[1]), generator=draw).to(of)
+    normal = torch.randn(outputs, inputs, generator=draw)
+    for values, of_127 in ((normal.to(torch.float8_e4m3fn), False), ((40 * normal).clamp(-127, 127).char(), True)):
+        weight = Scaled(values, scales, block, of_127)
+        there = Scaled(values.to(CUDA), scales.to(CUDA), block, of_127)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert torch.equal(there.dequantised(dtype).cpu(), weight.plain(dtype))
+            assert torch.equal(there.plain(dtype).cpu(), weight.plain(dtype))
 
 
 def test_fp8_loses_nothing_of_the_weights() -> None:

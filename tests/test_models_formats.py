@@ -17,7 +17,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, LlamaConfig
+from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
@@ -32,7 +32,7 @@ from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.pack import pack
 from tests.pairs_of_ids import random_pairs
 from tests.policies import SECTION, moved
-from tests.quantised_bases import awq_folder, change_config, change_tensors, nf4_folder
+from tests.quantised_bases import awq_folder, change_config, change_tensors, compressed_folder, nf4_folder
 from tests.textbook import columns, plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo, write_recipe
@@ -40,6 +40,23 @@ from tests.tiny_runs import dpo, write_recipe
 FORMATS: dict[str, Callable[[Path, Path], Path]] = {
     "awq": lambda plain, out: awq_folder(plain, out),
     "awq-in-bf16": lambda plain, out: awq_folder(plain, out, scales=torch.bfloat16, group_size=64),
+    "ct-4": lambda plain, out: compressed_folder(
+        plain, out, num_bits=4, type="int", strategy="group", group_size=32, symmetric=True
+    ),
+    "ct-4-zeros": lambda plain, out: compressed_folder(
+        plain, out, num_bits=4, type="int", strategy="group", group_size=64, symmetric=False
+    ),
+    "ct-8": lambda plain, out: compressed_folder(
+        plain, out, num_bits=8, type="int", strategy="channel", symmetric=True
+    ),
+    "ct-8-zeros": lambda plain, out: compressed_folder(
+        plain, out, num_bits=8, type="int", strategy="channel", symmetric=False
+    ),
+    "ct-fp8": lambda plain, out: compressed_folder(plain, out, num_bits=8, type="float", strategy="channel"),
+    "ct-fp8-whole": lambda plain, out: compressed_folder(plain, out, num_bits=8, type="float", strategy="tensor"),
+    "ct-fp8-blocks": lambda plain, out: compressed_folder(
+        plain, out, num_bits=8, type="float", strategy="block", block_structure=[128, 128]
+    ),
     "nf4": lambda plain, out: nf4_folder(plain, out, double=False),
     "nf4-double": lambda plain, out: nf4_folder(plain, out, double=True),
     "nf4-in-bf16": lambda plain, out: nf4_folder(plain, out, double=True, storage=torch.bfloat16),
@@ -124,7 +141,7 @@ def test_log_probs_and_first_loss_are_the_plain_models(base: Callable[[str], Pat
         torch.testing.assert_close(reference, plain_logps(plain, PAIRS), rtol=1e-5, atol=5e-4)
 
 
-@pytest.mark.parametrize("name", ["awq", "nf4-double"])
+@pytest.mark.parametrize("name", ["awq", "ct-4-zeros", "ct-fp8", "nf4-double"])
 def test_a_base_trains_scores_generates_and_is_exported(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     """Four steps from ln 2 on; what is exported is the formed weight plus the adapter's delta, drawn to bf16."""
     recipe = write_recipe(tmp_path / "r.yaml", base(name))
@@ -150,14 +167,19 @@ def test_a_base_trains_scores_generates_and_is_exported(base: Callable[[str], Pa
 ADAPTER = "adapter_model.safetensors"
 
 
-@pytest.mark.parametrize("name", ["nf4-double"])
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
+@pytest.mark.parametrize("name", ["ct-4-zeros", "ct-fp8", "nf4-double"])
 def test_a_saved_adapter_scores_the_same_by_plain_peft_on_the_librarys_layers(
     base: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
-    """transformers loads the same folder by the format's own library; in fp32, one sequence at a time."""
+    """transformers loads the same folder by the format's own library (which decompresses compressed-tensors); in fp32,
+    one sequence at a time."""
     policy = moved(attach(load(base(name)), SECTION, seed=0))
     save_adapter(policy, tmp_path / "adapter", base="someone/a-model")
-    theirs = AutoModelForCausalLM.from_pretrained(base(name), dtype=torch.float32, attn_implementation="eager")
+    settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
+    if name.startswith("ct"):
+        settings["quantization_config"] = CompressedTensorsConfig(dequantize=True)
+    theirs = AutoModelForCausalLM.from_pretrained(base(name), **settings)
     for p in theirs.parameters():  # what is not quantised stays in bf16, whatever is asked for
         p.data = p.data.float() if p.dtype == torch.bfloat16 else p.data
     model = PeftModel.from_pretrained(theirs, tmp_path / "adapter")
@@ -239,6 +261,12 @@ def test_four_bits_a_weight_are_counted_as_such_in_any_precision(kind: str, elem
         check_model_size(AutoModelForCausalLM, config, shapes | {"all.weight": (kind, (count // 64, 1))}, "a model")
 
 
+def ct_weights(**changes: Any) -> dict[str, Any]:
+    """The one group of a compressed-tensors config, changed."""
+    weights = {"num_bits": 4, "type": "int", "strategy": "group", "group_size": 32, "symmetric": True}
+    return {"config_groups": {"group_0": {"targets": ["Linear"], "weights": weights | changes}}}
+
+
 @pytest.mark.parametrize(
     ("name", "changes", "words"),
     [
@@ -247,6 +275,16 @@ def test_four_bits_a_weight_are_counted_as_such_in_any_precision(kind: str, elem
         ("awq", {"bits": 8}, "AWQ of 8 bits"),
         ("awq", {"zero_point": False}, "zero_point False"),
         ("awq", {"group_size": 0}, "has the group_size 0"),
+        ("ct-4", {"format": "marlin-24"}, "has the format 'marlin-24'"),
+        ("ct-4", {"sparsity_config": {"format": "sparse-24-bitmask"}}, "is sparse ('sparse-24-bitmask')"),
+        ("ct-4", {"kv_cache_scheme": {"num_bits": 8}}, "quantises keys and values"),
+        ("ct-4", {"config_groups": {}}, "names no one scheme for all its weights"),
+        ("ct-4", {"config_groups": {"a": {"weights": {"num_bits": 4}}, "b": {"weights": {}}}}, "names no one scheme"),
+        ("ct-4", ct_weights(num_bits=3), "has weights of 3 bits"),
+        ("ct-4", ct_weights(actorder="group"), "has activation ordering (actorder 'group')"),
+        ("ct-4", ct_weights(strategy="token"), "has scales by 'token'"),
+        ("ct-4", ct_weights(group_size=None), "has the group_size None"),
+        ("ct-fp8", {"format": "float-quantized"} | ct_weights(type="int"), "has weights of 4 bits, type 'int'"),
         ("nf4", {"bnb_4bit_quant_type": "fp4"}, "to fp4 (bnb_4bit_quant_type)"),
         ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes to 8 bits"),
     ],
@@ -276,6 +314,10 @@ def _set(part: str, value: Callable[[Tensor], Tensor]) -> Callable[[dict[str, Te
     return lambda tensors: tensors.update({f"{KEY}.{part}": value(tensors[f"{KEY}.{part}"])})
 
 
+def _add(part: str, value: Tensor) -> Callable[[dict[str, Tensor]], None]:
+    return lambda tensors: tensors.update({f"{KEY}.{part}": value})
+
+
 def _drop(part: str) -> Callable[[dict[str, Tensor]], None]:
     def change(tensors: dict[str, Tensor]) -> None:
         del tensors[f"{KEY}.{part}"]
@@ -291,6 +333,15 @@ def _drop(part: str) -> Callable[[dict[str, Tensor]], None]:
         ("awq", _set("scales", lambda x: x[:3]), "is float16 (3, 64), not float16 or bfloat16 (6, 64)"),
         ("awq", _set("scales", lambda x: x / 0), "has values that are not finite"),
         ("awq", _drop("qzeros"), f"tensor {KEY}.qzeros is missing"),
+        ("ct-4", _set("weight_shape", lambda x: x.flip(0)), "is [192, 64], the model's is [64, 192]"),
+        ("ct-4", _set("weight_packed", lambda x: x[:, 1:]), "is int32 (64, 23), not int32 (64, 24)"),
+        ("ct-4", _set("weight_scale", lambda x: x[:, 1:]), "is bfloat16 (64, 5), not bfloat16"),
+        ("ct-4", _add("weight_g_idx", torch.zeros(192)), "orders inputs by activation"),
+        ("ct-4", _add("weight_zero_point", torch.zeros(8, 6).int()), "is there, and the config says symmetric"),
+        ("ct-4-zeros", _drop("weight_zero_point"), "weight_zero_point is missing"),
+        ("ct-fp8", _set("weight", lambda x: x.bfloat16()), "is bfloat16 (64, 192), not float8_e4m3fn"),
+        ("ct-fp8", _set("weight_scale", lambda x: x[1:]), "is (63, 1), not (64, 1)"),
+        ("ct-fp8", _add("weight_zero_point", torch.zeros(64, 1)), "is not read for FP8"),
         ("nf4", _state(blocksize=96), "has the blocksize 96"),
         ("nf4", _state(shape=[192, 64]), "is of [192, 64], the model's is (64, 192)"),
         ("nf4", _state(quant_type="fp4"), "is not the state of a weight in NF4"),

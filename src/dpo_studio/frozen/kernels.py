@@ -13,9 +13,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["dequantise", "dequantise_nf4", "fp8_integers", "fp8_rows", "scaled_integers"]
+__all__ = ["dequantise", "dequantise_nf4", "dequantise_scaled", "fp8_integers", "fp8_rows", "scaled_integers"]
 
-_ROWS = 64
+_ROWS, _COLUMNS = 64, 128
 _FP8_LARGEST = 448.0
 _NF4_TILE = 4096
 """Weights that a program forms."""
@@ -256,3 +256,55 @@ def _nf4(  # type: ignore[no-untyped-def]
     to = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
     values = tl.interleave(first, second)
     tl.store(out_ptr + to, values.to(out_ptr.dtype.element_ty), mask=to < count)
+
+
+def dequantise_scaled(
+    values_NK: Tensor, scales_RC: Tensor, block: tuple[int, int], factor: float, dtype: torch.dtype
+) -> Tensor:
+    """scale x value x factor in `dtype`, (N, K): e4m3 or int8, with a scale for each block of outputs and inputs."""
+    outputs, inputs = values_NK.shape
+    out_NK = torch.empty(outputs, inputs, dtype=dtype, device=values_NK.device)
+    grid = (triton.cdiv(inputs, _COLUMNS), triton.cdiv(outputs, _ROWS))
+    with torch.cuda.device(out_NK.device):
+        _eight_bits[grid](
+            values_NK,
+            scales_RC,
+            out_NK,
+            outputs,
+            inputs,
+            scales_RC.shape[1],
+            *block,
+            factor,
+            factor != 1.0,
+            _ROWS,
+            _COLUMNS,
+        )
+    return out_NK
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _eight_bits(  # type: ignore[no-untyped-def]
+    values_ptr,
+    scales_ptr,
+    out_ptr,
+    outputs,
+    inputs,
+    column_blocks,
+    height,
+    width,
+    factor,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """A tile of ROWS outputs x COLUMNS inputs."""
+    n = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (n < outputs)[:, None] & (k < inputs)[None, :]
+    at = n[:, None] * inputs + k[None, :]
+    values = tl.load(values_ptr + at, mask=inside).to(tl.float32)  # what is outside is not stored
+    scale_at = (n // height)[:, None] * column_blocks + (k // width)[None, :]
+    values = values * tl.load(scales_ptr + scale_at, mask=inside, other=0.0).to(tl.float32)
+    if FACTOR:
+        values = values * factor
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)

@@ -18,10 +18,11 @@ from dpo_studio.frozen.fp8 import Block8
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.nf4 import Nf4
 from dpo_studio.frozen.row_scaled import RowScaled
+from dpo_studio.frozen.scaled import Scaled
 
 __all__ = ["KINDS", "Frozen", "InFP8", "flatten", "unflatten"]
 
-Frozen = Dense | Packed | Block8 | RowScaled | Nf4
+Frozen = Dense | Packed | Block8 | RowScaled | Nf4 | Scaled
 """What a frozen weight may be."""
 InFP8 = Block8 | RowScaled
 """The kinds that are multiplied in FP8; the others are dequantised to the precision of the input first."""
