@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["awq_folder", "change_config", "change_tensors", "compressed_folder", "nf4_folder"]
+__all__ = ["awq_folder", "change_config", "change_tensors", "compressed_folder", "fp8_folder", "nf4_folder"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Made = tuple[dict[str, Tensor], dict[torch.dtype, Tensor]]
@@ -99,6 +99,30 @@ def compressed_folder(plain: Path, out: Path, **weights: Any) -> Path:
     group = {"targets": ["Linear"], "weights": weights, "input_activations": None, "output_activations": None}
     settings = {"quant_method": "compressed-tensors", "format": form, "config_groups": {"group_0": group}}
     return _written(plain, out, made, settings | {"ignore": ["lm_head"], "quantization_status": "compressed"})
+
+
+def fp8_folder(plain: Path, out: Path, *, block: tuple[int, int], scales: torch.dtype = torch.float32) -> Path:
+    """FP8 in blocks as DeepSeek writes it. The formed weight is written out by hand, and is transformers' too where
+    blocks divide it."""
+    from transformers.integrations.finegrained_fp8 import Fp8Dequantize
+
+    height, width = block
+
+    def made(weight_NK: Tensor) -> Made:
+        outputs, inputs = weight_NK.shape
+        padded = pad(weight_NK, (0, -inputs % width, 0, -outputs % height))
+        blocks = padded.view(len(padded) // height, height, -1, width)
+        scale = (blocks.abs().amax((1, 3)) / 448).to(scales)
+        each = scale.float().repeat_interleave(height, 0).repeat_interleave(width, 1)[:outputs, :inputs]
+        values = (weight_NK / each).clamp(-448, 448).to(torch.float8_e4m3fn)
+        dense = {dtype: (values.float() * each).to(dtype) for dtype in DTYPES}
+        if padded.shape == weight_NK.shape:
+            for dtype, formed in dense.items():
+                assert torch.equal(formed, Fp8Dequantize(None)._dequantize_one(values, scale, dtype))
+        return {"weight": values, "weight_scale_inv": scale}, dense
+
+    settings = {"quant_method": "fp8", "weight_block_size": list(block), "activation_scheme": "dynamic"}
+    return _written(plain, out, made, settings | {"fmt": "e4m3"})
 
 
 def _block(weights: dict[str, Any], shape: torch.Size) -> tuple[int, int]:

@@ -32,7 +32,7 @@ from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.pack import pack
 from tests.pairs_of_ids import random_pairs
 from tests.policies import SECTION, moved
-from tests.quantised_bases import awq_folder, change_config, change_tensors, compressed_folder, nf4_folder
+from tests.quantised_bases import awq_folder, change_config, change_tensors, compressed_folder, fp8_folder, nf4_folder
 from tests.textbook import columns, plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo, write_recipe
@@ -57,6 +57,8 @@ FORMATS: dict[str, Callable[[Path, Path], Path]] = {
     "ct-fp8-blocks": lambda plain, out: compressed_folder(
         plain, out, num_bits=8, type="float", strategy="block", block_structure=[128, 128]
     ),
+    "fp8": lambda plain, out: fp8_folder(plain, out, block=(128, 128)),
+    "fp8-small": lambda plain, out: fp8_folder(plain, out, block=(32, 64), scales=torch.bfloat16),
     "nf4": lambda plain, out: nf4_folder(plain, out, double=False),
     "nf4-double": lambda plain, out: nf4_folder(plain, out, double=True),
     "nf4-in-bf16": lambda plain, out: nf4_folder(plain, out, double=True, storage=torch.bfloat16),
@@ -141,7 +143,7 @@ def test_log_probs_and_first_loss_are_the_plain_models(base: Callable[[str], Pat
         torch.testing.assert_close(reference, plain_logps(plain, PAIRS), rtol=1e-5, atol=5e-4)
 
 
-@pytest.mark.parametrize("name", ["awq", "ct-4-zeros", "ct-fp8", "nf4-double"])
+@pytest.mark.parametrize("name", ["awq", "ct-4-zeros", "ct-fp8", "fp8", "nf4-double"])
 def test_a_base_trains_scores_generates_and_is_exported(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     """Four steps from ln 2 on; what is exported is the formed weight plus the adapter's delta, drawn to bf16."""
     recipe = write_recipe(tmp_path / "r.yaml", base(name))
@@ -168,12 +170,12 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-@pytest.mark.parametrize("name", ["ct-4-zeros", "ct-fp8", "nf4-double"])
+@pytest.mark.parametrize("name", ["ct-4-zeros", "ct-fp8", "fp8-small", "nf4-double"])
 def test_a_saved_adapter_scores_the_same_by_plain_peft_on_the_librarys_layers(
     base: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
-    """transformers loads the same folder by the format's own library (which decompresses compressed-tensors); in fp32,
-    one sequence at a time."""
+    """transformers loads the same folder by the format's own library (compressed-tensors and FP8 are decompressed on a
+    CPU); in fp32, one sequence at a time."""
     policy = moved(attach(load(base(name)), SECTION, seed=0))
     save_adapter(policy, tmp_path / "adapter", base="someone/a-model")
     settings: dict[str, Any] = {"dtype": torch.float32, "attn_implementation": "eager"}
@@ -285,6 +287,10 @@ def ct_weights(**changes: Any) -> dict[str, Any]:
         ("ct-4", ct_weights(strategy="token"), "has scales by 'token'"),
         ("ct-4", ct_weights(group_size=None), "has the group_size None"),
         ("ct-fp8", {"format": "float-quantized"} | ct_weights(type="int"), "has weights of 4 bits, type 'int'"),
+        ("fp8", {"weight_block_size": None}, "have the weight_block_size None"),
+        ("fp8", {"weight_block_size": [128, 0]}, "have the weight_block_size [128, 0]"),
+        ("fp8", {"fmt": "e5m2"}, "are 'e5m2'"),
+        ("fp8", {"activation_scheme": "static"}, "activation_scheme 'static'"),
         ("nf4", {"bnb_4bit_quant_type": "fp4"}, "to fp4 (bnb_4bit_quant_type)"),
         ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes to 8 bits"),
     ],
@@ -342,6 +348,9 @@ def _drop(part: str) -> Callable[[dict[str, Tensor]], None]:
         ("ct-fp8", _set("weight", lambda x: x.bfloat16()), "is bfloat16 (64, 192), not float8_e4m3fn"),
         ("ct-fp8", _set("weight_scale", lambda x: x[1:]), "is (63, 1), not (64, 1)"),
         ("ct-fp8", _add("weight_zero_point", torch.zeros(64, 1)), "is not read for FP8"),
+        ("fp8", _set("weight_scale_inv", lambda x: x[:, :1]), "is float32 (1, 1), not float32 or bfloat16"),
+        ("fp8", _set("weight_scale_inv", lambda x: x.to(torch.float8_e8m0fnu)), "is float8_e8m0fnu (1, 2)"),
+        ("fp8", _set("weight", lambda x: x.float()), "is float32 (64, 192), not float8_e4m3fn"),
         ("nf4", _state(blocksize=96), "has the blocksize 96"),
         ("nf4", _state(shape=[192, 64]), "is of [192, 64], the model's is (64, 192)"),
         ("nf4", _state(quant_type="fp4"), "is not the state of a weight in NF4"),

@@ -14,6 +14,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.frozen.awq_files import read_awq
 from dpo_studio.frozen.bnb_files import read_bnb
 from dpo_studio.frozen.compressed_files import read_compressed
+from dpo_studio.frozen.fp8_files import read_fp8
 from dpo_studio.frozen.gptq_files import read_gptq
 from dpo_studio.frozen.shards import Place
 from dpo_studio.scan import read_json
@@ -54,6 +55,8 @@ def read_quantization(folder: Path) -> Quantization | None:
         return read_awq(folder, raw)
     if method == "compressed-tensors":
         return read_compressed(folder, raw)
+    if method == "fp8":
+        return read_fp8(folder, raw)
     if method == "bitsandbytes":
         return read_bnb(folder, raw)
     raise ModelError(
