@@ -10,6 +10,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from transformers import AutoModelForCausalLM, CompressedTensorsConfig, LlamaConfig
 
 from dpo_studio.config import ModelSection
@@ -24,6 +26,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.frozen.awq_files import read_awq
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.frozen.nf4 import Nf4
+from dpo_studio.frozen.scaled import quantise_fp8
 from dpo_studio.frozen.shards import Place
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
@@ -223,6 +226,42 @@ def test_a_dense_base_is_quantised_to_the_bits_that_bitsandbytes_makes(
         assert torch.equal(layer.kept.scales_B, state.absmax)
         assert (layer.bias is not None) == (f"{name}.bias" in tensors)
     assert torch.equal(model.lm_head.weight, tensors["lm_head.weight"].bfloat16())
+
+
+@pytest.mark.parametrize("kept", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(256, 384), (130, 200)])
+def test_fp8_is_quantised_to_the_bits_that_transformers_makes(kept: torch.dtype, shape: tuple[int, int]) -> None:
+    """Where blocks divide the weight; of one that they do not divide, filled up with zeros. A block of zeros stays."""
+    from transformers.integrations.finegrained_fp8 import Fp8Quantize
+
+    weight_NK = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(kept)
+    weight_NK[:128, 128:] = 0
+    found = quantise_fp8(weight_NK)
+    outputs, inputs = shape
+    whole = pad(weight_NK, (0, -inputs % 128, 0, -outputs % 128))
+    config = SimpleNamespace(weight_block_size=[128, 128], scale_fmt="float")
+    made = Fp8Quantize(SimpleNamespace(quantization_config=config))._quantize_one("x.weight", whole)
+    assert torch.equal(found.values_NK.float(), made["x.weight"].float()[:outputs, :inputs])
+    assert torch.equal(found.scales_RC, made["x.weight_scale_inv"])
+    assert (found.exact(torch.float32) - weight_NK).abs().max() <= weight_NK.abs().max() / 16
+    assert (found.exact(torch.float32)[:128, 128:] == 0).all()
+
+
+def test_a_base_quantised_to_fp8_trains_and_is_exported(plain: Path, tmp_path: Path) -> None:
+    """Its weights are the quantised ones; its run starts at ln 2."""
+    model = load(plain, quantize="fp8")
+    tensors = load_file(plain / "model.safetensors")
+    for name, layer in model.named_modules():
+        if isinstance(layer, FrozenLinear):
+            assert torch.equal(
+                layer.kept.exact(torch.float32), quantise_fp8(tensors[f"{name}.weight"]).exact(torch.float32)
+            )
+    said = dpo("train", write_recipe(tmp_path / "r.yaml", plain, model={"quantize": "fp8"}))
+    assert said.code == 0, said.err
+    first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
+    assert first["loss"] == pytest.approx(0.693147, abs=1e-6)
+    said = dpo("export", tmp_path / "run", tmp_path / "merged", "--to", "merged", "--force")
+    assert said.code == 0, said.err
 
 
 def test_a_base_quantised_while_loading_is_the_checkpoint_in_nf4(

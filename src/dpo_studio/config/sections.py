@@ -70,7 +70,7 @@ class ModelSection(Section):
     """Continue training this LoRA adapter. It is then also the reference, frozen as it was."""
     chat_template: str | None = None
     """A Jinja file used in place of the tokenizer's own chat template."""
-    quantize: Literal["nf4"] | None = None
+    quantize: Literal["nf4", "fp8"] | None = None
     """Dense bases: store the linear layers in fewer bits while loading."""
     residency: Literal["packed", "bf16"] = "packed"
     """Quantised bases: keep the weights as they are stored and form them for each product, or form them once."""

@@ -19,7 +19,7 @@ from dpo_studio.frozen.gptq_files import read_gptq
 from dpo_studio.frozen.shards import Place
 from dpo_studio.scan import read_json
 
-__all__ = ["Quantization", "read_quantization"]
+__all__ = ["LayerReader", "Quantization", "read_quantization"]
 
 
 class LayerReader(Protocol):

@@ -14,6 +14,7 @@ from torch import nn
 
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.nf4 import quantise_nf4
+from dpo_studio.frozen.scaled import quantise_fp8
 from dpo_studio.frozen.shards import Place
 
 __all__ = ["QuantisingReader"]
@@ -26,6 +27,8 @@ class QuantisingReader:
     """Reads one dense layer at a time and quantises it."""
 
     place: Place
+    form: str
+    """nf4 or fp8."""
     names: Sequence[str]
     """The linear layers to quantise."""
 
@@ -43,9 +46,9 @@ class QuantisingReader:
         place = self.place
         weight_NK = place.tensor(prefix, "weight", _DENSE, (twin.out_features, twin.in_features)).to(place.device)
         try:
-            weight = quantise_nf4(weight_NK)
+            weight = quantise_fp8(weight_NK) if self.form == "fp8" else quantise_nf4(weight_NK)
         except ValueError as error:
             raise ModelError(
-                f"model.quantize: nf4 cannot hold {prefix}.weight: {error}", hint="remove model.quantize"
+                f"model.quantize: {self.form} cannot hold {prefix}.weight: {error}", hint="remove model.quantize"
             ) from None
         return place.linear(prefix, weight, place.bias(prefix, twin))

@@ -16,11 +16,16 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from dpo_studio.frozen.dequantising import has_triton, rows_at_once
 
-__all__ = ["Scaled"]
+__all__ = ["Scaled", "quantise_fp8"]
 
+_BLOCK = 128
+"""Outputs and inputs that share a scale where we quantise: DeepSeek's own number."""
+_LARGEST = 448.0
+"""Of e4m3."""
 _OF_127 = 7.874015718698502e-3
 """1/127, as bitsandbytes writes it."""
 
@@ -97,3 +102,24 @@ class Scaled:
     def _has_kernel(self) -> bool:
         """Triton reads e4m3 from Ada on."""
         return self.values_NK.dtype == torch.int8 or torch.cuda.get_device_capability(self.values_NK.device) >= (8, 9)
+
+
+def quantise_fp8(weight_NK: Tensor) -> Scaled:
+    """A weight in e4m3, in blocks of 128 x 128: the bits that transformers makes of it.
+
+    The factor of a block is 448 over its largest size (rounded to fp32; 1 for zeros). Each weight times the factor (in
+    fp32, rounded) becomes e4m3, nearest, ties to even; the scale is 1 over the factor (rounded). Blocks at the edges
+    are of what is there.
+    """
+    outputs, inputs = weight_NK.shape
+    values_NK = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=weight_NK.device)
+    scales = []
+    for start in range(0, outputs, _BLOCK):  # a row of blocks at a time, so that fp32 is never the whole weight
+        rows = weight_NK[start : start + _BLOCK].float()
+        blocks = pad(rows, (0, -inputs % _BLOCK)).view(len(rows), -1, _BLOCK)
+        largest_C = blocks.abs().amax((0, 2))
+        factors_C = torch.where(largest_C > 0, _LARGEST / largest_C, 1.0)
+        scaled = (blocks * factors_C[:, None]).clamp_(-_LARGEST, _LARGEST).to(torch.float8_e4m3fn)
+        values_NK[start : start + _BLOCK] = scaled.flatten(1)[:, :inputs]
+        scales.append(1 / factors_C)
+    return Scaled(values_NK, torch.stack(scales), (_BLOCK, _BLOCK))

@@ -109,6 +109,7 @@ def _load_packed(
             dtype=dtype,
             attention=attention,
             device=device,
+            quantize=section.quantize or "",
             residency=section.residency,
             compute=section.compute,
             say=say,

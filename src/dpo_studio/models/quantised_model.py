@@ -15,7 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from dpo_studio.errors import ModelError
-from dpo_studio.frozen.formats import Quantization
+from dpo_studio.frozen.formats import LayerReader, Quantization
 from dpo_studio.frozen.fp8 import device_obstacle
 from dpo_studio.frozen.quantising import QuantisingReader
 from dpo_studio.frozen.shards import Place, Shards
@@ -37,13 +37,14 @@ def load_quantised(
     dtype: torch.dtype,
     attention: str,
     device: torch.device,
+    quantize: str = "",
     residency: str = "packed",
     compute: str = "auto",
     say: Callable[[str], None] = lambda _: None,
 ) -> PreTrainedModel:
     """The model on `device`: quantised layers as `FrozenLinear`, or dense by `residency`; everything else in `dtype`.
 
-    Without a `quantization` the checkpoint is dense, and its linear layers are quantised here.
+    Without a `quantization` the checkpoint is dense, and its linear layers are put into the format `quantize` here.
 
     Raises:
         ModelError: a file or tensor is missing, left over, damaged, or not what the config says; nothing is filled in.
@@ -55,7 +56,10 @@ def load_quantised(
         check_model_size(AutoModelForCausalLM, config, shards.shapes, name)
         model = _skeleton(config, dtype, attention, name)
         place = Place(shards, device, dtype, residency, compute, lambda words: say(f"{name}: {words}"))
-        reader = QuantisingReader(place, quantisable(model)) if quantization is None else quantization.reader(place)
+        if quantization is None:
+            reader: LayerReader = QuantisingReader(place, quantize, quantisable(model))
+        else:
+            reader = quantization.reader(place)
         layers = reader.layers()
         for prefix, keys in layers.items():
             twin = _dense_twin(model, prefix, shards.files[keys[0]].name, name)
