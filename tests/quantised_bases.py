@@ -18,7 +18,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.functional import pad
 
-__all__ = ["awq_folder", "change_config", "change_tensors", "compressed_folder", "fp8_folder", "nf4_folder"]
+__all__ = [
+    "awq_folder",
+    "change_config",
+    "change_tensors",
+    "compressed_folder",
+    "fp8_folder",
+    "int8_folder",
+    "nf4_folder",
+]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Made = tuple[dict[str, Tensor], dict[torch.dtype, Tensor]]
@@ -45,6 +53,20 @@ def nf4_folder(plain: Path, out: Path, *, double: bool, storage: torch.dtype = t
 
     settings = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
     return _written(plain, out, made, settings | {"bnb_4bit_use_double_quant": double})
+
+
+def int8_folder(plain: Path, out: Path) -> Path:
+    """INT8 by bitsandbytes, of bf16 weights."""
+    from bitsandbytes import functional
+
+    def made(weight_NK: Tensor) -> Made:
+        values, largest, _ = functional.int8_vectorwise_quant(weight_NK.bfloat16())
+        dense = functional.int8_vectorwise_dequant(values, largest)
+        parts = {"weight": values, "SCB": largest, "weight_format": torch.tensor(0, dtype=torch.uint8)}
+        return parts, {dtype: dense.to(dtype) for dtype in DTYPES}
+
+    settings = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+    return _written(plain, out, made, settings)
 
 
 def awq_folder(plain: Path, out: Path, *, scales: torch.dtype = torch.float16, group_size: int = 32) -> Path:

@@ -35,7 +35,15 @@ from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.pack import pack
 from tests.pairs_of_ids import random_pairs
 from tests.policies import SECTION, moved
-from tests.quantised_bases import awq_folder, change_config, change_tensors, compressed_folder, fp8_folder, nf4_folder
+from tests.quantised_bases import (
+    awq_folder,
+    change_config,
+    change_tensors,
+    compressed_folder,
+    fp8_folder,
+    int8_folder,
+    nf4_folder,
+)
 from tests.textbook import columns, plain_logps
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo, write_recipe
@@ -62,6 +70,7 @@ FORMATS: dict[str, Callable[[Path, Path], Path]] = {
     ),
     "fp8": lambda plain, out: fp8_folder(plain, out, block=(128, 128)),
     "fp8-small": lambda plain, out: fp8_folder(plain, out, block=(32, 64), scales=torch.bfloat16),
+    "int8": lambda plain, out: int8_folder(plain, out),
     "nf4": lambda plain, out: nf4_folder(plain, out, double=False),
     "nf4-double": lambda plain, out: nf4_folder(plain, out, double=True),
     "nf4-in-bf16": lambda plain, out: nf4_folder(plain, out, double=True, storage=torch.bfloat16),
@@ -146,7 +155,7 @@ def test_log_probs_and_first_loss_are_the_plain_models(base: Callable[[str], Pat
         torch.testing.assert_close(reference, plain_logps(plain, PAIRS), rtol=1e-5, atol=5e-4)
 
 
-@pytest.mark.parametrize("name", ["awq", "ct-4-zeros", "ct-fp8", "fp8", "nf4-double"])
+@pytest.mark.parametrize("name", ["awq", "ct-4-zeros", "ct-fp8", "fp8", "int8", "nf4-double"])
 def test_a_base_trains_scores_generates_and_is_exported(base: Callable[[str], Path], name: str, tmp_path: Path) -> None:
     """Four steps from ln 2 on; what is exported is the formed weight plus the adapter's delta, drawn to bf16."""
     recipe = write_recipe(tmp_path / "r.yaml", base(name))
@@ -173,7 +182,7 @@ ADAPTER = "adapter_model.safetensors"
 
 
 @pytest.mark.filterwarnings("ignore:You passed `quantization_config`:UserWarning")
-@pytest.mark.parametrize("name", ["ct-4-zeros", "ct-fp8", "fp8-small", "nf4-double"])
+@pytest.mark.parametrize("name", ["ct-4-zeros", "ct-fp8", "fp8-small", "int8", "nf4-double"])
 def test_a_saved_adapter_scores_the_same_by_plain_peft_on_the_librarys_layers(
     base: Callable[[str], Path], name: str, tmp_path: Path
 ) -> None:
@@ -188,7 +197,7 @@ def test_a_saved_adapter_scores_the_same_by_plain_peft_on_the_librarys_layers(
     for p in theirs.parameters():  # what is not quantised stays in bf16, whatever is asked for
         p.data = p.data.float() if p.dtype == torch.bfloat16 else p.data
     model = PeftModel.from_pretrained(theirs, tmp_path / "adapter")
-    model.train()  # else bitsandbytes multiplies in bf16; there is no dropout
+    model.train()  # else bitsandbytes multiplies in bf16, or rounds activations to INT8; there is no dropout
     with torch.no_grad():
         ours = columns(pair_logps(policy, pack(PAIRS)))
         with as_reference(policy):
@@ -247,7 +256,7 @@ def test_fp8_is_quantised_to_the_bits_that_transformers_makes(kept: torch.dtype,
     assert (found.exact(torch.float32)[:128, 128:] == 0).all()
 
 
-def test_a_base_quantised_to_fp8_trains_and_is_exported(plain: Path, tmp_path: Path) -> None:
+def test_a_base_quantised_to_fp8_trains(plain: Path, tmp_path: Path) -> None:
     """Its weights are the quantised ones; its run starts at ln 2."""
     model = load(plain, quantize="fp8")
     tensors = load_file(plain / "model.safetensors")
@@ -260,8 +269,6 @@ def test_a_base_quantised_to_fp8_trains_and_is_exported(plain: Path, tmp_path: P
     assert said.code == 0, said.err
     first = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[1])
     assert first["loss"] == pytest.approx(0.693147, abs=1e-6)
-    said = dpo("export", tmp_path / "run", tmp_path / "merged", "--to", "merged", "--force")
-    assert said.code == 0, said.err
 
 
 def test_a_base_quantised_while_loading_is_the_checkpoint_in_nf4(
@@ -331,7 +338,7 @@ def ct_weights(**changes: Any) -> dict[str, Any]:
         ("fp8", {"fmt": "e5m2"}, "are 'e5m2'"),
         ("fp8", {"activation_scheme": "static"}, "activation_scheme 'static'"),
         ("nf4", {"bnb_4bit_quant_type": "fp4"}, "to fp4 (bnb_4bit_quant_type)"),
-        ("nf4", {"load_in_4bit": False, "load_in_8bit": True}, "bitsandbytes to 8 bits"),
+        ("nf4", {"load_in_4bit": False}, "neither load_in_4bit nor load_in_8bit"),
     ],
 )
 def test_other_settings_are_refused_by_name(
@@ -390,6 +397,10 @@ def _drop(part: str) -> Callable[[dict[str, Tensor]], None]:
         ("fp8", _set("weight_scale_inv", lambda x: x[:, :1]), "is float32 (1, 1), not float32 or bfloat16"),
         ("fp8", _set("weight_scale_inv", lambda x: x.to(torch.float8_e8m0fnu)), "is float8_e8m0fnu (1, 2)"),
         ("fp8", _set("weight", lambda x: x.float()), "is float32 (64, 192), not float8_e4m3fn"),
+        ("fp8", _set("weight", lambda x: (x.float() * float("nan")).to(x.dtype)), "has values that are not finite"),
+        ("int8", _set("weight_format", lambda x: x + 1), "names another order than rows"),
+        ("int8", _set("SCB", lambda x: x[1:]), "is float32 (63,), not float32 (64,)"),
+        ("int8", _set("weight", lambda x: x.byte()), "is uint8 (64, 192), not int8"),
         ("nf4", _state(blocksize=96), "has the blocksize 96"),
         ("nf4", _state(shape=[192, 64]), "is of [192, 64], the model's is (64, 192)"),
         ("nf4", _state(quant_type="fp4"), "is not the state of a weight in NF4"),

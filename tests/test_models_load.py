@@ -165,7 +165,7 @@ def test_code_that_comes_with_a_model_is_never_run(
 @pytest.mark.parametrize(
     ("quantisation", "words"),
     [
-        ({"quant_method": "bitsandbytes"}, "is quantised with bitsandbytes to 8 bits"),
+        ({"quant_method": "bitsandbytes"}, "neither load_in_4bit nor load_in_8bit"),
         ({"quant_method": "quark", "bits": 4}, "is quantised with quark"),
         ("?", "quantization_config is not an object"),
     ],

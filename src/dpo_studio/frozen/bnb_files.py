@@ -1,7 +1,8 @@
-"""Checkpoints of bitsandbytes: NF4, with or without double quantisation, read as they are.
+"""Checkpoints of bitsandbytes: NF4, with or without double quantisation, and INT8 (LLM.int8()), read as they are.
 
-bitsandbytes is not needed. Beside a layer's `weight`, flat bytes in a precision of any size (`quant_storage`), lie its
-scales, tables and a small JSON object written as bytes; each is held against the layer that the model has.
+bitsandbytes is not needed. Beside an NF4 layer's `weight`, flat bytes in a precision of any size (`quant_storage`), lie
+its scales, tables and a small JSON object written as bytes; beside an INT8 layer's rows lies the largest size of each
+(`SCB`). All are held against the layer that the model has.
 
 Shapes: N = outputs, K = inputs, B = blocks, C = blocks of scales.
 """
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from dpo_studio import reading
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.nf4 import NF4_LEVELS, Doubled, Nf4
+from dpo_studio.frozen.scaled import Scaled
 from dpo_studio.frozen.shards import Place
 
 __all__ = ["read_bnb"]
@@ -40,16 +42,28 @@ class BitsAndBytes4:
         return Nf4Reader(place)
 
 
-def read_bnb(folder: Path, raw: Mapping[str, Any]) -> BitsAndBytes4:
+@dataclass(frozen=True)
+class BitsAndBytes8:
+    """A checkpoint in INT8."""
+
+    def reader(self, place: Place) -> Int8Reader:
+        """What reads its layers."""
+        place.say("bitsandbytes rounds activations to INT8 too; training and scoring do not, weights are its own")
+        return Int8Reader(place)
+
+
+def read_bnb(folder: Path, raw: Mapping[str, Any]) -> BitsAndBytes4 | BitsAndBytes8:
     """The settings of a model folder, from what its config says.
 
     Raises:
-        ModelError: another format of bitsandbytes than NF4.
+        ModelError: another format of bitsandbytes than NF4 and INT8.
     """
+    if raw.get("load_in_8bit") or raw.get("_load_in_8bit"):
+        return BitsAndBytes8()
     if not (raw.get("load_in_4bit") or raw.get("_load_in_4bit")):
         raise ModelError(
-            f"{folder} is quantised with bitsandbytes to 8 bits, and DPO Studio reads its NF4 only",
-            hint="use the model's NF4 or GPTQ version, or its bf16 one",
+            f"{folder} is quantised with bitsandbytes, and its config says neither load_in_4bit nor load_in_8bit",
+            hint="is its config.json as its author saved it?",
         )
     kind = str(raw.get("bnb_4bit_quant_type", "fp4")).lower()
     if kind != "nf4":
@@ -125,3 +139,25 @@ class Nf4Reader:
         if isinstance(block, bool) or block not in _BLOCKS:
             raise self.place.wrong(prefix, _STATE, f"has the {key} {block!r:.40}, which bitsandbytes does not make")
         return int(block)
+
+
+@dataclass(frozen=True)
+class Int8Reader:
+    """Reads and checks one layer in INT8 at a time."""
+
+    place: Place
+
+    def layers(self) -> dict[str, list[str]]:
+        """The quantised layers, and the tensors of each."""
+        shards = self.place.shards
+        return shards.of_layers(shards.with_ending(".SCB"), ["weight", "SCB", "weight_format", "bias"])
+
+    def linear(self, prefix: str, twin: nn.Linear) -> nn.Linear:
+        """The layer on the device, in the place of `twin`, the model's own."""
+        place, outputs, inputs = self.place, twin.out_features, twin.in_features
+        if place.has(prefix, "weight_format") and place.tensor(prefix, "weight_format").flatten().tolist() != [0]:
+            raise place.wrong(prefix, "weight_format", "names another order than rows, that of one GPU's kernel")
+        values_NK = place.tensor(prefix, "weight", [torch.int8], (outputs, inputs)).to(place.device)
+        largest_N = place.tensor(prefix, "SCB", [torch.float32], (outputs,)).to(place.device)
+        weight = Scaled(values_NK, largest_N[:, None], (1, inputs), of_127=True)
+        return place.linear(prefix, weight, place.bias(prefix, twin))

@@ -129,7 +129,7 @@ class Place:
         if (dtypes and tensor.dtype not in dtypes) or (shape is not None and tensor.shape != shape):
             kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes or (tensor.dtype,))
             raise self.wrong(prefix, part, f"is {look(tensor)}, not {kinds} {'' if shape is None else shape}".rstrip())
-        if numbers and tensor.is_floating_point() and not tensor.float().isfinite().all():
+        if numbers and tensor.is_floating_point() and not _all_finite(tensor):
             raise self.wrong(prefix, part, "has values that are not finite")
         return tensor
 
@@ -163,6 +163,13 @@ class Place:
         dense.weight = nn.Parameter(weight.dequantised(self.dtype), requires_grad=False)
         dense.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         return dense
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    """Whether no number in it is infinite or NaN; e4m3 has no infinity and one NaN, with either sign."""
+    if tensor.dtype == torch.float8_e4m3fn:
+        return not bool((tensor.view(torch.uint8) & 0x7F == 0x7F).any())
+    return bool((tensor.float() if tensor.element_size() == 1 else tensor).isfinite().all())
 
 
 def look(tensor: Tensor) -> str:
