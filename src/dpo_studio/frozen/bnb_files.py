@@ -90,7 +90,7 @@ class Nf4Reader:
         """The layer on the device, in the place of `twin`, the model's own."""
         place, outputs, inputs = self.place, twin.out_features, twin.in_features
         state = self._state(prefix)
-        if tuple(state.get("shape") or ()) != (outputs, inputs):
+        if state.get("shape") != [outputs, inputs]:
             raise place.wrong(prefix, "weight", f"is of {state.get('shape')}, the model's is {(outputs, inputs)}")
         if inputs % 2:
             raise place.wrong(prefix, "weight", f"is of {inputs} inputs a row, and a byte has two")
@@ -112,8 +112,8 @@ class Nf4Reader:
             return place.tensor(prefix, "weight.absmax", [torch.float32], (blocks,)), None
         nested = self._block(prefix, state, "nested_blocksize")
         mean = state.get("nested_offset")
-        if not isinstance(mean, float | int):
-            raise place.wrong(prefix, _STATE, "has no nested_offset")
+        if not isinstance(mean, float | int) or abs(mean) > torch.finfo(torch.float32).max:
+            raise place.wrong(prefix, _STATE, f"has the nested_offset {mean!r:.40}")
         if state.get("nested_dtype") != "float32":
             raise place.wrong(prefix, _STATE, f"has the nested_dtype {state.get('nested_dtype')!r:.40}, not float32")
         scales_C = place.tensor(prefix, "weight.nested_absmax", [torch.float32], (-(-blocks // nested),))

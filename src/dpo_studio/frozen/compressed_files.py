@@ -74,7 +74,7 @@ def read_compressed(folder: Path, raw: Mapping[str, Any]) -> Compressed:
     weights = [scheme["weights"] for scheme in schemes if isinstance(scheme.get("weights"), dict)]
     if not weights or len(weights) != len(schemes) or any(other != weights[0] for other in weights):
         raise _refused(folder, "names no one scheme for all its weights (config_groups)")
-    if {scheme.get("format") for scheme in schemes} - {None, form}:
+    if any(scheme.get("format") not in (None, form) for scheme in schemes):
         raise _refused(folder, "has groups of several formats")
     activations = any(scheme.get("input_activations") or scheme.get("output_activations") for scheme in schemes)
     return _settings(folder, form, weights[0], activations)
@@ -165,7 +165,8 @@ class CompressedReader:
         place = self.place
         values_NK = place.tensor(prefix, "weight", [torch.float8_e4m3fn], (outputs, inputs))
         scales = place.tensor(prefix, "weight_scale", _SCALES)
-        block = self.settings.block or ((outputs, inputs) if scales.numel() == 1 else (1, inputs))
+        height, width = self.settings.block or ((outputs, inputs) if scales.numel() == 1 else (1, inputs))
+        block = min(height, outputs), min(width, inputs)
         shape = (-(-outputs // block[0]), -(-inputs // block[1]))
         if scales.shape != shape and not scales.numel() == shape[0] * shape[1] == 1:
             raise place.wrong(prefix, "weight_scale", f"is {tuple(scales.shape)}, not {shape}")
