@@ -26,6 +26,7 @@ from dpo_studio.errors import ModelError
 from dpo_studio.frozen.awq_files import read_awq
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.frozen.nf4 import Nf4
+from dpo_studio.frozen.row_scaled import RowScaled
 from dpo_studio.frozen.scaled import quantise_fp8
 from dpo_studio.frozen.shards import Place
 from dpo_studio.learning.logprobs import pair_logps
@@ -292,6 +293,28 @@ def test_a_base_quantised_while_loading_is_the_checkpoint_in_nf4(
     assert dpo("score", tmp_path / "c" / "run", tmp_path / "c" / "pairs.jsonl").code == 0
     said = dpo("export", tmp_path / "c" / "run", tmp_path / "merged", "--to", "merged", "--force")
     assert said.code == 0 and "as they are formed" in said.err, said.err
+
+
+@pytest.mark.parametrize("name", ["awq", "fp8", "nf4-double"])
+def test_a_quantised_base_computes_in_fp8_with_its_formed_weights(base: Callable[[str], Path], name: str) -> None:
+    """e4m3 with a scale a row of the weight in bf16, as of a dense base; and a policy that starts at its reference."""
+    dense = load_file(base(name) / "dense" / "bfloat16.safetensors")
+    model = load(base(name), "bfloat16", compute="fp8")
+    for key, weight_NK in dense.items():
+        found, expected = model.get_submodule(key.removesuffix(".weight")).kept, RowScaled.of(weight_NK)
+        assert isinstance(found, RowScaled)
+        for tensor, wanted in zip(found.tensors().values(), expected.tensors().values(), strict=True):
+            assert torch.equal(tensor.float(), wanted.float())
+    policy = attach(model, SECTION, seed=0)
+    with torch.no_grad():
+        now = columns(pair_logps(policy, pack(PAIRS)))
+        with as_reference(policy):
+            assert torch.equal(columns(pair_logps(policy, pack(PAIRS))), now)
+
+
+def test_weights_are_not_stored_in_two_ways(plain: Path) -> None:
+    with pytest.raises(ModelError, match="two ways to store the same weights"):
+        load(plain, "bfloat16", quantize="nf4", compute="fp8")
 
 
 def test_a_base_that_is_quantised_is_not_quantised_again(base: Callable[[str], Path]) -> None:

@@ -20,7 +20,6 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.formats import Quantization, read_quantization
-from dpo_studio.frozen.gptq_files import Gptq
 from dpo_studio.models.attention import check_architecture
 from dpo_studio.models.find import find_folder
 from dpo_studio.models.fingerprint import weights_fingerprint
@@ -150,10 +149,10 @@ class ModelFolder:
             )
         if self.quantization is None and section.quantize is None and section.residency != "packed":
             raise ModelError("model.residency is for quantised bases", hint=f"{self.name} is not quantised: remove it")
-        if section.compute == "fp8" and self.quantization is not None and not isinstance(self.quantization, Gptq):
+        if section.compute == "fp8" and section.quantize is not None:
             raise ModelError(
-                "model.compute: fp8 is for dense and GPTQ bases",
-                hint=f"{self.name} is quantised in another format: compute: auto works with it",
+                f"model.quantize: {section.quantize} and model.compute: fp8 are two ways to store the same weights",
+                hint="compute: fp8 alone rounds them once, and stores what its products need",
             )
         config = self.config
         try:

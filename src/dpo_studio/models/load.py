@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_studio.config import ModelSection, cache_folder
 from dpo_studio.errors import ModelError, reason_of
+from dpo_studio.frozen.gptq_files import Gptq
 from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.fp8_model import into_fp8
@@ -100,8 +101,9 @@ def _load_packed(
     folder.check_unchanged()
     packed = sum(file.stat().st_size for file in folder.weights) if section.quantize is None else None
     hint = _MORE_ROOM if section.residency == "packed" else f"model.residency: packed takes that much; or {_MORE_ROOM}"
+    exact = isinstance(folder.quantization, Gptq)  # its products in FP8 round no weight
     with put_on_gpu(packed, folder.name, hint=hint):
-        return load_quantised(
+        model = load_quantised(
             folder.path,
             deepcopy(folder.config.get_text_config()),
             folder.quantization,
@@ -111,9 +113,12 @@ def _load_packed(
             device=device,
             quantize=section.quantize or "",
             residency=section.residency,
-            compute=section.compute,
+            compute=section.compute if exact else "auto",
             say=say,
         )
+        if section.compute == "fp8" and not exact:
+            say(into_fp8(model, device, folder.name))
+        return model
 
 
 @contextmanager
