@@ -153,7 +153,7 @@ def quantise_nf4(weight_NK: Tensor) -> Nf4:
         raise ValueError(f"NF4 has two weights a byte, and there are {weight_NK.shape[1]} inputs")
     flat = weight_NK.flatten()
     levels = _levels(flat.device)
-    middles = (levels[:-1] + levels[1:]) / 2
+    middles = ((levels[:-1] + levels[1:]) / 2).tolist()
     bytes_P = torch.empty(len(flat) // 2, dtype=torch.uint8, device=flat.device)
     scales_B = torch.empty(-(-len(flat) // _BLOCK), dtype=torch.float32, device=flat.device)
     for at in slices_at_once(flat, _BLOCK):
@@ -166,7 +166,9 @@ def quantise_nf4(weight_NK: Tensor) -> Nf4:
             rest = part[whole * _BLOCK :]
             scale = rest.abs().amax().clamp(min=_SMALLEST)
             scales, scaled = torch.cat([scales, scale[None]]), torch.cat([scaled, (rest / scale).clamp_(-1, 1)])
-        names = torch.bucketize(scaled, middles, out_int32=True).to(torch.uint8)
+        names = torch.zeros(len(scaled), dtype=torch.uint8, device=flat.device)
+        for middle in middles:  # three times as fast on a CPU as torch.bucketize
+            names += scaled > middle
         bytes_P[at.start // 2 : at.stop // 2] = names[::2] << 4 | names[1::2]
         scales_B[at.start // _BLOCK : -(-at.stop // _BLOCK)] = scales
     return Nf4(bytes_P, scales_B, None, (weight_NK.shape[0], weight_NK.shape[1]), _BLOCK)

@@ -99,7 +99,8 @@ def _load_packed(
     say: Callable[[str], None],
 ) -> PreTrainedModel:
     folder.check_unchanged()
-    packed = sum(file.stat().st_size for file in folder.weights) if section.quantize is None else None
+    there = [file for file in folder.weights if file.is_file()]
+    packed = sum(file.stat().st_size for file in there) if section.quantize is None else None
     hint = _MORE_ROOM if section.residency == "packed" else f"model.residency: packed takes that much; or {_MORE_ROOM}"
     exact = isinstance(folder.quantization, Gptq)  # its products in FP8 round no weight
     with put_on_gpu(packed, folder.name, hint=hint):
