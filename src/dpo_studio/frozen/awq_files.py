@@ -88,9 +88,9 @@ class AwqReader:
         size = inputs if self.quantization.group_size == -1 else self.quantization.group_size
         if inputs % size or size % 8 or outputs % 8:
             raise place.wrong(prefix, "qweight", f"cannot hold {outputs} x {inputs} weights in groups of {size}")
-        words_KW = place.tensor(prefix, "qweight", [torch.int32], (inputs, outputs // 8)).to(place.device)
-        zeros_GW = place.tensor(prefix, "qzeros", [torch.int32], (inputs // size, outputs // 8)).to(place.device)
-        scales_GN = place.tensor(prefix, "scales", _SCALES, (inputs // size, outputs)).to(place.device)
+        words_KW = place.tensor(prefix, "qweight", [torch.int32], (inputs, outputs // 8))
+        zeros_GW = place.tensor(prefix, "qzeros", [torch.int32], (inputs // size, outputs // 8))
+        scales_GN = place.tensor(prefix, "scales", _SCALES, (inputs // size, outputs))
         bias = place.bias(prefix, twin)
         zeros_NG = _by_output(zeros_GW).contiguous()
         words_NW = _words(_by_output(words_KW))

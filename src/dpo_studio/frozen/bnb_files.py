@@ -103,7 +103,6 @@ class Nf4Reader:
             raise place.wrong(prefix, "weight.quant_map", "has other levels than NF4's")
         scales_B, doubled = self._scales(prefix, state, -(-outputs * inputs // block))
         bias = place.bias(prefix, twin)
-        bytes_P, scales_B = bytes_P.to(place.device), scales_B.to(place.device)
         return place.linear(prefix, Nf4(bytes_P, scales_B, doubled, (outputs, inputs), block), bias)
 
     def _scales(self, prefix: str, state: Mapping[str, Any], blocks: int) -> tuple[Tensor, Doubled | None]:
@@ -120,7 +119,7 @@ class Nf4Reader:
         levels = place.tensor(prefix, "weight.nested_quant_map", [torch.float32], (256,))
         names_B = place.tensor(prefix, "weight.absmax", [torch.uint8], (blocks,))
         offset = torch.tensor(float(mean), dtype=torch.float32, device=place.device)
-        return names_B, Doubled(scales_C.to(place.device), levels.to(place.device), offset, nested)
+        return names_B, Doubled(scales_C, levels, offset, nested)
 
     def _state(self, prefix: str) -> dict[str, Any]:
         """The JSON object that lies among the tensors."""
@@ -157,7 +156,7 @@ class Int8Reader:
         place, outputs, inputs = self.place, twin.out_features, twin.in_features
         if place.has(prefix, "weight_format") and place.tensor(prefix, "weight_format").flatten().tolist() != [0]:
             raise place.wrong(prefix, "weight_format", "names another order than rows, that of one GPU's kernel")
-        values_NK = place.tensor(prefix, "weight", [torch.int8], (outputs, inputs)).to(place.device)
-        largest_N = place.tensor(prefix, "SCB", [torch.float32], (outputs,)).to(place.device)
+        values_NK = place.tensor(prefix, "weight", [torch.int8], (outputs, inputs))
+        largest_N = place.tensor(prefix, "SCB", [torch.float32], (outputs,))
         weight = Scaled(values_NK, largest_N[:, None], (1, inputs), of_127=True)
         return place.linear(prefix, weight, place.bias(prefix, twin))

@@ -147,8 +147,7 @@ class CompressedReader:
         words_NW = place.tensor(prefix, "weight_packed", [torch.int32], (outputs, inputs * bits // 32))
         scales_NG = place.tensor(prefix, "weight_scale", _SCALES, (outputs, inputs // size))
         zeros_NG = self._zeros(prefix, outputs, inputs // size)
-        device = place.device
-        return Packed(words_NW.to(device), scales_NG.to(device), zeros_NG.to(device), None, bits, size)
+        return Packed(words_NW, scales_NG, zeros_NG, None, bits, size)
 
     def _zeros(self, prefix: str, outputs: int, groups: int) -> Tensor:
         """Zero points, (N, G) uint8: half the range where the scheme is symmetric."""
@@ -156,7 +155,7 @@ class CompressedReader:
         if self.settings.symmetric:
             if self.place.has(prefix, "weight_zero_point"):
                 raise self.place.wrong(prefix, "weight_zero_point", "is there, and the config says symmetric")
-            return torch.full((outputs, groups), 2 ** (bits - 1), dtype=torch.uint8)
+            return torch.full((outputs, groups), 2 ** (bits - 1), dtype=torch.uint8, device=self.place.device)
         per_group = -(-outputs * bits // 32)
         words_WG = self.place.tensor(prefix, "weight_zero_point", [torch.int32], (per_group, groups))
         return unpack(words_WG.t().contiguous(), bits)[:, :outputs].t().contiguous()
@@ -172,4 +171,4 @@ class CompressedReader:
             raise place.wrong(prefix, "weight_scale", f"is {tuple(scales.shape)}, not {shape}")
         if not self.settings.symmetric or place.has(prefix, "weight_zero_point"):
             raise place.wrong(prefix, "weight_zero_point", "is not read for FP8")
-        return Scaled(values_NK.to(place.device), scales.view(shape).to(place.device), block)
+        return Scaled(values_NK, scales.view(shape), block)

@@ -18,6 +18,10 @@ _ELEMENTS_AT_ONCE = 1 << 19
 """Elements that a CPU dequantises at a time: the intermediate values stay in a core's cache (2 MB in fp32)."""
 
 
+_ELEMENTS_OF_A_GPU = 1 << 26
+"""A quarter of a gigabyte in fp32, where a weight of a 70B would take a whole one, some times over."""
+
+
 def rows_at_once(out_NK: Tensor) -> Iterator[slice]:
     """The rows of a weight to dequantise together: some at a time on a CPU, all at once elsewhere."""
     outputs, inputs = out_NK.shape
@@ -26,9 +30,10 @@ def rows_at_once(out_NK: Tensor) -> Iterator[slice]:
 
 
 def slices_at_once(flat: Tensor, block: int) -> Iterator[slice]:
-    """As `rows_at_once`, of a flat weight: each slice begins with a block."""
+    """Slices of a flat weight to work on together, each of which begins with a block."""
     count = len(flat)
-    at_once = max(block, _ELEMENTS_AT_ONCE // block * block) if flat.device.type == "cpu" else max(count, 1)
+    at_once = _ELEMENTS_AT_ONCE if flat.device.type == "cpu" else _ELEMENTS_OF_A_GPU
+    at_once = max(block, at_once // block * block)
     yield from (slice(start, min(start + at_once, count)) for start in range(0, count, at_once))
 
 

@@ -79,6 +79,6 @@ class Fp8Reader:
         place, outputs, inputs = self.place, twin.out_features, twin.in_features
         height, width = block = min(self.block[0], outputs), min(self.block[1], inputs)
         shape = (-(-outputs // height), -(-inputs // width))
-        values_NK = place.tensor(prefix, "weight", [torch.float8_e4m3fn], (outputs, inputs)).to(place.device)
-        scales_RC = place.tensor(prefix, "weight_scale_inv", _SCALES, shape).to(place.device, torch.float32)
+        values_NK = place.tensor(prefix, "weight", [torch.float8_e4m3fn], (outputs, inputs))
+        scales_RC = place.tensor(prefix, "weight_scale_inv", _SCALES, shape).float()
         return place.linear(prefix, Scaled(values_NK, scales_RC, block), place.bias(prefix, twin))

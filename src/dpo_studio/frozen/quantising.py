@@ -44,7 +44,7 @@ class QuantisingReader:
             ModelError: its tensors are not the model's, or no weight that the format can hold.
         """
         place = self.place
-        weight_NK = place.tensor(prefix, "weight", _DENSE, (twin.out_features, twin.in_features)).to(place.device)
+        weight_NK = place.tensor(prefix, "weight", _DENSE, (twin.out_features, twin.in_features))
         try:
             weight = quantise_fp8(weight_NK) if self.form == "fp8" else quantise_nf4(weight_NK)
         except ValueError as error:

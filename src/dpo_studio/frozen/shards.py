@@ -118,7 +118,7 @@ class Place:
         *,
         numbers: bool = True,
     ) -> Tensor:
-        """A layer's tensor, on the CPU; of one of `dtypes` and this shape, where they are given; finite, if `numbers`.
+        """A layer's tensor, on the device; of one of `dtypes` and this shape, where they are given; finite if `numbers`.
 
         Raises:
             ModelError: it is missing, something else, or not finite.
@@ -129,6 +129,7 @@ class Place:
         if (dtypes and tensor.dtype not in dtypes) or (shape is not None and tensor.shape != shape):
             kinds = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes or (tensor.dtype,))
             raise self.wrong(prefix, part, f"is {look(tensor)}, not {kinds} {'' if shape is None else shape}".rstrip())
+        tensor = tensor.to(self.device)
         if numbers and tensor.is_floating_point() and not _all_finite(tensor):
             raise self.wrong(prefix, part, "has values that are not finite")
         return tensor
@@ -151,7 +152,7 @@ class Place:
             if self.has(prefix, "bias"):
                 raise self.wrong(prefix, "bias", "is there, and the model has no place for it")
             return None
-        return self.tensor(prefix, "bias", shape=(twin.out_features,)).to(self.device, self.dtype)
+        return self.tensor(prefix, "bias", shape=(twin.out_features,)).to(self.dtype)
 
     def linear(self, prefix: str, weight: Frozen, bias: Tensor | None) -> nn.Linear:
         """The layer of a weight that is on the device; dense where the recipe says so, and for the head, whose weight
