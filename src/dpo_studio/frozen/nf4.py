@@ -127,7 +127,7 @@ class Nf4:
     @classmethod
     def taken(cls, tensors: Iterator[Tensor], numbers: Iterator[int]) -> Nf4:
         """The weight read from the next of `tensors` and `numbers`."""
-        outputs, inputs, block, nested = (next(numbers) for _ in range(4))
+        outputs, inputs, block, nested = next(numbers), next(numbers), next(numbers), next(numbers)
         bytes_P, scales_B = next(tensors), next(tensors)
         doubled = Doubled(next(tensors), next(tensors), next(tensors), nested) if nested else None
         return cls(bytes_P, scales_B, doubled, (outputs, inputs), block)

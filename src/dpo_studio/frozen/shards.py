@@ -118,7 +118,7 @@ class Place:
         *,
         numbers: bool = True,
     ) -> Tensor:
-        """A layer's tensor, on the device; of one of `dtypes` and this shape, where they are given; finite if `numbers`.
+        """A layer's tensor, on the device; of one of `dtypes` and this shape, if they are given; finite if `numbers`.
 
         Raises:
             ModelError: it is missing, something else, or not finite.
