@@ -108,8 +108,8 @@ def quantise_fp8(weight_NK: Tensor) -> Scaled:
     """A weight in e4m3, in blocks of 128 x 128: the bits that transformers makes of it.
 
     The factor of a block is 448 times the reciprocal of its largest size (each rounded to fp32; 1 for zeros). Each
-    weight times the factor (in fp32, rounded) becomes e4m3, nearest, ties to even; the scale is the factor's reciprocal.
-    Blocks at the edges are of what is there.
+    weight times the factor (in fp32, rounded) becomes e4m3, nearest, ties to even; the scale is the factor's
+    reciprocal. Blocks at the edges are of what is there.
     """
     outputs, inputs = weight_NK.shape
     values_NK = torch.empty(outputs, inputs, dtype=torch.float8_e4m3fn, device=weight_NK.device)
