@@ -472,6 +472,8 @@ def test_blocks_may_be_larger_than_a_weight(base: Callable[[str], Path], tmp_pat
         ("nf4", _state(shape=[192, 64]), "is of [192, 64], the model's is (64, 192)"),
         ("nf4", _state(quant_type="fp4"), "is not the state of a weight in NF4"),
         ("nf4", _set("weight", lambda x: x[:-1]), "weights, not 64 x 192"),
+        ("nf4", _set("weight", lambda x: x[0, 0]), "has 2 weights, not 64 x 192"),
+        ("nf4", _set("weight", lambda x: x.long()), "is int64 (6144, 1), not uint8"),
         ("nf4", _set("weight.absmax", lambda x: x[:-1]), "is float32 (191,), not float32 (192,)"),
         ("nf4", _set("weight.absmax", lambda x: x / 0), "has values that are not finite"),
         ("nf4", _set("weight.quant_map", lambda x: x * 0.5), "has other levels than NF4's"),

@@ -29,6 +29,8 @@ _STATE = "weight.quant_state.bitsandbytes__nf4"
 _PARTS = ("weight", "weight.absmax", "weight.quant_map", "weight.nested_absmax", "weight.nested_quant_map", _STATE)
 _BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Weights that share a scale, and scales that do: what bitsandbytes makes."""
+_STORAGE = (torch.uint8, torch.int8, torch.bfloat16, torch.float16, torch.float32)
+"""What four-bit weights may be written as."""
 _LARGEST_STATE = 4096
 """Bytes; a state has some 200."""
 
@@ -95,7 +97,7 @@ class Nf4Reader:
         if inputs % 2:
             raise place.wrong(prefix, "weight", f"is of {inputs} inputs a row, and a byte has two")
         block = self._block(prefix, state, "blocksize")
-        bytes_P = place.tensor(prefix, "weight", numbers=False).contiguous().view(torch.uint8).flatten()
+        bytes_P = place.tensor(prefix, "weight", _STORAGE, numbers=False).flatten().view(torch.uint8)
         if 2 * len(bytes_P) != outputs * inputs:
             raise place.wrong(prefix, "weight", f"has {2 * len(bytes_P):,} weights, not {outputs} x {inputs}")
         levels = place.tensor(prefix, "weight.quant_map", [torch.float32], (16,))
