@@ -165,12 +165,14 @@ def _model(folder: Path, out: Path, **settings: Any) -> None:
 
 
 def _adapter(folder: Path, adapter: Path, sequences: Path, out: Path) -> None:
-    """Through transformers, gptqmodel's torch kernel and PEFT's own layers, one sequence at a time, fp32."""
+    """Through transformers, gptqmodel's torch kernel (GPTQ's or AWQ's) and PEFT's own layers, one sequence at a time;
+    fp32, but for AWQ's products, which are fp16's."""
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, GPTQConfig
+    from transformers import AutoModelForCausalLM, AwqConfig, GPTQConfig
 
-    quantization = GPTQConfig(bits=4, backend="gptq_torch")
+    awq = json.loads((folder / "config.json").read_text())["quantization_config"]["quant_method"] == "awq"
+    quantization = AwqConfig(bits=4, backend="torch_awq") if awq else GPTQConfig(bits=4, backend="gptq_torch")
     base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, quantization_config=quantization)
     model = PeftModel.from_pretrained(base, adapter).eval()
     kinds = {type(module).__name__ for module in model.modules() if "TorchLinear" in type(module).__name__}

@@ -256,7 +256,7 @@ def test_a_template_in_a_file_is_the_way_on_for_a_tokenizer_without_one(tiny_bas
         ("model.path=./nosuch", ["no such model folder"]),
         ("data.train.source=nosuch.jsonl", ["no such file or folder", "nosuch.jsonl"]),
         ("data.held_out.fraction=0.99999", ["all their prompts are held out"]),
-        ("model.residency=bf16", ["for GPTQ bases"]),
+        ("model.residency=bf16", ["for quantised bases"]),
         ("adapter.targets=[nosuch]", ["nosuch", "linear layers: down_proj"]),
         ("model.path=bundled:nosuch", ["no bundled model", "bundled:smollm2-135m-instruct"]),
     ],

@@ -14,8 +14,10 @@ from dpo_studio.frozen.dense import Dense
 from dpo_studio.frozen.fp8 import Block8
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear, held_dense, weight_count
+from dpo_studio.frozen.nf4 import Doubled, Nf4
 from dpo_studio.frozen.products import products
 from dpo_studio.frozen.row_scaled import RowScaled
+from dpo_studio.frozen.scaled import quantise_fp8
 from dpo_studio.frozen.weights import KINDS, Frozen, flatten, unflatten
 
 
@@ -41,9 +43,30 @@ def test_mixed_kinds_come_back_as_they_went_in() -> None:
         assert all(found.tensors()[name] is tensor for name, tensor in wanted.tensors().items())
 
 
+def nf4(*, doubled: bool) -> Nf4:
+    """Random bytes of 8 x 64 weights in blocks of 32."""
+    names, scales = torch.randint(0, 256, (256,), dtype=torch.uint8), torch.rand(16)
+    if not doubled:
+        return Nf4(names, scales, None, (8, 64), 32)
+    parts = Doubled(torch.rand(2), torch.rand(256), torch.tensor(0.5), 8)
+    return Nf4(names, torch.randint(0, 256, (16,), dtype=torch.uint8), parts, (8, 64), 32)
+
+
+def test_kinds_with_tensors_of_their_own_are_told_apart_and_compile_whole() -> None:
+    """Flattened and back among others, and read from a layer's buffers in compiled code without leaving it."""
+    weights: list[Frozen] = [nf4(doubled=True), packed(8, act_order=True), nf4(doubled=False)]
+    weights += [quantise_fp8(torch.rand(8, 64))]
+    for found, wanted in zip(unflatten(*flatten(weights)), weights, strict=True):
+        assert torch.equal(found.exact(torch.float32), wanted.exact(torch.float32))
+        layer, x = FrozenLinear(wanted), torch.rand(3, 64)
+        assert torch.equal(torch.compile(layer, backend="eager", fullgraph=True)(x), layer(x))
+        assert torch.equal(layer(x), x @ wanted.dequantised(torch.float32).t())
+
+
 def test_some_rows_of_a_weight_are_those_of_the_whole() -> None:
     integers = torch.randint(-8, 8, (16, 256)).float().to(torch.float8_e4m3fn)
     kinds: list[Frozen] = [packed(8, act_order=True), packed(8, act_order=False), Dense(torch.rand(8, 64))]
+    kinds += [nf4(doubled=True), nf4(doubled=False), quantise_fp8(torch.rand(130, 64))]
     for weight in (*kinds, Block8(integers, torch.rand(16, 2)), RowScaled.of(torch.randn(16, 32))):
         assert weight.shape == tuple(weight.exact(torch.float32).shape)
         assert torch.equal(weight.rows(3).exact(torch.float32), weight.exact(torch.float32)[:3])

@@ -10,13 +10,14 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dpo_studio.cli.app import set_environment
 from dpo_studio.config import AdapterSection, TrainingSection
@@ -24,7 +25,10 @@ from dpo_studio.frozen import adapter_columns
 from dpo_studio.frozen.fp8 import fp8_rows, fp8_weight
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.frozen.nf4 import Doubled, Nf4, quantise_nf4
 from dpo_studio.frozen.row_scaled import RowScaled, row_scaled
+from dpo_studio.frozen.scaled import Scaled, quantise_fp8
+from dpo_studio.frozen.weights import Frozen
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, plan_limit
 from dpo_studio.learning.packing_check import check_packing
@@ -129,12 +133,20 @@ def test_in_bfloat16_compiled_packs_add_no_more_noise_than_bfloat16_itself() -> 
     assert 0 < ours < 1.5 * noise
 
 
-def packed_weight(bits: int, group_size: int, *, act_order: bool, outputs: int = 200, inputs: int = 768) -> Packed:
+def packed_weight(
+    bits: int,
+    group_size: int,
+    *,
+    act_order: bool,
+    outputs: int = 200,
+    inputs: int = 768,
+    of: torch.dtype = torch.float16,
+) -> Packed:
     """Random words, scales and zero points, on the CPU; outputs that fill no whole tile."""
     draw = torch.Generator().manual_seed(bits)
     groups = inputs // group_size
     words = torch.randint(-(2**31), 2**31 - 1, (outputs, inputs * bits // 32), generator=draw, dtype=torch.int32)
-    scales = (0.01 * torch.randn(outputs, groups, generator=draw)).half()
+    scales = (0.01 * torch.randn(outputs, groups, generator=draw)).to(of)
     zeros = torch.randint(0, 2**bits, (outputs, groups), generator=draw).byte()
     order = torch.randint(0, groups, (inputs,), generator=draw, dtype=torch.int32) if act_order else None
     return Packed(words, scales, zeros, order, bits, group_size)
@@ -156,6 +168,65 @@ def test_weights_formed_by_the_kernel_are_those_of_plain_torch(bits: int, group_
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         assert torch.equal(on_gpu(weight).dequantised(dtype).cpu(), weight.exact(rounded).to(dtype))
+
+
+@pytest.mark.parametrize("of", [torch.bfloat16, torch.float32])
+def test_other_precisions_of_scales_are_formed_as_by_plain_torch(of: torch.dtype) -> None:
+    """To the bit: AWQ's and compressed-tensors' scales."""
+    weight = packed_weight(4, 32, act_order=False, of=of)
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(on_gpu(weight).dequantised(dtype).cpu(), weight.plain(dtype))
+
+
+@pytest.mark.parametrize("doubled", [False, True])
+@pytest.mark.parametrize("block", [32, 64, 128, 4096])
+def test_nf4_formed_by_the_kernel_is_that_of_plain_torch(block: int, doubled: bool) -> None:
+    """To the bit; plain torch's is bitsandbytes' (tests/test_models_formats.py). 200 x 770 weights: blocks over the
+    ends of rows, and a last one that is not full."""
+    draw = torch.Generator().manual_seed(block)
+    shape = (200, 770)
+    blocks = -(-shape[0] * shape[1] // block)
+    bytes_P = torch.randint(0, 256, (shape[0] * shape[1] // 2,), generator=draw, dtype=torch.uint8)
+    scales = torch.rand(blocks, generator=draw)
+    parts = None
+    if doubled:
+        scales = torch.randint(0, 256, (blocks,), generator=draw, dtype=torch.uint8)
+        of_scales = torch.rand(-(-blocks // 256), generator=draw)
+        parts = Doubled(of_scales, torch.randn(256, generator=draw), torch.tensor(0.7071), 256)
+    weight = Nf4(bytes_P, scales, parts, shape, block)
+    there = Nf4.taken(iter([x.to(CUDA) for x in weight.tensors().values()]), iter(weight.numbers()))
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        assert torch.equal(there.dequantised(dtype).cpu(), weight.exact(dtype))
+        assert torch.equal(there.plain(dtype).cpu(), weight.exact(dtype))
+
+
+@pytest.mark.parametrize("quantised", [quantise_nf4, quantise_fp8])
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_gpu_quantises_to_the_bits_of_a_cpu(of: torch.dtype, quantised: Callable[[Tensor], Frozen]) -> None:
+    """Which are bitsandbytes' and transformers' (tests/test_models_formats.py)."""
+    weight_NK = torch.randn(330, 770, generator=torch.Generator().manual_seed(0)).to(of)
+    weight_NK[:128] = 0
+    found, expected = quantised(weight_NK.to(CUDA)), quantised(weight_NK)
+    assert found.numbers() == expected.numbers()
+    for tensor, wanted in zip(found.tensors().values(), expected.tensors().values(), strict=True):
+        assert torch.equal(tensor.cpu().float(), wanted.float())
+
+
+@pytest.mark.parametrize("of", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("block", [(128, 128), (1, 770), (200, 770), (64, 32)])
+def test_eight_bits_formed_by_the_kernel_are_those_of_plain_torch(block: tuple[int, int], of: torch.dtype) -> None:
+    """To the bit, e4m3 and int8, with the last blocks smaller; plain torch's are the libraries'
+    (tests/test_models_formats.py)."""
+    draw = torch.Generator().manual_seed(block[0])
+    outputs, inputs = 200, 770
+    scales = torch.rand(-(-outputs // block[0]), -(-inputs // block[1]), generator=draw).to(of)
+    normal = torch.randn(outputs, inputs, generator=draw)
+    for values, of_127 in ((normal.to(torch.float8_e4m3fn), False), ((40 * normal).clamp(-127, 127).char(), True)):
+        weight = Scaled(values, scales, block, of_127)
+        there = Scaled(values.to(CUDA), scales.to(CUDA), block, of_127)
+        for dtype in (torch.bfloat16, torch.float16, torch.float32):
+            assert torch.equal(there.dequantised(dtype).cpu(), weight.plain(dtype))
+            assert torch.equal(there.plain(dtype).cpu(), weight.plain(dtype))
 
 
 def test_fp8_loses_nothing_of_the_weights() -> None:
@@ -236,19 +307,27 @@ def test_an_adapter_left_out_of_an_fp8_product_is_one_of_zeros_to_the_bit(rank: 
     assert all(torch.equal(a, b) for a, b in zip(left_out, zeros, strict=True))
 
 
-def gptq_policy(*, fp8: bool = False, resident: bool = False, rows8: bool = False) -> Any:
-    """A tiny Llama whose linears hold random 4-bit words in groups of 128, bf16, its adapter moved."""
+def gptq_policy(
+    *,
+    fp8: bool = False,
+    resident: bool = False,
+    rows8: bool = False,
+    quantised: Callable[[Tensor], Frozen] | None = None,
+) -> Any:
+    """A tiny Llama whose linears hold random 4-bit words in groups of 128, bf16, its adapter moved; or what `quantised`
+    makes of them."""
     shape: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "head_dim": 64}
     model = tiny_model(attn_implementation=FLEX, initializer_range=0.05, **shape).bfloat16().to(CUDA)
     for name, linear in [(n, m) for n, m in model.named_modules() if n.endswith("_proj")]:
         weight = packed_weight(4, 128, act_order=False, outputs=linear.out_features, inputs=linear.in_features)
         words, scales = weight.words_NW.to(CUDA), weight.scales_NG.abs().to(CUDA)
         weight = Packed(words, scales, torch.full_like(weight.zeros_NG, 8).to(CUDA), None, 4, 128)
+        of = weight if quantised is None else quantised(weight.dequantised(torch.bfloat16))
         parent, _, child = name.rpartition(".")
         if resident:
-            linear.weight.data = weight.dequantised(torch.bfloat16)
+            linear.weight.data = of.dequantised(torch.bfloat16)
         else:
-            kind = RowScaled.of(weight.dequantised(torch.bfloat16)) if rows8 else fp8_weight(weight) if fp8 else weight
+            kind = RowScaled.of(weight.dequantised(torch.bfloat16)) if rows8 else fp8_weight(weight) if fp8 else of
             layer = FrozenLinear(kind)
             setattr(model.get_submodule(parent), child, layer)
     model.requires_grad_(False)
@@ -268,6 +347,24 @@ def test_a_packed_base_is_the_dense_one(compiled: bool) -> None:
     found = []
     for resident in (False, True):
         policy = gptq_policy(resident=resident)
+        with compiled_layers(policy) if compiled else nullcontext():
+            logps_P2 = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
+            found.append((logps_P2.detach(), gradients(policy, (WEIGHTS_P2.to(CUDA) * logps_P2).sum())))
+    (packed_logps, packed_slopes), (dense_logps, dense_slopes) = found
+    assert torch.equal(packed_logps, dense_logps)
+    for name, gradient in packed_slopes.items():
+        assert torch.equal(gradient, dense_slopes[name]), name
+
+
+@pytest.mark.parametrize("quantised", [quantise_nf4, quantise_fp8])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_base_quantised_while_loading_is_the_dense_one_of_its_weights(
+    compiled: bool, quantised: Callable[[Tensor], Frozen]
+) -> None:
+    """Log-probs and gradients, to the bit, in bf16, of weights formed again and again and of weights formed once."""
+    found = []
+    for resident in (False, True):
+        policy = gptq_policy(resident=resident, quantised=quantised)
         with compiled_layers(policy) if compiled else nullcontext():
             logps_P2 = columns(pair_logps(policy, pack(PAIRS).to(CUDA)))
             found.append((logps_P2.detach(), gradients(policy, (WEIGHTS_P2.to(CUDA) * logps_P2).sum())))

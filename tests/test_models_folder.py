@@ -197,10 +197,10 @@ def test_damaged_weights_are_told_when_they_are_asked_for(base: Path) -> None:
         _ = folder.shapes
 
 
-def test_how_gptq_is_computed_is_a_question_of_gptq_alone(base: Path) -> None:
-    """Asked of another base it is refused; of a GPTQ one, whatever else is wrong with it, it is not."""
+def test_how_weights_are_kept_is_a_question_of_quantised_bases_alone(base: Path) -> None:
+    """Asked of another base it is refused; of a quantised one, whatever else is wrong with it, it is not."""
     section = ModelSection(path=str(base), residency="bf16")
-    with pytest.raises(ModelError, match="are for GPTQ bases"):
+    with pytest.raises(ModelError, match="is for quantised bases"):
         open_model(str(base)).check_base(section)
     config = json.loads((base / "config.json").read_text())
     gptq = {"quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False}}

@@ -23,9 +23,11 @@ from transformers import AutoModelForCausalLM
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError
 from dpo_studio.frozen.dequantising import unpack
+from dpo_studio.frozen.formats import read_quantization
 from dpo_studio.frozen.gptq import Packed
-from dpo_studio.frozen.gptq_files import LayerReader, Quantization, Shards, read_quantization
+from dpo_studio.frozen.gptq_files import Gptq, GptqReader
 from dpo_studio.frozen.linear import FrozenLinear, held_dense, weight_count
+from dpo_studio.frozen.shards import Place, Shards
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.models.adapters import as_reference, attach, save_adapter
@@ -66,11 +68,11 @@ def packed_folder(folder: Path, *settings: str, **changes: Any) -> Path:
 
 def read_layer(file: Path, case: dict[str, Any]) -> FrozenLinear:
     """A layer of the oracle's file, by the product's reader."""
-    quantization = Quantization(
+    quantization = Gptq(
         case["bits"], case["group_size"], case["sym"], case["desc_act"], case["checkpoint_format"], True, False
     )
     with Shards(file.parent, "layers") as shards:
-        reader = LayerReader(shards, quantization, CPU, torch.float16, "packed", "auto", print)
+        reader = quantization.reader(Place(shards, CPU, torch.float16, "packed", "auto", print))
         layer = reader.linear(case_name(case), nn.Linear(INPUTS, OUTPUTS, bias=False, device="meta"))
     assert isinstance(layer, FrozenLinear)
     return layer
@@ -109,8 +111,9 @@ def test_three_bits_cross_the_ends_of_words() -> None:
 )
 def test_old_zero_points_are_stored_less_one(stored: int, by_gptqmodel: bool, expected: list[int]) -> None:
     """gptqmodel added and subtracted over the whole word; older tools field by field, where 15 + 1 is 0 again."""
-    quantization = Quantization(4, -1, False, False, "gptq", by_gptqmodel, False)
-    reader = LayerReader(None, quantization, CPU, torch.float16, "packed", "auto", print)  # type: ignore[arg-type]
+    quantization = Gptq(4, -1, False, False, "gptq", by_gptqmodel, False)
+    place = Place(None, CPU, torch.float16, "packed", "auto", print)  # type: ignore[arg-type]
+    reader = GptqReader(place, quantization)
     words = torch.tensor([[stored]], dtype=torch.int32)
     assert reader._zeros("layer", words, 4, 8, 1).flatten().tolist() == expected
 
@@ -426,7 +429,7 @@ def test_shards_are_read_and_a_missing_one_is_named(gptq_base: Path, tmp_path: P
         ({"bits": 5}, "5 bits in groups of 32"),
         ({"bits": "four"}, "names no bits"),
         ({"group_size": 0}, "groups of 0"),
-        ({"quant_method": "awq"}, "quantised with awq"),
+        ({"quant_method": "quark"}, "quantised with quark"),
         ({"checkpoint_format": "marlin"}, "for one kernel (marlin)"),
         ({"checkpoint_format": "gptq_p"}, "for one kernel (gptq_p)"),
         ({"is_marlin_format": True}, "for one kernel (marlin)"),
@@ -465,7 +468,7 @@ def test_older_tools_keep_the_settings_in_a_file_of_their_own(gptq_base: Path, t
     ids = torch.arange(3, 20)[None]
     assert torch.equal(load_gptq_fp32(folder)(ids).logits, load_gptq_fp32(gptq_base)(ids).logits)
     read = read_quantization(folder)
-    assert read is not None
+    assert isinstance(read, Gptq)
     assert not read.by_gptqmodel
     before = weights_fingerprint(folder)
     (folder / "quantize_config.json").write_text(json.dumps(old | {"sym": False}))

@@ -66,7 +66,7 @@ def test_a_quantised_base_that_does_not_fit_is_told_what_takes_less(
     residency: str, way_on: str, tiny_base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(folder, "read_quantization", lambda _: object())
-    monkeypatch.setattr(load, "load_gptq", out_of_memory)
+    monkeypatch.setattr(load, "load_quantised", out_of_memory)
     recipe = write_recipe(tmp_path / "r.yaml", tiny_base, model={"residency": residency})
     said = dpo("train", recipe)
     told(said, f"{tiny_base} does not fit in the GPU's memory", way_on)

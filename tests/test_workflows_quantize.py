@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from dpo_studio.config import ModelSection
-from dpo_studio.frozen.gptq_files import read_quantization
+from dpo_studio.frozen.formats import read_quantization
 from dpo_studio.models.load import load_chat_model
 from dpo_studio.workflows.exporting import comparing
 from dpo_studio.workflows.talking import Sampling

@@ -42,6 +42,8 @@ _UNSEEN = (1 << 20, 1 << 20, 1 << 40)
 """Layers, counts and sizes where the weights are not there to be looked at, and only the tokenizer is wanted."""
 _PER_WORD = {"I32": 16, "U32": 16, "I64": 16, "U8": 4, "I8": 4}
 """The most weights that one packed element may contain: two bits each."""
+_FOUR_BITS = {"U8": 2, "I8": 2, "BF16": 4, "F16": 4, "F32": 8}
+"""Weights in one element of a tensor that has a table of levels beside it (NF4)."""
 _ROOM = 1 << 26
 """Numbers that a model may have besides its weights: masks and tables that are computed (a quarter of a gigabyte)."""
 _AGAIN = "is the download complete?"
@@ -121,8 +123,11 @@ def check_model_size(kind: Any, config: PreTrainedConfig, shapes: Shapes, name: 
 
 
 def _numbers_in(shapes: Shapes) -> int:
-    """Number of weights; packed ones as many as a word can contain."""
-    return sum(math.prod(shape) * _PER_WORD.get(dtype, 1) for dtype, shape in shapes.values())
+    """Number of weights; packed ones as many as a word can contain, and bitsandbytes' four bits in any precision."""
+    return sum(
+        math.prod(shape) * (_FOUR_BITS.get(dtype, 1) if f"{key}.quant_map" in shapes else _PER_WORD.get(dtype, 1))
+        for key, (dtype, shape) in shapes.items()
+    )
 
 
 def _leaves(value: Any) -> Iterator[tuple[str, Any]]:

@@ -45,7 +45,7 @@ class _Problems:
     def _unknown_key(self, key: str, keys: list[str]) -> None:
         self.problems.append(f"unknown key {key}")
         if keys[-1].lower() in LESS_BITS:
-            self.hints.append("a GPTQ checkpoint as model.path trains in 4 or 8 bits (`dpo quantize` makes one)")
+            self.hints.append("a GPTQ or NF4 checkpoint as model.path trains as it is (`dpo quantize` makes one)")
         elif near := _nearest(keys):
             self.hints.append(f"did you mean {near}?")
 

@@ -70,8 +70,10 @@ class ModelSection(Section):
     """Continue training this LoRA adapter. It is then also the reference, frozen as it was."""
     chat_template: str | None = None
     """A Jinja file used in place of the tokenizer's own chat template."""
+    quantize: Literal["nf4", "fp8"] | None = None
+    """Dense bases: store the linear layers in fewer bits while loading."""
     residency: Literal["packed", "bf16"] = "packed"
-    """GPTQ bases: keep the packed integers and dequantise for each product, or dequantise once."""
+    """Quantised bases: keep the weights as they are stored and form them for each product, or form them once."""
     compute: Literal["auto", "bf16", "fp8"] = "auto"
     """The precision of products with frozen weights. auto and bf16: the dtype's. fp8: e4m3, faster and coarser."""
 

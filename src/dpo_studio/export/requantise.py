@@ -25,7 +25,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_studio.errors import ModelError, UsageError, install_hint
 from dpo_studio.export.merge import copy_tokenizer, forget_where_from
-from dpo_studio.frozen.gptq_files import read_quantization
+from dpo_studio.frozen.formats import read_quantization
 from dpo_studio.tokens.encode import EncodedPair
 
 __all__ = ["Quantising", "calibration_rows", "check_gptqmodel", "file_dtype", "layer_count", "quantise", "resolved"]

@@ -31,6 +31,10 @@ class Dense:
         """(N, K), itself: its precision is the product's."""
         return self.weight_NK
 
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """(N, K), itself."""
+        return self.weight_NK
+
     def exact(self, dtype: torch.dtype) -> Tensor:
         """(N, K), in `dtype`."""
         return self.weight_NK.to(dtype)

@@ -12,10 +12,14 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-__all__ = ["has_triton", "rows_at_once", "unpack"]
+__all__ = ["has_triton", "rows_at_once", "slices_at_once", "unpack"]
 
 _ELEMENTS_AT_ONCE = 1 << 19
 """Elements that a CPU dequantises at a time: the intermediate values stay in a core's cache (2 MB in fp32)."""
+
+
+_ELEMENTS_OF_A_GPU = 1 << 26
+"""A quarter of a gigabyte in fp32, where a weight of a 70B would take a whole one, some times over."""
 
 
 def rows_at_once(out_NK: Tensor) -> Iterator[slice]:
@@ -23,6 +27,14 @@ def rows_at_once(out_NK: Tensor) -> Iterator[slice]:
     outputs, inputs = out_NK.shape
     rows = max(1, _ELEMENTS_AT_ONCE // inputs) if out_NK.device.type == "cpu" else outputs
     yield from (slice(start, start + rows) for start in range(0, outputs, rows))
+
+
+def slices_at_once(flat: Tensor, block: int) -> Iterator[slice]:
+    """Slices of a flat weight to work on together, each of which begins with a block."""
+    count = len(flat)
+    at_once = _ELEMENTS_AT_ONCE if flat.device.type == "cpu" else _ELEMENTS_OF_A_GPU
+    at_once = max(block, at_once // block * block)
+    yield from (slice(start, min(start + at_once, count)) for start in range(0, count, at_once))
 
 
 def unpack(words_NW: Tensor, bits: int) -> Tensor:

@@ -50,6 +50,10 @@ class Block8:
             return scaled_integers(self.integers_NK, self.scales_NG, dtype)
         return self.exact(dtype)
 
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """(N, K) by plain torch: what `dequantised` gives."""
+        return self.exact(dtype)
+
     def exact(self, dtype: torch.dtype) -> Tensor:
         """(N, K) by plain torch, exact before it is rounded to `dtype`."""
         blocks = self.integers_NK.float().view(*self.scales_NG.shape, -1)

@@ -1,8 +1,8 @@
 """GPTQ's packed integers: a few bits each in a row of int32 words, and for every group of inputs an fp16 scale and a
-zero point.
+zero point. Other formats' integers are put in the same order when they are loaded (AWQ).
 
 The weight is scale x (integer - zero point), dequantised exactly in fp32 and rounded once: to bfloat16 under bfloat16,
-else to float16, the precision of the checkpoint.
+else to the precision of the checkpoint's scales, which is float16.
 
 Shapes: N = outputs, K = inputs, W = words of a row (K x bits / 32), G = groups of inputs.
 """
@@ -29,7 +29,7 @@ class Packed:
     words_NW: Tensor
     """int32. Input k of output n is `bits` bits of row n, from bit k x bits on, the lowest bit of a word first."""
     scales_NG: Tensor
-    """float16."""
+    """float16; of some AWQ checkpoints bfloat16."""
     zeros_NG: Tensor
     """uint8, the zero points themselves."""
     group_K: Tensor | None
@@ -44,14 +44,23 @@ class Packed:
 
     def dequantised(self, dtype: torch.dtype) -> Tensor:
         """(N, K), scale x (integer - zero point), rounded once; float32 stays as exact as float16 is."""
-        rounded = torch.bfloat16 if dtype == torch.bfloat16 else torch.float16
         if self.words_NW.is_cuda and has_triton():
             from dpo_studio.frozen.kernels import dequantise
 
             return dequantise(
-                self.words_NW, self.scales_NG, self.zeros_NG, self.group_K, self.bits, self.group_size, rounded
+                self.words_NW,
+                self.scales_NG,
+                self.zeros_NG,
+                self.group_K,
+                self.bits,
+                self.group_size,
+                self._rounded_to(dtype),
             ).to(dtype)
-        return self.exact(rounded).to(dtype)
+        return self.plain(dtype)
+
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """(N, K) by plain torch: what `dequantised` gives."""
+        return self.exact(self._rounded_to(dtype)).to(dtype)
 
     def exact(self, dtype: torch.dtype) -> Tensor:
         """(N, K) by plain torch, exact before it is rounded to `dtype`; float32 is not rounded."""
@@ -91,3 +100,7 @@ class Packed:
         bits, group_size, act_order = next(numbers), next(numbers), next(numbers)
         words_NW, scales_NG, zeros_NG = next(tensors), next(tensors), next(tensors)
         return cls(words_NW, scales_NG, zeros_NG, next(tensors) if act_order else None, bits, group_size)
+
+    def _rounded_to(self, dtype: torch.dtype) -> torch.dtype:
+        """The precision that a weight is formed in for a product in `dtype`."""
+        return torch.bfloat16 if dtype == torch.bfloat16 else self.scales_NG.dtype

@@ -9,13 +9,12 @@ Shapes: N = outputs, K = inputs, W = words of a row, G = groups of inputs.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from dpo_studio.errors import ModelError
@@ -23,21 +22,19 @@ from dpo_studio.frozen.dequantising import unpack
 from dpo_studio.frozen.fp8 import fp8_obstacle, fp8_weight
 from dpo_studio.frozen.gptq import Packed
 from dpo_studio.frozen.linear import FrozenLinear
-from dpo_studio.scan import read_json, weights_of
-from dpo_studio.sizes import Shapes, shapes_in
+from dpo_studio.frozen.shards import Place, look
 
-__all__ = ["LayerReader", "Quantization", "Shards", "read_quantization"]
+__all__ = ["Gptq", "GptqReader", "read_gptq"]
 
 BITS = (2, 3, 4, 8)
 _FORMATS = ("gptq", "gptq_v2")
 _PARTS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 _WORD_INPUTS = 32
 """Inputs are packed in thirty-twos, so that whole words are filled whatever the bits."""
-_AGAIN = "is the download complete? fetch the model again"
 
 
 @dataclass(frozen=True)
-class Quantization:
+class Gptq:
     """How a checkpoint says it was quantised."""
 
     bits: int
@@ -52,22 +49,19 @@ class Quantization:
     mixed: bool
     """Whether modules may differ from `bits` and `group_size` (`dynamic`)."""
 
+    def reader(self, place: Place) -> GptqReader:
+        """What reads its layers."""
+        if self.checkpoint_format == "gptq" and not self.sym:
+            place.say("asymmetric zero points in the old gptq format; tools have not agreed on it, gptq_v2 is safer")
+        return GptqReader(place, self)
 
-def read_quantization(folder: Path) -> Quantization | None:
-    """The GPTQ settings of a model folder; None where it is not quantised.
+
+def read_gptq(folder: Path, raw: Mapping[str, Any]) -> Gptq:
+    """The settings of a model folder, from what its config says.
 
     Raises:
-        ModelError: quantised in a way that we do not train through.
+        ModelError: a form of GPTQ that we do not train through.
     """
-    raw = _settings(folder)
-    if raw is None:
-        return None
-    method = str(raw.get("quant_method", "gptq" if "group_size" in raw else "unknown")).lower()
-    if method != "gptq":
-        raise ModelError(
-            f"{folder} is quantised with {method}, and DPO Studio trains through GPTQ only",
-            hint="use the model's GPTQ version, or its bf16 one; `dpo quantize` makes a GPTQ version of that",
-        )
     form = str(raw.get("checkpoint_format") or raw.get("format") or "gptq").lower()
     if raw.get("is_marlin_format"):
         form = "marlin"
@@ -89,7 +83,7 @@ def read_quantization(folder: Path) -> Quantization | None:
         raise ModelError(f"{folder}: its words are {raw['pack_dtype']}; only int32 is known")
     meta = raw.get("meta") if isinstance(raw.get("meta"), dict) else {}
     tools = str(meta.get("quantizer", "")) if isinstance(meta, dict) else ""
-    return Quantization(
+    return Gptq(
         bits=bits,
         group_size=group_size,
         sym=bool(raw.get("sym", True)),
@@ -100,107 +94,23 @@ def read_quantization(folder: Path) -> Quantization | None:
     )
 
 
-def _settings(folder: Path) -> dict[str, Any] | None:
-    """The quantisation's config: in config.json, or, as older tools have it, in a file of its own."""
-    for file, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
-        path = folder / file
-        if not path.is_file():
-            continue
-        raw = read_json(path)
-        settings = raw.get(key) if key else raw
-        if isinstance(settings, dict) and settings:
-            return settings
-        if settings and key:
-            raise ModelError(f"{path}: its quantization_config is not an object")
-    return None
-
-
-class Shards:
-    """The tensors of a folder's safetensors files, opened once and read one by one."""
-
-    def __init__(self, folder: Path, name: str) -> None:
-        self._name = name
-        self._open: dict[Path, Any] = {}
-        self.files: dict[str, Path] = {}
-        """Where each tensor is: of the files that are fingerprinted, whatever an index says of any one tensor."""
-        for file in weights_of(folder, name):
-            self.files |= dict.fromkeys(self._opened(file).keys(), file)
-
-    def __enter__(self) -> Shards:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._open.clear()
-
-    @property
-    def shapes(self) -> Shapes:
-        """Of every tensor, by the headers that are open already."""
-        return {key: shape for file in self._open.values() for key, shape in shapes_in(file).items()}
-
-    def read(self, key: str) -> Tensor:
-        """A tensor, on the CPU.
-
-        Raises:
-            ModelError: its file is missing or damaged, or does not contain it.
-        """
-        file = self.files[key]
-        try:
-            tensor: Tensor = self._opened(file).get_tensor(key)
-        except SafetensorError as error:
-            raise ModelError(f"{self._name}: {file.name} has no readable tensor {key}: {error}", hint=_AGAIN) from None
-        return tensor
-
-    def layers(self) -> list[str]:
-        """The names of the quantised layers, sorted."""
-        return sorted(key.removesuffix(".qweight") for key in self.files if key.endswith(".qweight"))
-
-    def plain(self) -> list[str]:
-        """The tensors that do not belong to a quantised layer."""
-        quantised = {f"{layer}.{part}" for layer in self.layers() for part in _PARTS}
-        # old checkpoints kept what a config implies
-        return [key for key in self.files if key not in quantised and not key.endswith("rotary_emb.inv_freq")]
-
-    def read_shaped(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        """A tensor, on the CPU, that has the shape of the model's own.
-
-        Raises:
-            ModelError: it has another, or cannot be read.
-        """
-        tensor = self.read(key)
-        if tensor.shape != shape:
-            raise ModelError(
-                f"{self.files[key].name}: tensor {key} is {_look(tensor)}, the model's is {shape}", hint=_AGAIN
-            )
-        return tensor
-
-    def _opened(self, file: Path) -> Any:
-        if file not in self._open:
-            if not file.is_file():
-                raise ModelError(f"{self._name}: the weight file {file.name} is missing", hint=_AGAIN)
-            try:
-                self._open[file] = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{self._name}: {file.name} is damaged: {error}", hint=_AGAIN) from None
-        return self._open[file]
-
-
 @dataclass(frozen=True)
-class LayerReader:
+class GptqReader:
     """Reads and checks one quantised layer at a time."""
 
-    shards: Shards
-    quantization: Quantization
-    device: torch.device
-    dtype: torch.dtype
-    residency: str
-    compute: str
-    say: Callable[[str], None]
+    place: Place
+    quantization: Gptq
+
+    def layers(self) -> dict[str, list[str]]:
+        """The quantised layers, and the tensors of each."""
+        shards = self.place.shards
+        return shards.of_layers(shards.with_ending(".qweight"), _PARTS)
 
     def linear(self, prefix: str, twin: nn.Linear) -> nn.Linear:
-        """The layer, on the device; dense where the recipe says so, and for the head, whose weight is read as it is."""
+        """The layer on the device, in the place of `twin`, the model's own."""
+        place = self.place
         inputs, outputs = twin.in_features, twin.out_features
-        head = prefix.rpartition(".")[2] == "lm_head"
-        tensors = {part: self._read(prefix, part) for part in _PARTS if f"{prefix}.{part}" in self.shards.files}
+        tensors = {part: self._read(prefix, part) for part in _PARTS if place.has(prefix, part)}
         for part in ("qweight", "qzeros", "scales"):
             if part not in tensors:
                 raise self._wrong(prefix, part, "is missing")
@@ -208,47 +118,44 @@ class LayerReader:
         scales_NG = self._scales(prefix, tensors["scales"], outputs)
         groups = scales_NG.shape[1]
         group_size, group_K = self._groups(prefix, tensors.get("g_idx"), inputs, groups)
-        fp8 = self.compute == "fp8" and not head
+        fp8 = place.compute == "fp8" and prefix.rpartition(".")[2] != "lm_head"
         if fp8 and (obstacle := fp8_obstacle(inputs, outputs, bits, group_size, group_K is not None)):
             raise ModelError(f"model.compute: fp8 cannot be used for {prefix}: {obstacle}", hint="use compute: auto")
         bias = self._bias(prefix, tensors.get("bias"), twin)
-        words_NW = tensors["qweight"].to(self.device).t().contiguous()
-        zeros_NG = self._zeros(prefix, tensors["qzeros"], bits, outputs, groups).to(self.device)
-        group_K = None if group_K is None else group_K.to(self.device)
-        weight = Packed(words_NW, scales_NG.to(self.device), zeros_NG, group_K, bits, group_size)
-        bias = None if bias is None else bias.to(self.device)
+        words_NW = tensors["qweight"].to(place.device).t().contiguous()
+        zeros_NG = self._zeros(prefix, tensors["qzeros"], bits, outputs, groups).to(place.device)
+        group_K = None if group_K is None else group_K.to(place.device)
+        weight = Packed(words_NW, scales_NG.to(place.device), zeros_NG, group_K, bits, group_size)
+        bias = None if bias is None else bias.to(place.device)
         if fp8:
             return FrozenLinear(fp8_weight(weight), bias)
-        if self.residency == "packed" and not head:
-            return FrozenLinear(weight, bias)
-        return _dense(weight, bias, self.dtype)
+        return place.linear(prefix, weight, bias)
 
     def _read(self, prefix: str, part: str) -> Tensor:
-        return self.shards.read(f"{prefix}.{part}")
+        return self.place.shards.read(f"{prefix}.{part}")
 
     def _wrong(self, prefix: str, part: str, what: str) -> ModelError:
-        file = self.shards.files.get(f"{prefix}.{part}") or self.shards.files[f"{prefix}.qweight"]
-        return ModelError(f"{file.name}: tensor {prefix}.{part} {what}", hint=_AGAIN)
+        return self.place.wrong(prefix, part, what)
 
     def _bits(self, prefix: str, words: Tensor, inputs: int, outputs: int) -> int:
         """Bits by the shape of the packed integers, which must match the config unless its modules differ."""
         if words.dtype != torch.int32 or words.ndim != 2 or words.shape[1] != outputs:
-            raise self._wrong(prefix, "qweight", f"is {_look(words)}, not int32 ({inputs} x bits / 32, {outputs})")
+            raise self._wrong(prefix, "qweight", f"is {look(words)}, not int32 ({inputs} x bits / 32, {outputs})")
         bits, rest = divmod(words.shape[0] * 32, inputs)
         if rest or inputs % _WORD_INPUTS or bits not in BITS:
-            raise self._wrong(prefix, "qweight", f"is {_look(words)}: that is an unsupported number of bits a weight")
+            raise self._wrong(prefix, "qweight", f"is {look(words)}: that is an unsupported number of bits a weight")
         if bits != self.quantization.bits and not self.quantization.mixed:
             raise self._wrong(prefix, "qweight", f"has {bits} bits a weight, the config says {self.quantization.bits}")
         return bits
 
     def _scales(self, prefix: str, scales: Tensor, outputs: int) -> Tensor:
         if not scales.is_floating_point() or scales.ndim != 2 or scales.shape[1] != outputs or not len(scales):
-            raise self._wrong(prefix, "scales", f"is {_look(scales)}, not float16 (groups, {outputs})")
+            raise self._wrong(prefix, "scales", f"is {look(scales)}, not float16 (groups, {outputs})")
         scales_NG = scales.half().t().contiguous()
         if not scales_NG.isfinite().all():
             raise self._wrong(prefix, "scales", "has values that are not finite")
         if (scales_NG < 0).any():
-            self.say(f"{prefix}.scales has negative values: used as they are")
+            self.place.say(f"{prefix}.scales has negative values: used as they are")
         return scales_NG
 
     def _groups(self, prefix: str, g_idx: Tensor | None, inputs: int, groups: int) -> tuple[int, Tensor | None]:
@@ -260,7 +167,7 @@ class LayerReader:
                 raise self._wrong(prefix, "g_idx", "is missing, though the config says desc_act")
             return (size, None) if inputs % size == 0 else (size, in_order.int())
         if g_idx.shape != (inputs,) or g_idx.is_floating_point() or g_idx.dtype == torch.bool:
-            raise self._wrong(prefix, "g_idx", f"is {_look(g_idx)}, not int32 ({inputs},)")
+            raise self._wrong(prefix, "g_idx", f"is {look(g_idx)}, not int32 ({inputs},)")
         low, high = int(g_idx.min()), int(g_idx.max())
         if low < 0 or high >= groups:
             odd = low if low < 0 else high
@@ -283,7 +190,7 @@ class LayerReader:
         """Zero points, (N, G) uint8."""
         per_row = math.ceil(outputs * bits / 32)
         if words_GW.dtype != torch.int32 or words_GW.shape != (groups, per_row):
-            raise self._wrong(prefix, "qzeros", f"is {_look(words_GW)}, not int32 ({groups}, {per_row})")
+            raise self._wrong(prefix, "qzeros", f"is {look(words_GW)}, not int32 ({groups}, {per_row})")
         old = self.quantization.checkpoint_format == "gptq"
         if old and self.quantization.by_gptqmodel and bits != 3:  # its three bits are taken field by field
             ones = sum(1 << at for at in range(0, 32, bits))
@@ -302,26 +209,13 @@ class LayerReader:
                 raise self._wrong(prefix, "bias", "is missing")
             return None
         if bias.shape != (twin.out_features,):
-            raise self._wrong(prefix, "bias", f"is {_look(bias)}, not ({twin.out_features},)")
+            raise self._wrong(prefix, "bias", f"is {look(bias)}, not ({twin.out_features},)")
         if not bias.isfinite().all():
             raise self._wrong(prefix, "bias", "has values that are not finite")
-        return bias.to(self.dtype) if has_bias or bias.any() else None
+        return bias.to(self.place.dtype) if has_bias or bias.any() else None
 
 
 def _three_bit_fields(words_GW: Tensor, outputs: int) -> Tensor:
     """Three-bit fields of rows whose last words may be filled in part."""
     missing = -words_GW.shape[1] % 3
     return unpack(nn.functional.pad(words_GW, (0, missing)), 3)[:, :outputs]
-
-
-def _dense(weight: Packed, bias: Tensor | None, dtype: torch.dtype) -> nn.Linear:
-    """A plain layer with the weights, dequantised once."""
-    outputs, inputs = weight.shape
-    dense = nn.Linear(inputs, outputs, bias=False, device=torch.device("meta"))
-    dense.weight = nn.Parameter(weight.dequantised(dtype), requires_grad=False)
-    dense.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
-    return dense
-
-
-def _look(tensor: Tensor) -> str:
-    return f"{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"

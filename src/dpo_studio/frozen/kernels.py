@@ -13,10 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["dequantise", "fp8_integers", "fp8_rows", "scaled_integers"]
+__all__ = ["dequantise", "dequantise_nf4", "dequantise_scaled", "fp8_integers", "fp8_rows", "scaled_integers"]
 
-_ROWS = 64
+_ROWS, _COLUMNS = 64, 128
 _FP8_LARGEST = 448.0
+_NF4_TILE = 4096
+"""Weights that a program forms."""
 
 
 def fp8_integers(
@@ -181,3 +183,128 @@ def _scaled(  # type: ignore[no-untyped-def]
     integers = tl.load(integers_ptr + at, mask=inside, other=0.0).to(tl.float32)
     scale_N = tl.load(scales_ptr + tl.program_id(0).to(tl.int64) * outputs + n, mask=n < outputs, other=0.0)
     tl.store(out_ptr + at, (integers * scale_N[:, None]).to(out_ptr.dtype.element_ty), mask=inside)
+
+
+def dequantise_nf4(
+    bytes_P: Tensor,
+    levels_16: Tensor,
+    scales_B: Tensor,
+    doubled: tuple[Tensor, Tensor, Tensor] | None,
+    doubled_block: int,
+    shape: tuple[int, int],
+    block: int,
+    dtype: torch.dtype,
+) -> Tensor:
+    """level x scale in `dtype`, of this shape: two levels a byte, a scale for each `block` of weights.
+
+    `doubled` is what the scales are made of where they are bytes themselves: a scale for each `doubled_block` of them,
+    their 256 levels, and what is added.
+    """
+    out = torch.empty(shape, dtype=dtype, device=bytes_P.device)
+    rows = max(1, _NF4_TILE // block)
+    grid = (triton.cdiv(len(scales_B), rows),)
+    scales_C, levels_256, mean = doubled or (scales_B, scales_B, scales_B)
+    with torch.cuda.device(out.device):
+        _nf4[grid](
+            bytes_P,
+            levels_16,
+            scales_B,
+            scales_C,
+            levels_256,
+            mean,
+            out,
+            out.numel(),
+            len(scales_B),
+            doubled is not None,
+            doubled_block,
+            block,
+            rows,
+            enable_fp_fusion=False,  # product and sum of a doubled scale are rounded one after the other
+        )
+    return out
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _nf4(  # type: ignore[no-untyped-def]
+    bytes_ptr,
+    levels_ptr,
+    scales_ptr,
+    scales_of_scales_ptr,
+    levels_of_scales_ptr,
+    mean_ptr,
+    out_ptr,
+    count,
+    blocks,
+    DOUBLED: tl.constexpr,
+    DOUBLED_BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+) -> None:
+    """ROWS blocks of BLOCK weights."""
+    b = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside_b = b < blocks
+    if DOUBLED:
+        names = tl.load(scales_ptr + b, mask=inside_b, other=0).to(tl.int32)
+        scales = tl.load(scales_of_scales_ptr + b // DOUBLED_BLOCK, mask=inside_b, other=0.0)
+        scales = tl.load(levels_of_scales_ptr + names) * scales + tl.load(mean_ptr)
+    else:
+        scales = tl.load(scales_ptr + b, mask=inside_b, other=0.0)
+    at = b[:, None] * (BLOCK // 2) + tl.arange(0, BLOCK // 2)[None, :]
+    two = tl.load(bytes_ptr + at, mask=at < count // 2, other=0).to(tl.int32)
+    first = tl.load(levels_ptr + (two >> 4)) * scales[:, None]
+    second = tl.load(levels_ptr + (two & 15)) * scales[:, None]
+    to = b[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
+    values = tl.interleave(first, second)
+    tl.store(out_ptr + to, values.to(out_ptr.dtype.element_ty), mask=to < count)
+
+
+def dequantise_scaled(
+    values_NK: Tensor, scales_RC: Tensor, block: tuple[int, int], factor: float, dtype: torch.dtype
+) -> Tensor:
+    """scale x value x factor in `dtype`, (N, K): e4m3 or int8, with a scale for each block of outputs and inputs."""
+    outputs, inputs = values_NK.shape
+    out_NK = torch.empty(outputs, inputs, dtype=dtype, device=values_NK.device)
+    grid = (triton.cdiv(inputs, _COLUMNS), triton.cdiv(outputs, _ROWS))
+    with torch.cuda.device(out_NK.device):
+        _eight_bits[grid](
+            values_NK,
+            scales_RC,
+            out_NK,
+            outputs,
+            inputs,
+            scales_RC.shape[1],
+            *block,
+            factor,
+            factor != 1.0,
+            _ROWS,
+            _COLUMNS,
+        )
+    return out_NK
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _eight_bits(  # type: ignore[no-untyped-def]
+    values_ptr,
+    scales_ptr,
+    out_ptr,
+    outputs,
+    inputs,
+    column_blocks,
+    height,
+    width,
+    factor,
+    FACTOR: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+) -> None:
+    """A tile of ROWS outputs x COLUMNS inputs."""
+    n = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    k = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (n < outputs)[:, None] & (k < inputs)[None, :]
+    at = n[:, None] * inputs + k[None, :]
+    values = tl.load(values_ptr + at, mask=inside).to(tl.float32)  # what is outside is not stored
+    scale_at = (n // height)[:, None] * column_blocks + (k // width)[None, :]
+    values = values * tl.load(scales_ptr + scale_at, mask=inside, other=0.0).to(tl.float32)
+    if FACTOR:
+        values = values * factor
+    tl.store(out_ptr + at, values.to(out_ptr.dtype.element_ty), mask=inside)

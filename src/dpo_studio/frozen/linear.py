@@ -57,6 +57,10 @@ class FrozenLinear(nn.Linear):
         """(N, K), exact in fp32, rounded once to `dtype` (float32: not at all)."""
         return self.kept.exact(dtype)
 
+    def plain_weight(self, dtype: torch.dtype) -> Tensor:
+        """(N, K): the weight of a product in `dtype`, formed by plain torch."""
+        return self.kept.plain(dtype)
+
     def forward(self, x: Tensor) -> Tensor:
         """x W^T + b, (..., N), in the precision of `x`; its gradient goes on to `x`."""
         no_adapter = x.new_empty(0, self.in_features), [x.new_empty(self.out_features, 0)]

@@ -73,6 +73,10 @@ class RowScaled:
         """(N, K), scale x e4m3, rounded once."""
         return self.exact(dtype)
 
+    def plain(self, dtype: torch.dtype) -> Tensor:
+        """(N, K) by plain torch: what `dequantised` gives."""
+        return self.exact(dtype)
+
     def exact(self, dtype: torch.dtype) -> Tensor:
         """(N, K), exact in fp32 and rounded once to `dtype`."""
         return self.weight_NK.float().mul_(self.scales_N[:, None]).to(dtype)

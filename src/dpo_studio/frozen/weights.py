@@ -1,8 +1,9 @@
 """The kinds of frozen weight, and how an operator is given some of them: flat lists, and the tag of each kind.
 
-A further kind (NF4, AWQ, FP8 by blocks) is a module with a frozen dataclass that has `Dense`'s members, and its name in
-`Frozen`: products, the layer, LoRA, checks and exports then take it. A product of its own with FP8 activations is a
-method `product`, as `Block8` has, and a place in `InFP8`. Whatever reads its files makes its layers `FrozenLinear`s.
+A further kind is a module with a frozen dataclass that has `Dense`'s members, and its name in `Frozen`: products, the
+layer, LoRA, checks and exports then take it. `dequantised` may use a kernel on a GPU; `plain` is its equal by plain
+torch. A product of its own with FP8 activations is a method `product`, as `Block8` has, and a place in `InFP8`.
+Whatever reads its files makes its layers `FrozenLinear`s.
 """
 
 from __future__ import annotations
@@ -15,11 +16,13 @@ from torch import Tensor
 from dpo_studio.frozen.dense import Dense
 from dpo_studio.frozen.fp8 import Block8
 from dpo_studio.frozen.gptq import Packed
+from dpo_studio.frozen.nf4 import Nf4
 from dpo_studio.frozen.row_scaled import RowScaled
+from dpo_studio.frozen.scaled import Scaled
 
 __all__ = ["KINDS", "Frozen", "InFP8", "flatten", "unflatten"]
 
-Frozen = Dense | Packed | Block8 | RowScaled
+Frozen = Dense | Packed | Block8 | RowScaled | Nf4 | Scaled
 """What a frozen weight may be."""
 InFP8 = Block8 | RowScaled
 """The kinds that are multiplied in FP8; the others are dequantised to the precision of the input first."""

@@ -101,8 +101,8 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
 
 
 def _packed_in_fp32(linear: FrozenLinear, x: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """The product with the weight that this run dequantises: rounded to bfloat16 under bfloat16, else to float16."""
-    weight_NK = linear.dense_weight(torch.bfloat16 if dtype == torch.bfloat16 else torch.float16)
+    """The product with the weight that this run dequantises, as it is rounded for products in `dtype`."""
+    weight_NK = linear.plain_weight(dtype)
     return nn.functional.linear(x.float(), weight_NK.float(), None if linear.bias is None else linear.bias.float())
 
 

@@ -19,7 +19,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from dpo_studio.config import ModelSection
 from dpo_studio.errors import ModelError, reason_of
-from dpo_studio.frozen.gptq_files import Quantization, read_quantization
+from dpo_studio.frozen.formats import Quantization, read_quantization
 from dpo_studio.models.attention import check_architecture
 from dpo_studio.models.find import find_folder
 from dpo_studio.models.fingerprint import weights_fingerprint
@@ -34,7 +34,8 @@ from dpo_studio.tokens.chat import ChatEncoder
 __all__ = ["ModelFolder", "open_model"]
 
 _LOADED_FROM = ("config.json", "generation_config.json", "quantize_config.json", "adapter_config.json", INDEX)
-"""What transformers and our GPTQ reader open beside the weights; an adapter's config would load the adapter as well."""
+"""What transformers and our readers of quantised weights open beside the weights; an adapter's config would load the
+adapter as well."""
 _State = Mapping[str, tuple[int, int, int]]
 """(size, time of the last change, inode) of each file that a model is loaded from."""
 
@@ -141,8 +142,18 @@ class ModelFolder:
             ModelError: no config, an adapter beside it, pickle-only weights, or a kind of model that we cannot train.
         """
         self.check_files()
-        if self.quantization is None and section.residency != "packed":
-            raise ModelError("model.residency is for GPTQ bases", hint=f"{self.name} is not one: remove it")
+        if self.quantization is not None and section.quantize is not None:
+            raise ModelError(
+                f"model.quantize: {section.quantize} is for dense bases, and {self.name} is quantised already",
+                hint="remove model.quantize: it trains as it is",
+            )
+        if self.quantization is None and section.quantize is None and section.residency != "packed":
+            raise ModelError("model.residency is for quantised bases", hint=f"{self.name} is not quantised: remove it")
+        if section.compute == "fp8" and section.quantize is not None:
+            raise ModelError(
+                f"model.quantize: {section.quantize} and model.compute: fp8 are two ways to store the same weights",
+                hint="compute: fp8 alone rounds them once, and stores what its products need",
+            )
         config = self.config
         try:
             refuse_unfit(config, self.name)

@@ -1,4 +1,5 @@
-"""`model.compute: fp8` on a dense base: its linear layers rounded to e4m3 one at a time, while it moves to the GPU."""
+"""`model.compute: fp8`: linear layers rounded to e4m3 one at a time, while a dense base moves to the GPU, or from the
+weights as a quantised one forms them (GPTQ has exact products of its own)."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from dpo_studio.errors import ModelError
-from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.frozen.linear import FrozenLinear, frozen_weight
 from dpo_studio.frozen.row_scaled import MULTIPLE, RowScaled, row_scaled_obstacle
 from dpo_studio.models.targets import all_linear
 
@@ -19,7 +20,7 @@ _HINT = "compute: auto works everywhere"
 def into_fp8(model: PreTrainedModel, device: torch.device, name: str) -> str:
     """Put FP8 layers on `device` in the place of the linear layers that `all-linear` means; returns a note for people.
 
-    Each dense weight is freed before the next is rounded, so that the GPU never holds more than one of them. The head,
+    Each weight is freed before the next is rounded, so that the GPU never holds more than one of them. The head,
     the embedding and norms stay as they are.
 
     Raises:
@@ -43,7 +44,7 @@ def into_fp8(model: PreTrainedModel, device: torch.device, name: str) -> str:
                 hint=_HINT,
             )
         parent, _, child = path.rpartition(".")
-        weight = RowScaled.of(layer.weight.detach().to(device))
+        weight = RowScaled.of(frozen_weight(layer).dequantised(model.dtype).detach().to(device))
         bias = None if layer.bias is None else layer.bias.detach().to(device)
         setattr(model.get_submodule(parent), child, FrozenLinear(weight, bias))
     slow = "; on a CPU that is slow, and gives a GPU's arithmetic" if device.type == "cpu" else ""

@@ -18,16 +18,17 @@ from transformers.utils import logging as transformers_logging
 
 from dpo_studio.config import ModelSection, cache_folder
 from dpo_studio.errors import ModelError, reason_of
+from dpo_studio.frozen.gptq_files import Gptq
 from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.fp8_model import into_fp8
-from dpo_studio.models.gptq_model import load_gptq
+from dpo_studio.models.quantised_model import load_quantised
 from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["ChatModel", "choose_dtype", "load_chat_model", "load_weights", "put_on_gpu"]
 
-_AS_GPTQ = "a GPTQ base takes a quarter (`dpo quantize` makes one)"
+_AS_GPTQ = "model.quantize: nf4 or a GPTQ base takes a quarter (`dpo quantize` makes one)"
 _MORE_ROOM = "choose a smaller model, or a GPU with more free memory: `nvidia-smi` shows what else is on this one"
 
 
@@ -76,7 +77,7 @@ def load_chat_model(
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)
     attention = choose_attention(section.attention, folder.config.get_text_config(), device)
-    if folder.quantization is None:
+    if folder.quantization is None and section.quantize is None:
         model = load_weights(AutoModelForCausalLM, folder, dtype, attention)
         with put_on_gpu(model.get_memory_footprint(), folder.name, hint=f"{_AS_GPTQ}, or {_MORE_ROOM}"):
             if section.compute == "fp8":
@@ -97,12 +98,13 @@ def _load_packed(
     device: torch.device,
     say: Callable[[str], None],
 ) -> PreTrainedModel:
-    assert folder.quantization is not None
     folder.check_unchanged()
-    packed = sum(file.stat().st_size for file in folder.path.glob("*.safetensors"))
+    there = [file for file in folder.weights if file.is_file()]
+    packed = sum(file.stat().st_size for file in there) if section.quantize is None else None
     hint = _MORE_ROOM if section.residency == "packed" else f"model.residency: packed takes that much; or {_MORE_ROOM}"
+    exact = isinstance(folder.quantization, Gptq)  # its products in FP8 round no weight
     with put_on_gpu(packed, folder.name, hint=hint):
-        return load_gptq(
+        model = load_quantised(
             folder.path,
             deepcopy(folder.config.get_text_config()),
             folder.quantization,
@@ -110,15 +112,19 @@ def _load_packed(
             dtype=dtype,
             attention=attention,
             device=device,
+            quantize=section.quantize or "",
             residency=section.residency,
-            compute=section.compute,
+            compute=section.compute if exact else "auto",
             say=say,
         )
+        if section.compute == "fp8" and not exact:
+            say(into_fp8(model, device, folder.name))
+        return model
 
 
 @contextmanager
-def put_on_gpu(size: int, name: str, *, hint: str | None = None) -> Iterator[None]:
-    """Inside, a model of `size` bytes goes to the GPU.
+def put_on_gpu(size: int | None, name: str, *, hint: str | None = None) -> Iterator[None]:
+    """Inside, a model of `size` bytes, if that is known, goes to the GPU.
 
     Raises:
         ModelError: the GPU has no room for it.
@@ -127,7 +133,8 @@ def put_on_gpu(size: int, name: str, *, hint: str | None = None) -> Iterator[Non
         yield
     except torch.OutOfMemoryError:
         raise ModelError(
-            f"{name} does not fit in the GPU's memory: its weights take {size / 2**30:.1f} GiB",
+            f"{name} does not fit in the GPU's memory"
+            + ("" if size is None else f": its weights take {size / 2**30:.1f} GiB"),
             hint=hint or _MORE_ROOM,
         ) from None
 

@@ -71,7 +71,7 @@ class LoraLinear(lora.Linear):  # type: ignore[misc]
         """
         if isinstance(self.base_layer, FrozenLinear):
             raise ModelError(
-                "an adapter cannot be merged into GPTQ's packed integers",
+                "an adapter cannot be merged into quantised weights",
                 hint="`dpo export RUN OUT --to merged` (or gptq) forms the weights, adds the adapter, checks it",
             )
         super().merge(*args, **kwargs)

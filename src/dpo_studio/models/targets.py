@@ -24,7 +24,7 @@ from torch import nn
 from dpo_studio.errors import ModelError
 from dpo_studio.models.experts import fused_experts, plain_name
 
-__all__ = ["all_linear", "named_targets", "not_adaptable", "short_names", "short_parameters"]
+__all__ = ["all_linear", "named_targets", "not_adaptable", "quantisable", "short_names", "short_parameters"]
 
 _EXPERTS = re.compile(r"(?!shared_)(\w+_)?experts")
 """A module of experts that a router selects from. Shared ones see every token, and are dense."""
@@ -96,6 +96,14 @@ def all_linear(model: nn.Module) -> Targets:
     ]
     renamed_ones = sorted({*dense} - {*ours})
     return Targets(names, parameters, kinds.count("expert"), kinds.count("router"), renamed_ones, sorted(lost))
+
+
+def quantisable(model: nn.Module) -> list[str]:
+    """The linear layers that may be stored in fewer bits: no head, no router, no experts; sorted."""
+    strange = {*_of_mixtures(model), _name_of(model, _called(model, "get_output_embeddings"))}
+    return sorted(
+        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in strange
+    )
 
 
 def named_targets(model: nn.Module, targets: Iterable[str]) -> Targets:

@@ -204,7 +204,8 @@ class _Export:
         section = self.recipe.model.model_copy(update={"residency": "packed", "compute": "auto", "attention": "sdpa"})
         section = section.model_copy(update={"dtype": _exact_dtype(known.base)})
         base = load_chat_model(section, folder=known.base, today=date_of(self.run))
-        self.progress.say("merging")
+        formed = known.base.quantization is not None or section.quantize is not None
+        self.progress.say("merging: the adapter is added to the weights as they are formed" if formed else "merging")
         merge(base.model, known.deltas)
         save_plain(base.model, target, source=base.folder, template=_template(self.recipe))
         folder = base.folder

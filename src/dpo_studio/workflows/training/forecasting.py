@@ -35,8 +35,9 @@ def forecast(recipe: Recipe, folder: ModelFolder, pairs: Sequence[EncodedPair], 
     epoch = sum(map(packed_tokens, pairs))
     total = round(epoch * taken / len(pairs))
     said = f"{epoch:,} tokens an epoch (a prompt counted once a pair), {total:,} in all"
-    if (weights := _multiplied(folder.shapes)) is None:
+    if folder.quantization is not None:  # its tensors do not have the layers' shapes
         return said
+    weights = _multiplied(folder.shapes)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype, _ = choose_dtype(recipe.model.dtype, device)
     operations = weights * ((_FORWARD + _BACKWARD) * total + _FORWARD * epoch * recipe.objective.needs_reference)
@@ -45,13 +46,11 @@ def forecast(recipe: Recipe, folder: ModelFolder, pairs: Sequence[EncodedPair], 
     return f"{said}; their matrix products alone take {duration(seconds)} at the speed here and now ({precision})"
 
 
-def _multiplied(shapes: Shapes) -> int | None:
-    """How many weights every token is multiplied by; None where they are packed.
+def _multiplied(shapes: Shapes) -> int:
+    """How many weights every token is multiplied by.
 
     A token uses only some of the experts: none is counted.
     """
-    if any(name.endswith(("qweight", "weight_packed")) for name in shapes):
-        return None
     multiplied = (
         shape for name, (_, shape) in shapes.items() if not any(word in name for word in (*_LOOKED_UP, "experts"))
     )

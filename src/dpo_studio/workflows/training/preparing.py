@@ -164,6 +164,7 @@ def make_reference(
         "weights": files.fingerprint,
         "adapter": weights_fingerprint(choice.adapter) if choice.adapter is not None else "",
         "dtype": str(base.model.dtype),
+        "quantize": recipe.model.quantize or "" if choice.model is None else "",
         "compute": "fp8" if computes_in_fp8(model) else "",
         "attention": base.model.config._attn_implementation,
         "device": base.device.type,
