@@ -1,7 +1,8 @@
 """The `dpo` command: its verbs, and its exit codes. The work of a verb is in `workflows`.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused with a reason, 2 wrong usage, 3 a run
-stopped itself, 130 interrupted, 143 after SIGTERM, 129 after SIGHUP, 141 when the reader of our output is gone.
+stopped itself, 4 another process of a run died, 130 interrupted, 143 after SIGTERM, 129 after SIGHUP, 141 when the
+reader of our output is gone.
 """
 
 from __future__ import annotations
@@ -217,5 +218,6 @@ def _die(message: str, code: int) -> None:
         sys.stdout.flush()  # what is data goes first
     except OSError:
         _nobody_reads(sys.stdout)
-    _print_error(f"error: {printable(message)}")
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0":  # one of them says it
+        _print_error(f"error: {printable(message)}")
     sys.exit(code)

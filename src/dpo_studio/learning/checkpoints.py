@@ -101,7 +101,7 @@ def _write_files(scratch: Path, policy: Policy, state: TrainingState, base: str,
         hash_new_files()
         if state.reference.update_every is not None and (reference := policy.reference_state()):
             save_file(reference, scratch / _REFERENCE)
-        numbers = state.numbers() | {"held_out_loss": held_out_loss}
+        numbers = state.numbers() | {"ranks": state.ranks.size, "held_out_loss": held_out_loss}
         (scratch / _STATE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
         hash_new_files()
         sync_folder(scratch)
@@ -120,8 +120,8 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
     return None
 
 
-def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> None:
-    """Restore weights, optimizer, step and a moving reference.
+def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> int:
+    """Restore weights, optimizer, step and a moving reference; returns how many processes have written it together.
 
     Raises:
         RunError: the checkpoint is complete, but belongs to another adapter, or its state is invalid.
@@ -134,7 +134,9 @@ def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> None:
                 state.optimizer.state[p] = {key: averages[f"{name}.{key}"].to(p.device) for key in _AVERAGES}
         if (checkpoint / _REFERENCE).exists():
             policy.restore_reference(load_file(checkpoint / _REFERENCE))
-        state.restore(_numbers(checkpoint))
+        numbers = _numbers(checkpoint)
+        state.restore(numbers)
+        return int(str(numbers.get("ranks", 1)))
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError) as error:

@@ -3,6 +3,7 @@
 recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` resolved
 recipe.typed.yaml   as given
 data.json           the date, and a digest of every pair (runs.data_digests)
+status.json         of several processes: the exit code of the last start, and why it ended
 metrics.jsonl       one line a step; equal after a resume
 .lock               while a process trains here
 timing.jsonl        pairs/s, tokens/s, memory; may differ
@@ -61,6 +62,8 @@ class RunFolder:
     """One run's folder, and the names of all that is in it."""
 
     path: Path
+    writes: bool = True
+    """False: every write is left out. Of the processes that train together, the first writes."""
 
     RECIPE, TYPED_RECIPE, DATA = "recipe.yaml", "recipe.typed.yaml", "data.json"
     METRICS, TIMING, MEMORY = "metrics.jsonl", "timing.jsonl", "memory.jsonl"
@@ -204,6 +207,8 @@ class RunFolder:
 
     def start(self, loaded: RecipeFile, recipe: Recipe) -> None:
         """Make the folder and write the recipe, before any long work."""
+        if not self.writes:
+            return
         with _writing(self.path):
             make_folder(self.path)
             remove_leftovers(self.path)
@@ -226,17 +231,24 @@ class RunFolder:
                 )
 
     def write_yaml(self, name: str, content: dict[str, Any]) -> None:
+        """Write a whole file."""
+        if not self.writes:
+            return
         write_atomically(
             self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), hint=_MORE_ROOM
         )
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a whole file; ValueError for NaN and infinity, which JSON does not have."""
+        if not self.writes:
+            return
         text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
         write_atomically(self.path / name, text, hint=_MORE_ROOM)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl, timing.jsonl or memory.jsonl."""
+        if not self.writes:
+            return
         with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
 
@@ -265,6 +277,8 @@ class RunFolder:
 
     def truncate_after(self, step: int) -> None:
         """Remove the lines after `step`: a resumed run writes them again."""
+        if not self.writes:
+            return
         for name in (self.METRICS, self.TIMING, self.SAMPLES):
             kept = [line for line in self.lines(name) if line["step"] <= step]
             if (self.path / name).exists():

@@ -21,11 +21,13 @@ from dpo_studio.models.adapters import attach_existing, in_eval
 from dpo_studio.models.experts import adapts_experts
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.folder import ModelFolder
-from dpo_studio.models.load import ChatModel, load_chat_model
+from dpo_studio.models.layers import RUNGS
+from dpo_studio.models.load import ChatModel, choose_dtype, load_chat_model
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
 from dpo_studio.preferences.split import Split, split_pairs
+from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
 from dpo_studio.tokens.pack import Steps
@@ -37,10 +39,11 @@ __all__ = [
     "encode_both",
     "make_reference",
     "read_and_split",
-    "resolve_dtype",
     "resolve_targets",
     "resolve_token_budget",
     "steps_of",
+    "with_dtype",
+    "with_dtype_of_first",
 ]
 
 
@@ -99,9 +102,8 @@ def steps_of(recipe: Recipe, pairs: Sequence[EncodedPair], token_budget: int) ->
     return Steps(pairs, section.pairs_per_step, token_budget, section.seed, section.epochs, section.max_steps)
 
 
-def resolve_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
-    """The recipe with the precision in which the base was loaded, in place of `auto`."""
-    dtype: Any = str(base.model.dtype).removeprefix("torch.")
+def with_dtype(recipe: Recipe, dtype: Any) -> Recipe:
+    """The recipe with the precision in which the base is loaded, in place of `auto`."""
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
 
@@ -114,17 +116,33 @@ def resolve_targets(recipe: Recipe, policy: Policy) -> Recipe:
 
 
 def resolve_token_budget(
-    recipe: Recipe, policy: Policy, pairs: Sequence[EncodedPair], device: torch.device, progress: Progress
+    recipe: Recipe,
+    policy: Policy,
+    pairs: Sequence[EncodedPair],
+    device: torch.device,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[Recipe, MemoryLimit]:
     """The recipe with its token budget, measured where it is `auto`; the run keeps it from then on."""
     tokens = recipe.training.tokens_per_micro_batch
     if tokens != "auto":
         return recipe, MemoryLimit(0, tokens)
-    limit = plan_limit(policy.model, pairs, recipe.training.pairs_per_step, device)
+    limit = plan_limit(policy.model, pairs, ranks.share_of(recipe.training.pairs_per_step), device)
+    rung = ranks.most(RUNGS.index(limit.recompute))  # what the fullest of the GPUs needs is what all do
+    limit = MemoryLimit(0, ranks.least(limit.tokens), RUNGS[rung])
     if device.type == "cuda":
         progress.say(f"{limit.tokens} tokens a micro-batch fill this GPU{limit.recomputing}")
     resolved = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
     return recipe.model_copy(update={"training": resolved}), limit
+
+
+def with_dtype_of_first(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """The recipe with one precision for all of several processes: on a CPU a timed product decides."""
+    if ranks.size == 1:
+        return recipe
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = str(choose_dtype(recipe.model.dtype, device)[0]).removeprefix("torch.")
+    return with_dtype(recipe, ranks.text_of_first(dtype))
 
 
 def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Policy:
@@ -140,7 +158,12 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
 
 
 def make_reference(
-    recipe: Recipe, base: ChatModel, policy: Policy, other_folder: ModelFolder | None = None
+    recipe: Recipe,
+    base: ChatModel,
+    policy: Policy,
+    other_folder: ModelFolder | None = None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Reference:
     """The recipe's reference, ready to compute: in the policy's own model, or in another model that is loaded here.
 
@@ -159,7 +182,7 @@ def make_reference(
             model = attach_existing(other.model, choice.adapter, trainable=False)
         computing = partial(in_eval, model)
     if recipe.reference.mode != "cached":
-        return Reference(model, computing, None)
+        return Reference(model, computing, None, ranks)
     key = {
         "weights": files.fingerprint,
         "adapter": weights_fingerprint(choice.adapter) if choice.adapter is not None else "",
@@ -171,4 +194,4 @@ def make_reference(
     }
     if adapts_experts(model):  # computed by our own product, which rounds otherwise than transformers'
         key["experts"] = "adapted"
-    return Reference(model, computing, ReferenceCache(cache_folder() / "reference", key))
+    return Reference(model, computing, ReferenceCache(cache_folder() / "reference", key), ranks)

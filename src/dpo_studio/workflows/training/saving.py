@@ -49,6 +49,8 @@ class Saver:
         Raises:
             RunError: the disk has too little.
         """
+        if not self.run.writes:
+            return
         there = len(list(self.run.checkpoints.glob("step-*")))
         wanted = max(1, KEPT + 2 - there) * checkpoint_bytes(policy, reference)
         check_space(self.run.checkpoints, wanted, "keeping checkpoints")
@@ -59,6 +61,8 @@ class Saver:
         Raises:
             RunError: it cannot be written; the last one is unchanged.
         """
+        if not self.run.writes:
+            return
         self.held.check()
         self.run.sync_lines()
         try:
@@ -74,6 +78,8 @@ class Saver:
             ModelError: it is not.
             RunError: it cannot be written.
         """
+        if not self.run.writes:
+            return
         try:
             with scratch_folder(self.run.adapter) as scratch:
                 policy.verify_trial_adapter(scratch, base=self.base)
@@ -87,6 +93,8 @@ class Saver:
             ModelError: plain PEFT would load something else.
             RunError: it cannot be written.
         """
+        if not self.run.writes:
+            return
         self.held.check()
         try:
             policy.save(self.run.adapter, base=self.base)
