@@ -63,13 +63,18 @@ class Watch:
         self._patience = int(os.environ.get("DPO_STUDIO_PATIENCE", _PATIENCE))
         self._stopped = threading.Event()
         self._lock = threading.Lock()
+        self._found: Failure | None = None
+        self._turns = 0
+        """Seconds since the store has answered."""
         self._ended: Callable[[int, str], None] = lambda code, message: None
 
     def start(self, ended: Callable[[int, str], None]) -> None:
         """Begin to beat and to look; `ended` is told why, where this thread ends the process."""
         self._ended = ended
         self._stopped.clear()
-        threading.Thread(target=self._look, daemon=True, name="dpo-watch").start()
+        self._turns = 0
+        for work in (self._look, self._guard):
+            threading.Thread(target=work, daemon=True, name="dpo-watch").start()
 
     def stop(self) -> None:
         """The run has ended well, on every rank."""
@@ -80,9 +85,11 @@ class Watch:
         try:
             if failure.lost:  # whoever has gone may have said why
                 for _ in range(10):
-                    if (first := self._failure()) is not None:
-                        return first
+                    if self._found is not None:
+                        return self._found
                     time.sleep(0.1)
+                if (first := self._failure()) is not None:
+                    return first
             with self._lock:
                 told = self._store.compare_set(self._failed, "", json.dumps(asdict(failure)))
             return Failure(**json.loads(told))
@@ -94,8 +101,9 @@ class Watch:
             return Failure(**json.loads(self._store.get(self._failed))) if self._store.check([self._failed]) else None
 
     def _look(self) -> None:
+        """Beat, and look at the neighbour and for a failure: each exchange with the store may take for ever."""
         neighbour = (self._rank + 1) % self._size
-        beats, seen, late, deaf = 0, -1, 0, 0
+        beats, seen, late = 0, -1, 0
         while not self._stopped.wait(1.0):
             beats += 1
             try:
@@ -103,25 +111,27 @@ class Watch:
                     self._store.set(f"{self._beat}/{self._rank}", str(beats))
                     key = f"{self._beat}/{neighbour}"
                     now = int(self._store.get(key)) if self._store.check([key]) else -1
-                failed, deaf = self._failure(), 0
+                self._found = self._found or self._failure()
             except (RuntimeError, ValueError):
-                failed, now, deaf = None, seen, deaf + 1
-            late = late + 1 if now == seen else 0
-            seen = now
-            if failed is None and deaf >= 3:
-                failed = Failure(self._rank, RankLostError.exit_code, "the launcher of this run is gone", lost=True)
-            elif failed is None and not deaf and late >= self._patience:
-                words = (
-                    f"rank {neighbour} of {self._size} has not answered for {late} s: it was stopped, or its machine"
-                )
-                failed = self.tell(Failure(self._rank, RankLostError.exit_code, words, lost=True))
-            if failed is not None:
-                self._end(failed)
-                return
+                continue
+            self._turns = 0
+            late, seen = late + 1 if now == seen else 0, now
+            if late >= self._patience and self._found is None:
+                words = f"rank {neighbour} of {self._size} has not answered for {late} s: it or its machine was stopped"
+                self._found = self.tell(Failure(self._rank, RankLostError.exit_code, words, lost=True))
 
-    def _end(self, failure: Failure) -> None:
-        """Give the process some seconds to end by itself, then end it: its main thread may wait for ever."""
-        if self._stopped.wait(_GRACE):
+    def _guard(self) -> None:
+        """End the process once a failure is found, or the store itself has not answered for too long."""
+        while not self._stopped.wait(1.0):
+            self._turns += 1
+            if self._turns > self._patience:
+                words = f"the launcher, or the first process, has not answered for {self._turns} s"
+                self._found = Failure(self._rank, RankLostError.exit_code, words, lost=True)
+            if (failure := self._found) is not None:
+                break
+        else:
+            return
+        if self._stopped.wait(_GRACE):  # the main thread may end by itself, with its own message; or wait for ever
             return
         if failure.lost or self._rank == 0:
             self._ended(failure.code, failure.message)
