@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 
 from dpo_studio.errors import ModelError
 from dpo_studio.learning import train as loop
-from dpo_studio.workflows.training import session
+from dpo_studio.workflows.training import held_out, session
 from tests.rank_processes import Group, on_ranks
 from tests.tiny_runs import dpo, tiny_rows, write_recipe
 
@@ -241,14 +241,14 @@ def test_what_one_process_refuses_all_refuse_in_its_words(tiny_base: Path, tmp_p
 
 
 def _slow_evaluation() -> None:
-    real = session.HeldOut.measure
+    real = held_out.HeldOut.measure
 
     def slow(*given: Any) -> Any:
         time.sleep(8)
         return real(*given)
 
     if os.environ["RANK"] == "0":
-        patch.object(session.HeldOut, "measure", slow).start()
+        patch.object(held_out.HeldOut, "measure", slow).start()
 
 
 @pytest.mark.slow
