@@ -116,7 +116,7 @@ def _work(options: argparse.Namespace) -> None:
     from meter import device_name
 
     ranks = Ranks.of_environment()
-    device = torch.device(options.device, int(os.environ.get("LOCAL_RANK", 0)) if options.device == "cuda" else None)
+    device = torch.device(f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if options.device == "cuda" else "cpu")
     notes = Path(options.notes)
     news: dict[str, Any] = {"device": device_name(device), "torch": torch.__version__, "reference": options.reference}
 

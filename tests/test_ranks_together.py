@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_studio.errors import ModelError
+from dpo_studio.learning import logprobs
 from dpo_studio.learning import train as loop
 from dpo_studio.workflows.training import held_out, session
 from tests.rank_processes import Group, on_ranks
@@ -64,7 +65,8 @@ def contents(run: Path) -> dict[str, bytes]:
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
     """Of the result."""
-    return load_file(run / "adapter" / "adapter_model.safetensors")
+    tensors: dict[str, torch.Tensor] = load_file(run / "adapter" / "adapter_model.safetensors")
+    return tensors
 
 
 def assert_close(run: Path, other: Path) -> None:
@@ -183,7 +185,7 @@ def _on_rank_one(where: Any, name: str, odd: Callable[..., Any]) -> None:
 
 def _short_of_memory() -> None:
     """The second process runs out of memory in its fourth row."""
-    real, calls = loop.pair_logps, []
+    real, calls = logprobs.pair_logps, []
 
     def once(*given: Any, **more: Any) -> Any:
         calls.append(1)
@@ -196,7 +198,7 @@ def _short_of_memory() -> None:
 
 def _not_a_number() -> None:
     """The second process has a loss that is none in its fourth row."""
-    real, calls = loop.pair_logps, []
+    real, calls = logprobs.pair_logps, []
 
     def once(*given: Any, **more: Any) -> Any:
         calls.append(1)
