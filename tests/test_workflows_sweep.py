@@ -144,7 +144,7 @@ def test_several_keys_make_their_product_and_one_value_holds_for_all(recipe: Pat
     ]
     recipes = [member.loaded.recipe for member in members]
     assert [one.objective.beta for one in recipes] == [0.1, 0.1, 0.5, 0.5]
-    assert [one.adapter.targets for one in recipes] == [["q_proj", "v_proj"], "all-linear"] * 2
+    assert [one.adapter and one.adapter.targets for one in recipes] == [["q_proj", "v_proj"], "all-linear"] * 2
     assert {one.training.learning_rate for one in recipes} == {3e-4}
     assert len({member.loaded.run_folder for member in members}) == 4
     assert all(member.loaded.run_folder.parent == folder == tmp_path / "out" for member in members)

@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent. Safetensors and JSON files, a manifest last, one rename.
 
 checkpoints/step-50/
-  adapter/                 as PEFT saves it
+  adapter/                 as PEFT saves it; weights.safetensors, in fp32, where the whole model is trained
   optimizer.safetensors    AdamW's averages, by parameter
   reference.safetensors    the current weights of a moving reference
   state.json               the step and what else must be equal on a resume
@@ -38,7 +38,7 @@ _MANIFEST = "manifest.json"
 _REFERENCE = "reference.safetensors"
 _STATE = "state.json"
 _ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-_FILES = {*_ADAPTER, "optimizer.safetensors", _REFERENCE, _STATE, _MANIFEST}
+_FILES = {*_ADAPTER, "weights.safetensors", "optimizer.safetensors", _REFERENCE, _STATE, _MANIFEST}
 """All files of a checkpoint: any other file in its folder belongs to the user, and stays."""
 _LARGEST_JSON = 1_000_000
 """Bytes; a manifest has a thousand."""
@@ -95,7 +95,7 @@ def _write_files(scratch: Path, policy: Policy, state: TrainingState, base: str,
                 if name not in entries:
                     entries[name] = hasher.submit(_entry, scratch / name)
 
-        policy.save(scratch / "adapter", base=base)
+        policy.save_weights(scratch, base=base)
         hash_new_files()
         save_file(_optimizer_tensors(policy, state.optimizer), scratch / "optimizer.safetensors")
         hash_new_files()
@@ -127,7 +127,7 @@ def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> int:
         RunError: the checkpoint is complete, but belongs to another adapter, or its state is invalid.
     """
     try:
-        policy.restore(load_file(checkpoint / "adapter" / "adapter_model.safetensors"))
+        policy.restore(load_file(checkpoint / policy.weights_file))
         averages = load_file(checkpoint / "optimizer.safetensors")
         for name, p in policy.trained.items():
             if f"{name}.exp_avg" in averages:

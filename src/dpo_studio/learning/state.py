@@ -78,6 +78,7 @@ class TrainingState:
             group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         increment_version(list(trained))  # which torch's fused step leaves out; what is derived from them looks at it
+        policy.updated()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.skipped_in_a_row = 0

@@ -11,6 +11,7 @@ samples.jsonl       the policy's answers as training goes, where the recipe asks
 memory.jsonl        where memory ran out, and what was done; not there if it did not
 checkpoints/        step-N/, whole or not there
 adapter/            the result, in PEFT's format
+model/              the result where the whole model was trained: a folder that plain transformers loads
 evaluation/         answers and their verdicts: `answers.jsonl` of the demo, `comparisons.jsonl` of `dpo eval`
 result.json, report.html, environment.json
 """
@@ -69,7 +70,7 @@ class RunFolder:
     METRICS, TIMING, MEMORY = "metrics.jsonl", "timing.jsonl", "memory.jsonl"
     SAMPLES = "samples.jsonl"
     RESULT, ENVIRONMENT, REPORT, STATUS = "result.json", "environment.json", "report.html", "status.json"
-    CHECKPOINTS, ADAPTER, EVALUATION = "checkpoints", "adapter", "evaluation"
+    CHECKPOINTS, ADAPTER, MODEL, EVALUATION = "checkpoints", "adapter", "model", "evaluation"
 
     # in `evaluation`
     ANSWERS, ALL_ANSWERS_PAGE = "answers.jsonl", "all-answers.html"
@@ -81,7 +82,7 @@ class RunFolder:
     PARTS = (
         *LINES,
         *(RECIPE, TYPED_RECIPE, DATA, RESULT, ENVIRONMENT, REPORT, STATUS),
-        *(CHECKPOINTS, ADAPTER, EVALUATION),
+        *(CHECKPOINTS, ADAPTER, MODEL, EVALUATION),
     )
     """The files of a run. Any other file in its folder belongs to the user, and is not opened."""
     TRACES = (TYPED_RECIPE, METRICS, RESULT, ENVIRONMENT)
@@ -94,6 +95,10 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / self.ADAPTER
+
+    @property
+    def model(self) -> Path:
+        return self.path / self.MODEL
 
     @property
     def evaluation(self) -> Path:
@@ -223,7 +228,13 @@ class RunFolder:
         Raises:
             RunError: something in it leads elsewhere.
         """
-        for path in (self.checkpoints, self.adapter, self.evaluation, *(self.path / name for name in self.LINES)):
+        for path in (
+            self.checkpoints,
+            self.adapter,
+            self.model,
+            self.evaluation,
+            *(self.path / name for name in self.LINES),
+        ):
             if path.is_symlink():
                 raise RunError(
                     f"{path} is a link; a run uses only its own folder",

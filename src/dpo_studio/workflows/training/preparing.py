@@ -24,6 +24,7 @@ from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.layers import RUNGS
 from dpo_studio.models.load import ChatModel, choose_dtype, load_chat_model
 from dpo_studio.policy.policy import Policy
+from dpo_studio.policy.whole import WholePolicy
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
 from dpo_studio.preferences.split import Split, split_pairs
@@ -110,7 +111,9 @@ def with_dtype(recipe: Recipe, dtype: Any) -> Recipe:
 def resolve_targets(recipe: Recipe, policy: Policy) -> Recipe:
     """The recipe with the names that `all-linear` meant in a mixture of experts: later versions may mean more."""
     targets = policy.resolved_targets()
-    if recipe.model.adapter is not None or recipe.adapter.targets != "all-linear" or targets is None:
+    if recipe.adapter is None or targets is None:
+        return recipe
+    if recipe.model.adapter is not None or recipe.adapter.targets != "all-linear":
         return recipe
     return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"targets": targets})})
 
@@ -127,7 +130,14 @@ def resolve_token_budget(
     tokens = recipe.training.tokens_per_micro_batch
     if tokens != "auto":
         return recipe, MemoryLimit(0, tokens)
+    # the averages of the optimizer are not there yet, and an adapter's are small
+    averages = (
+        [torch.empty_like(p) for p in policy.trained.values() for _ in range(2)] if recipe.adapter is None else []
+    )
     limit = plan_limit(policy.model, pairs, ranks.share_of(recipe.training.pairs_per_step), device)
+    del averages
+    for p in policy.trained.values():
+        p.grad = None
     rung = ranks.most(RUNGS.index(limit.recompute))  # what the fullest of the GPUs needs is what all do
     limit = MemoryLimit(0, ranks.least(limit.tokens), RUNGS[rung])
     if device.type == "cuda":
@@ -146,7 +156,10 @@ def with_dtype_of_first(recipe: Recipe, ranks: Ranks) -> Recipe:
 
 
 def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Policy:
-    """A fresh adapter on the base, or the recipe's adapter to continue; with the reference adapter, if any."""
+    """A fresh adapter on the base, or the recipe's adapter to continue; with the reference adapter, if any. Or the
+    whole base."""
+    if recipe.adapter is None:
+        return WholePolicy.of(base.model)
     if recipe.model.adapter is None:
         policy = Policy.fresh(base.model, recipe.adapter, seed=recipe.training.seed, say=say)
     else:

@@ -208,7 +208,7 @@ def _train_in(
     warn_of_length(recipe, len(data.train.pairs), steps.total, progress.warn)
     policy = attach_policy(base, recipe, progress.say)
     recipe = resolve_targets(recipe, policy)
-    saver = Saver(run, hold, published_name(base.typed), recipe.training.save_every)
+    saver = Saver(run, hold, published_name(base.typed), recipe, base.folder)
     saver.check_room(policy, recipe.reference)
     saver.save_trial(policy)
     policy.train_mode()
@@ -222,7 +222,7 @@ def _train_in(
         if limit.recompute != "nothing":
             log.write_limit(limit)
         state = TrainingState.fresh(
-            policy, recipe.training, steps.total, recipe.reference, ranks, recipe.adapter.learning_rate_ratio
+            policy, recipe.training, steps.total, recipe.reference, ranks, recipe.adapter and recipe.adapter.learning_rate_ratio
         )
         steps = replace(steps, token_budget=limit.tokens, rows=rows_of_rank(ranks.rank, ranks.size))
         samples = Samples(policy, encoder, chats, recipe.training.sample_every or 0, run, progress)

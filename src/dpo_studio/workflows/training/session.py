@@ -208,7 +208,7 @@ class Session:
         return run.checkpoints / name if name else None
 
     def _say_that_bits_differ(self, ranks: int) -> None:
-        masks = ", and so do dropout's masks" if self.recipe.adapter.dropout else ""
+        masks = ", and so do dropout's masks" if self.recipe.adapter is not None and self.recipe.adapter.dropout else ""
         self.progress.warn(
             f"the checkpoint is of {ranks} process{'es' * (ranks > 1)}, and now there are {self.state.ranks.size}: "
             f"the pairs are the same, but from here on the bits of every number may differ{masks}"
