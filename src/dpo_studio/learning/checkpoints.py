@@ -29,7 +29,7 @@ from dpo_studio.learning.state import TrainingState
 from dpo_studio.policy.policy import Policy
 from dpo_studio.reading import read_json, sha256_of
 
-__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint"]
+__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "ranks_of", "restore", "save_checkpoint"]
 
 KEPT = 2
 """Newest checkpoints that stay, and with them the one of the lowest held-out loss; a 7B run's takes half a gigabyte."""
@@ -120,8 +120,14 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
     return None
 
 
-def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> int:
-    """Restore weights, optimizer, step and a moving reference; returns how many processes have written it together.
+def ranks_of(checkpoint: Path) -> int:
+    """How many processes trained together when it was written."""
+    ranks = _numbers(checkpoint).get("ranks", 1)
+    return ranks if isinstance(ranks, int) else 1
+
+
+def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> None:
+    """Restore weights, optimizer, step and a moving reference.
 
     Raises:
         RunError: the checkpoint is complete, but belongs to another adapter, or its state is invalid.
@@ -134,9 +140,7 @@ def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> int:
                 state.optimizer.state[p] = {key: averages[f"{name}.{key}"].to(p.device) for key in _AVERAGES}
         if (checkpoint / _REFERENCE).exists():
             policy.restore_reference(load_file(checkpoint / _REFERENCE))
-        numbers = _numbers(checkpoint)
-        state.restore(numbers)
-        return int(str(numbers.get("ranks", 1)))
+        state.restore(_numbers(checkpoint))
     except torch.OutOfMemoryError:
         raise
     except (KeyError, TypeError, ValueError, OverflowError, RuntimeError, SafetensorError) as error:

@@ -17,7 +17,7 @@ from dpo_studio.config import Recipe, cache_folder
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.learning.batched_logps import batched_logps
-from dpo_studio.learning.checkpoints import restore
+from dpo_studio.learning.checkpoints import ranks_of, restore
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, tokens_without_gradient, unless_out_of_memory
 from dpo_studio.learning.packing_check import check_packing
@@ -181,9 +181,9 @@ class Session:
         run, state = self.saver.run, self.state
         checkpoint = self._newest_checkpoint()
         if checkpoint is not None:
-            ranks = restore(checkpoint, self.policy, state)
+            restore(checkpoint, self.policy, state)
             self.progress.say(f"continuing {run.path} after step {state.step} of {steps.total}")
-            if ranks != state.ranks.size:
+            if (ranks := ranks_of(checkpoint)) != state.ranks.size:
                 self._say_that_bits_differ(ranks)
         state.ranks.as_first(self.policy.trained.values())
         run.truncate_after(state.step if checkpoint is not None else -1)
