@@ -6,7 +6,8 @@ Weak scaling: 64 pairs a process and step (`--pairs-a-rank`), random weights in 
 one list. Each number of GPUs is a set of processes of its own (torchrun's launcher; one GPU has no launcher), through
 the product's loop, its dealing and its sums. The file is written after every figure, and by the workers after every
 step, so a call that is cut off leaves what it had. `--gpus 1,2,2` trains twice on two: the adapters must be the same
-bytes. The ideal printed beside a ratio is what the dealing of the pairs allows: all wait for the busiest process.
+bytes. A number with an s is sharded (`--gpus 1,2,2s`): each process has a slice of every layer (FSDP2). The ideal
+printed beside a ratio is what the dealing of the pairs allows: all wait for the busiest process.
 """
 
 from __future__ import annotations
@@ -38,10 +39,12 @@ def main() -> None:
     out = Path(options.out)
     out.parent.mkdir(parents=True, exist_ok=True)
     figures: list[dict[str, Any]] = []
-    for place, size in enumerate(map(int, options.gpus.split(","))):
+    for place, word in enumerate(options.gpus.split(",")):
+        size, options.sharding = int(word.rstrip("s")), "full" if word.endswith("s") else "none"
         left = options.within - (time.time() - began)
         if left < 60:
-            figures.append({"gpus": size, "reason": "no time was left"})
+            figures.append({"gpus": size, "sharding": options.sharding, "reason": "no time was left"})
+            _write(out, {"options": vars(options), "figures": figures})
             break
         figures.append(_measured(options, size, out.with_suffix(f".{place}.notes"), left))
         _compare(figures)
@@ -55,7 +58,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
     parser.add_argument("--shape", default="mistral-7b")
     parser.add_argument("--mix", default="ultrafeedback")
-    parser.add_argument("--base", default="ours", choices=["ours", "packed", "fp8"], help="bf16, GPTQ, GPTQ in FP8")
+    parser.add_argument("--base", default="ours", choices=["ours", "rows8", "packed", "fp8"], help="bf16, FP8, GPTQ")
     parser.add_argument("--pairs-a-rank", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=8192, help="of a micro-batch")
     parser.add_argument("--steps", type=int, default=20, help="measured, after the warm-up")
@@ -63,6 +66,7 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--within", type=float, default=540.0, help="seconds of the whole call")
     parser.add_argument("--out", default="several_gpus.json")
     parser.add_argument("--notes", help=argparse.SUPPRESS)
+    parser.add_argument("--sharding", default="none", help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
@@ -86,7 +90,9 @@ def _measured(options: argparse.Namespace, size: int, notes: Path, seconds: floa
             os.killpg(process.pid, 9)
     known = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else {"stage": "nothing"}
     notes.unlink(missing_ok=True)
-    return {"gpus": size} | known | ({} if code == 0 else {"reason": f"ended with {code}"})
+    return (
+        {"gpus": size, "sharding": options.sharding} | known | ({} if code == 0 else {"reason": f"ended with {code}"})
+    )
 
 
 def _compare(figures: list[dict[str, Any]]) -> None:
@@ -96,7 +102,11 @@ def _compare(figures: list[dict[str, Any]]) -> None:
         return
     last["ratio"] = last["tokens_per_second"] / first["tokens_per_second"] * first["gpus"]
     last["ideal"] = last["gpus"] / last["imbalance"]
-    same = [each for each in figures[:-1] if each["gpus"] == last["gpus"] and "adapter_sha256" in each]
+    same = [
+        each
+        for each in figures[:-1]
+        if (each["gpus"], each["sharding"]) == (last["gpus"], last["sharding"]) and "adapter_sha256" in each
+    ]
     if same:
         last["same_bytes_as_before"] = same[-1]["adapter_sha256"] == last["adapter_sha256"]
 
@@ -150,7 +160,7 @@ def _train(options: argparse.Namespace, ranks: Any, device: Any, deadline: float
     shape = shaped(options.shape)
     pairs = random_pairs(MIXES[options.mix], _PAIRS, shape.vocabulary)
     say(stage="making the model")
-    policy = our_policy(shape, device, options.base)
+    policy = our_policy(shape, device, options.base, ranks if options.sharding == "full" else None)
     pairs_per_step = options.pairs_a_rank * ranks.size
     steps = Steps(pairs, pairs_per_step, options.tokens, 0, 1, 10**6, rows=rows_of_rank(ranks.rank, ranks.size))
     section = TrainingSection(pairs_per_step=pairs_per_step, schedule="constant", warmup=0)

@@ -34,7 +34,7 @@ MINIMAL = {"model": {"path": "some/model"}, "data": {"train": {"source": "some/p
 
 CONTRACT = """
 model: {path: bundled:smollm2-135m-instruct, revision: null, dtype: auto, attention: auto, adapter: null, chat_template: null,
-        residency: packed, compute: auto}        # GPTQ bases: residency packed|bf16, compute auto|fp8
+        residency: packed, compute: auto, sharding: auto}        # GPTQ bases: residency packed|bf16, compute auto|fp8
 data:
   train: {source: pairs.jsonl, split: null, format: auto, rows: null, map: {}, label: {}}
   held_out: {fraction: 0.1, rows: null}          # or {source: ..., split: ...}

@@ -74,6 +74,9 @@ class ModelSection(Section):
     """GPTQ bases: keep the packed integers and dequantise for each product, or dequantise once."""
     compute: Literal["auto", "bf16", "fp8"] = "auto"
     """The precision of products with frozen weights. auto and bf16: the dtype's. fp8: e4m3, faster and coarser."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """Several GPUs. full: each holds a slice of every layer's frozen weights (FSDP2). auto: only for a base that does
+    not fit on one of them."""
 
 
 class ReadingSection(Section):

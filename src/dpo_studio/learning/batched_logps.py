@@ -19,10 +19,11 @@ from dpo_studio.learning.memory import (
     too_long_for_memory,
     unless_out_of_memory,
 )
+from dpo_studio.models.sharding import is_sharded
 from dpo_studio.objectives import PairLogps
 from dpo_studio.ranks import Ranks
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.pack import micro_batches, packed_tokens
+from dpo_studio.tokens.pack import empty_row, micro_batches, packed_tokens
 
 __all__ = ["COLUMNS", "batched_logps", "from_columns", "logps_over_ranks", "of_all_ranks"]
 
@@ -88,17 +89,32 @@ def logps_over_ranks(
         RunError: as `batched_logps`, on the rank that has the pair.
     """
     mine = ranks.share([packed_tokens(pair) for pair in pairs])
-    own = batched_logps(
-        model, [pairs[place] for place in mine], token_budget=token_budget, agreement=agreement, progress=progress
-    )
+    some = [pairs[place] for place in mine]
+    token_budget = token_budget or tokens_without_gradient(CPU_TOKEN_BUDGET, model)
+    short = _rows_short(ranks, model, some, token_budget)
+    own = batched_logps(model, some, token_budget=token_budget, agreement=agreement, progress=progress)
     if ranks.size == 1:
         return own
+    with torch.no_grad():
+        for _ in range(short):
+            pair_logps(model, empty_row(pairs[0], token_budget).to(next(model.parameters()).device))
     names = (*COLUMNS, "agreement_P") if agreement else COLUMNS
     columns = [getattr(own, name).double() for name in names]
     all_CP = ranks.all_columns(torch.stack([*columns, torch.tensor(mine, dtype=torch.float64)]))
     progress(len(pairs) - len(mine))
     columns_CP = all_CP[:-1, all_CP[-1].argsort()]
     return from_columns(names, columns_CP.to(own.chosen_P.dtype), pairs)
+
+
+def _rows_short(ranks: Ranks, model: nn.Module, mine: Sequence[EncodedPair], token_budget: int) -> int:
+    """How many rows more another process computes than this one, whose slices of the weights it needs for them.
+
+    Asked before the first row: a process that asks while another collects weights gets the wrong answer.
+    """
+    if not is_sharded(model):
+        return 0
+    rows = sum(1 for _ in micro_batches(mine, range(len(mine)), token_budget))
+    return ranks.most(rows) - rows
 
 
 def of_all_ranks(ranks: Ranks, parts: Sequence[PairLogps]) -> tuple[PairLogps, int]:

@@ -18,6 +18,7 @@ from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimits, unless_out_of_memory
 from dpo_studio.learning.metrics import StepMetrics
 from dpo_studio.learning.state import TrainingState
+from dpo_studio.models.sharding import is_sharded
 from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
 from dpo_studio.ranks import Ranks
@@ -166,12 +167,16 @@ def _backward(
     slopes: _Slopes | None = None,
 ) -> StepMetrics:
     """Nothing in here waits for the device."""
+    sharded = is_sharded(policy.model)
     numbers = StepMetrics(objective)
     for number, batch in enumerate(micro_batches):
-        if not len(batch):
+        if not len(batch) and not sharded:
             continue
         state.seed_dropout(number)
         policy_logps = pair_logps(policy.model, batch, agreement=objective.needs_agreement)
+        if not len(batch):  # the other processes need this one's slices of the weights, forward and backward
+            torch.autograd.backward(0.0 * (policy_logps.chosen_P + policy_logps.rejected_P).sum())
+            continue
         if slopes is None:
             losses = values = objective(policy_logps, batch.reference)  # PairLogps in, (P,) out
         else:
@@ -200,12 +205,13 @@ def _first_pass(
     micro_batches: list[MicroBatch], policy: Policy, objective: Formula, state: TrainingState
 ) -> tuple[list[MicroBatch], list[PairLogps]]:
     """The first of two passes: log-probs of this process's pairs, without a graph."""
-    parts = []
+    parts, sharded = [], is_sharded(policy.model)
     with torch.no_grad():
         for number, batch in enumerate(micro_batches):
-            if len(batch):
+            if len(batch) or sharded:
                 state.seed_dropout(number)
-                parts.append(pair_logps(policy.model, batch, agreement=objective.needs_agreement))
+                logps = pair_logps(policy.model, batch, agreement=objective.needs_agreement)
+                parts += [logps] if len(batch) else []
     return micro_batches, parts
 
 
@@ -214,7 +220,7 @@ def _whole_step_slopes(
 ) -> _Slopes:
     """dL/dlogp from the log-probs of all the step's pairs, those of the other processes too."""
     logps, before = of_all_ranks(ranks, parts)
-    known = [batch.reference for batch in micro_batches if batch.reference is not None]
+    known = [batch.reference for batch in micro_batches if batch.reference is not None and len(batch)]
     reference = of_all_ranks(ranks, known)[0] if objective.needs_reference else None
     sums = [getattr(logps, name).requires_grad_() for name in COLUMNS]
     losses = objective(logps, reference)
@@ -231,5 +237,5 @@ def _on_device(
     if live_reference is None:
         return batches
     with torch.no_grad():
-        known = iter(live_reference([batch for batch in batches if len(batch)]))
-    return [replace(batch, reference=next(known)) if len(batch) else batch for batch in batches]
+        known = live_reference(batches)
+    return [replace(batch, reference=one) for batch, one in zip(batches, known, strict=True)]

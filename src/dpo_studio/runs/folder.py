@@ -45,7 +45,7 @@ from dpo_studio.scan import where_files_may_be
 __all__ = ["RunFolder", "environment", "is_run", "was_begun"]
 
 _MAY_CHANGE = (
-    *("training.save_every", "training.evaluate_every", "training.sample_every"),
+    *("training.save_every", "training.evaluate_every", "training.sample_every", "model.sharding"),
     *("run.tracker", "run.folder", "run.sample_prompts"),
 )
 _MAY_GROW = ("training.epochs", "training.max_steps")

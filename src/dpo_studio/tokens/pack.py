@@ -30,6 +30,7 @@ __all__ = [
     "Span",
     "Steps",
     "assign_to_rows",
+    "empty_row",
     "micro_batches",
     "pack",
     "packed_tokens",
@@ -308,14 +309,14 @@ def micro_batches(
     """
     for row in rows([packed_tokens(pairs[position]) for position in positions], token_budget):
         if not row:
-            yield _empty_row(pairs[positions[0]], token_budget)
+            yield empty_row(pairs[positions[0]], token_budget)
             continue
         chosen = [positions[item] for item in row]
         batch = replace(pack([pairs[position] for position in chosen], chosen), token_budget=token_budget)
         yield replace(batch, reference=reference(chosen)) if reference is not None else batch
 
 
-def _empty_row(pair: EncodedPair, token_budget: int) -> MicroBatch:
+def empty_row(pair: EncodedPair, token_budget: int) -> MicroBatch:
     """The first token of a pair's prompt and two answers of one token, whose own last token is in no row: it computes
     what every row does, and counts for nothing."""
     answer = EncodedAnswer(pair.prompt[:1], np.ones(1, np.bool_))

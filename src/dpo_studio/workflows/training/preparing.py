@@ -12,7 +12,7 @@ import torch
 
 from dpo_studio.config import Recipe, cache_folder
 from dpo_studio.console.progress import Progress
-from dpo_studio.errors import DataError
+from dpo_studio.errors import DataError, ModelError
 from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.memory import MemoryLimit, plan_limit
 from dpo_studio.learning.reference import Reference, ReferenceChoice
@@ -23,6 +23,7 @@ from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.layers import RUNGS
 from dpo_studio.models.load import ChatModel, choose_dtype, load_chat_model
+from dpo_studio.models.sharding import is_sharded
 from dpo_studio.policy.policy import Policy
 from dpo_studio.policy.whole import WholePolicy
 from dpo_studio.preferences.pair import prompt_key
@@ -159,6 +160,8 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
     """A fresh adapter on the base, or the recipe's adapter to continue; with the reference adapter, if any. Or the
     whole base."""
     if recipe.adapter is None:
+        if is_sharded(base.model):
+            raise ModelError("adapter: null is not built for a sharded base", hint="model.sharding: none")
         return WholePolicy.of(base.model)
     if recipe.model.adapter is None:
         policy = Policy.fresh(base.model, recipe.adapter, seed=recipe.training.seed, say=say)

@@ -52,6 +52,7 @@ from dpo_studio.workflows.training.saving import Saver
 from dpo_studio.workflows.training.session import Session
 from dpo_studio.workflows.training.starting import (
     check_not_shorter,
+    check_sharding,
     check_tracker,
     is_finished,
     typed_model,
@@ -165,6 +166,7 @@ def run_training(
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done)
     check_tracker(recipe)
+    check_sharding(recipe, ranks)
     with held(run.path, progress.warn) if run.writes else nullcontext(Held(run.path, -1)) as hold:
         ranks.wait()  # until the first has the folder
         return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after, today, ranks)
@@ -195,7 +197,7 @@ def _train_in(
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, as long as the weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
         base = load_chat_model(
-            recipe.model, folder=models.base, typed=typed_model(loaded), say=progress.say, today=date
+            recipe.model, folder=models.base, typed=typed_model(loaded), say=progress.say, today=date, ranks=ranks
         )
         data = encoding.result()
     kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)

@@ -27,6 +27,7 @@ from dpo_studio.learning.train import LiveReference, StepReport, train
 from dpo_studio.models.adapters import POLICY, REFERENCE
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import ChatModel
+from dpo_studio.models.sharding import is_sharded
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.policy.policy import Policy
 from dpo_studio.runs.folder import RunFolder, environment
@@ -66,6 +67,10 @@ class Session:
     def fit(self, stop_after: int | None = None) -> HeldOut:
         """Compute the reference, run the checks, then every step; stop at a step's end after a signal."""
         reference = make_reference(self.recipe, self.base, self.policy, self.reference_folder, ranks=self.state.ranks)
+        if is_sharded(self.policy.model) and self.samples.chats:
+            raise RunError(
+                "run.sample_prompts is not built for a sharded base", hint="remove it, and ask the finished run"
+            )
         self._check_packing(reference)
         with nullcontext() if reference.cache is None else reference.cache.held():  # no process removes it meanwhile
             return self._fit(reference, stop_after)

@@ -11,9 +11,10 @@ from dpo_studio.config import Recipe, RecipeFile
 from dpo_studio.errors import RunError, install_hint
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.schedule import learning_rate, warmup_steps
+from dpo_studio.ranks import Ranks
 from dpo_studio.runs.folder import RunFolder
 
-__all__ = ["check_not_shorter", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
+__all__ = ["check_not_shorter", "check_sharding", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
 
 
 def typed_model(loaded: RecipeFile) -> str:
@@ -31,6 +32,16 @@ def check_tracker(recipe: Recipe) -> None:
     tracker = recipe.run.tracker
     if tracker is not None and tracker not in map(str, get_available_trackers()):
         raise RunError(f"run.tracker: {tracker} is not installed", hint=install_hint("trackers"))
+
+
+def check_sharding(recipe: Recipe, ranks: Ranks) -> None:
+    """Check that there are processes to shard over. A run that was trained so is used in one process like any other.
+
+    Raises:
+        RunError: there is one process.
+    """
+    if recipe.model.sharding == "full" and ranks.size == 1:
+        raise RunError("model.sharding: full needs several processes", hint="dpo train RECIPE --gpus N")
 
 
 def check_not_shorter(run: RunFolder, total: int) -> None:
