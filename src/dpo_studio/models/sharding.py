@@ -9,6 +9,8 @@ All processes must compute the same number of rows, for each collects weights fr
 
 from __future__ import annotations
 
+import math
+import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from accelerate import init_empty_weights
 from safetensors import safe_open
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -29,6 +31,9 @@ from dpo_studio.ranks import Ranks
 from dpo_studio.sizes import check_model_size
 
 __all__ = ["is_sharded", "load_sharded", "local", "shard_layers"]
+
+_OF_A_GPU = 0.6
+"""The share of a GPU that its slices may take for the model to stay within one machine."""
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -43,13 +48,26 @@ def local(tensor: Tensor) -> Tensor:
 
 def shard_layers(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
     """Shard every decoder layer, one after the other; weights on `meta` stay there."""
-    mesh = init_device_mesh(device.type, (ranks.size,))
+    mesh = _mesh(model, ranks, device)
     layers = list(decoder_layers(model))
     for layer in layers:
         fully_shard(layer, mesh=mesh, reshard_after_forward=True)
     body = causal_lm(model).base_model
     outside = set(body.parameters()) - {p for layer in layers for p in layer.parameters()}
     fully_shard(body, mesh=mesh, ignored_params=outside)  # no weights of its own: it orders those of the layers
+
+
+def _mesh(model: nn.Module, ranks: Ranks, device: torch.device) -> DeviceMesh:
+    """All processes; or, of several machines, those of each where its GPUs have room for the whole model (HSDP).
+
+    Weights are collected with every layer: between machines that takes longer than a layer's products.
+    """
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    room = torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else math.inf
+    if 1 < here < ranks.size and ranks.size % here == 0 and size / here < _OF_A_GPU * room:
+        return init_device_mesh(device.type, (ranks.size // here, here), mesh_dim_names=("machine", "shard"))
+    return init_device_mesh(device.type, (ranks.size,))
 
 
 def load_sharded(
