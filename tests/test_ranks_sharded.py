@@ -25,6 +25,7 @@ from dpo_studio.workflows.training.preparing import attach_policy
 from tests.pairs_of_ids import random_pairs
 from tests.policies import SECTION, moved
 from tests.rank_processes import on_ranks
+from tests.test_models_gptq import packed_folder
 from tests.test_ranks_together import STEPS, assert_close, recipe_in, trained
 from tests.tiny_models import tiny_folder
 from tests.tiny_runs import dpo
@@ -95,6 +96,19 @@ def test_two_processes_with_half_the_layers_each_learn_what_one_does(
         one, other = (load_file(run / "adapter" / "adapter_model.safetensors") for run in runs)
         norms = [torch.cat([x[n].flatten() for n in sorted(x)]) for x in (one, other)]
         assert (norms[0] - norms[1]).norm() < 0.1 * norms[1].norm()
+
+
+@pytest.mark.slow
+def test_packed_words_are_sharded_too(tmp_path: Path) -> None:
+    """Of a GPTQ base the int32 words, as parameters without a gradient."""
+    base = packed_folder(tmp_path / "base")
+    recipe = recipe_in(tmp_path / "run", base, model={"sharding": "full"})
+    for code, said, held, whole in on_ranks(2, sharded, recipe):
+        assert code == 0, said
+        assert held < 0.6 * whole
+    alone = recipe_in(tmp_path / "alone", base)
+    assert dpo("train", alone).code == 0
+    assert_close(recipe.parent / "run", alone.parent / "run")
 
 
 def test_more_processes_than_pairs_in_a_step_do_not_wait_for_each_other(tiny_base: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.fp8_model import into_fp8
 from dpo_studio.models.gptq_model import load_gptq
-from dpo_studio.models.sharding import load_sharded
+from dpo_studio.models.sharding import load_sharded, shard_layers
 from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.chat import ChatEncoder
@@ -94,26 +94,27 @@ def load_chat_model(
             model = model.to(device)
     else:
         model = _load_packed(folder, section, dtype, attention, device, say)
+        if section.sharding == "full" and ranks.size > 1:
+            shard_layers(model, ranks, device)
     model.requires_grad_(False)
     model.eval()
     return ChatModel(model, encoder, folder, typed or section.path, reason)
 
 
 def _to_be_sharded(section: ModelSection, folder: ModelFolder, device: torch.device, ranks: Ranks) -> bool:
-    """Whether the section asks for it, or the weights alone would fill most of one GPU; never in one process.
+    """Whether a dense base is read by slices: where the section asks for it, or its weights alone would fill most of
+    one GPU; never in one process. A packed base is read whole and then sharded.
 
     Raises:
         ModelError: it asks for what is not built.
     """
     if ranks.size == 1 or section.sharding == "none":
         return False
+    if section.sharding == "full" and section.compute == "fp8":
+        raise ModelError("model.sharding: full is not built for compute: fp8", hint="model.sharding: none")
     dense = folder.quantization is None and section.compute != "fp8"
-    if section.sharding == "full" and not dense:
-        raise ModelError(
-            "model.sharding: full is not built for quantised bases and compute: fp8", hint="model.sharding: none"
-        )
     if section.sharding == "full" or not dense or device.type != "cuda":
-        return section.sharding == "full"
+        return section.sharding == "full" and dense
     size = 2 * sum(math.prod(shape) for _, shape in folder.shapes.values())
     return size > _OF_A_GPU * torch.cuda.get_device_properties(device).total_memory
 

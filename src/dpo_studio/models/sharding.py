@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from dpo_studio.errors import ModelError
+from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.layers import causal_lm, decoder_layers
 from dpo_studio.ranks import Ranks
@@ -47,11 +48,19 @@ def local(tensor: Tensor) -> Tensor:
 
 
 def shard_layers(model: nn.Module, ranks: Ranks, device: torch.device) -> None:
-    """Shard every decoder layer, one after the other; weights on `meta` stay there."""
+    """Shard every decoder layer, one after the other; weights on `meta` stay there.
+
+    Of a packed layer its int32 words are sharded: one dtype a layer, and the rest of it is small.
+    """
+    for module in model.modules():
+        if isinstance(module, FrozenLinear):
+            module.words_as_parameters()
     mesh = _mesh(model, ranks, device)
     layers = list(decoder_layers(model))
     for layer in layers:
-        fully_shard(layer, mesh=mesh, reshard_after_forward=True)
+        words = [p for p in layer.parameters() if p.dtype == torch.int32]
+        whole = {p for p in layer.parameters() if words and p.dtype != torch.int32}
+        fully_shard(layer, mesh=mesh, reshard_after_forward=True, ignored_params=whole)
     body = causal_lm(model).base_model
     outside = set(body.parameters()) - {p for layer in layers for p in layer.parameters()}
     fully_shard(body, mesh=mesh, ignored_params=outside)  # no weights of its own: it orders those of the layers
