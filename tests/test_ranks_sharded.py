@@ -74,8 +74,8 @@ def test_compiled_layers_of_a_sharded_base_are_the_plain_ones(tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("architecture", "dtype", "more"),
     [
-        ("llama", "float32", {}),
-        ("llama-tied", "bfloat16", {}),
+        pytest.param("llama", "float32", {}, marks=pytest.mark.slow),
+        pytest.param("llama-tied", "bfloat16", {}, marks=pytest.mark.slow),
         ("qwen2-mixed", "float32", {"reference": {"mode": "live"}, "objective": {"kind": "aot"}}),
     ],
 )
@@ -123,6 +123,7 @@ def test_more_processes_than_pairs_in_a_step_do_not_wait_for_each_other(tiny_bas
     assert dpo("score", recipe.parent / "run", tmp_path / "run" / "pairs.jsonl").code == 0  # by one process
 
 
+@pytest.mark.slow
 def test_of_two_machines_each_has_the_whole_base_in_its_own_slices(tiny_base: Path, tmp_path: Path) -> None:
     """Four processes that believe to be two a machine: half of the layers each, not a quarter."""
     recipe = recipe_in(tmp_path / "run", tiny_base, model={"sharding": "full"})

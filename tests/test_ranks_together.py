@@ -118,6 +118,7 @@ def test_a_run_continues_on_other_numbers_of_processes(alone: Path, tiny_base: P
     assert_close(recipe.parent / "run", alone)
 
 
+@pytest.mark.slow
 def test_cached_log_probs_are_computed_once_and_by_all(tiny_base: Path, tmp_path: Path) -> None:
     """A second run finds every pair in the cache, whoever computed it."""
     recipe = recipe_in(tmp_path / "a", tiny_base, objective={"beta": 0.3})
@@ -151,7 +152,15 @@ def killed_at(recipe: Path, rank: int, number: signal.Signals, step: int, **envi
         group.kill()
 
 
-@pytest.mark.parametrize(("rank", "number"), [(1, signal.SIGKILL), (0, signal.SIGSTOP), (1, signal.SIGSTOP)])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        (1, signal.SIGKILL),
+        (0, signal.SIGSTOP),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+    ],
+)
 def test_a_process_that_dies_or_hangs_ends_the_other(
     pair: Path, tiny_base: Path, tmp_path: Path, rank: int, number: signal.Signals
 ) -> None:
@@ -215,7 +224,9 @@ def _refused() -> None:
     _on_rank_one(session, "check_packing", refuse)
 
 
-@pytest.mark.parametrize("sections", [{}, {"objective": {"kind": "aot"}}], ids=["dpo", "aot"])
+@pytest.mark.parametrize(
+    "sections", [pytest.param({}, marks=pytest.mark.slow), {"objective": {"kind": "aot"}}], ids=["dpo", "aot"]
+)
 def test_out_of_memory_in_one_process_is_retried_by_all(tiny_base: Path, tmp_path: Path, sections: Any) -> None:
     """The numbers are those of the run that had enough."""
     recipes = [recipe_in(tmp_path / name, tiny_base, **sections) for name in ("short", "enough")]
@@ -251,6 +262,13 @@ def _slow_evaluation() -> None:
 
     if os.environ["RANK"] == "0":
         patch.object(held_out.HeldOut, "measure", slow).start()
+
+
+@pytest.mark.slow
+def test_two_processes_verify_themselves(tiny_base: Path, tmp_path: Path) -> None:
+    (code, said), other = on_ranks(2, trained, recipe_in(tmp_path / "run", tiny_base), None, "--verify")
+    assert code == 0 and "the first 3 steps, the second time" in said
+    assert other == (0, "")
 
 
 @pytest.mark.slow

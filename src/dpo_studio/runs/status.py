@@ -6,7 +6,7 @@ from contextlib import suppress
 
 from dpo_studio.errors import RunError
 from dpo_studio.reading import read_json
-from dpo_studio.runs.folder import RunFolder
+from dpo_studio.runs.folder import RunFolder, is_run
 
 __all__ = ["read_status", "write_status"]
 
@@ -14,8 +14,9 @@ _LARGEST = 100_000
 
 
 def write_status(run: RunFolder, code: int, message: str) -> None:
-    """Write the exit code that `dpo train --gpus N` has, and the message; nothing where there is no run folder."""
-    if run.path.is_dir():
+    """Write the exit code that `dpo train --gpus N` has, and the message; nothing where no run has begun: a folder with
+    this file alone would be taken for something else."""
+    if is_run(run.path):
         with suppress(RunError, OSError):  # a full disk is reported by what it stopped
             RunFolder(run.path).write_json(RunFolder.STATUS, {"exit_code": code, "message": message})
 

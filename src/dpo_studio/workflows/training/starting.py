@@ -17,6 +17,10 @@ from dpo_studio.runs.folder import RunFolder
 __all__ = ["check_not_shorter", "check_sharding", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
 
 
+_OF_A_WHOLE_MODEL = 2e-5
+"""A learning rate above it is warned of: the DPO paper has 1e-6, Zephyr 5e-7."""
+
+
 def typed_model(loaded: RecipeFile) -> str:
     """The base as the recipe's author named it."""
     typed = loaded.typed.get("model")
@@ -59,12 +63,18 @@ def check_not_shorter(run: RunFolder, total: int) -> None:
 
 
 def warn_of_length(recipe: Recipe, pairs: int, total: int, warn: Callable[[str], None]) -> None:
-    """Warn where `pairs` training pairs in `total` steps are too few for the recipe's settings."""
+    """Warn where `pairs` training pairs in `total` steps are too few for the recipe's settings, or the learning rate is
+    not for what is trained."""
     section = recipe.training
     if pairs < section.pairs_per_step:
         warn(
             f"{pairs} training pairs are fewer than training.pairs_per_step, {section.pairs_per_step}: "
             f"every step learns from {pairs}, and is an epoch"
+        )
+    if recipe.adapter is None and section.learning_rate > _OF_A_WHOLE_MODEL:
+        warn(
+            f"training.learning_rate {section.learning_rate:g} is an adapter's: a whole model takes 1e-6 to 5e-6, "
+            "and forgets what it could with ten times that"
         )
     warmup = warmup_steps(section, total)
     if warmup >= total:
