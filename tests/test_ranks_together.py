@@ -22,7 +22,7 @@ from dpo_studio.learning import logprobs
 from dpo_studio.learning import train as loop
 from dpo_studio.workflows.training import held_out, session
 from tests.rank_processes import Group, on_ranks
-from tests.tiny_runs import dpo, tiny_rows, write_recipe
+from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 
 STEPS = {
     "pairs_per_step": 6,
@@ -262,6 +262,37 @@ def _slow_evaluation() -> None:
 
     if os.environ["RANK"] == "0":
         patch.object(held_out.HeldOut, "measure", slow).start()
+
+
+def scored(*arguments: object) -> tuple[int, str, str]:
+    """`dpo score` in this process."""
+    said = dpo("score", *arguments)
+    return said.code, said.out, said.err
+
+
+def test_scores_are_split_and_come_out_in_order(alone: Path, tmp_path: Path) -> None:
+    """As one process has them, rounding apart; the second process says nothing."""
+    pairs = write_rows(tmp_path / "p.jsonl", tiny_rows(9, seed=3))
+    (code, out, said), other = on_ranks(2, scored, alone, pairs)
+    assert code == 0, said
+    assert other == (0, "", "")
+    lines = [json.loads(line) for line in out.splitlines()]
+    whole = dpo("score", alone, pairs).lines
+    assert [line["index"] for line in lines] == list(range(9))
+    for line, expected in zip(lines, whole, strict=True):
+        assert line == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_verb_that_several_processes_cannot_share_is_refused(alone: Path) -> None:
+    for code, said in on_ranks(2, asked, "generate", alone, "--prompt", "why?"):
+        assert code == 2
+        assert "`dpo train` and `dpo score` alone" in said or not said
+
+
+def asked(*arguments: object) -> tuple[int, str]:
+    """`dpo ARGUMENTS` in this process."""
+    said = dpo(*arguments)
+    return said.code, said.err
 
 
 @pytest.mark.slow

@@ -34,17 +34,17 @@ def recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Said, int]:
     """A whole sweep in a new cache: its folder, what it said, and how many pairs the reference was computed for."""
     computed = 0
-    whole = batched.batched_logps
+    whole = batched.logps_over_ranks
 
-    def counted(model: Any, pairs: Sequence[Any], **more: Any) -> Any:
+    def counted(ranks: Any, model: Any, pairs: Sequence[Any], **more: Any) -> Any:
         nonlocal computed
         computed += len(pairs)
-        return whole(model, pairs, **more)
+        return whole(ranks, model, pairs, **more)
 
     out = tmp_path_factory.mktemp("sweep") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPO_STUDIO_CACHE", str(out.with_name("cache")))
-        patch.setattr(reference, "batched_logps", counted)
+        patch.setattr(reference, "logps_over_ranks", counted)
         said = dpo("sweep", recipe, *BETAS, "--out", out)
     assert said.code == 0, said.err
     return out, said, computed

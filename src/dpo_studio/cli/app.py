@@ -78,6 +78,7 @@ def main() -> None:
         signal.signal(signal.SIGHUP, _ended)
     try:
         _refuse_names_that_are_no_text(sys.argv[1:])
+        _refuse_several_processes(sys.argv[1:])
         command = typer.main.get_command(app)
         if "--help" in sys.argv[2:]:  # of a verb
             _fill_in(command)
@@ -168,6 +169,22 @@ def _refuse_names_that_are_no_text(arguments: list[str]) -> None:
             ascii_only = sys.getfilesystemencoding() != "utf-8"
             hint = "set LC_ALL=C.UTF-8" if ascii_only else "rename the file: its name is not UTF-8"
             raise UsageError(f"{shown_path(argument)} is not text in this locale", hint=hint)
+
+
+def _refuse_several_processes(arguments: list[str]) -> None:
+    """A launcher has started this process and others, and the verb would do the same in each of them.
+
+    Raises:
+        UsageError: it is none that several processes share.
+    """
+    from dpo_studio.errors import UsageError
+
+    several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and not {"train", "score", "--help", "--version"}.intersection(arguments[:1]):
+        raise UsageError(
+            "several processes were started, and `dpo train` and `dpo score` alone can use them",
+            hint="start it with one process",
+        )
 
 
 def _prepare_streams() -> None:

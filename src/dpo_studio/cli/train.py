@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Optional
 
 import typer
 
-from dpo_studio.cli.options import Anyway, Overrides, RecipeFile, Tracker
+from dpo_studio.cli.options import Anyway, Overrides, RecipeFile, Tracker, talks
 
 if TYPE_CHECKING:
     from dpo_studio.config import RecipeFile as Loaded
@@ -44,22 +44,18 @@ def train(
         from dpo_studio.workflows.training.verifying import verify_recipe
 
         found = verify_recipe(recipe, changes, anyway=anyway)
-        if _talks():
+        if talks():
             print(found.text)
         sys.exit(0 if found.deterministic else 3)
     from dpo_studio.console.text import percent
 
     result = train_recipe(loaded, anyway=anyway)
-    if _talks() and {"accuracy", "accuracy_ci95", "accuracy_before", "longer_wins"} <= result.keys():
+    if talks() and {"accuracy", "accuracy_ci95", "accuracy_before", "longer_wins"} <= result.keys():
         low, high = result["accuracy_ci95"]
         print(
             f"held-out accuracy {percent(result['accuracy'])} (95 % interval {percent(low)} to {percent(high)}), "
             f"before {percent(result['accuracy_before'])}, longer answer wins {percent(result['longer_wins'])}"
         )
-
-
-def _talks() -> bool:
-    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"
 
 
 def _several(gpus: int, loaded: Loaded) -> None:

@@ -58,6 +58,14 @@ class Ranks:
         return _BEGUN[0]
 
     @classmethod
+    def of_launcher(cls) -> Ranks:
+        """`of_environment` where a launcher started this very process (`LOCAL_RANK`), else one process.
+
+        A container of a cluster may have the other variables for whatever is started in it.
+        """
+        return cls.of_environment() if "LOCAL_RANK" in os.environ else ALONE
+
+    @classmethod
     def one(cls) -> Ranks:
         """For work that one process does.
 
@@ -66,7 +74,8 @@ class Ranks:
         """
         if os.environ.get("WORLD_SIZE", "1") != "1":
             raise RunError(
-                "several processes were started, and only `dpo train` can use them", hint="start it with one process"
+                "several processes were started, and `dpo train` and `dpo score` alone can use them",
+                hint="start it with one process",
             )
         return ALONE
 
