@@ -28,6 +28,8 @@ ALLOWED: dict[tuple[str, str], str] = {
     ("runs/folder.py", ".unlink"): "what a killed start of the same run left",
     ("learning/checkpoints.py", ".write_text"): "in a checkpoint's scratch folder",
     ("learning/checkpoints.py", "save_file"): "in a checkpoint's scratch folder",
+    ("policy/whole.py", "save_file"): "in a checkpoint's scratch folder",
+    ("workflows/launching.py", ".unlink"): "the status of a run's earlier start",
     ("learning/reference_cache.py", ".unlink"): "a damaged entry of the cache",
     ("learning/reference_cache.py", "os.utime"): "an entry was used now",
     ("learning/reference_cache.py", "sqlite3.connect"): "an entry of the cache",
