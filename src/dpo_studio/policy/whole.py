@@ -50,7 +50,7 @@ class WholePolicy(Policy):
         if base.dtype not in (torch.float32, torch.bfloat16, torch.float64):
             raise ModelError("a whole model is not trained in float16", hint="model.dtype: bfloat16 or float32")
         targets = all_linear(base)
-        if targets.experts or targets.routers:
+        if targets.parameters or targets.experts or targets.routers:
             raise ModelError("adapter: null is not built for mixtures of experts", hint="train an adapter on this base")
         masters = {}
         for name, p in base.named_parameters():  # a tied head is its embedding, once
@@ -73,6 +73,10 @@ class WholePolicy(Policy):
         for name, p in self.model.named_parameters():
             if p is not self.masters[name]:
                 p.copy_(self.masters[name])
+
+    def resolved_targets(self) -> list[str] | None:
+        """All weights: there is nothing to name."""
+        return None
 
     def train_mode(self) -> None:
         """No dropout: it would be the base's own."""

@@ -242,19 +242,15 @@ class RunFolder:
                 )
 
     def write_yaml(self, name: str, content: dict[str, Any]) -> None:
-        """Write a whole file."""
-        if not self.writes:
-            return
-        write_atomically(
-            self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), hint=_MORE_ROOM
-        )
+        self._write(name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a whole file; ValueError for NaN and infinity, which JSON does not have."""
-        if not self.writes:
-            return
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(self.path / name, text, hint=_MORE_ROOM)
+        self._write(name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if self.writes:
+            write_atomically(self.path / name, text, hint=_MORE_ROOM)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl, timing.jsonl or memory.jsonl."""
@@ -288,13 +284,11 @@ class RunFolder:
 
     def truncate_after(self, step: int) -> None:
         """Remove the lines after `step`: a resumed run writes them again."""
-        if not self.writes:
-            return
         for name in (self.METRICS, self.TIMING, self.SAMPLES):
             kept = [line for line in self.lines(name) if line["step"] <= step]
             if (self.path / name).exists():
                 text = "".join(json.dumps(line) + "\n" for line in kept)
-                write_atomically(self.path / name, text, hint=_MORE_ROOM)
+                self._write(name, text)
 
 
 def is_run(path: str | Path) -> bool:

@@ -17,6 +17,7 @@ from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.memory import MemoryLimit, plan_limit
 from dpo_studio.learning.reference import Reference, ReferenceChoice
 from dpo_studio.learning.reference_cache import ReferenceCache
+from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.adapters import attach_existing, in_eval
 from dpo_studio.models.experts import adapts_experts
 from dpo_studio.models.fingerprint import weights_fingerprint
@@ -39,6 +40,7 @@ __all__ = [
     "RunData",
     "attach_policy",
     "encode_both",
+    "fresh_state",
     "make_reference",
     "read_and_split",
     "resolve_targets",
@@ -171,6 +173,12 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
     if recipe.reference.update_every is not None:
         policy.check_movable()
     return policy
+
+
+def fresh_state(recipe: Recipe, policy: Policy, total_steps: int, ranks: Ranks) -> TrainingState:
+    """The state before the first step."""
+    ratio = None if recipe.adapter is None else recipe.adapter.learning_rate_ratio
+    return TrainingState.fresh(policy, recipe.training, total_steps, recipe.reference, ranks, ratio)
 
 
 def make_reference(

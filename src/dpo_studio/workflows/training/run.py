@@ -17,7 +17,6 @@ from dpo_studio.config import RecipeFile, RecipeLike, load_recipe
 from dpo_studio.console.progress import Progress, Silent
 from dpo_studio.disk import remove_leftovers
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
-from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.bundled import published_name
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.policy.policy import Policy
@@ -39,6 +38,7 @@ from dpo_studio.workflows.training.forecasting import forecast
 from dpo_studio.workflows.training.preparing import (
     attach_policy,
     encode_both,
+    fresh_state,
     read_and_split,
     resolve_targets,
     resolve_token_budget,
@@ -193,14 +193,13 @@ def _train_in(
     date = datetime.date.fromisoformat(ranks.text_of_first(run_date(run, today).isoformat()))
     recipe = with_dtype_of_first(recipe, ranks)
     models = look_at_models(recipe, found, date, progress.say)
-    encoder = models.encoder
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, as long as the weights
-        encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
+        encoding = meanwhile.submit(encode_both, recipe, source, split, models.encoder, progress)
         base = load_chat_model(
             recipe.model, folder=models.base, typed=typed_model(loaded), say=progress.say, today=date, ranks=ranks
         )
         data = encoding.result()
-    kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
+    kept = digest_data(data.train.pairs, data.held_out.pairs, models.encoder, date)
     ranks.check_same(sha256(f"{kept}".encode()).digest(), "pairs")
     check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
@@ -223,11 +222,9 @@ def _train_in(
         log = RunLog(run, hold, base.device, progress, recipe.run.tracker, ranks)
         if limit.recompute != "nothing":
             log.write_limit(limit)
-        state = TrainingState.fresh(
-            policy, recipe.training, steps.total, recipe.reference, ranks, recipe.adapter and recipe.adapter.learning_rate_ratio
-        )
+        state = fresh_state(recipe, policy, steps.total, ranks)
         steps = replace(steps, token_budget=limit.tokens, rows=rows_of_rank(ranks.rank, ranks.size))
-        samples = Samples(policy, encoder, chats, recipe.training.sample_every or 0, run, progress)
+        samples = Samples(policy, models.encoder, chats, recipe.training.sample_every or 0, run, progress)
         session = Session(recipe, base, policy, data, steps, state, saver, log, progress, samples, models.reference)
         held_out = session.fit(stop_after)
     result = session.finish(held_out, time.perf_counter() - started) | result_extra
