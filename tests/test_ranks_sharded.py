@@ -138,3 +138,6 @@ def test_of_two_machines_each_has_the_whole_base_in_its_own_slices(tiny_base: Pa
 def test_what_is_not_built_is_refused(tiny_base: Path, tmp_path: Path) -> None:
     said = dpo("train", recipe_in(tmp_path / "one", tiny_base, model={"sharding": "full"}))
     assert said.code == 1 and "needs several processes" in said.err
+    recipe = recipe_in(tmp_path / "two", tiny_base, model={"sharding": "full"}, adapter={"kind": "dora"})
+    (code, words), other = on_ranks(2, trained, recipe)
+    assert code == 1 and "not built for adapter.kind: dora" in words and other == (1, "")

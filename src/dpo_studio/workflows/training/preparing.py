@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from dpo_studio.config import Recipe, cache_folder
+from dpo_studio.config import AdapterSection, Recipe, cache_folder
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.frozen.linear import computes_in_fp8
@@ -25,6 +25,7 @@ from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.layers import RUNGS
 from dpo_studio.models.load import ChatModel, choose_dtype, load_chat_model
 from dpo_studio.models.sharding import is_sharded
+from dpo_studio.models.targets import all_linear
 from dpo_studio.policy.policy import Policy
 from dpo_studio.policy.whole import WholePolicy
 from dpo_studio.preferences.pair import prompt_key
@@ -161,9 +162,9 @@ def with_dtype_of_first(recipe: Recipe, ranks: Ranks) -> Recipe:
 def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Policy:
     """A fresh adapter on the base, or the recipe's adapter to continue; with the reference adapter, if any. Or the
     whole base."""
+    if is_sharded(base.model):
+        _check_sharded(recipe.adapter, base)
     if recipe.adapter is None:
-        if is_sharded(base.model):
-            raise ModelError("adapter: null is not built for a sharded base", hint="model.sharding: none")
         return WholePolicy.of(base.model)
     if recipe.model.adapter is None:
         policy = Policy.fresh(base.model, recipe.adapter, seed=recipe.training.seed, say=say)
@@ -173,6 +174,20 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
     if recipe.reference.update_every is not None:
         policy.check_movable()
     return policy
+
+
+def _check_sharded(adapter: AdapterSection | None, base: ChatModel) -> None:
+    """Raises ModelError if what is trained needs more of a layer's weights than its own pass collects."""
+    targets = all_linear(base.model)
+    refused = {
+        "adapter: null": adapter is None,
+        "adapter.kind: dora": adapter is not None and adapter.kind == "dora",
+        "adapter.modules_to_save": adapter is not None and bool(adapter.modules_to_save),
+        "a mixture of experts": bool(targets.parameters or targets.experts or targets.routers),
+    }
+    for what, is_there in refused.items():
+        if is_there:
+            raise ModelError(f"model.sharding: full is not built for {what}", hint="model.sharding: none")
 
 
 def fresh_state(recipe: Recipe, policy: Policy, total_steps: int, ranks: Ranks) -> TrainingState:
