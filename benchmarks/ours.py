@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import init_empty_weights
 from peft import PeftModel
 from torch import nn
 
@@ -26,8 +27,10 @@ from dpo_studio.learning.train import train
 from dpo_studio.models.adapters import as_reference, attach, train_mode
 from dpo_studio.models.attention import FLEX, PAIRS
 from dpo_studio.models.layers import compiled_layers, set_recompute
+from dpo_studio.models.sharding import local, shard_layers
 from dpo_studio.objectives import DPO, PairLogps
 from dpo_studio.policy.policy import Policy
+from dpo_studio.ranks import Ranks
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, assign_to_rows, pack
 from jobs import Job, check_system
@@ -55,15 +58,18 @@ _FORWARD, _BACKWARD = 2, 2
 """Floating-point operations a weight and token; the frozen weights need no gradient of their own."""
 
 
-def our_policy(shape: Shape, device: torch.device, kind: str = "ours") -> PeftModel:
+def our_policy(shape: Shape, device: torch.device, kind: str = "ours", sharded_over: Ranks | None = None) -> PeftModel:
     """A policy with random weights, ready for training: what `load_chat_model` and the run do for a real one.
 
     Its base is bf16 (`ours`), the same in FP8 (`rows8`), or GPTQ: `packed`, with `fp8` products, or dequantised once
-    (`resident`).
+    (`resident`). Sharded, a bf16 one is made slice by slice: a 70B never stands whole on a card.
     """
     attention = FLEX if device.type == "cuda" else PAIRS
     linear = {"ours": None, "rows8": in_fp8}.get(kind, partial(gptq_linear, kind=kind))
-    base = random_model(shape, device, attention, linear)
+    if sharded_over is not None:
+        base = random_sharded(shape, device, attention, sharded_over)
+    else:
+        base = random_model(shape, device, attention, linear)
     base.requires_grad_(False)
     base.eval()
     policy = attach(base, AdapterSection(rank=RANK, alpha=ALPHA, targets=list(TARGETS)), seed=0)
@@ -78,6 +84,27 @@ def in_fp8(dense: nn.Linear) -> nn.Linear:
     if obstacle := row_scaled_obstacle(dense.weight.device, dense.weight.dtype):
         raise RuntimeError(f"FP8: {obstacle}")
     return FrozenLinear(RowScaled.of(dense.weight.detach()), dense.bias)
+
+
+def random_sharded(shape: Shape, device: torch.device, attention: str, ranks: Ranks) -> Any:
+    """The shape with random bf16 weights, sharded before any of them is there."""
+    with init_empty_weights(include_buffers=False):
+        model = random_model(shape, torch.device("cpu"), attention)
+    model.requires_grad_(False)
+    shard_layers(model, ranks, device)
+    buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    model.to_empty(device=device)
+    draw = torch.Generator(device).manual_seed(ranks.rank)  # slices differ from each other
+    whole = torch.Generator(device).manual_seed(0)  # what is whole is the same everywhere
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "norm" in name:
+                local(p).fill_(1)
+            else:
+                local(p).normal_(0, 0.02, generator=draw if local(p) is not p else whole)
+        for name, buffer in model.named_buffers():
+            buffer.copy_(buffers[name])
+    return model
 
 
 def gptq_linear(dense: nn.Linear, kind: str) -> nn.Linear:

@@ -34,7 +34,7 @@ MINIMAL = {"model": {"path": "some/model"}, "data": {"train": {"source": "some/p
 
 CONTRACT = """
 model: {path: bundled:smollm2-135m-instruct, revision: null, dtype: auto, attention: auto, adapter: null, chat_template: null,
-        residency: packed, compute: auto}        # GPTQ bases: residency packed|bf16, compute auto|fp8
+        residency: packed, compute: auto, sharding: auto}        # GPTQ bases: residency packed|bf16, compute auto|fp8
 data:
   train: {source: pairs.jsonl, split: null, format: auto, rows: null, map: {}, label: {}}
   held_out: {fraction: 0.1, rows: null}          # or {source: ..., split: ...}
@@ -438,14 +438,21 @@ def test_a_byte_order_mark_is_no_problem(tmp_path: Path) -> None:
     assert load_recipe(file).recipe.model.path == "m"
 
 
-@pytest.mark.parametrize("section", ["adapter", "objective", "training", "reference", "run", "data.held_out", "model"])
+@pytest.mark.parametrize("section", ["objective", "training", "reference", "run", "data.held_out", "model"])
 def test_a_section_that_is_null_is_refused_and_never_its_defaults(section: str, tmp_path: Path) -> None:
-    """`adapter: null` trained a LoRA of rank 16."""
     with pytest.raises(RecipeError) as caught:
         recipe("{model: {path: m}, data: {train: {source: s}}}", tmp_path, f"{section}=null")
     assert f"a section with keys is expected: {section}" in caught.value.message
     assert "leave the section out" in (caught.value.hint or "")
-    assert ("whole model" in (caught.value.hint or "")) == (section == "adapter")
+
+
+def test_a_whole_model_has_one_reference_its_start_and_cached(tmp_path: Path) -> None:
+    """`adapter: null` trains the whole model."""
+    plain = "{model: {path: m}, data: {train: {source: s}}, adapter: null}"
+    assert recipe(plain, tmp_path).recipe.adapter is None
+    for key in ("reference.mode=live", "reference.update_every=4", "reference.adapter=a", "model.adapter=a"):
+        with pytest.raises(RecipeError, match=f"trains the whole model.*remove {key.partition('=')[0]}"):
+            recipe(plain, tmp_path, key)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/studio/worker.py", "json.loads"): (1, "a line of the studio that started this process"),
     ("dpo_studio/studio/worker.py", "fdopen"): (1, "a pipe of ours"),
     ("dpo_studio/studio/model_worker.py", "json.loads"): (1, "a line of our own process"),
+    ("dpo_studio/ranks/watch.py", "json.loads"): (2, "the words of another process of this very run"),
     # To write.
     ("dpo_studio/studio/jobs.py", "open"): (2, "to write what a job says"),
     ("dpo_studio/studio/runner.py", "open"): (1, "to write the mark of a job"),

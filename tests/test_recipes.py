@@ -97,6 +97,7 @@ def test_the_tutorials_recipe_carries_the_tutorials_settings() -> None:
     assert recipe.data.train.source == "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
     assert (recipe.data.max_length, recipe.data.too_long) == (256, "cut_answer_end")
     adapter, training = recipe.adapter, recipe.training
+    assert adapter is not None
     assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.targets) == (4, 8, 0.1, ["q_proj", "v_proj"])
     assert (recipe.objective.beta, training.learning_rate, training.warmup) == (0.1, 3e-4, 2)
     assert (training.max_steps, training.pairs_per_step) == (50, 1)

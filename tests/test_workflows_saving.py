@@ -417,11 +417,11 @@ def spoil(steps: set[int], monkeypatch: pytest.MonkeyPatch) -> dict[int, list[in
     learn = train._learn_from
     seen: dict[int, list[int]] = {}
 
-    def learning(batches: Any, policy: Any, objective: Any, state: TrainingState, live: Any) -> Any:
+    def learning(batches: Any, pairs: int, policy: Any, objective: Any, state: TrainingState, live: Any) -> Any:
         seen[state.step + 1] = [pair for batch in batches for pair in batch.pairs]
         if state.step + 1 in steps:
             batches = [replace(b, reference=b.reference.map(lambda x: x * math.nan)) for b in batches]
-        return learn(batches, policy, objective, state, live)
+        return learn(batches, pairs, policy, objective, state, live)
 
     monkeypatch.setattr(train, "_learn_from", learning)
     return seen

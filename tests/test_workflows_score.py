@@ -120,14 +120,14 @@ def test_there_is_no_length_limit_unless_one_is_given(tiny_base: Path, tmp_path:
 
 def test_what_is_not_finite_is_null_and_counted(tiny_base: Path, pairs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """JSON has no NaN. The summary is over the other pairs."""
-    whole = batched.batched_logps
+    whole = batched.logps_over_ranks
 
     def broken(*arguments: Any, **more: Any) -> Any:
         logps = whole(*arguments, **more)
         logps.chosen_P[0], logps.rejected_P[1] = float("nan"), float("-inf")
         return logps
 
-    monkeypatch.setattr(scoring, "batched_logps", broken)
+    monkeypatch.setattr(scoring, "logps_over_ranks", broken)
     said = dpo("score", tiny_base, pairs, "--json")
     first, second, *_ = said.lines
     assert (first["chosen_logp"], first["margin"], second["rejected_logp"]) == (None, None, None)

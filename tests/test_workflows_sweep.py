@@ -34,17 +34,17 @@ def recipe(tiny_base: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def swept(recipe: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Said, int]:
     """A whole sweep in a new cache: its folder, what it said, and how many pairs the reference was computed for."""
     computed = 0
-    whole = batched.batched_logps
+    whole = batched.logps_over_ranks
 
-    def counted(model: Any, pairs: Sequence[Any], **more: Any) -> Any:
+    def counted(ranks: Any, model: Any, pairs: Sequence[Any], **more: Any) -> Any:
         nonlocal computed
         computed += len(pairs)
-        return whole(model, pairs, **more)
+        return whole(ranks, model, pairs, **more)
 
     out = tmp_path_factory.mktemp("sweep") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("DPO_STUDIO_CACHE", str(out.with_name("cache")))
-        patch.setattr(reference, "batched_logps", counted)
+        patch.setattr(reference, "logps_over_ranks", counted)
         said = dpo("sweep", recipe, *BETAS, "--out", out)
     assert said.code == 0, said.err
     return out, said, computed
@@ -144,7 +144,7 @@ def test_several_keys_make_their_product_and_one_value_holds_for_all(recipe: Pat
     ]
     recipes = [member.loaded.recipe for member in members]
     assert [one.objective.beta for one in recipes] == [0.1, 0.1, 0.5, 0.5]
-    assert [one.adapter.targets for one in recipes] == [["q_proj", "v_proj"], "all-linear"] * 2
+    assert [one.adapter and one.adapter.targets for one in recipes] == [["q_proj", "v_proj"], "all-linear"] * 2
     assert {one.training.learning_rate for one in recipes} == {3e-4}
     assert len({member.loaded.run_folder for member in members}) == 4
     assert all(member.loaded.run_folder.parent == folder == tmp_path / "out" for member in members)

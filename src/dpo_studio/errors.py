@@ -8,6 +8,7 @@ DPOStudioError            refused with a reason            exit 1
 ├── JudgeError            a judge cannot be asked, or stopped answering
 ├── UsageError            the command itself is wrong      exit 2
 ├── NonFiniteError        a run stopped itself             exit 3
+├── RankLostError         another process of a run died    exit 4
 └── Interrupted           stopped by a signal              exit 130 (SIGINT), 143 (SIGTERM), 129 (SIGHUP), 141 (SIGPIPE)
 """
 
@@ -24,6 +25,7 @@ __all__ = [
     "JudgeError",
     "ModelError",
     "NonFiniteError",
+    "RankLostError",
     "RecipeError",
     "RunError",
     "UsageError",
@@ -79,6 +81,12 @@ class NonFiniteError(DPOStudioError):
     """A run stopped itself rather than learn from numbers that are not finite."""
 
     exit_code = 3
+
+
+class RankLostError(DPOStudioError):
+    """Another process of this run died or no longer answers; the last checkpoint is whole."""
+
+    exit_code = 4
 
 
 class Interrupted(DPOStudioError):

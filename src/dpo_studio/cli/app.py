@@ -1,7 +1,8 @@
 """The `dpo` command: its verbs, and its exit codes. The work of a verb is in `workflows`.
 
 Data goes to stdout, progress and errors to stderr. Exit codes: 0 done, 1 refused with a reason, 2 wrong usage, 3 a run
-stopped itself, 130 interrupted, 143 after SIGTERM, 129 after SIGHUP, 141 when the reader of our output is gone.
+stopped itself, 4 another process of a run died, 130 interrupted, 143 after SIGTERM, 129 after SIGHUP, 141 when the
+reader of our output is gone.
 """
 
 from __future__ import annotations
@@ -77,6 +78,7 @@ def main() -> None:
         signal.signal(signal.SIGHUP, _ended)
     try:
         _refuse_names_that_are_no_text(sys.argv[1:])
+        _refuse_several_processes(sys.argv[1:])
         command = typer.main.get_command(app)
         if "--help" in sys.argv[2:]:  # of a verb
             _fill_in(command)
@@ -169,6 +171,22 @@ def _refuse_names_that_are_no_text(arguments: list[str]) -> None:
             raise UsageError(f"{shown_path(argument)} is not text in this locale", hint=hint)
 
 
+def _refuse_several_processes(arguments: list[str]) -> None:
+    """A launcher has started this process and others, and the verb would do the same in each of them.
+
+    Raises:
+        UsageError: it is none that several processes share.
+    """
+    from dpo_studio.errors import UsageError
+
+    several = "LOCAL_RANK" in os.environ and os.environ.get("WORLD_SIZE", "1") != "1"
+    if several and not {"train", "score", "--help", "--version"}.intersection(arguments[:1]):
+        raise UsageError(
+            "several processes were started, and `dpo train` and `dpo score` alone can use them",
+            hint="start it with one process",
+        )
+
+
 def _prepare_streams() -> None:
     """A terminal that cannot show a character gets its number, never an exception."""
     for stream in (sys.stdout, sys.stderr):
@@ -217,5 +235,6 @@ def _die(message: str, code: int) -> None:
         sys.stdout.flush()  # what is data goes first
     except OSError:
         _nobody_reads(sys.stdout)
-    _print_error(f"error: {printable(message)}")
+    if os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("LOCAL_RANK", "0") == "0":  # one of them says it
+        _print_error(f"error: {printable(message)}")
     sys.exit(code)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional
 
@@ -51,6 +52,7 @@ __all__ = [
     "llm_options",
     "source_section",
     "source_section_of",
+    "talks",
 ]
 
 RecipeFile = Annotated[Path, typer.Argument(help="A recipe, such as recipes/demo.yaml.")]
@@ -234,3 +236,8 @@ def _prices(text: str | None) -> tuple[float, float] | None:
             f"{text!r} is not of the form IN,OUT, two prices in dollars", param_hint="--judge-price"
         ) from None
     return read, written
+
+
+def talks() -> bool:
+    """Whether this process prints results: of several that a launcher started, the first."""
+    return os.environ.get("WORLD_SIZE", "1") == "1" or os.environ.get("RANK") == "0"

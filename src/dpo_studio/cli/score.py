@@ -22,6 +22,7 @@ from dpo_studio.cli.options import (
     Split,
     TooLong,
     source_section,
+    talks,
 )
 
 __all__ = ["score"]
@@ -60,7 +61,8 @@ def score(
         summary = score_to_file(model, section, out, overwrite=overwrite, **settings)
     else:
         summary = score_pairs(model, section, sys.stdout, **settings)
-    _summary(summary, as_json)
+    if talks():
+        _summary(summary, as_json)
 
 
 def _summary(summary: dict[str, Any], as_json: bool) -> None:

@@ -100,7 +100,7 @@ def validate_recipe(raw: Mapping[str, object], *, where: str) -> Recipe:
 
 
 def _refuse_empty_sections(raw: Mapping[str, object], where: str) -> None:
-    """`adapter: null`, or `adapter:` with nothing under it, could mean no section or its defaults; it is refused.
+    """`training: null`, or `training:` with nothing under it, could mean no section or its defaults; it is refused.
 
     Raises:
         RecipeError: a section is null.
@@ -115,8 +115,6 @@ def _refuse_empty_sections(raw: Mapping[str, object], where: str) -> None:
     if empty:
         names = ", ".join(".".join(keys) for keys in empty)
         hint = "leave the section out for its defaults"
-        if ("adapter",) in empty:
-            hint += "; training a whole model, without an adapter, is not built yet"
         raise RecipeError(f"{where}: null where a section with keys is expected: {names}", hint=hint)
 
 

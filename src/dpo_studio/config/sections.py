@@ -76,6 +76,9 @@ class ModelSection(Section):
     """Quantised bases: keep the weights as they are stored and form them for each product, or form them once."""
     compute: Literal["auto", "bf16", "fp8"] = "auto"
     """The precision of products with frozen weights. auto and bf16: the dtype's. fp8: e4m3, faster and coarser."""
+    sharding: Literal["auto", "none", "full"] = "auto"
+    """Several GPUs. full: each holds a slice of every layer's frozen weights (FSDP2). auto: only for a base that does
+    not fit on one of them."""
 
 
 class ReadingSection(Section):
@@ -281,8 +284,8 @@ class Recipe(Section):
     """The base model."""
     data: DataSection
     """Preference pairs, and how long they may be."""
-    adapter: AdapterSection = AdapterSection()
-    """The LoRA adapter."""
+    adapter: AdapterSection | None = AdapterSection()
+    """The LoRA adapter; null: the whole model is trained."""
     objective: Objective = DPO()
     """What is minimised: its kind and its parameters."""
     reference: ReferenceSection = ReferenceSection()
@@ -294,15 +297,24 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _an_adapter_brings_its_own_shape(self) -> Recipe:
-        conflicting = self.adapter.model_fields_set - _ABOUT_TRAINING
-        if self.model.adapter is not None and conflicting:
+        if self.adapter is None:
+            there = {
+                "model.adapter": self.model.adapter is not None,
+                "reference.adapter": self.reference.adapter is not None,
+                "reference.update_every": self.reference.update_every is not None,
+                "reference.mode: live": self.reference.mode == "live",
+            }
+            if any(there.values()):
+                names = ", ".join(name for name, is_there in there.items() if is_there)
+                raise ValueError(f"adapter: null trains the whole model, whose reference is cached; remove {names}")
+        elif self.model.adapter is not None and (conflicting := self.adapter.model_fields_set - _ABOUT_TRAINING):
             keys = ", ".join(f"adapter.{name}" for name in sorted(conflicting))
             raise ValueError(f"model.adapter brings its own kind, rank, alpha, dropout and targets; remove {keys}")
         return self
 
     @model_validator(mode="after")
     def _a_reference_that_moves_is_a_product(self) -> Recipe:
-        if self.reference.update_every is not None:
+        if self.reference.update_every is not None and self.adapter is not None:
             if self.adapter.kind == "dora":
                 raise ValueError("a DoRA adapter cannot be mixed into a reference that moves (reference.update_every)")
             if self.adapter.modules_to_save:

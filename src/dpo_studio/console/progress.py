@@ -15,7 +15,7 @@ if TYPE_CHECKING:  # rich costs 50 ms, and `dpo --help` needs none of it
     from rich.console import Console
     from rich.progress import Progress as Bars
 
-__all__ = ["Plain", "Progress", "Terminal"]
+__all__ = ["Plain", "Progress", "Silent", "Terminal"]
 
 _EVERY = 5.0
 """Seconds between two plain lines: a log of a night's run stays readable."""
@@ -107,6 +107,23 @@ def _on_stderr() -> Display:
     seen = sys.stderr is not None and sys.stderr.isatty()
     console = Telling(stderr=True, force_interactive=None if seen else False)
     return Terminal(console) if console.is_interactive else Plain(console)
+
+
+class Silent:
+    """Shows nothing: for a process beside the one that talks."""
+
+    unread = False
+
+    def line(self, text: str, style: str = "") -> None:
+        """Nothing."""
+
+    @contextmanager
+    def task(self, title: str, total: int | None, unit: str) -> Iterator[Advance]:
+        """Counts for nobody."""
+        yield _nothing
+
+    def stop(self) -> None:
+        """Nothing is to end."""
 
 
 class _OnConsole:

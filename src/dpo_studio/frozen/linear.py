@@ -12,6 +12,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from dpo_studio.frozen.dense import Dense
 from dpo_studio.frozen.products import products
@@ -40,8 +41,8 @@ class FrozenLinear(nn.Linear):
 
     @property
     def kept(self) -> Frozen:
-        """The weight in its packed form."""
-        return self._kind.taken(iter([getattr(self, name) for name in self._names]), iter(self._numbers))
+        """The weight in its packed form; of a sharded one all processes have to ask, but in a layer's own pass."""
+        return self._kind.taken(iter([_whole(getattr(self, name)) for name in self._names]), iter(self._numbers))
 
     @property
     def frozen(self) -> Frozen:
@@ -51,7 +52,21 @@ class FrozenLinear(nn.Linear):
     @property
     def qweight(self) -> Tensor:
         """PEFT asks by this name where a layer without a weight is."""
-        return self.get_buffer(self._names[0])
+        tensor: Tensor = getattr(self, self._names[0])
+        return tensor
+
+    @property
+    def in_fp8(self) -> bool:
+        """Whether its products are in FP8."""
+        return issubclass(self._kind, InFP8)
+
+    def words_as_parameters(self) -> None:
+        """Make its packed words a parameter without a gradient: what can be sharded."""
+        for name in self._names:
+            tensor = getattr(self, name)
+            if tensor.dtype == torch.int32 and tensor.ndim == 2:
+                delattr(self, name)
+                self.register_parameter(name, nn.Parameter(tensor, requires_grad=False))
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """(N, K), exact in fp32, rounded once to `dtype` (float32: not at all)."""
@@ -72,9 +87,13 @@ class FrozenLinear(nn.Linear):
         return f"{super().extra_repr()}, kind={self._kind.tag}"
 
 
+def _whole(tensor: Tensor) -> Tensor:
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
 def computes_in_fp8(model: nn.Module) -> bool:
     """Whether products of this model round their inputs to FP8."""
-    return any(isinstance(module, FrozenLinear) and isinstance(module.kept, InFP8) for module in model.modules())
+    return any(isinstance(module, FrozenLinear) and module.in_fp8 for module in model.modules())
 
 
 def frozen_weight(linear: nn.Linear) -> Frozen:
@@ -85,7 +104,7 @@ def frozen_weight(linear: nn.Linear) -> Frozen:
 @contextmanager
 def held_dense(model: nn.Module) -> Iterator[None]:
     """Inside, weights are dequantised once and kept if there is room: sampling reads each weight for every token."""
-    layers = [m for m in model.modules() if isinstance(m, FrozenLinear) and not isinstance(m.kept, InFP8)]
+    layers = [m for m in model.modules() if isinstance(m, FrozenLinear) and not m.in_fp8]
     dtype: torch.dtype = getattr(model, "dtype", torch.bfloat16)
     size = sum(layer.in_features * layer.out_features for layer in layers) * dtype.itemsize
     if layers and size > _SPARE * _free_bytes(layers[0].qweight.device):
@@ -102,7 +121,7 @@ def held_dense(model: nn.Module) -> Iterator[None]:
 def weight_count(model: nn.Module) -> int:
     """Number of weights of a model; packed ones count by their unpacked shape."""
     packed = sum(m.in_features * m.out_features for m in model.modules() if isinstance(m, FrozenLinear))
-    return packed + sum(p.numel() for p in model.parameters())
+    return packed + sum(p.numel() for p in model.parameters() if p.is_floating_point())
 
 
 def _free_bytes(device: torch.device) -> int:

@@ -10,6 +10,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from dpo_studio.frozen.linear import FrozenLinear
+from dpo_studio.models.sharding import local
 from dpo_studio.models.trained_modules import TrainedModule
 
 __all__ = ["noisy_adapters"]
@@ -69,7 +70,7 @@ def _some_rows(module: LoraLayer) -> Tensor:
     if isinstance(base, FrozenLinear):
         return base.kept.rows(_ROWS).exact(torch.float32)
     weight: Tensor = module.get_param() if hasattr(module, "get_param") else base.weight
-    return weight.detach().flatten(0, -2)[:_ROWS]
+    return local(weight.detach()).flatten(0, -2)[:_ROWS]  # of a sharded one this process's rows
 
 
 def _rms(x: Tensor) -> float:

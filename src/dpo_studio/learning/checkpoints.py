@@ -1,7 +1,7 @@
 """Checkpoints: complete or absent. Safetensors and JSON files, a manifest last, one rename.
 
 checkpoints/step-50/
-  adapter/                 as PEFT saves it
+  adapter/                 as PEFT saves it; weights.safetensors, in fp32, where the whole model is trained
   optimizer.safetensors    AdamW's averages, by parameter
   reference.safetensors    the current weights of a moving reference
   state.json               the step and what else must be equal on a resume
@@ -29,7 +29,7 @@ from dpo_studio.learning.state import TrainingState
 from dpo_studio.policy.policy import Policy
 from dpo_studio.reading import read_json, sha256_of
 
-__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "restore", "save_checkpoint"]
+__all__ = ["KEPT", "checkpoint_bytes", "newest_checkpoint", "ranks_of", "restore", "save_checkpoint"]
 
 KEPT = 2
 """Newest checkpoints that stay, and with them the one of the lowest held-out loss; a 7B run's takes half a gigabyte."""
@@ -38,7 +38,7 @@ _MANIFEST = "manifest.json"
 _REFERENCE = "reference.safetensors"
 _STATE = "state.json"
 _ADAPTER = ("adapter/adapter_config.json", "adapter/adapter_model.safetensors")
-_FILES = {*_ADAPTER, "optimizer.safetensors", _REFERENCE, _STATE, _MANIFEST}
+_FILES = {*_ADAPTER, "weights.safetensors", "optimizer.safetensors", _REFERENCE, _STATE, _MANIFEST}
 """All files of a checkpoint: any other file in its folder belongs to the user, and stays."""
 _LARGEST_JSON = 1_000_000
 """Bytes; a manifest has a thousand."""
@@ -95,13 +95,13 @@ def _write_files(scratch: Path, policy: Policy, state: TrainingState, base: str,
                 if name not in entries:
                     entries[name] = hasher.submit(_entry, scratch / name)
 
-        policy.save(scratch / "adapter", base=base)
+        policy.save_weights(scratch, base=base)
         hash_new_files()
         save_file(_optimizer_tensors(policy, state.optimizer), scratch / "optimizer.safetensors")
         hash_new_files()
         if state.reference.update_every is not None and (reference := policy.reference_state()):
             save_file(reference, scratch / _REFERENCE)
-        numbers = state.numbers() | {"held_out_loss": held_out_loss}
+        numbers = state.numbers() | {"ranks": state.ranks.size, "held_out_loss": held_out_loss}
         (scratch / _STATE).write_text(json.dumps(numbers) + "\n", encoding="utf-8")
         hash_new_files()
         sync_folder(scratch)
@@ -120,6 +120,12 @@ def newest_checkpoint(folder: Path, warn: Callable[[str], None] = lambda _: None
     return None
 
 
+def ranks_of(checkpoint: Path) -> int:
+    """How many processes trained together when it was written."""
+    ranks = _numbers(checkpoint).get("ranks", 1)
+    return ranks if isinstance(ranks, int) else 1
+
+
 def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> None:
     """Restore weights, optimizer, step and a moving reference.
 
@@ -127,7 +133,7 @@ def restore(checkpoint: Path, policy: Policy, state: TrainingState) -> None:
         RunError: the checkpoint is complete, but belongs to another adapter, or its state is invalid.
     """
     try:
-        policy.restore(load_file(checkpoint / "adapter" / "adapter_model.safetensors"))
+        policy.restore(load_file(checkpoint / policy.weights_file))
         averages = load_file(checkpoint / "optimizer.safetensors")
         for name, p in policy.trained.items():
             if f"{name}.exp_avg" in averages:

@@ -19,6 +19,7 @@ import torch
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedConfig
 
 from dpo_studio.frozen.linear import FrozenLinear, computes_in_fp8
@@ -93,7 +94,9 @@ def in_fp32(model: nn.Module) -> Iterator[None]:
                 _put_forward(restored, module, MethodType(partial(TrainedModule.forward, exact=dtype), module))
         for unit, whole in _units(model):
             widened: list[tuple[Tensor, Tensor]] = []
-            before = unit.register_forward_pre_hook(partial(_widen, widened=widened, whole=whole), prepend=True)
+            gathered = isinstance(unit, FSDPModule)  # a sharded layer is widened once its weights are there
+            widen = partial(_widen, widened=widened, whole=whole)
+            before = unit.register_forward_pre_hook(widen, prepend=not gathered)
             after = unit.register_forward_hook(partial(_narrow, widened=widened), always_call=True)
             restored.callback(before.remove)
             restored.callback(after.remove)

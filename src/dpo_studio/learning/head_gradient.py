@@ -57,21 +57,23 @@ class _HeadGradient(torch.autograd.Function):
         hidden_NH, head_VH, maybe_V, target_N = ctx.saved_tensors
         bias_V: Tensor | None = maybe_V
         dtype = hidden_NH.dtype
-        head_slope_VH = torch.zeros_like(head_VH)
-        bias_slope_V = None if bias_V is None else torch.zeros_like(bias_V)
+        exact = torch.promote_types(torch.float32, dtype)  # sums of many slices, rounded once
+        head_slope_VH = torch.zeros_like(head_VH, dtype=exact)
+        bias_slope_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=exact)
         rounded_VH, rounded_V = head_VH.to(dtype), None if bias_V is None else bias_V.to(dtype)
         rows = max(1, _LOGITS_AT_ONCE // len(head_VH))
         for start in range(0, len(hidden_NH), rows):
             at = slice(start, start + rows)
             logits_nV = ctx.law(nn.functional.linear(hidden_NH[at], rounded_VH, rounded_V))
-            slope_nV = logits_nV.softmax(-1, dtype=torch.float32).neg_()
-            slope_nV.scatter_add_(1, target_N[at, None], torch.ones_like(target_N[at, None], dtype=torch.float32))
+            slope_nV = logits_nV.softmax(-1, dtype=exact).neg_()
+            slope_nV.scatter_add_(1, target_N[at, None], torch.ones_like(target_N[at, None], dtype=exact))
             slope_nV *= ctx.law.slope(logits_nV)
             slope_nV *= gradient_N[at, None]
             head_slope_VH += slope_nV.to(dtype).t() @ hidden_NH[at]
             if bias_slope_V is not None:
                 bias_slope_V += slope_nV.sum(0)
-        return gradient_N, None, head_slope_VH, bias_slope_V, None, None
+        bias_slope = None if bias_slope_V is None else bias_slope_V.to(head_VH.dtype)
+        return gradient_N, None, head_slope_VH.to(head_VH.dtype), bias_slope, None, None
 
 
 _apply: Callable[[Tensor, Tensor, Tensor, Tensor | None, Tensor, HeadLaw], Tensor] = _HeadGradient.apply

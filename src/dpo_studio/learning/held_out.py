@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from dpo_studio.learning.batched_logps import batched_logps
+from dpo_studio.learning.batched_logps import logps_over_ranks
 from dpo_studio.learning.metrics import StepMetrics
 from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
+from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.tokens.encode import EncodedPair
 
 __all__ = ["evaluate", "held_out_metrics"]
@@ -20,12 +21,21 @@ def evaluate(
     objective: Formula,
     *,
     token_budget: int,
+    ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> tuple[dict[str, float], PairLogps]:
-    """Loss, rewards, accuracy and margin on held-out pairs, and the policy's log-probs of them."""
+    """Loss, rewards, accuracy and margin on held-out pairs, and the policy's log-probs of them.
+
+    Each of several processes computes a share, and all get everything.
+    """
     with policy.in_eval():
-        logps = batched_logps(
-            policy.model, pairs, token_budget=token_budget, agreement=objective.needs_agreement, progress=progress
+        logps = logps_over_ranks(
+            ranks,
+            policy.model,
+            pairs,
+            token_budget=token_budget,
+            agreement=objective.needs_agreement,
+            progress=progress,
         )
     return held_out_metrics(logps, reference, objective), logps
 

@@ -32,7 +32,8 @@ def pair_logps(model: nn.Module, batch: MicroBatch, *, agreement: bool = False) 
 
     With `agreement`, `agreement_P` too.
     """
-    collision_N = torch.empty(len(batch.target_N), device=batch.target_N.device) if agreement else None
+    dtype = _precision(next(model.parameters()))
+    collision_N = torch.empty(len(batch.target_N), dtype=dtype, device=batch.target_N.device) if agreement else None
     logps_N = token_logps(model, batch, collision_N)
     tokens_A = batch.tokens_A
     sums_A, shared_A = _sums(logps_N, batch), _sums(logps_N.where(batch.shared_N, 0), batch)
@@ -78,6 +79,11 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     return with_head_gradient(logps_N, hidden_NH, head, batch.target_N, law)
 
 
+def _precision(x: Tensor) -> torch.dtype:
+    """Of log-probs: fp32, or fp64 where the model computes in it."""
+    return torch.promote_types(torch.float32, x.dtype)
+
+
 class _Context(Protocol):
     """The context that torch passes to forward and backward."""
 
@@ -107,7 +113,7 @@ class _HeadLogps(torch.autograd.Function):
         law: HeadLaw = _PLAIN,
     ) -> Tensor:
         slope_NH = torch.empty_like(hidden_NH) if ctx.needs_input_grad[0] else None
-        logps_N = torch.empty(len(hidden_NH), dtype=torch.float32, device=hidden_NH.device)
+        logps_N = torch.empty(len(hidden_NH), dtype=_precision(hidden_NH), device=hidden_NH.device)
         # compiled, the two kinds of pass would be two kernels that sum in different orders: one kernel serves both
         terms: _Terms = _compiled_head_terms(law) if hidden_NH.is_cuda else partial(_head_terms, law)
         with_slope = hidden_NH.is_cuda or slope_NH is not None
@@ -117,7 +123,7 @@ class _HeadLogps(torch.autograd.Function):
             logits_nV = _logits(hidden_NH[at], head_VH, bias_V)
             logps_N[at], off_nV = terms(logits_nV, target_N[at, None], head_VH.dtype if with_slope else None)
             if collision_N is not None:  # at least -log V: no underflow
-                collision_N[at] = 2 * law(logits_nV).softmax(-1, dtype=torch.float32).norm(dim=-1).log()
+                collision_N[at] = 2 * law(logits_nV).softmax(-1, dtype=collision_N.dtype).norm(dim=-1).log()
             if slope_NH is not None and off_nV is not None:
                 slope_NH[at] = (off_nV @ head_VH).neg_()
         ctx.save_for_backward(slope_NH)
@@ -147,12 +153,12 @@ def _head_terms(
     """log softmax at the targets, (n,) fp32; and -d logp / d (hidden @ head), (n, V), where it is needed."""
     logits_nV = law(logits_nV)
     # log_softmax, although only one column is read: torch's logsumexp takes four times as long on a CPU
-    logps_nV = logits_nV.log_softmax(-1, dtype=torch.float32)
+    logps_nV = logits_nV.log_softmax(-1, dtype=_precision(logits_nV))
     logps_n = logps_nV.gather(1, target_n1)[:, 0]
     if slope_dtype is None:
         return logps_n, None
     softmax_nV = logps_nV.exp_()
-    softmax_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -1, dtype=torch.float32))
+    softmax_nV.scatter_add_(1, target_n1, torch.full_like(target_n1, -1, dtype=softmax_nV.dtype))
     if law != _PLAIN:
         softmax_nV *= law.slope(logits_nV)
     return logps_n, softmax_nV.to(slope_dtype)

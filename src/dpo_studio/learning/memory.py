@@ -21,6 +21,7 @@ from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.layers import RUNGS, Recompute, is_compiled, set_recompute
 from dpo_studio.models.lora import free_shared_outputs
+from dpo_studio.models.sharding import is_sharded
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
 
@@ -124,7 +125,12 @@ def unless_out_of_memory(model: nn.Module, compute: Callable[[], _T]) -> _T | No
     try:
         return compute()
     except torch.OutOfMemoryError:
-        pass  # and on, out of the handler: while it runs, the traceback holds the attempt's tensors
+        if is_sharded(model):  # the others wait for this process's slices, and no one can begin anew alone
+            raise RunError(
+                "a process of this sharded run ran out of memory",
+                hint="lower training.tokens_per_micro_batch, or use more GPUs",
+            ) from None
+    # out of the handler: while it runs, the traceback holds the attempt's tensors
     free_shared_outputs(model)
     gc.collect()
     torch.cuda.empty_cache()
@@ -186,6 +192,8 @@ def plan_limit(
     """
     if device.type != "cuda":
         return MemoryLimit(0, CPU_TOKEN_BUDGET)
+    if is_sharded(policy):  # a try that runs out of memory would end the run: next to nothing is kept
+        return MemoryLimit(0, max(_GPU_TOKENS[0], *map(packed_tokens, pairs)), RUNGS[-1])
     card = card or Card()
     by_length = sorted(pairs, key=packed_tokens, reverse=True)
     longest = packed_tokens(by_length[0])

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dpo_studio.objectives import Formula, PairLogps, log_ratios, wins
+from dpo_studio.ranks import Ranks
 from dpo_studio.tokens.encode import EncodedPair
 
 __all__ = ["StepMetrics"]
@@ -34,6 +35,17 @@ class StepMetrics:
         rows += log_ratios(policy, reference) if reference is not None else []
         self.columns.append(torch.stack(rows).detach())
         self.pairs += pairs
+
+    def of_all(self, ranks: Ranks) -> StepMetrics:
+        """The numbers of all ranks' pairs, on every rank."""
+        if ranks.size == 1:
+            return self
+        mine_CP = torch.zeros(0, 0)
+        if self.columns:
+            columns_CP = torch.cat(self.columns, 1).double().cpu()
+            mine_CP = torch.cat([columns_CP, torch.tensor([self.pairs], dtype=torch.float64)])
+        all_CP = ranks.all_columns(mine_CP)
+        return StepMetrics(self.objective, [all_CP[:-1]], [int(place) for place in all_CP[-1].tolist()])
 
     def means(self) -> tuple[dict[str, float], float]:
         """Means over the pairs, by TRL's names (a tied margin counts one half), and over all answers' log-ratios."""

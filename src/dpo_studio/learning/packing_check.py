@@ -28,6 +28,7 @@ from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, too_long_for_memory, un
 from dpo_studio.learning.probe_pairs import ProbePair, limits_of, probe_pairs
 from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval, saved_name
 from dpo_studio.models.layers import causal_lm
+from dpo_studio.models.sharding import local
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedPair
@@ -191,6 +192,7 @@ def _check_finite(model: nn.Module) -> None:
     """Raises ModelError with the name of a tensor that contains NaN or infinity."""
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.is_floating_point() and tensor.dtype.itemsize > 1:
+            tensor = local(tensor)
             total = tensor.detach().sum(dtype=torch.float32).item()  # no copy, and what is not finite stays so
             if total != total or abs(total) == float("inf"):
                 what = "NaN" if tensor.isnan().any() else "infinity"

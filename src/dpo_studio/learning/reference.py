@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -11,11 +12,12 @@ import torch
 from torch import nn
 
 from dpo_studio.config import Recipe
-from dpo_studio.learning.batched_logps import COLUMNS, batched_logps, from_columns
+from dpo_studio.learning.batched_logps import COLUMNS, from_columns, logps_over_ranks
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.reference_cache import ReferenceCache
 from dpo_studio.objectives import PairLogps
 from dpo_studio.policy.policy import Policy
+from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.tokens.encode import EncodedPair
 from dpo_studio.tokens.pack import MicroBatch
 
@@ -68,6 +70,8 @@ class Reference:
     """Inside, `model` computes as the reference does."""
     cache: ReferenceCache | None
     """None: `reference.mode: live`."""
+    ranks: Ranks = ALONE
+    """The processes that each compute a share of the pairs."""
 
     def logps(
         self,
@@ -82,7 +86,9 @@ class Reference:
             OSError, sqlite3.Error: the cache cannot be used.
         """
         with self.computing():
-            return reference_logps(self.model, pairs, token_budget=token_budget, cache=self.cache, progress=progress)
+            return reference_logps(
+                self.model, pairs, token_budget=token_budget, cache=self.cache, ranks=self.ranks, progress=progress
+            )
 
     def of_step(self, micro_batches: Sequence[MicroBatch]) -> list[PairLogps]:
         """Of a step's micro-batches, computed now (`reference.mode: live`)."""
@@ -96,28 +102,42 @@ def reference_logps(
     *,
     token_budget: int | None = None,
     cache: ReferenceCache | None,
+    ranks: Ranks = ALONE,
     progress: Callable[[int], None] = lambda pairs: None,
 ) -> PairLogps:
     """The reference's log-probs of all `pairs`, in order, on the CPU; only those missing in the cache are computed.
 
-    `model` computes as the reference does when called (see `models.adapters.as_reference`).
+    `model` computes as the reference does when called (see `models.adapters.as_reference`). Of several processes each
+    computes a share, and the first alone reads and writes the cache.
     """
     known: list[tuple[float, ...] | None] = [None] * len(pairs)
-    with nullcontext() if cache is None else cache.held():
-        if cache is not None:
-            known = cache.load(pairs)
+    ours = cache if ranks.leads else None
+    with nullcontext() if ours is None else ours.held():
+        if ours is not None:
+            known = ours.load(pairs)
+        if ranks.size > 1:
+            known = _as_first(ranks, known)
         missing = [position for position, value in enumerate(known) if value is None]
         progress(len(pairs) - len(missing))
-        for start in range(0, len(missing), _PAIRS_BETWEEN_SAVES):
-            positions = missing[start : start + _PAIRS_BETWEEN_SAVES]
+        at_once = _PAIRS_BETWEEN_SAVES * ranks.size
+        for start in range(0, len(missing), at_once):
+            positions = missing[start : start + at_once]
             some = [pairs[position] for position in positions]
-            part = batched_logps(model, some, token_budget=token_budget, progress=progress)
-            if cache is not None:
-                cache.save(some, part)
+            part = logps_over_ranks(ranks, model, some, token_budget=token_budget, progress=progress)
+            if ours is not None:
+                ours.save(some, part)
             rows = zip(*(getattr(part, name).tolist() for name in COLUMNS), strict=True)
             for position, row in zip(positions, rows, strict=True):
                 known[position] = row
-        if cache is not None and missing:
-            cache.trim()
+        if ours is not None and missing:
+            ours.trim()
     values = [value for value in known if value is not None]
     return from_columns(COLUMNS, torch.tensor(values, dtype=torch.float32).reshape(-1, len(COLUMNS)).T, pairs)
+
+
+def _as_first(ranks: Ranks, known: list[tuple[float, ...] | None]) -> list[tuple[float, ...] | None]:
+    """What the first rank has found in the cache; NaN, which the cache never keeps, stands for what it has not."""
+    nothing = (math.nan,) * len(COLUMNS)
+    found_PC = torch.tensor([row or nothing for row in known], dtype=torch.float64).reshape(-1, len(COLUMNS))
+    ranks.as_first([found_PC])
+    return [None if math.isnan(row[0]) else tuple(row) for row in found_PC.tolist()]

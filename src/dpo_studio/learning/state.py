@@ -15,12 +15,11 @@ from dpo_studio.config import ReferenceSection, TrainingSection
 from dpo_studio.errors import NonFiniteError
 from dpo_studio.learning.schedule import learning_rate
 from dpo_studio.policy.policy import Policy
-from dpo_studio.ranks import Ranks
+from dpo_studio.ranks import ALONE, Ranks
 
 __all__ = ["TrainingState"]
 
 _FIXED = ReferenceSection()
-_ALONE = Ranks()
 
 
 @dataclass
@@ -32,7 +31,7 @@ class TrainingState:
     total_steps: int
     reference: ReferenceSection = _FIXED
     """When the reference moves, and how far."""
-    ranks: Ranks = _ALONE
+    ranks: Ranks = ALONE
     step: int = 0
     mean_log_ratio: float = 0.0
     """Of all answers of a step, averaged over the steps taken, in nats: BCO's threshold depends on it."""
@@ -49,7 +48,7 @@ class TrainingState:
         section: TrainingSection,
         total_steps: int,
         reference: ReferenceSection = _FIXED,
-        ranks: Ranks = _ALONE,
+        ranks: Ranks = ALONE,
         learning_rate_ratio: float | None = None,
     ) -> TrainingState:
         """AdamW over what is trained, at step 0; `learning_rate_ratio` is LoRA+'s."""
@@ -72,13 +71,14 @@ class TrainingState:
         trained = policy.trained.values()
         self.ranks.sum_gradients(trained)
         norm = nn.utils.clip_grad_norm_(trained, self.section.clip or math.inf).item()
-        if not math.isfinite(norm):
+        if self.ranks.any(not math.isfinite(norm)):
             raise NonFiniteError("the gradient is not finite")
         rate = learning_rate(self.section, self.step, self.total_steps)
         for group in self.optimizer.param_groups:
             group["lr"] = rate * group["ratio"]
         self.optimizer.step()
         increment_version(list(trained))  # which torch's fused step leaves out; what is derived from them looks at it
+        policy.updated()
         self.optimizer.zero_grad(set_to_none=True)
         self.step += 1
         self.skipped_in_a_row = 0
@@ -122,8 +122,12 @@ class TrainingState:
         return bool(torch.isfinite(nn.utils.get_total_norm(kept, norm_type=math.inf)))
 
     def seed_dropout(self, micro_batch: int) -> None:
-        """Dropout masks come from (seed, step, micro-batch): nothing to restore on a resume."""
-        words = np.random.SeedSequence([self.section.seed, self.step, micro_batch]).generate_state(2)
+        """Dropout masks come from (seed, step, micro-batch): nothing to restore on a resume.
+
+        `micro_batch` is this process's n-th; no two processes have the same masks.
+        """
+        number = micro_batch * self.ranks.size + self.ranks.rank
+        words = np.random.SeedSequence([self.section.seed, self.step, number]).generate_state(2)
         torch.manual_seed(int(words[0]) << 31 ^ int(words[1]))
 
 

@@ -7,18 +7,21 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 
 from dpo_studio.errors import NonFiniteError
-from dpo_studio.learning.batched_logps import COLUMNS
+from dpo_studio.learning.batched_logps import COLUMNS, of_all_ranks
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimits, unless_out_of_memory
 from dpo_studio.learning.metrics import StepMetrics
 from dpo_studio.learning.state import TrainingState
+from dpo_studio.models.sharding import is_sharded
 from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
+from dpo_studio.ranks import Ranks
 from dpo_studio.tokens.pack import MicroBatch, Steps
 
 __all__ = ["LiveReference", "StepReport", "train"]
@@ -26,6 +29,7 @@ __all__ = ["LiveReference", "StepReport", "train"]
 LiveReference = Callable[[Sequence[MicroBatch]], list[PairLogps]]
 """The log-probs of a step's micro-batches: requested together, because switching a 7B
 to its reference takes 25 ms, a tenth of the pass itself."""
+_T = TypeVar("_T")
 SKIPS = 3
 """A run stops after this many steps in a row with numbers that are not finite: a single such step is skipped."""
 
@@ -38,11 +42,21 @@ class StepReport:
     metrics: dict[str, float]
     """By TRL's names. Equal after a resume, bit for bit."""
     pairs: int
-    tokens: int
-    """Tokens read, each shared prompt once."""
+    tokens_of_ranks: tuple[int, ...]
+    """Tokens that each process has read, each shared prompt once."""
     seconds: float
     skipped: str = ""
     """Why the step was not taken, with the rows of its pairs; empty if it was. It then has few metrics."""
+
+    @property
+    def tokens(self) -> int:
+        """Tokens read by all processes."""
+        return sum(self.tokens_of_ranks)
+
+    @property
+    def imbalance(self) -> float:
+        """The busiest process's tokens over the mean: all of them wait for it. 1 is ideal."""
+        return max(self.tokens_of_ranks) * len(self.tokens_of_ranks) / max(1, self.tokens)
 
 
 def train(
@@ -68,23 +82,23 @@ def train(
     started = time.perf_counter()
     for micro_batches in steps(after=state.step, token_budget=limits.token_budget):
         formula = objective.with_running_mean(state.mean_log_ratio)  # changes BCO's threshold only
+        pairs_in_step = len(steps.pairs_of(state.step + 1))
         numbers = None
         while numbers is None:
             micro_batches = limits.packed(micro_batches, state.step + 1)
-            attempt = partial(_learn_from, micro_batches, policy, formula, state, live_reference)
-            numbers = unless_out_of_memory(policy.model, attempt)
-            if state.ranks.any(numbers is None):
+            numbers = _learn_from(micro_batches, pairs_in_step, policy, formula, state, live_reference)
+            if numbers is None:
                 state.optimizer.zero_grad(set_to_none=True)
-                limits.shrink(state.step + 1, max(batch.tokens for batch in micro_batches))
-                numbers = None
+                limits.shrink(state.step + 1, state.ranks.most(max(batch.tokens for batch in micro_batches)))
+        numbers = numbers.of_all(state.ranks)
         means, log_ratio = numbers.means()
         skipped = "" if _taken(policy, state, means, log_ratio) else numbers.what_is_not_finite(steps.pairs)
         state.move_reference(policy)  # TR-DPO; without reference.update_every it does not move
         now = time.perf_counter()
         known = {} if skipped else means
         metrics = {"epoch": steps.epoch_at(state.step)} | known | state.last | {"pairs": len(numbers.pairs)}
-        tokens = sum(batch.tokens for batch in micro_batches)
-        yield StepReport(state.step, metrics, len(numbers.pairs), tokens, now - started, skipped)
+        tokens = state.ranks.each(sum(batch.tokens for batch in micro_batches if len(batch)))
+        yield StepReport(state.step, metrics, len(numbers.pairs), tuple(map(int, tokens)), now - started, skipped)
         if state.skipped_in_a_row >= SKIPS:
             raise NonFiniteError(
                 f"step {state.step}: {skipped}, as in the {state.skipped_in_a_row - 1} steps before; "
@@ -119,19 +133,50 @@ def _taken(policy: Policy, state: TrainingState, means: dict[str, float], log_ra
 
 def _learn_from(
     micro_batches: Sequence[MicroBatch],
+    pairs_in_step: int,
     policy: Policy,
     objective: Formula,
     state: TrainingState,
     live_reference: LiveReference | None,
+) -> StepMetrics | None:
+    """The gradient of this process's part of a step, accumulated in the parameters, and its numbers.
+
+    None: a process ran out of memory, and all of them have to try again. `pairs_in_step` are those of all processes.
+    """
+
+    def unless_one_cannot(compute: Callable[[], _T]) -> _T | None:
+        result = unless_out_of_memory(policy.model, compute)
+        return None if state.ranks.any(result is None) else result
+
+    on_device = partial(_on_device, micro_batches, policy.device, live_reference)
+    if not objective.whole_step:
+        return unless_one_cannot(lambda: _backward(on_device(), pairs_in_step, policy, objective, state))
+    first = unless_one_cannot(lambda: _first_pass(on_device(), policy, objective, state))
+    if first is None:
+        return None
+    slopes = _whole_step_slopes(*first, objective, state.ranks)
+    return unless_one_cannot(lambda: _backward(first[0], pairs_in_step, policy, objective, state, slopes))
+
+
+def _backward(
+    micro_batches: list[MicroBatch],
+    pairs_in_step: int,
+    policy: Policy,
+    objective: Formula,
+    state: TrainingState,
+    slopes: _Slopes | None = None,
 ) -> StepMetrics:
-    """The gradient of one step, accumulated in the parameters. Nothing in here waits for the device."""
-    pairs_in_step = sum(len(batch) for batch in micro_batches)
-    micro_batches = _on_device(micro_batches, policy.device, live_reference)
-    slopes = _whole_step_slopes(policy, micro_batches, objective, state) if objective.whole_step else None
+    """Nothing in here waits for the device."""
+    sharded = is_sharded(policy.model)
     numbers = StepMetrics(objective)
     for number, batch in enumerate(micro_batches):
+        if not len(batch) and not sharded:
+            continue
         state.seed_dropout(number)
         policy_logps = pair_logps(policy.model, batch, agreement=objective.needs_agreement)
+        if not len(batch):  # the other processes need this one's slices of the weights, forward and backward
+            torch.autograd.backward(0.0 * (policy_logps.chosen_P + policy_logps.rejected_P).sum())
+            continue
         if slopes is None:
             losses = values = objective(policy_logps, batch.reference)  # PairLogps in, (P,) out
         else:
@@ -156,22 +201,33 @@ class _Slopes:
         return (self.slopes[number] * sums).sum(0)
 
 
-def _whole_step_slopes(
-    policy: Policy, micro_batches: list[MicroBatch], objective: Formula, state: TrainingState
-) -> _Slopes:
-    """First pass of two: log-probs of all the step's pairs without a graph, then dL/dlogp."""
-    parts = []
+def _first_pass(
+    micro_batches: list[MicroBatch], policy: Policy, objective: Formula, state: TrainingState
+) -> tuple[list[MicroBatch], list[PairLogps]]:
+    """The first of two passes: log-probs of this process's pairs, without a graph."""
+    parts, sharded = [], is_sharded(policy.model)
     with torch.no_grad():
         for number, batch in enumerate(micro_batches):
-            state.seed_dropout(number)
-            parts.append(pair_logps(policy.model, batch, agreement=objective.needs_agreement))
-    logps = PairLogps.cat(parts)
+            if len(batch) or sharded:
+                state.seed_dropout(number)
+                logps = pair_logps(policy.model, batch, agreement=objective.needs_agreement)
+                parts += [logps] if len(batch) else []
+    return micro_batches, parts
+
+
+def _whole_step_slopes(
+    micro_batches: list[MicroBatch], parts: list[PairLogps], objective: Formula, ranks: Ranks
+) -> _Slopes:
+    """dL/dlogp from the log-probs of all the step's pairs, those of the other processes too."""
+    logps, before = of_all_ranks(ranks, parts)
+    known = [batch.reference for batch in micro_batches if batch.reference is not None and len(batch)]
+    reference = of_all_ranks(ranks, known)[0] if objective.needs_reference else None
     sums = [getattr(logps, name).requires_grad_() for name in COLUMNS]
-    known = [batch.reference for batch in micro_batches if batch.reference is not None]
-    losses = objective(logps, PairLogps.cat(known) if known else None)
+    losses = objective(logps, reference)
     slopes_CP = torch.stack(torch.autograd.grad(losses.sum(), sums, materialize_grads=True))
     sizes = [len(batch) for batch in micro_batches]
-    return _Slopes(list(torch.split(slopes_CP, sizes, dim=1)), list(torch.split(losses.detach(), sizes)))
+    mine = slice(before, before + sum(sizes))
+    return _Slopes(list(torch.split(slopes_CP[:, mine], sizes, dim=1)), list(torch.split(losses.detach()[mine], sizes)))
 
 
 def _on_device(
@@ -182,4 +238,4 @@ def _on_device(
         return batches
     with torch.no_grad():
         known = live_reference(batches)
-    return [replace(batch, reference=reference) for batch, reference in zip(batches, known, strict=True)]
+    return [replace(batch, reference=one) for batch, one in zip(batches, known, strict=True)]

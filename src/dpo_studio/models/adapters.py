@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners import lora
+from peft.tuners import lora, tuners_utils
 from peft.tuners.lora import awq, gptq
 from peft.utils import other as peft_utils
 from peft.utils import quantization_utils
@@ -50,6 +50,8 @@ __all__ = [
 ]
 
 POLICY, REFERENCE = "default", "reference"
+_LOOKS_AT_SLICES = "_torch_supports_distributed"
+"""PEFT's name for whether it asks a weight for its slice."""
 
 
 def attach(
@@ -312,8 +314,10 @@ def quiet_peft() -> Iterator[None]:
 
     PEFT 0.21 reads a property that transformers 5.23 has renamed, and of missing tensors it only warns: that we refuse.
     Where gptqmodel is installed PEFT imports it to ask whether a layer is one of its own (never, here): 5 s, 500 MB
-    and a banner on stdout.
+    and a banner on stdout. And of a sharded weight on a mesh of two dimensions it would take the slice's shape for the
+    layer's, as under tensor parallelism, which is not ours.
     """
+    before_sharded = getattr(tuners_utils, _LOOKS_AT_SLICES, None)
     askers: list[Any] = [peft_utils, quantization_utils, awq, gptq]
     before = [asker.is_gptqmodel_available for asker in askers]
     with warnings.catch_warnings():
@@ -325,9 +329,11 @@ def quiet_peft() -> Iterator[None]:
         warnings.filterwarnings("ignore", message="Model has `tie_word_embeddings=True`", category=UserWarning)
         for asker in askers:
             asker.is_gptqmodel_available = lambda: False
+        setattr(tuners_utils, _LOOKS_AT_SLICES, False)
         try:
             yield
         finally:
+            setattr(tuners_utils, _LOOKS_AT_SLICES, before_sharded)
             for asker, ask in zip(askers, before, strict=True):
                 asker.is_gptqmodel_available = ask
 

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 from dpo_studio.models.families import is_gated
@@ -23,6 +24,7 @@ __all__ = [
     "as_compiled_for_training",
     "causal_lm",
     "compiled_layers",
+    "decoder_layers",
     "is_compiled",
     "plain_layers",
     "set_recompute",
@@ -42,9 +44,14 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
     Layers rather than the whole model: a 7B's forward and backward take 8 s instead of minutes, and run as fast. The
     first layer's input is made to require an unused gradient; otherwise that layer would be compiled separately.
     """
-    layers = _layers(model)
+    layers = decoder_layers(model)
     for layer in layers:
-        layer.compile(dynamic=True)
+        if isinstance(
+            layer, FSDPModule
+        ):  # compiled with its hooks, torch 2.11 fails at flex attention (a ratio of heads)
+            layer.forward = torch.compile(layer.forward, dynamic=None)
+        else:
+            layer.compile(dynamic=True)
     hook = causal_lm(model).get_input_embeddings().register_forward_hook(_needing_gradient)
     # policy, reference and evaluation, two kinds of layer, some lengths of the attention's kernel; a config's floats
     # are constants: as symbols they reach FlexAttention's score_mod, which takes none (Gemma 2's soft-cap, torch 2.13)
@@ -58,11 +65,12 @@ def compiled_layers(model: nn.Module) -> Iterator[None]:
         hook.remove()
         for layer in layers:
             layer._compiled_call_impl = None
+            vars(layer).pop("forward", None)
 
 
 def is_compiled(model: nn.Module) -> bool:
     """Whether the model's layers run compiled now."""
-    return any(layer._compiled_call_impl is not None for layer in _layers(model))
+    return any(layer._compiled_call_impl is not None or "forward" in vars(layer) for layer in decoder_layers(model))
 
 
 @contextmanager
@@ -83,15 +91,17 @@ def as_compiled_for_training(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def plain_layers(model: nn.Module) -> Iterator[None]:
     """Inside, layers run as they are: nothing is compiled for a sequence that comes once."""
-    layers = _layers(model)
-    compiled = [layer._compiled_call_impl for layer in layers]
+    layers = decoder_layers(model)
+    compiled = [(layer._compiled_call_impl, vars(layer).pop("forward", None)) for layer in layers]
     for layer in layers:
         layer._compiled_call_impl = None
     try:
         yield
     finally:
-        for layer, call in zip(layers, compiled, strict=True):
+        for layer, (call, forward) in zip(layers, compiled, strict=True):
             layer._compiled_call_impl = call
+            if forward is not None:
+                layer.forward = forward
 
 
 def set_recompute(model: nn.Module, what: Recompute) -> None:
@@ -104,7 +114,7 @@ def set_recompute(model: nn.Module, what: Recompute) -> None:
     Not transformers' own switch: it works in training mode alone, in which BioGPT's layers drop activations of the
     frozen base, and JetMoe has none.
     """
-    for layer in _layers(model):
+    for layer in decoder_layers(model):
         layer.__class__ = _checkpointed(_plain(type(layer))) if what == "layer" else _plain(type(layer))
         mlp: Any = getattr(layer, "mlp", None)
         if mlp is not None:
@@ -156,7 +166,8 @@ def _needing_gradient(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tenso
     return hidden.requires_grad_(torch.is_grad_enabled())
 
 
-def _layers(model: nn.Module) -> nn.ModuleList:
+def decoder_layers(model: nn.Module) -> nn.ModuleList:
+    """The layers of the text model; empty where there are none by that name."""
     base = causal_lm(model).base_model
     decoder = getattr(base, "language_model", base)  # a wrapper's text model
     layers: nn.ModuleList = getattr(decoder, "layers", nn.ModuleList())

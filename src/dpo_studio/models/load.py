@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -23,11 +24,15 @@ from dpo_studio.models.attention import choose_attention
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.fp8_model import into_fp8
 from dpo_studio.models.quantised_model import load_quantised
+from dpo_studio.models.sharding import load_sharded, shard_layers
+from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.chat import ChatEncoder
 
 __all__ = ["ChatModel", "choose_dtype", "load_chat_model", "load_weights", "put_on_gpu"]
 
+_OF_A_GPU = 0.6
+"""A base whose weights take a larger share of one GPU is sharded: activations and the adapter need the rest."""
 _AS_GPTQ = "model.quantize: nf4 or a GPTQ base takes a quarter (`dpo quantize` makes one)"
 _MORE_ROOM = "choose a smaller model, or a GPU with more free memory: `nvidia-smi` shows what else is on this one"
 
@@ -63,10 +68,12 @@ def load_chat_model(
     typed: str | None = None,
     say: Callable[[str], None] = lambda _: None,
     today: datetime.date | None = None,
+    ranks: Ranks = ALONE,
 ) -> ChatModel:
     """Load a base and its tokenizer onto the best device there is.
 
-    `folder` is the section's, if it was opened before, and `today` the date its chat template may write, None today's.
+    `ranks` are the processes that it may be sharded over. `folder` is the section's, if it was opened before, and
+    `today` the date its chat template may write, None today's.
 
     Raises:
         ModelError: not found, unsafe, unsupported, changed since it was opened, or with tensors missing or left over.
@@ -77,7 +84,10 @@ def load_chat_model(
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)
     attention = choose_attention(section.attention, folder.config.get_text_config(), device)
-    if folder.quantization is None and section.quantize is None:
+    if _to_be_sharded(section, folder, device, ranks):
+        say(f"each of {ranks.size} processes reads and holds a slice of every layer's weights (model.sharding)")
+        model = load_sharded(folder, dtype, attention, device, ranks)
+    elif folder.quantization is None and section.quantize is None:
         model = load_weights(AutoModelForCausalLM, folder, dtype, attention)
         with put_on_gpu(model.get_memory_footprint(), folder.name, hint=f"{_AS_GPTQ}, or {_MORE_ROOM}"):
             if section.compute == "fp8":
@@ -85,9 +95,31 @@ def load_chat_model(
             model = model.to(device)
     else:
         model = _load_packed(folder, section, dtype, attention, device, say)
+        if section.sharding == "full" and ranks.size > 1:
+            shard_layers(model, ranks, device)
     model.requires_grad_(False)
     model.eval()
     return ChatModel(model, encoder, folder, typed or section.path, reason)
+
+
+def _to_be_sharded(section: ModelSection, folder: ModelFolder, device: torch.device, ranks: Ranks) -> bool:
+    """Whether a dense base is read by slices: where the section asks for it, or its weights alone would fill most of
+    one GPU; never in one process. A packed base is read whole and then sharded.
+
+    Raises:
+        ModelError: it asks for what is not built.
+    """
+    if ranks.size == 1 or section.sharding == "none":
+        return False
+    if section.sharding == "full" and section.compute == "fp8":
+        raise ModelError("model.sharding: full is not built for compute: fp8", hint="model.sharding: none")
+    dense = folder.quantization is None and section.quantize is None and section.compute != "fp8"
+    if section.sharding == "full" and not dense and not isinstance(folder.quantization, Gptq):
+        raise ModelError("model.sharding: full is built for dense and GPTQ bases", hint="model.sharding: none")
+    if section.sharding == "full" or not dense or device.type != "cuda":
+        return section.sharding == "full" and dense
+    size = 2 * sum(math.prod(shape) for _, shape in folder.shapes.values())
+    return size > _OF_A_GPU * torch.cuda.get_device_properties(device).total_memory
 
 
 def _load_packed(

@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from peft import PeftModel
@@ -37,6 +38,8 @@ class Policy:
 
     model: PeftModel
     """Computes log-probs as the policy does when it is called."""
+    weights_file: ClassVar[str] = "adapter/adapter_model.safetensors"
+    """Where a checkpoint has what is trained."""
 
     @classmethod
     def fresh(
@@ -119,6 +122,13 @@ class Policy:
         """
         for name, tensor in self.state().items():
             tensor.copy_(saved[name])
+
+    def updated(self) -> None:
+        """After a step of the optimizer: the model computes with what is trained itself."""
+
+    def save_weights(self, folder: Path, *, base: str) -> None:
+        """Write into a checkpoint's folder what is trained."""
+        self.save(folder / "adapter", base=base)
 
     def save(self, folder: Path, *, base: str) -> None:
         """Write an adapter folder that plain PEFT loads; `base` is the model as its user named it."""

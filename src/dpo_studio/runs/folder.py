@@ -3,6 +3,7 @@
 recipe.yaml         resolved: defaults filled in, paths absolute, every `auto` resolved
 recipe.typed.yaml   as given
 data.json           the date, and a digest of every pair (runs.data_digests)
+status.json         of several processes: the exit code of the last start, and why it ended
 metrics.jsonl       one line a step; equal after a resume
 .lock               while a process trains here
 timing.jsonl        pairs/s, tokens/s, memory; may differ
@@ -10,6 +11,7 @@ samples.jsonl       the policy's answers as training goes, where the recipe asks
 memory.jsonl        where memory ran out, and what was done; not there if it did not
 checkpoints/        step-N/, whole or not there
 adapter/            the result, in PEFT's format
+model/              the result where the whole model was trained: a folder that plain transformers loads
 evaluation/         answers and their verdicts: `answers.jsonl` of the demo, `comparisons.jsonl` of `dpo eval`
 result.json, report.html, environment.json
 """
@@ -43,7 +45,7 @@ from dpo_studio.scan import where_files_may_be
 __all__ = ["RunFolder", "environment", "is_run", "was_begun"]
 
 _MAY_CHANGE = (
-    *("training.save_every", "training.evaluate_every", "training.sample_every"),
+    *("training.save_every", "training.evaluate_every", "training.sample_every", "model.sharding"),
     *("run.tracker", "run.folder", "run.sample_prompts"),
 )
 _MAY_GROW = ("training.epochs", "training.max_steps")
@@ -61,12 +63,14 @@ class RunFolder:
     """One run's folder, and the names of all that is in it."""
 
     path: Path
+    writes: bool = True
+    """False: every write is left out. Of the processes that train together, the first writes."""
 
     RECIPE, TYPED_RECIPE, DATA = "recipe.yaml", "recipe.typed.yaml", "data.json"
     METRICS, TIMING, MEMORY = "metrics.jsonl", "timing.jsonl", "memory.jsonl"
     SAMPLES = "samples.jsonl"
     RESULT, ENVIRONMENT, REPORT, STATUS = "result.json", "environment.json", "report.html", "status.json"
-    CHECKPOINTS, ADAPTER, EVALUATION = "checkpoints", "adapter", "evaluation"
+    CHECKPOINTS, ADAPTER, MODEL, EVALUATION = "checkpoints", "adapter", "model", "evaluation"
 
     # in `evaluation`
     ANSWERS, ALL_ANSWERS_PAGE = "answers.jsonl", "all-answers.html"
@@ -78,7 +82,7 @@ class RunFolder:
     PARTS = (
         *LINES,
         *(RECIPE, TYPED_RECIPE, DATA, RESULT, ENVIRONMENT, REPORT, STATUS),
-        *(CHECKPOINTS, ADAPTER, EVALUATION),
+        *(CHECKPOINTS, ADAPTER, MODEL, EVALUATION),
     )
     """The files of a run. Any other file in its folder belongs to the user, and is not opened."""
     TRACES = (TYPED_RECIPE, METRICS, RESULT, ENVIRONMENT)
@@ -91,6 +95,10 @@ class RunFolder:
     @property
     def adapter(self) -> Path:
         return self.path / self.ADAPTER
+
+    @property
+    def model(self) -> Path:
+        return self.path / self.MODEL
 
     @property
     def evaluation(self) -> Path:
@@ -204,6 +212,8 @@ class RunFolder:
 
     def start(self, loaded: RecipeFile, recipe: Recipe) -> None:
         """Make the folder and write the recipe, before any long work."""
+        if not self.writes:
+            return
         with _writing(self.path):
             make_folder(self.path)
             remove_leftovers(self.path)
@@ -218,7 +228,13 @@ class RunFolder:
         Raises:
             RunError: something in it leads elsewhere.
         """
-        for path in (self.checkpoints, self.adapter, self.evaluation, *(self.path / name for name in self.LINES)):
+        for path in (
+            self.checkpoints,
+            self.adapter,
+            self.model,
+            self.evaluation,
+            *(self.path / name for name in self.LINES),
+        ):
             if path.is_symlink():
                 raise RunError(
                     f"{path} is a link; a run uses only its own folder",
@@ -226,17 +242,20 @@ class RunFolder:
                 )
 
     def write_yaml(self, name: str, content: dict[str, Any]) -> None:
-        write_atomically(
-            self.path / name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True), hint=_MORE_ROOM
-        )
+        self._write(name, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
     def write_json(self, name: str, content: dict[str, Any]) -> None:
         """Write a whole file; ValueError for NaN and infinity, which JSON does not have."""
-        text = json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n"
-        write_atomically(self.path / name, text, hint=_MORE_ROOM)
+        self._write(name, json.dumps(content, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def _write(self, name: str, text: str) -> None:
+        if self.writes:
+            write_atomically(self.path / name, text, hint=_MORE_ROOM)
 
     def append(self, name: str, line: dict[str, Any]) -> None:
         """Add one line to metrics.jsonl, timing.jsonl or memory.jsonl."""
+        if not self.writes:
+            return
         with _writing(self.path / name), (self.path / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({key: _finite(value) for key, value in line.items()}) + "\n")
 
@@ -269,7 +288,7 @@ class RunFolder:
             kept = [line for line in self.lines(name) if line["step"] <= step]
             if (self.path / name).exists():
                 text = "".join(json.dumps(line) + "\n" for line in kept)
-                write_atomically(self.path / name, text, hint=_MORE_ROOM)
+                self._write(name, text)
 
 
 def is_run(path: str | Path) -> bool:

@@ -22,6 +22,7 @@ class Held:
 
     folder: Path
     descriptor: int
+    """-1: held by the first of the processes that train together, which is not this one."""
 
     def check(self) -> None:
         """Check that the folder still exists and is the one that was locked; one `stat`.
@@ -29,7 +30,7 @@ class Held:
         Raises:
             RunError: it was removed, moved away or replaced.
         """
-        if not _is_at(self.descriptor, self.folder / LOCK):
+        if self.descriptor >= 0 and not _is_at(self.descriptor, self.folder / LOCK):
             raise RunError(
                 f"{self.folder} was removed, moved or replaced while it was being trained in; nothing more is written",
                 hint="if it was moved, name its new place (--set run.folder=NAME): it continues from there",

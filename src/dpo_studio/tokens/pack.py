@@ -23,13 +23,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from dpo_studio.objectives import PairLogps
-from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 
 __all__ = [
     "MicroBatch",
     "Span",
     "Steps",
     "assign_to_rows",
+    "empty_row",
     "micro_batches",
     "pack",
     "packed_tokens",
@@ -247,6 +248,9 @@ class Steps:
     max_steps: int | None = None
     reference: Callable[[Sequence[int]], PairLogps] | None = None
     """Looks up the cached log-probs of pairs by position."""
+    rows: Callable[[Sequence[int], int], list[list[int]]] = assign_to_rows
+    """Which of a step's pairs, by their lengths, share a row of a token budget; one of several processes packs only its
+    own rows (`tokens.dealing`)."""
 
     @property
     def per_epoch(self) -> int:
@@ -272,7 +276,8 @@ class Steps:
 
     def micro_batches_of(self, step: int, token_budget: int | None = None) -> list[MicroBatch]:
         """The micro-batches of step number `step`, within another token budget where one is given."""
-        return list(micro_batches(self.pairs, self.pairs_of(step), token_budget or self.token_budget, self.reference))
+        budget = token_budget or self.token_budget
+        return list(micro_batches(self.pairs, self.pairs_of(step), budget, self.reference, self.rows))
 
     def __call__(self, *, after: int, token_budget: Callable[[int], int] | None = None) -> Iterator[list[MicroBatch]]:
         """The micro-batches of step after+1, after+2, ... to the end; a thread packs the next while one is used.
@@ -296,9 +301,27 @@ def micro_batches(
     positions: Sequence[int],
     token_budget: int,
     reference: Callable[[Sequence[int]], PairLogps] | None = None,
+    rows: Callable[[Sequence[int], int], list[list[int]]] = assign_to_rows,
 ) -> Iterator[MicroBatch]:
-    """The pairs at `positions` in rows of at most `token_budget` tokens."""
-    for row in assign_to_rows([packed_tokens(pairs[position]) for position in positions], token_budget):
+    """The pairs at `positions` in rows of at most `token_budget` tokens.
+
+    A row of `rows` without pairs is a micro-batch of no pairs: one token, of which nothing is learned.
+    """
+    for row in rows([packed_tokens(pairs[position]) for position in positions], token_budget):
+        if not row:
+            yield empty_row(pairs[positions[0]], token_budget)
+            continue
         chosen = [positions[item] for item in row]
         batch = replace(pack([pairs[position] for position in chosen], chosen), token_budget=token_budget)
         yield replace(batch, reference=reference(chosen)) if reference is not None else batch
+
+
+def empty_row(pair: EncodedPair, token_budget: int) -> MicroBatch:
+    """The first token of a pair's prompt and two answers of one token, whose own last token is in no row: it computes
+    what every row does, and counts for nothing."""
+    answer = EncodedAnswer(pair.prompt[:1], np.ones(1, np.bool_))
+    return replace(
+        pack([replace(pair, prompt=pair.prompt[:1], chosen=answer, rejected=answer)]),
+        pairs=(),
+        token_budget=token_budget,
+    )

@@ -88,7 +88,9 @@ def load_any(
     changes = {key: value for key, value in (("dtype", dtype), ("compute", compute)) if value is not None}
     folder = _folder(name)
     if is_run(folder):
-        return _load_run(RunFolder(folder), changes, with_reference, say)
+        if recipe_of(RunFolder(folder)).adapter is not None:
+            return _load_run(RunFolder(folder), changes, with_reference, say)
+        name = str(_model_of(RunFolder(folder), with_reference))
     if (folder / "adapter_config.json").is_file():
         config = read_adapter_config(folder)
         run = _run_around(folder)
@@ -107,10 +109,31 @@ def find_any(name: str, *, with_reference: bool = False, say: Callable[[str], No
         ModelError, RunError: nothing is; or `with_reference`, a run whose reference is another model.
     """
     folder = _folder(name)
-    if is_run(folder):
+    if is_run(folder) and recipe_of(RunFolder(folder)).adapter is None:
+        _model_of(RunFolder(folder), with_reference)
+    elif is_run(folder):
         _look_at(RunFolder(folder), with_reference, lambda _: None)  # reported when it is loaded
     elif not (folder / "adapter_config.json").is_file():
         open_model(name, say=say)
+
+
+def _model_of(run: RunFolder, with_reference: bool) -> Path:
+    """The folder of a whole model that a run has trained.
+
+    Raises:
+        RunError: the run is not finished; or `with_reference`, which is another model.
+    """
+    if not run.result_file.is_file():
+        raise RunError(
+            f"{run.path} trains a whole model and is not finished: its checkpoints are no models",
+            hint="`dpo train` continues it",
+        )
+    if with_reference:
+        raise RunError(
+            f"{run.path} has trained a whole model, whose reference is another model and is not loaded",
+            hint=f"name {run.model}, a plain model folder; `dpo eval` has --against MODEL",
+        )
+    return run.model
 
 
 def _folder(name: str) -> Path:
@@ -147,6 +170,11 @@ def adapter_of(run: RunFolder, say: Callable[[str], None]) -> Path:
     Raises:
         RunError: there is neither.
     """
+    if recipe_of(run).adapter is None:
+        raise RunError(
+            f"{run.path} has trained a whole model: there is no adapter",
+            hint=f"the result is {run.model}, a plain folder",
+        )
     if run.result_file.is_file():  # without it, an adapter that is there is not the final one: the run was made longer
         return run.adapter
     checkpoint = newest_checkpoint(run.checkpoints, say)

@@ -11,15 +11,16 @@ from typing import Any, TextIO
 import torch
 
 from dpo_studio.config import SourceLike, TooLong, as_source
-from dpo_studio.console.progress import Progress
+from dpo_studio.console.progress import Progress, Silent
 from dpo_studio.errors import DataError, NonFiniteError, UsageError
 from dpo_studio.evaluation.accuracy import finite_pairs, finite_summary
-from dpo_studio.learning.batched_logps import batched_logps
+from dpo_studio.learning.batched_logps import logps_over_ranks
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, tokens_without_gradient
 from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.preferences.pair import Pair, prompt_key
 from dpo_studio.preferences.sources import read_pairs
+from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.tokens.encode import EncodedPair, encode_pairs
 from dpo_studio.workflows.loading import LoadedModel, load_any
 from dpo_studio.writing import check_outputs, write_output
@@ -47,21 +48,23 @@ def score_pairs(
     """
     if beta is not None and not 0 < beta < float("inf"):
         raise UsageError(f"--beta {beta} is not a positive number")
-    with progress or Progress() as shown:
+    ranks = Ranks.of_launcher()
+    shown = (progress or Progress()) if ranks.leads else Progress(Silent())
+    with shown, ranks.together():
         pairs = read_pairs(as_source(source))
         loaded = load_any(name, dtype=dtype, compute=compute, with_reference=True, say=shown.say)
         used_beta = beta if beta is not None else loaded.beta if loaded.beta is not None else 0.1
         encoded = encode_pairs(pairs.pairs, loaded.base.encoder, max_length=max_length, too_long=too_long)
         if not encoded.pairs:
             raise DataError(f"{pairs.name}: no pair can be scored", hint=f"the first: {encoded.refused[0][1]}")
-        policy = side_logps(loaded, encoded.pairs, "policy", shown, tuned=True, texts=pairs.pairs)
+        policy = side_logps(loaded, encoded.pairs, "policy", shown, tuned=True, texts=pairs.pairs, ranks=ranks)
         reference = policy
         if loaded.adapter is not None:
-            reference = side_logps(loaded, encoded.pairs, "reference", shown, tuned=False)
+            reference = side_logps(loaded, encoded.pairs, "reference", shown, tuned=False, ranks=ranks)
     lines = [*_scored(encoded.pairs, policy, reference, used_beta)]
     lines += [{"index": r.row, "refused": r.reason} for r in pairs.refused]
     lines += [{"index": row, "refused": reason} for row, reason in encoded.refused]
-    for line in sorted(lines, key=lambda line: line["index"]):
+    for line in sorted(lines, key=lambda line: line["index"]) if ranks.leads else ():
         out.write(json.dumps(line) + "\n")
     keys = {pair.row: prompt_key(pair.prompt) for pair in pairs.pairs}
     if not finite_pairs(range(len(encoded.pairs)), policy, reference)[0]:
@@ -86,10 +89,11 @@ def side_logps(
     *,
     tuned: bool,
     texts: Sequence[Pair] = (),
+    ranks: Ranks = ALONE,
 ) -> PairLogps:
     """Log-probs of the pairs under the policy (tuned) or its reference, in order; both models are checked first.
 
-    `texts`: what the pairs were encoded from, where they were.
+    `texts`: what the pairs were encoded from, where they were. Each of several `ranks` computes a share.
 
     Raises:
         ModelError: they are not the plain model's.
@@ -99,7 +103,7 @@ def side_logps(
         encoder, adapters = loaded.base.encoder, loaded.adapters
         check_packing(loaded.policy, pairs, texts=texts, encoder=encoder, adapters=adapters, token_budget=budget)
     with progress.task(title, len(pairs), "pairs") as advance, loaded.tuned(tuned):
-        return batched_logps(loaded.policy, pairs, token_budget=budget, progress=advance)
+        return logps_over_ranks(ranks, loaded.policy, pairs, token_budget=budget, progress=advance)
 
 
 def _scored(pairs: Sequence[EncodedPair], policy: PairLogps, reference: PairLogps, beta: float) -> list[dict[str, Any]]:
@@ -135,5 +139,6 @@ def score_to_file(
     check_outputs({"--out": file}, reads=[source.source, name], overwrite=overwrite)
     lines = io.StringIO()
     summary = score_pairs(name, source, lines, **settings)
-    write_output(file, lines.getvalue(), overwrite=overwrite, spill=True)
+    if Ranks.of_launcher().leads:
+        write_output(file, lines.getvalue(), overwrite=overwrite, spill=True)
     return summary

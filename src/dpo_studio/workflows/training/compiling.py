@@ -20,7 +20,7 @@ _WORTH_COMPILING = 4e15
 
 
 @contextmanager
-def accelerated(base: ChatModel, policy: Policy, steps: Steps, progress: Progress) -> Iterator[None]:
+def accelerated(base: ChatModel, policy: Policy, steps: Steps, progress: Progress, ranks: int = 1) -> Iterator[None]:
     """Compile the layers where the run is long enough to save more time than their compilation takes."""
     if base.device.type == "cuda" and not can_compile():
         progress.warn(
@@ -32,7 +32,7 @@ def accelerated(base: ChatModel, policy: Policy, steps: Steps, progress: Progres
         return
     set_recompute(policy.model, "nothing")
     tokens = steps.total * steps.pairs_per_step * sum(map(packed_tokens, steps.pairs)) / len(steps.pairs)
-    if tokens * weight_count(base.model) < _WORTH_COMPILING:
+    if tokens * weight_count(base.model) < _WORTH_COMPILING * ranks:
         yield
         return
     progress.say("compiling the model's layers: a minute the first time, then they are cached")

@@ -11,6 +11,7 @@ from dpo_studio.evaluation.accuracy import finite_summary, log_prob_differences
 from dpo_studio.learning.held_out import evaluate, held_out_metrics
 from dpo_studio.objectives import Formula, PairLogps
 from dpo_studio.policy.policy import Policy
+from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.workflows.training.preparing import RunData
 
 __all__ = ["HeldOut"]
@@ -26,6 +27,7 @@ class HeldOut:
     reference: PairLogps
     token_budget: int
     progress: Progress
+    ranks: Ranks = ALONE
     logps: PairLogps | None = None
     """The policy's log-probs in the last measurement; None before it and where no pairs are held out."""
     metrics: dict[str, float] = field(default_factory=dict)
@@ -43,6 +45,7 @@ class HeldOut:
                 self.reference,
                 self.objective.with_running_mean(mean_log_ratio),
                 token_budget=self.token_budget,
+                ranks=self.ranks,
                 progress=advance,
             )
         return self.metrics

@@ -10,22 +10,28 @@ from typing import Any
 
 import torch
 
-from dpo_studio.config import Recipe, cache_folder
+from dpo_studio.config import AdapterSection, Recipe, cache_folder
 from dpo_studio.console.progress import Progress
-from dpo_studio.errors import DataError
+from dpo_studio.errors import DataError, ModelError
 from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.memory import MemoryLimit, plan_limit
 from dpo_studio.learning.reference import Reference, ReferenceChoice
 from dpo_studio.learning.reference_cache import ReferenceCache
+from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.adapters import attach_existing, in_eval
 from dpo_studio.models.experts import adapts_experts
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.folder import ModelFolder
-from dpo_studio.models.load import ChatModel, load_chat_model
+from dpo_studio.models.layers import RUNGS
+from dpo_studio.models.load import ChatModel, choose_dtype, load_chat_model
+from dpo_studio.models.sharding import is_sharded
+from dpo_studio.models.targets import all_linear
 from dpo_studio.policy.policy import Policy
+from dpo_studio.policy.whole import WholePolicy
 from dpo_studio.preferences.pair import prompt_key
 from dpo_studio.preferences.sources import PairSource, read_pairs
 from dpo_studio.preferences.split import Split, split_pairs
+from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import Encoded, EncodedPair, encode_pairs
 from dpo_studio.tokens.pack import Steps
@@ -35,12 +41,14 @@ __all__ = [
     "RunData",
     "attach_policy",
     "encode_both",
+    "fresh_state",
     "make_reference",
     "read_and_split",
-    "resolve_dtype",
     "resolve_targets",
     "resolve_token_budget",
     "steps_of",
+    "with_dtype",
+    "with_dtype_of_first",
 ]
 
 
@@ -99,36 +107,65 @@ def steps_of(recipe: Recipe, pairs: Sequence[EncodedPair], token_budget: int) ->
     return Steps(pairs, section.pairs_per_step, token_budget, section.seed, section.epochs, section.max_steps)
 
 
-def resolve_dtype(recipe: Recipe, base: ChatModel) -> Recipe:
-    """The recipe with the precision in which the base was loaded, in place of `auto`."""
-    dtype: Any = str(base.model.dtype).removeprefix("torch.")
+def with_dtype(recipe: Recipe, dtype: Any) -> Recipe:
+    """The recipe with the precision in which the base is loaded, in place of `auto`."""
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
 
 
 def resolve_targets(recipe: Recipe, policy: Policy) -> Recipe:
     """The recipe with the names that `all-linear` meant in a mixture of experts: later versions may mean more."""
     targets = policy.resolved_targets()
-    if recipe.model.adapter is not None or recipe.adapter.targets != "all-linear" or targets is None:
+    if recipe.adapter is None or targets is None:
+        return recipe
+    if recipe.model.adapter is not None or recipe.adapter.targets != "all-linear":
         return recipe
     return recipe.model_copy(update={"adapter": recipe.adapter.model_copy(update={"targets": targets})})
 
 
 def resolve_token_budget(
-    recipe: Recipe, policy: Policy, pairs: Sequence[EncodedPair], device: torch.device, progress: Progress
+    recipe: Recipe,
+    policy: Policy,
+    pairs: Sequence[EncodedPair],
+    device: torch.device,
+    progress: Progress,
+    ranks: Ranks = ALONE,
 ) -> tuple[Recipe, MemoryLimit]:
     """The recipe with its token budget, measured where it is `auto`; the run keeps it from then on."""
     tokens = recipe.training.tokens_per_micro_batch
     if tokens != "auto":
         return recipe, MemoryLimit(0, tokens)
-    limit = plan_limit(policy.model, pairs, recipe.training.pairs_per_step, device)
+    # the averages of the optimizer are not there yet, and an adapter's are small
+    averages = (
+        [torch.empty_like(p) for p in policy.trained.values() for _ in range(2)] if recipe.adapter is None else []
+    )
+    limit = plan_limit(policy.model, pairs, ranks.share_of(recipe.training.pairs_per_step), device)
+    del averages
+    for p in policy.trained.values():
+        p.grad = None
+    rung = ranks.most(RUNGS.index(limit.recompute))  # what the fullest of the GPUs needs is what all do
+    limit = MemoryLimit(0, ranks.least(limit.tokens), RUNGS[rung])
     if device.type == "cuda":
         progress.say(f"{limit.tokens} tokens a micro-batch fill this GPU{limit.recomputing}")
     resolved = recipe.training.model_copy(update={"tokens_per_micro_batch": limit.tokens})
     return recipe.model_copy(update={"training": resolved}), limit
 
 
+def with_dtype_of_first(recipe: Recipe, ranks: Ranks) -> Recipe:
+    """The recipe with one precision for all of several processes: on a CPU a timed product decides."""
+    if ranks.size == 1:
+        return recipe
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = str(choose_dtype(recipe.model.dtype, device)[0]).removeprefix("torch.")
+    return with_dtype(recipe, ranks.text_of_first(dtype))
+
+
 def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = lambda _: None) -> Policy:
-    """A fresh adapter on the base, or the recipe's adapter to continue; with the reference adapter, if any."""
+    """A fresh adapter on the base, or the recipe's adapter to continue; with the reference adapter, if any. Or the
+    whole base."""
+    if is_sharded(base.model):
+        _check_sharded(recipe.adapter, base)
+    if recipe.adapter is None:
+        return WholePolicy.of(base.model)
     if recipe.model.adapter is None:
         policy = Policy.fresh(base.model, recipe.adapter, seed=recipe.training.seed, say=say)
     else:
@@ -139,8 +176,33 @@ def attach_policy(base: ChatModel, recipe: Recipe, say: Callable[[str], None] = 
     return policy
 
 
+def _check_sharded(adapter: AdapterSection | None, base: ChatModel) -> None:
+    """Raises ModelError if what is trained needs more of a layer's weights than its own pass collects."""
+    targets = all_linear(base.model)
+    refused = {
+        "adapter: null": adapter is None,
+        "adapter.kind: dora": adapter is not None and adapter.kind == "dora",
+        "adapter.modules_to_save": adapter is not None and bool(adapter.modules_to_save),
+        "a mixture of experts": bool(targets.parameters or targets.experts or targets.routers),
+    }
+    for what, is_there in refused.items():
+        if is_there:
+            raise ModelError(f"model.sharding: full is not built for {what}", hint="model.sharding: none")
+
+
+def fresh_state(recipe: Recipe, policy: Policy, total_steps: int, ranks: Ranks) -> TrainingState:
+    """The state before the first step."""
+    ratio = None if recipe.adapter is None else recipe.adapter.learning_rate_ratio
+    return TrainingState.fresh(policy, recipe.training, total_steps, recipe.reference, ranks, ratio)
+
+
 def make_reference(
-    recipe: Recipe, base: ChatModel, policy: Policy, other_folder: ModelFolder | None = None
+    recipe: Recipe,
+    base: ChatModel,
+    policy: Policy,
+    other_folder: ModelFolder | None = None,
+    *,
+    ranks: Ranks = ALONE,
 ) -> Reference:
     """The recipe's reference, ready to compute: in the policy's own model, or in another model that is loaded here.
 
@@ -159,7 +221,7 @@ def make_reference(
             model = attach_existing(other.model, choice.adapter, trainable=False)
         computing = partial(in_eval, model)
     if recipe.reference.mode != "cached":
-        return Reference(model, computing, None)
+        return Reference(model, computing, None, ranks)
     key = {
         "weights": files.fingerprint,
         "adapter": weights_fingerprint(choice.adapter) if choice.adapter is not None else "",
@@ -172,4 +234,4 @@ def make_reference(
     }
     if adapts_experts(model):  # computed by our own product, which rounds otherwise than transformers'
         key["experts"] = "adapted"
-    return Reference(model, computing, ReferenceCache(cache_folder() / "reference", key))
+    return Reference(model, computing, ReferenceCache(cache_folder() / "reference", key), ranks)

@@ -7,14 +7,16 @@ import shlex
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
+from hashlib import sha256
 from typing import Any
 
 from dpo_studio.config import RecipeFile, RecipeLike, load_recipe
-from dpo_studio.console.progress import Progress
+from dpo_studio.console.progress import Progress, Silent
 from dpo_studio.disk import remove_leftovers
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
-from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.bundled import published_name
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.policy.policy import Policy
@@ -27,6 +29,8 @@ from dpo_studio.runs.facts import read_run
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.location import check_place
 from dpo_studio.runs.lock import Held, held
+from dpo_studio.runs.status import write_status
+from dpo_studio.tokens.dealing import rows_of_rank
 from dpo_studio.workflows.opening import find_models, look_at_models
 from dpo_studio.workflows.pairs.checking import look_at_lengths, look_at_pairs
 from dpo_studio.workflows.training.compiling import accelerated
@@ -34,11 +38,13 @@ from dpo_studio.workflows.training.forecasting import forecast
 from dpo_studio.workflows.training.preparing import (
     attach_policy,
     encode_both,
+    fresh_state,
     read_and_split,
-    resolve_dtype,
     resolve_targets,
     resolve_token_budget,
     steps_of,
+    with_dtype,
+    with_dtype_of_first,
 )
 from dpo_studio.workflows.training.run_log import RunLog
 from dpo_studio.workflows.training.samples import Samples, sample_chats
@@ -46,6 +52,7 @@ from dpo_studio.workflows.training.saving import Saver
 from dpo_studio.workflows.training.session import Session
 from dpo_studio.workflows.training.starting import (
     check_not_shorter,
+    check_sharding,
     check_tracker,
     is_finished,
     typed_model,
@@ -77,9 +84,11 @@ def train_recipe(
         DPOStudioError: with a hint; what was computed so far stays in the run folder and the caches.
     """
     loaded = load_recipe(recipe, list(overrides))
-    with progress or Progress() as shown:
-        trained = run_training(loaded, shown, anyway=anyway)
-        for line in _closing(trained):
+    ranks = Ranks.of_environment()
+    shown = (progress or Progress()) if ranks.leads else Progress(Silent())
+    with shown, ranks.together(partial(write_status, RunFolder(loaded.run_folder))):
+        trained = run_training(loaded, shown, anyway=anyway, ranks=ranks)
+        for line in _closing(trained) if ranks.leads else ():
             shown.say(line)
     return trained.result
 
@@ -139,23 +148,27 @@ def run_training(
     anyway: bool = False,
     stop_after: int | None = None,
     today: datetime.date | None = None,
+    ranks: Ranks | None = None,
 ) -> TrainedRun:
     """Train from a loaded recipe to a finished run folder, or only the first `stop_after` steps.
 
-    `today`: the date of a new run, by default today's; a run that has trained a step keeps its own.
+    `today`: the date of a new run, by default today's; a run that has trained a step keeps its own. `ranks`: the
+    processes that train together, and call this alike; only the first writes.
     """
-    ranks = Ranks.of_environment()
+    ranks = ranks or Ranks.one()
     check_place(loaded)
-    run = RunFolder(loaded.run_folder)
+    run = RunFolder(loaded.run_folder, writes=ranks.leads)
     recipe = run.resolve(loaded.recipe)
     if (done := run.result()) is not None and is_finished(run, recipe, done):
         progress.say(f"{run.path} is finished: {done['steps']} steps; nothing to do")
-        if not (run.path / RunFolder.REPORT).exists():  # the report is the last file that is written
+        if run.writes and not (run.path / RunFolder.REPORT).exists():  # the report is the last file that is written
             remove_leftovers(run.path)
             progress.say(f"report: {write_report(run.path)}")
         return TrainedRun(run, done)
     check_tracker(recipe)
-    with held(run.path, progress.warn) as hold:
+    check_sharding(recipe, ranks)
+    with held(run.path, progress.warn) if run.writes else nullcontext(Held(run.path, -1)) as hold:
+        ranks.wait()  # until the first has the folder
         return _train_in(run, hold, loaded, progress, result_extra or {}, anyway, stop_after, today, ranks)
 
 
@@ -172,48 +185,50 @@ def _train_in(
 ) -> TrainedRun:
     started = time.perf_counter()
     recipe = run.resolve(loaded.recipe)  # again: another process may have changed it before the lock was taken
-    found = find_models(recipe)
+    with ranks.first():  # a download is one process's
+        found = find_models(recipe)
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
     chats = sample_chats(recipe, split.held_out or split.train)
-    date = run_date(run, today)
+    date = datetime.date.fromisoformat(ranks.text_of_first(run_date(run, today).isoformat()))
+    recipe = with_dtype_of_first(recipe, ranks)
     models = look_at_models(recipe, found, date, progress.say)
-    encoder = models.encoder
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, as long as the weights
-        encoding = meanwhile.submit(encode_both, recipe, source, split, encoder, progress)
+        encoding = meanwhile.submit(encode_both, recipe, source, split, models.encoder, progress)
         base = load_chat_model(
-            recipe.model, folder=models.base, typed=typed_model(loaded), say=progress.say, today=date
+            recipe.model, folder=models.base, typed=typed_model(loaded), say=progress.say, today=date, ranks=ranks
         )
         data = encoding.result()
-    kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
+    kept = digest_data(data.train.pairs, data.held_out.pairs, models.encoder, date)
+    ranks.check_same(sha256(f"{kept}".encode()).digest(), "pairs")
     check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
-    recipe = resolve_dtype(recipe, base)
+    recipe = with_dtype(recipe, str(base.model.dtype).removeprefix("torch."))
     steps = steps_of(recipe, data.train.pairs, CPU_TOKEN_BUDGET)
     check_not_shorter(run, steps.total)
     warn_of_length(recipe, len(data.train.pairs), steps.total, progress.warn)
     policy = attach_policy(base, recipe, progress.say)
     recipe = resolve_targets(recipe, policy)
-    saver = Saver(run, hold, published_name(base.typed), recipe.training.save_every)
+    saver = Saver(run, hold, published_name(base.typed), recipe, base.folder)
     saver.check_room(policy, recipe.reference)
     saver.save_trial(policy)
     policy.train_mode()
-    with accelerated(base, policy, steps, progress):
-        recipe, limit = resolve_token_budget(recipe, policy, data.train.pairs, base.device, progress)
+    with accelerated(base, policy, steps, progress, ranks.size):
+        recipe, limit = resolve_token_budget(recipe, policy, data.train.pairs, base.device, progress, ranks)
         run.start(loaded, recipe)
-        write_data(run, kept)
-        run.result_file.unlink(missing_ok=True)
-        log = RunLog(run, hold, base.device, progress, recipe.run.tracker)
+        if run.writes:
+            write_data(run, kept)
+            run.result_file.unlink(missing_ok=True)
+        log = RunLog(run, hold, base.device, progress, recipe.run.tracker, ranks)
         if limit.recompute != "nothing":
             log.write_limit(limit)
-        state = TrainingState.fresh(
-            policy, recipe.training, steps.total, recipe.reference, ranks, recipe.adapter.learning_rate_ratio
-        )
-        steps = replace(steps, token_budget=limit.tokens)
-        samples = Samples(policy, encoder, chats, recipe.training.sample_every or 0, run, progress)
+        state = fresh_state(recipe, policy, steps.total, ranks)
+        steps = replace(steps, token_budget=limit.tokens, rows=rows_of_rank(ranks.rank, ranks.size))
+        samples = Samples(policy, models.encoder, chats, recipe.training.sample_every or 0, run, progress)
         session = Session(recipe, base, policy, data, steps, state, saver, log, progress, samples, models.reference)
         held_out = session.fit(stop_after)
     result = session.finish(held_out, time.perf_counter() - started) | result_extra
     run.write_json(RunFolder.RESULT, result)
-    progress.say(f"report: {write_report(run.path)}")
+    if run.writes:
+        progress.say(f"report: {write_report(run.path)}")
     return TrainedRun(run, result, base, policy, split.held_out)

@@ -13,6 +13,7 @@ from dpo_studio.console.progress import Progress
 from dpo_studio.console.text import percent
 from dpo_studio.learning.memory import MemoryLimit
 from dpo_studio.learning.train import StepReport
+from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.health import HealthWatch
 from dpo_studio.runs.lock import Held
@@ -30,12 +31,13 @@ class RunLog:
     progress: Progress
     tracker: str | None = None
     """The recipe's `run.tracker`."""
+    ranks: Ranks = ALONE
     _health: HealthWatch = field(default_factory=lambda: HealthWatch(0))
     _accelerator: Accelerator | None = None
 
     def begin(self, total_steps: int, *, saturates: bool) -> None:
         """Read the lines of earlier starts, and start the tracker."""
-        if self.tracker is not None:
+        if self.tracker is not None and self.run.writes:
             self._accelerator = Accelerator(
                 cpu=self.device.type == "cpu", log_with=self.tracker, project_dir=self.run.path
             )
@@ -57,15 +59,22 @@ class RunLog:
         self.run.append(RunFolder.METRICS, line)
         for finding in self._health.see(line):
             self.progress.warn(finding.words())
-        timing = {
+        memory = self.ranks.each(_peak_memory(self.device))
+        timing: dict[str, Any] = {
             "step": report.step,
             "seconds": round(report.seconds, 4),
             "pairs": report.pairs,
             "tokens": report.tokens,
             "pairs_per_second": _rate(report.pairs, report.seconds),
             "tokens_per_second": _rate(report.tokens, report.seconds),
-            "memory_gib": round(_peak_memory(self.device), 3),
+            "memory_gib": round(max(memory), 3),
         }
+        if self.ranks.size > 1:
+            timing |= {
+                "ranks": self.ranks.size,
+                "imbalance": round(report.imbalance, 4),
+                "memory_gib_of_ranks": [round(gib, 3) for gib in memory],
+            }
         self.run.append(RunFolder.TIMING, timing)
         if self._accelerator is not None:
             self._accelerator.log(report.metrics | held_out, step=report.step)
@@ -81,7 +90,8 @@ class RunLog:
     def end(self) -> None:
         """Flush the tracker."""
         if self._accelerator is not None:
-            self._accelerator.end_training()
+            for tracker in self._accelerator.trackers:  # `end_training` would also end the group of processes
+                tracker.finish()
 
     def numbers(self) -> dict[str, Any]:
         """The numbers of `result.json` on steps and speed, over all starts of the run."""
@@ -105,6 +115,8 @@ def figures(report: StepReport, held_out: dict[str, float]) -> str:
         else f"loss {m['loss']:.3f}  margin {m['rewards/margins']:.2f}  accuracy {percent(m['rewards/accuracies'])}  "
     )
     text = f"{learned}{report.pairs / report.seconds:.1f} pairs/s  {report.tokens / report.seconds:.0f} tokens/s"
+    if (ranks := len(report.tokens_of_ranks)) > 1:
+        text += f"  ({ranks} x {report.pairs / report.seconds / ranks:.1f} pairs/s, imbalance {report.imbalance:.2f})"
     return text + (f"  held-out accuracy {percent(held_out['eval_rewards/accuracies'])}" if held_out else "")
 
 

@@ -61,6 +61,8 @@ class Samples:
 
     def write(self, step: int) -> None:
         """Answer all prompts; where memory runs out, say so and go on training."""
+        if not self.run.writes:
+            return
         prompts = [self.encoder.prompt_ids(chat) for chat in self.chats]
         with self.progress.task("sample answers", None, "tokens") as advance, plain_layers(self.policy.model):
             ask = partial(

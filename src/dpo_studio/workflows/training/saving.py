@@ -8,16 +8,23 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM
 
-from dpo_studio.config import MINUTES, ReferenceSection
-from dpo_studio.disk import check_space, remove_leftovers, scratch_folder, sync_folder
-from dpo_studio.errors import RunError
+from dpo_studio.config import MINUTES, Recipe, ReferenceSection
+from dpo_studio.disk import check_space, put_folder, remove_leftovers, scratch_folder, sync_folder
+from dpo_studio.errors import ModelError, RunError
+from dpo_studio.export.merge import save_plain
 from dpo_studio.learning.checkpoints import KEPT, checkpoint_bytes, newest_checkpoint, save_checkpoint
 from dpo_studio.learning.state import TrainingState
+from dpo_studio.models.folder import open_model
+from dpo_studio.models.load import load_weights
 from dpo_studio.policy.policy import Policy
+from dpo_studio.policy.whole import WholePolicy
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.runs.lock import Held
+from dpo_studio.scan import template_text
 
 __all__ = ["Saver", "find_checkpoint"]
 
@@ -30,16 +37,18 @@ class Saver:
     held: Held
     base: str
     """The base as the user named it, or its public name."""
-    every: int | str
-    """`training.save_every`: steps, or minutes as text."""
+    recipe: Recipe
+    source: Path
+    """The base's folder, whose tokenizer a whole model gets."""
     saved_at: float = field(default_factory=lambda: time.monotonic())
     """By a monotonic clock."""
 
     def is_due(self, step: int) -> bool:
         """Whether a checkpoint is due after this step."""
-        if isinstance(self.every, int):
-            return step % self.every == 0
-        minutes = re.match(MINUTES, self.every)
+        every = self.recipe.training.save_every
+        if isinstance(every, int):
+            return step % every == 0
+        minutes = re.match(MINUTES, every)
         assert minutes is not None  # validated by the recipe
         return time.monotonic() - self.saved_at >= 60 * float(minutes[1])
 
@@ -49,6 +58,8 @@ class Saver:
         Raises:
             RunError: the disk has too little.
         """
+        if not self.run.writes:
+            return
         there = len(list(self.run.checkpoints.glob("step-*")))
         wanted = max(1, KEPT + 2 - there) * checkpoint_bytes(policy, reference)
         check_space(self.run.checkpoints, wanted, "keeping checkpoints")
@@ -59,6 +70,8 @@ class Saver:
         Raises:
             RunError: it cannot be written; the last one is unchanged.
         """
+        if not self.run.writes:
+            return
         self.held.check()
         self.run.sync_lines()
         try:
@@ -74,6 +87,8 @@ class Saver:
             ModelError: it is not.
             RunError: it cannot be written.
         """
+        if not self.run.writes:
+            return
         try:
             with scratch_folder(self.run.adapter) as scratch:
                 policy.verify_trial_adapter(scratch, base=self.base)
@@ -87,13 +102,38 @@ class Saver:
             ModelError: plain PEFT would load something else.
             RunError: it cannot be written.
         """
+        if not self.run.writes:
+            return
         self.held.check()
+        if isinstance(policy, WholePolicy):
+            self._save_model(policy)
+            return
         try:
             policy.save(self.run.adapter, base=self.base)
             sync_folder(self.run.adapter)
             policy.prove(self.run.adapter)
         except (OSError, SafetensorError) as error:
             raise _unwritable("the adapter", self.run.adapter, error) from None
+
+    def _save_model(self, policy: WholePolicy) -> None:
+        """The whole model in its own precision, with its tokenizer, as a folder that plain transformers loads."""
+        named = self.recipe.model.chat_template
+        template = None if named is None else template_text(named, what="chat template", error=RunError)
+        try:
+            with scratch_folder(self.run.model) as scratch:
+                save_plain(policy.model, scratch, source=self.source, template=template)
+                sync_folder(scratch)
+                self._prove_model(policy, scratch)
+                put_folder(scratch, self.run.model)
+        except (OSError, SafetensorError) as error:
+            raise _unwritable("the model", self.run.model, error) from None
+
+    def _prove_model(self, policy: WholePolicy, folder: Path) -> None:
+        dtype = next(policy.model.parameters()).dtype
+        loaded = dict(load_weights(AutoModelForCausalLM, open_model(str(folder)), dtype, "eager").named_parameters())
+        for name, p in policy.model.named_parameters():
+            if name not in loaded or not torch.equal(p.detach().cpu(), loaded[name]):
+                raise ModelError(f"plain transformers would load something else than was trained as {name}")
 
 
 def find_checkpoint(run: RunFolder, warn: Callable[[str], None]) -> Path | None:

@@ -17,7 +17,7 @@ from dpo_studio.config import Recipe, cache_folder
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import ModelError, NonFiniteError, RunError
 from dpo_studio.learning.batched_logps import batched_logps
-from dpo_studio.learning.checkpoints import restore
+from dpo_studio.learning.checkpoints import ranks_of, restore
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.learning.memory import MemoryLimit, MemoryLimits, tokens_without_gradient, unless_out_of_memory
 from dpo_studio.learning.packing_check import check_packing
@@ -27,11 +27,12 @@ from dpo_studio.learning.train import LiveReference, StepReport, train
 from dpo_studio.models.adapters import POLICY, REFERENCE
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import ChatModel
+from dpo_studio.models.sharding import is_sharded
 from dpo_studio.objectives import PairLogps, margin
 from dpo_studio.policy.policy import Policy
 from dpo_studio.runs.folder import RunFolder, environment
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.pack import MicroBatch, Steps
+from dpo_studio.tokens.pack import MicroBatch, Steps, assign_to_rows
 from dpo_studio.workflows.training.held_out import HeldOut
 from dpo_studio.workflows.training.preparing import RunData, make_reference
 from dpo_studio.workflows.training.run_log import RunLog, figures
@@ -65,7 +66,11 @@ class Session:
 
     def fit(self, stop_after: int | None = None) -> HeldOut:
         """Compute the reference, run the checks, then every step; stop at a step's end after a signal."""
-        reference = make_reference(self.recipe, self.base, self.policy, self.reference_folder)
+        reference = make_reference(self.recipe, self.base, self.policy, self.reference_folder, ranks=self.state.ranks)
+        if is_sharded(self.policy.model) and self.samples.chats:
+            raise RunError(
+                "run.sample_prompts is not built for a sharded base", hint="remove it, and ask the finished run"
+            )
         self._check_packing(reference)
         with nullcontext() if reference.cache is None else reference.cache.held():  # no process removes it meanwhile
             return self._fit(reference, stop_after)
@@ -80,6 +85,7 @@ class Session:
             self._logps(reference, self.data.held_out.pairs, at_once, "held-out"),
             at_once,
             self.progress,
+            state.ranks,
         )
         steps, live = self.steps, None
         if objective.needs_reference and reference.cache is None:
@@ -102,10 +108,11 @@ class Session:
                 advance(1, figures=figures(report, numbers))
                 if self.samples.is_due(report.step, evaluated=due) or (last and self.samples.chats):
                     self.samples.write(report.step)
-                if self.saver.is_due(report.step) or last or asked.signal:
+                stopping = state.ranks.most(asked.signal)  # whichever process has received it
+                if self.saver.is_due(report.step) or last or stopping:
                     self.saver.save(self.policy, state, numbers.get("eval_loss"))
-                if asked.signal and report.step < steps.total:
-                    raise interrupted(asked.signal, report.step, self.saver.run)
+                if stopping and report.step < steps.total:
+                    raise interrupted(stopping, report.step, self.saver.run)
         self.log.end()
         return held_out
 
@@ -177,15 +184,19 @@ class Session:
 
     def _resume_or_begin(self, steps: Steps, live: LiveReference | None, held_out: HeldOut) -> None:
         run, state = self.saver.run, self.state
-        checkpoint = find_checkpoint(run, self.progress.warn)
+        checkpoint = self._newest_checkpoint()
         if checkpoint is not None:
             restore(checkpoint, self.policy, state)
             self.progress.say(f"continuing {run.path} after step {state.step} of {steps.total}")
+            if (ranks := ranks_of(checkpoint)) != state.ranks.size:
+                self._say_that_bits_differ(ranks)
+        state.ranks.as_first(self.policy.trained.values())
         run.truncate_after(state.step if checkpoint is not None else -1)
         if checkpoint is None:
             is_reference = ReferenceChoice.of(self.recipe).is_start
             if is_reference and self.recipe.objective.needs_reference:
-                first = min(steps.micro_batches_of(1), key=len)  # the smallest: if it does not fit, none does
+                whole = replace(steps, rows=assign_to_rows)  # every process checks the same row
+                first = min(whole.micro_batches_of(1), key=len)  # the smallest: if it does not fit, none does
                 unless_out_of_memory(self.policy.model, partial(self._check_start, first, live))
             if numbers := held_out.at_start(is_reference=is_reference, mean_log_ratio=state.mean_log_ratio):
                 self.log.write_start(numbers)
@@ -193,6 +204,20 @@ class Session:
                 self.samples.write(0)
         elif state.step >= steps.total:
             held_out.measure(state.mean_log_ratio)
+
+    def _newest_checkpoint(self) -> Path | None:
+        """The one that the first process finds whole, on every process."""
+        run, ranks = self.saver.run, self.state.ranks
+        found = find_checkpoint(run, self.progress.warn) if ranks.leads else None
+        name = ranks.text_of_first("" if found is None else found.name)
+        return run.checkpoints / name if name else None
+
+    def _say_that_bits_differ(self, ranks: int) -> None:
+        masks = ", and so do dropout's masks" if self.recipe.adapter is not None and self.recipe.adapter.dropout else ""
+        self.progress.warn(
+            f"the checkpoint is of {ranks} process{'es' * (ranks > 1)}, and now there are {self.state.ranks.size}: "
+            f"the pairs are the same, but from here on the bits of every number may differ{masks}"
+        )
 
     def _check_start(self, batch: MicroBatch, live: LiveReference | None) -> None:
         """A fresh adapter computes what its reference does: margin 0, DPO's loss ln 2.

@@ -11,9 +11,14 @@ from dpo_studio.config import Recipe, RecipeFile
 from dpo_studio.errors import RunError, install_hint
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.schedule import learning_rate, warmup_steps
+from dpo_studio.ranks import Ranks
 from dpo_studio.runs.folder import RunFolder
 
-__all__ = ["check_not_shorter", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
+__all__ = ["check_not_shorter", "check_sharding", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
+
+
+_OF_A_WHOLE_MODEL = 2e-5
+"""A learning rate above it is warned of: the DPO paper has 1e-6, Zephyr 5e-7."""
 
 
 def typed_model(loaded: RecipeFile) -> str:
@@ -33,6 +38,16 @@ def check_tracker(recipe: Recipe) -> None:
         raise RunError(f"run.tracker: {tracker} is not installed", hint=install_hint("trackers"))
 
 
+def check_sharding(recipe: Recipe, ranks: Ranks) -> None:
+    """Check that there are processes to shard over. A run that was trained so is used in one process like any other.
+
+    Raises:
+        RunError: there is one process.
+    """
+    if recipe.model.sharding == "full" and ranks.size == 1:
+        raise RunError("model.sharding: full needs several processes", hint="dpo train RECIPE --gpus N")
+
+
 def check_not_shorter(run: RunFolder, total: int) -> None:
     """`training.max_steps` may be set or removed if the run gets longer; this depends on the number of pairs.
 
@@ -48,12 +63,18 @@ def check_not_shorter(run: RunFolder, total: int) -> None:
 
 
 def warn_of_length(recipe: Recipe, pairs: int, total: int, warn: Callable[[str], None]) -> None:
-    """Warn where `pairs` training pairs in `total` steps are too few for the recipe's settings."""
+    """Warn where `pairs` training pairs in `total` steps are too few for the recipe's settings, or the learning rate is
+    not for what is trained."""
     section = recipe.training
     if pairs < section.pairs_per_step:
         warn(
             f"{pairs} training pairs are fewer than training.pairs_per_step, {section.pairs_per_step}: "
             f"every step learns from {pairs}, and is an epoch"
+        )
+    if recipe.adapter is None and section.learning_rate > _OF_A_WHOLE_MODEL:
+        warn(
+            f"training.learning_rate {section.learning_rate:g} is an adapter's: a whole model takes 1e-6 to 5e-6, "
+            "and forgets what it could with ten times that"
         )
     warmup = warmup_steps(section, total)
     if warmup >= total:

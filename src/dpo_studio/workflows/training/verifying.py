@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import load_file
 
 from dpo_studio.config import RecipeLike, load_recipe
-from dpo_studio.console.progress import Progress
+from dpo_studio.console.progress import Progress, Silent
 from dpo_studio.learning.checkpoints import newest_checkpoint
+from dpo_studio.ranks import Ranks
 from dpo_studio.runs.folder import RunFolder
 from dpo_studio.workflows.training import run_training
 
@@ -51,13 +52,18 @@ def verify_recipe(
     Raises:
         DPOStudioError: the error at which `dpo train` would stop.
     """
-    with tempfile.TemporaryDirectory(prefix="dpo-verify-") as scratch, progress or Progress() as shown:
+    ranks = Ranks.of_environment()
+    shown = (progress or Progress()) if ranks.leads else Progress(Silent())
+    with tempfile.TemporaryDirectory(prefix="dpo-verify-") as own, shown, ranks.together():
+        scratch = ranks.text_of_first(own)
         today = datetime.date.today()  # one date for both, even across midnight
         runs = [RunFolder(Path(scratch) / name) for name in ("first", "second")]
         for run in runs:
             shown.say(f"training the first {steps} steps, the {run.path.name} time")
             changes = [*overrides, *_CHANGES, f"run.folder={json.dumps(str(run.path))}"]
-            run_training(load_recipe(recipe, changes), shown, anyway=anyway, stop_after=steps, today=today)
+            loaded = load_recipe(recipe, changes)
+            run_training(loaded, shown, anyway=anyway, stop_after=steps, today=today, ranks=ranks)
+            ranks.wait()
         return _verdict(*runs)
 
 
