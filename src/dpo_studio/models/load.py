@@ -13,16 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dpo_studio.config import ModelSection, cache_folder
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.gptq_files import Gptq
 from dpo_studio.models.attention import choose_attention
+from dpo_studio.models.conv1d import as_linear
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.fp8_model import into_fp8
+from dpo_studio.models.layouts import LayoutChoice, choose_layout, set_layout
 from dpo_studio.models.quantised_model import load_quantised
+from dpo_studio.models.unsupported import auto_class
 from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.chat import ChatEncoder
 
@@ -44,6 +47,8 @@ class ChatModel:
     """What its user called it."""
     dtype_reason: str
     """Why it computes in this precision."""
+    layout: LayoutChoice
+    """How it reads pairs, and why not in packs."""
 
     @property
     def folder(self) -> Path:
@@ -76,9 +81,11 @@ def load_chat_model(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)
-    attention = choose_attention(section.attention, folder.config.get_text_config(), device)
+    text = folder.config.get_text_config()
+    layout = choose_layout(text, section.layout, folder.name)
+    attention = choose_attention(section.attention, text, device, layout.layout)
     if folder.quantization is None and section.quantize is None:
-        model = load_weights(AutoModelForCausalLM, folder, dtype, attention)
+        model = load_weights(auto_class(folder.config), folder, dtype, attention)
         with put_on_gpu(model.get_memory_footprint(), folder.name, hint=f"{_AS_GPTQ}, or {_MORE_ROOM}"):
             if section.compute == "fp8":
                 say(into_fp8(model, device, folder.name))
@@ -87,7 +94,8 @@ def load_chat_model(
         model = _load_packed(folder, section, dtype, attention, device, say)
     model.requires_grad_(False)
     model.eval()
-    return ChatModel(model, encoder, folder, typed or section.path, reason)
+    set_layout(model, layout.layout)
+    return ChatModel(model, encoder, folder, typed or section.path, reason, layout)
 
 
 def _load_packed(
@@ -190,6 +198,7 @@ def load_weights(kind: Any, folder: ModelFolder, dtype: torch.dtype, attention: 
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
+    as_linear(model)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(str(key) for key in info[kind]):
             raise ModelError(

@@ -47,7 +47,12 @@ _MAY_CHANGE = (
     *("run.tracker", "run.folder", "run.sample_prompts"),
 )
 _MAY_GROW = ("training.epochs", "training.max_steps")
-_RESOLVED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto", "adapter.targets": "all-linear"}
+_RESOLVED = {
+    "model.dtype": "auto",
+    "model.layout": "auto",
+    "training.tokens_per_micro_batch": "auto",
+    "adapter.targets": "all-linear",
+}
 """Keys and the value of each that is decided once and written into the run."""
 _LARGEST = 20_000_000
 """Bytes of a file that is read whole; of a recipe, `parse_yaml` takes less."""

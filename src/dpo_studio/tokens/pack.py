@@ -15,36 +15,33 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpo_studio.config import Layout
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedPair
+from dpo_studio.tokens.padded import Span, Table, padded_tables, padded_tokens, similar_lengths
 
 __all__ = [
     "MicroBatch",
     "Span",
     "Steps",
     "assign_to_rows",
+    "in_tables",
+    "lay_out",
     "micro_batches",
     "pack",
     "packed_tokens",
     "pair_order",
     "split_at_position",
+    "split_to_fit",
+    "tokens_in",
 ]
-
-
-class Span(NamedTuple):
-    """A pair's place in its row: the prompt from `start`, each part up to, not including, its end."""
-
-    start: int
-    prompt_end: int
-    chosen_end: int
-    rejected_end: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -67,6 +64,8 @@ class MicroBatch:
     """How many scored tokens each answer has, in the order of `target_N`: chosen, rejected, chosen, ..."""
     shared_N: Tensor
     """Which scored tokens are within the length of the pair's shorter answer."""
+    tables: tuple[Table, ...] = ()
+    """The same pairs one sequence a row, for the layouts `rows` and `apart`; then it is these that the model reads."""
     token_budget: int = 0
     """The most tokens the row could have: rows of one run differ in length, and one kernel serves them all."""
     reference: PairLogps | None = None
@@ -77,8 +76,8 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens the model reads."""
-        return self.ids_1T.shape[1]
+        """Tokens the model reads, padding included."""
+        return sum(table.ids_BL.numel() for table in self.tables) or self.ids_1T.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`; a GPU copies it while it still computes."""
@@ -88,12 +87,30 @@ class MicroBatch:
 
         moved: dict[str, Any] = {name: move(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         reference = self.reference.map(move) if self.reference is not None else None
-        return replace(self, **moved, reference=reference)
+        tables = tuple(Table(*map(move, table)) for table in self.tables)
+        return replace(self, **moved, tables=tables, reference=reference)
 
 
 def packed_tokens(pair: EncodedPair) -> int:
     """Tokens a pair takes in a row."""
     return len(pair.prompt) + len(pair.chosen.ids) + len(pair.rejected.ids) - 2
+
+
+def tokens_in(layout: Layout, pair: EncodedPair) -> int:
+    """The most tokens a pair takes in a micro-batch of this layout."""
+    return packed_tokens(pair) if layout == "packed" else padded_tokens(pair)
+
+
+def lay_out(layout: Layout, pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -> MicroBatch:
+    """The pairs as one micro-batch."""
+    batch = pack(pairs, positions)
+    return batch if layout == "packed" else in_tables(batch)
+
+
+def in_tables(batch: MicroBatch) -> MicroBatch:
+    """A pack as it is read one sequence a row."""
+    tables = padded_tables(batch.spans, batch.ids_1T, batch.predictor_N, batch.tokens_A)
+    return replace(batch, tables=tuple(Table(*(x.to(batch.ids_1T.device) for x in table)) for table in tables))
 
 
 def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -> MicroBatch:
@@ -159,6 +176,36 @@ def split_at_position(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, T
         longest = max(_whole_length(*answer) for answer, o in zip(answers, over_A, strict=True) if o == over)
         # the last token of an answer is not in the row, but it counts for the length
         rows.append((_with_last_position(row, limit) if over and longest == limit + 1 else row, places))
+    return rows
+
+
+def split_to_fit(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor]]:
+    """Split the row into rows of at most `limit` tokens; of a longer pair each answer has one, with the prompt.
+
+    For models that count places in the row, and whose numbers do not depend on them below `limit`: a row of one answer
+    has places that are positions. With each row comes the place (n,) of its scored tokens among those of `batch`.
+    """
+    groups: list[list[tuple[int, Span, bool, bool]]] = []
+    room = 0
+    for pair, span in enumerate(batch.spans):
+        size = span.rejected_end - span.start
+        if size > limit:
+            groups += [[(pair, span, True, False)], [(pair, span, False, True)]]
+            room = 0
+            continue
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append((pair, span, True, True))
+        room -= size
+    answer_N = torch.repeat_interleave(batch.tokens_A)
+    rows = []
+    for group in groups:
+        here_A = torch.zeros(len(batch.tokens_A), dtype=torch.bool, device=answer_N.device)
+        for pair, _, chosen, rejected in group:
+            here_A[2 * pair], here_A[2 * pair + 1] = chosen, rejected
+        places = here_A[answer_N].nonzero()[:, 0]
+        rows.append((_subset(batch, [kept for _, *kept in group], places), places))  # type: ignore[misc]
     return rows
 
 
@@ -247,6 +294,7 @@ class Steps:
     max_steps: int | None = None
     reference: Callable[[Sequence[int]], PairLogps] | None = None
     """Looks up the cached log-probs of pairs by position."""
+    layout: Layout = "packed"
 
     @property
     def per_epoch(self) -> int:
@@ -272,7 +320,8 @@ class Steps:
 
     def micro_batches_of(self, step: int, token_budget: int | None = None) -> list[MicroBatch]:
         """The micro-batches of step number `step`, within another token budget where one is given."""
-        return list(micro_batches(self.pairs, self.pairs_of(step), token_budget or self.token_budget, self.reference))
+        tokens = token_budget or self.token_budget
+        return list(micro_batches(self.pairs, self.pairs_of(step), tokens, self.reference, layout=self.layout))
 
     def __call__(self, *, after: int, token_budget: Callable[[int], int] | None = None) -> Iterator[list[MicroBatch]]:
         """The micro-batches of step after+1, after+2, ... to the end; a thread packs the next while one is used.
@@ -296,9 +345,20 @@ def micro_batches(
     positions: Sequence[int],
     token_budget: int,
     reference: Callable[[Sequence[int]], PairLogps] | None = None,
+    *,
+    layout: Layout = "packed",
 ) -> Iterator[MicroBatch]:
-    """The pairs at `positions` in rows of at most `token_budget` tokens."""
-    for row in assign_to_rows([packed_tokens(pairs[position]) for position in positions], token_budget):
+    """The pairs at `positions` in micro-batches of at most `token_budget` tokens."""
+    tokens = [tokens_in(layout, pairs[position]) for position in positions]
+    if layout == "packed":
+        rows = assign_to_rows(tokens, token_budget)
+    else:
+        rows = similar_lengths([_longest(pairs[position]) for position in positions], tokens, token_budget)
+    for row in rows:
         chosen = [positions[item] for item in row]
-        batch = replace(pack([pairs[position] for position in chosen], chosen), token_budget=token_budget)
+        batch = replace(lay_out(layout, [pairs[position] for position in chosen], chosen), token_budget=token_budget)
         yield replace(batch, reference=reference(chosen)) if reference is not None else batch
+
+
+def _longest(pair: EncodedPair) -> int:
+    return len(pair.prompt) + max(len(pair.chosen.ids), len(pair.rejected.ids))

@@ -16,6 +16,7 @@ from dpo_studio.disk import remove_leftovers
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
 from dpo_studio.learning.state import TrainingState
 from dpo_studio.models.bundled import published_name
+from dpo_studio.models.layouts import choose_layout
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import Pair
@@ -35,7 +36,7 @@ from dpo_studio.workflows.training.preparing import (
     attach_policy,
     encode_both,
     read_and_split,
-    resolve_dtype,
+    resolve_model,
     resolve_targets,
     resolve_token_budget,
     steps_of,
@@ -122,12 +123,14 @@ def check_recipe(
         if (done := run.result()) is None or not is_finished(run, resolved, done):
             check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
         look_at_lengths(resolved, data.train, shown, anyway=anyway)
-        steps = steps_of(resolved, data.train.pairs, CPU_TOKEN_BUDGET)
+        layout = choose_layout(models.base.config.get_text_config(), resolved.model.layout, models.base.name)
+        shown.say(layout.told(data.train.pairs))
+        steps = steps_of(resolved, data.train.pairs, CPU_TOKEN_BUDGET, layout.layout)
         warn_of_length(resolved, len(data.train.pairs), steps.total, shown.warn)
         taken = min(
             steps.total * resolved.training.pairs_per_step, round(len(data.train.pairs) * resolved.training.epochs)
         )
-        shown.say(forecast(resolved, models.base, data.train.pairs, taken))
+        shown.say(forecast(resolved, models.base, steps, taken))
         shown.say(f"{steps.total} steps of {resolved.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
@@ -188,8 +191,9 @@ def _train_in(
     kept = digest_data(data.train.pairs, data.held_out.pairs, encoder, date)
     check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
-    recipe = resolve_dtype(recipe, base)
-    steps = steps_of(recipe, data.train.pairs, CPU_TOKEN_BUDGET)
+    recipe = resolve_model(recipe, base)
+    steps = steps_of(recipe, data.train.pairs, CPU_TOKEN_BUDGET, base.layout.layout)
+    progress.say(base.layout.told(data.train.pairs))
     check_not_shorter(run, steps.total)
     warn_of_length(recipe, len(data.train.pairs), steps.total, progress.warn)
     policy = attach_policy(base, recipe, progress.say)
