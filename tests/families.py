@@ -540,9 +540,9 @@ def _learn(bench: _Bench) -> None:
     _apart(found, torch.tensor(right), 2e-3, "losses or gradient norms")
 
 
-def table(findings: list[Finding]) -> str:
-    """docs/models.md."""
-    right = sum(finding.state == "RIGHT" for finding in findings)
+def table(rows: list[dict[str, str]]) -> str:
+    """docs/models.md, of rows as `dpo models` reads them."""
+    right = sum(row["right"] == "all verbs" for row in rows)
     lines = [
         "# Which models work",
         "",
@@ -554,15 +554,25 @@ def table(findings: list[Finding]) -> str:
         "every training and scoring compares log-probs with the plain model's and stops where they differ.",
         "The layouts are explained in [recipe.md](recipe.md).",
         "",
-        f"{right} of {len(findings)} are right in every verb; what is refused is refused before anything is trained.",
+        f"{right} of {len(rows)} are right in every verb; what is refused is refused before anything is trained.",
         "",
         "| family | layout | adapted by `all-linear` | fast path (GPU) | right | refused, and why |",
         "|---|---|---|---|---|---|",
     ]
-    for row in map(_row, findings):
+    for row in rows:
         cells = (row[key] or "-" for key in ("family", "layout", "adapted", "fast", "right"))
         lines.append(f"| {' | '.join(cells)} | {row['refused']} |")
     return "\n".join(lines) + "\n"
+
+
+def _write(findings: list[Finding], file: Path) -> None:
+    """The table in both forms; families that were not run keep the row that they had."""
+    known = {row["family"]: row for row in json.loads(_TESTED.read_text())["families"]} if _TESTED.is_file() else {}
+    known |= {finding.name: _row(finding) for finding in findings}
+    rows = [known[name] for name in FAMILIES if name in known]
+    file.write_text(table(rows), encoding="utf-8")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    _TESTED.write_text(f'{{"families": [\n{lines}\n]}}\n', encoding="utf-8")
 
 
 def _row(finding: Finding) -> dict[str, str]:
@@ -605,9 +615,7 @@ def _main() -> int:
             findings.append(examine(name, Path(folder), given.attention))
         print(f"{name:28} {findings[-1].state:8} {findings[-1].words[:200]}", flush=True)
         if given.write is not None:
-            given.write.write_text(table(findings), encoding="utf-8")
-            rows = ",\n".join(json.dumps(_row(one)) for one in findings)
-            _TESTED.write_text(f'{{"families": [\n{rows}\n]}}\n', encoding="utf-8")
+            _write(findings, given.write)
     return int(any(finding.state in ("CRASH", "WRONG") for finding in findings))
 
 

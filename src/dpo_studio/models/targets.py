@@ -41,6 +41,8 @@ _ROUTER = re.compile(r"gate|\w*router\w*|\w*expert_gate")
 """Of a mixture: what chooses the experts, or weighs the shared one."""
 _SAME_PRODUCT = ("FalconLinear",)
 """Subclasses of `nn.Linear` whose forward says the same in other words."""
+_READ_PAST = ("dt_proj",)
+"""Of Mamba's layers: it multiplies by this one's weight itself, and would pass an adapter by."""
 _FUSED_BY_KERNELS = ("out_proj", "conv1d")
 _FUSING = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
 """Types of models in which PEFT 0.21 refuses an adapter on those: kernels may read their weights past the adapter."""
@@ -71,7 +73,7 @@ class Targets:
             for names, why in (
                 (self.renamed, "whose names PEFT gives to the experts"),
                 (self.lost, "that PEFT would not find again when it loads the adapter"),
-                (self.fused, "whose weights kernels may read past an adapter"),
+                (self.fused, "whose weights the model or a kernel may read past an adapter"),
             )
             if names
         ]
@@ -282,9 +284,9 @@ def _lost(model: nn.Module, names: Iterable[str]) -> set[str]:
 
 
 def _read_by_kernels(model: nn.Module, names: Iterable[str]) -> set[str]:
-    if getattr(getattr(model, "config", None), "model_type", None) not in _FUSING:
-        return set()
-    return {name for name in names if name.rpartition(".")[2] in _FUSED_BY_KERNELS}
+    fuses = getattr(getattr(model, "config", None), "model_type", None) in _FUSING
+    ends = {*_READ_PAST, *(_FUSED_BY_KERNELS if fuses else ())}
+    return {name for name in names if name.rpartition(".")[2] in ends}
 
 
 def _called(model: nn.Module, method: str) -> Any:
