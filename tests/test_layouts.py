@@ -249,6 +249,11 @@ def test_the_layout_of_a_model_and_what_it_cannot_have(monkeypatch: pytest.Monke
     assert choose_layout(plain, "apart").layout == "apart"
     with pytest.raises(ModelError, match=r"layout: rows is not possible: some/model \(llama\) has no layer with a"):
         choose_layout(plain, "rows", "some/model")
+    long = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 64, "long_factor": [2.0] * 64}
+    stretched = LlamaConfig(rope_parameters={**long, "original_max_position_embeddings": 64})
+    assert choose_layout(stretched).layout == "packed"
+    with pytest.raises(ModelError, match="longest sequence of a pass"):
+        choose_layout(stretched, "apart")
     hybrid = base_of("bamba")[0].config
     assert choose_layout(hybrid).layout == choose_layout(hybrid, "rows").layout == "rows"
     with pytest.raises(

@@ -67,12 +67,13 @@ def choose_layout(config: PreTrainedConfig, wanted: str = "auto", name: str = "t
         ModelError: the model cannot be read in the wanted layout.
     """
     fastest = _fastest(config)
-    if wanted in ("auto", fastest.layout):
+    layout = fastest.layout if wanted == "auto" else wanted
+    if layout != "packed" and long_rope_limit(config) is not None:
+        raise _impossible(name, config, layout, "chooses its rope by the longest sequence of a pass (long rope)")
+    if layout == fastest.layout:
         return fastest
     if wanted == "apart":
-        if long_rope_limit(config) is not None:
-            raise _impossible(name, config, wanted, "chooses its rope by the longest sequence of a pass (long rope)")
-        return LayoutChoice("apart", fastest.why or "was asked for (model.layout)")
+        return LayoutChoice("apart", fastest.why or "has it in its recipe (model.layout)")
     if wanted == "rows":
         raise _impossible(name, config, wanted, "has no layer with a state")
     raise _impossible(name, config, wanted, fastest.why)
@@ -98,10 +99,9 @@ def _fastest(config: PreTrainedConfig) -> LayoutChoice:
 
 
 def _impossible(name: str, config: PreTrainedConfig, wanted: str, why: str) -> ModelError:
-    return ModelError(
-        f"model.layout: {wanted} is not possible: {name} ({config.model_type}) {why}",
-        hint=f"model.layout: auto takes {_fastest(config).layout}, the fastest that is exactly right",
-    )
+    best = _fastest(config).layout
+    hint = f"model.layout: auto takes {best}, the fastest that is exactly right" if best != wanted else None
+    return ModelError(f"model.layout: {wanted} is not possible: {name} ({config.model_type}) {why}", hint=hint)
 
 
 def set_layout(model: nn.Module, layout: Layout) -> None:
