@@ -552,7 +552,7 @@ def table(rows: list[dict[str, str]]) -> str:
         "adapter) and every number compared with plain transformers (eager attention, one sequence at a",
         "time) and plain PEFT, in float32 on a CPU. A family that is not listed may work too: the start of",
         "every training and scoring compares log-probs with the plain model's and stops where they differ.",
-        "The layouts are explained in [recipe.md](recipe.md).",
+        "The layouts are explained in [recipe.md](recipe.md); FlexAttention takes heads of 16 or more.",
         "",
         f"{right} of {len(rows)} are right in every verb; what is refused is refused before anything is trained.",
         "",

@@ -13,7 +13,7 @@ from transformers import PreTrainedConfig, PreTrainedModel
 
 from dpo_studio.config import Layout, ModelSection
 from dpo_studio.errors import ModelError, reason_of
-from dpo_studio.models.attention import FLEX, choose_attention
+from dpo_studio.models.attention import FLEX, PAIRS, choose_attention
 from dpo_studio.models.conv1d import as_linear
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.head import head_law
@@ -51,12 +51,13 @@ def tested_families() -> list[TestedFamily]:
 
 
 def fast_path(config: PreTrainedConfig, layout: Layout) -> str:
-    """What computes a model with this text config on a GPU that compiles kernels."""
+    """What computes a model with this text config on a GPU that compiles kernels, if its heads have 16 or more."""
     if layout == "rows":
         return f"{', '.join(choose_layout(config).kernels)} where installed"
     # whether this machine compiles kernels is no property of the model
     attention = choose_attention("auto", config, _GPU, layout, compiles=True)
-    named = {FLEX: "FlexAttention, compiled layers", "sdpa": "SDPA", "eager": "eager attention"}
+    flex = "FlexAttention, compiled layers"
+    named = {FLEX: flex, PAIRS: flex, "sdpa": "SDPA", "eager": "eager attention"}
     return named.get(attention, "one dense mask, SDPA")
 
 
