@@ -385,7 +385,8 @@ def examine(name: str, folder: Path, attention: str = "auto") -> Finding:
 def _note_what_it_got(finding: Finding, bench: _Bench) -> None:
     finding.layout = yaml.safe_load((bench.run / "recipe.yaml").read_text())["model"]["layout"]
     named = json.loads((bench.run / "adapter" / "adapter_config.json").read_text())
-    finding.adapted = " ".join(sorted({target.rpartition(".")[2] for target in named["target_modules"]}))
+    targets = [*named["target_modules"], *(named.get("target_parameters") or [])]
+    finding.adapted = " ".join(sorted({target.rpartition(".")[2] for target in targets}))
     finding.fast = fast_path(AutoConfig.from_pretrained(bench.base).get_text_config(), finding.layout)  # type: ignore[arg-type]
 
 

@@ -28,6 +28,7 @@ from dpo_studio.learning.packing_check import check_packing
 from dpo_studio.models.adapters import attach
 from dpo_studio.models.conv1d import as_conv1d
 from dpo_studio.models.layouts import LayoutChoice, choose_layout, layout_of, set_layout
+from dpo_studio.models.targets import all_linear
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
 from dpo_studio.tokens.pack import MicroBatch, lay_out, micro_batches, pack, tokens_in
 from dpo_studio.tokens.padded import MOST_PADDING
@@ -58,9 +59,10 @@ def with_noise(policy: nn.Module) -> nn.Module:
 
 
 def policies(case: str) -> tuple[Any, Any, Layout]:
-    """Ours, and plain PEFT on the plain eager model, with the same adapter on the same layers."""
+    """Ours, and plain PEFT on the plain eager model, with the same adapter on the same layers: all linear ones but
+    fused experts, which have a test of their own."""
     base, layout = base_of(case)
-    ours = attach(base, AdapterSection(rank=4, alpha=8), seed=0)
+    ours = attach(base, AdapterSection(rank=4, alpha=8, targets=all_linear(base).names), seed=0)
     plain, _ = base_of(case, "eager")
     as_conv1d(plain)  # GPT-2's own layers
     targets = ours.peft_config["default"].target_modules
