@@ -28,13 +28,15 @@ import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch.nn.functional import logsigmoid
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoTokenizer
 
+from dpo_studio.models.support import fast_path
 from tests.tiny_runs import dpo, tiny_rows, write_recipe, write_rows
 from tests.tiny_tokenizers import VOCABULARY, end_ids, tiny_tokenizer
 
 __all__ = ["FAMILIES", "FAST", "Family", "Finding", "examine", "table"]
 
+_TESTED = Path(__file__).parents[1] / "src/dpo_studio/models/tested.json"
 VERBS = ("train", "load", "score", "generate", "merge", "learn")
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -97,6 +99,22 @@ _EYES = {
 }
 
 
+_DELTA: dict[str, Any] = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 8,
+}
+_MAMBA = {
+    "mamba_n_heads": 6,
+    "mamba_d_head": 16,
+    "mamba_d_state": 8,
+    "mamba_n_groups": 1,
+    "mamba_chunk_size": 16,
+}
+
+
 @dataclass(frozen=True)
 class Family:
     """A model type, what differs from `SIZES`, and what its refusal must say; empty if it is to be right."""
@@ -132,13 +150,12 @@ FAMILIES: dict[str, Family] = {
             "text_config": {**_TEXT, "model_type": "mistral", "sliding_window": None},
             "vision_config": {**_EYES, "model_type": "pixtral", "head_dim": 8},
         },
-        "multimodal wrapper",
     ),
     "ministral": Family("ministral", WINDOW),
     "qwen2": Family("qwen2"),
     "qwen2, window": Family("qwen2", {**WINDOW, "use_sliding_window": True}),
     "qwen3": Family("qwen3"),
-    "qwen3_next": Family("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}, "linear_attention"),
+    "qwen3_next": Family("qwen3_next", {"layer_types": ["linear_attention", "full_attention"]}),
     "gemma": Family("gemma"),
     "gemma2": Family("gemma2", WINDOW),
     "gemma3_text": Family("gemma3_text", WINDOW),
@@ -163,11 +180,10 @@ FAMILIES: dict[str, Family] = {
     "gpt_neo": Family(
         "gpt_neo",
         {"num_layers": 2, "num_heads": 4, "attention_types": [[["global", "local"], 1]]},
-        "in places of the row",
     ),
     "gptj": Family("gptj"),
-    "bloom": Family("bloom", refused="ALiBi"),
-    "mpt": Family("mpt", {"d_model": 48, "n_heads": 4, "n_layers": 2}, "ALiBi"),
+    "bloom": Family("bloom"),
+    "mpt": Family("mpt", {"d_model": 48, "n_heads": 4, "n_layers": 2}),
     "stablelm": Family("stablelm", {"rope_parameters": {**_ROPE, "partial_rotary_factor": 0.5}}),
     "starcoder2": Family("starcoder2"),
     "smollm3": Family("smollm3", {"no_rope_layers": [1, 0]}),
@@ -186,10 +202,49 @@ FAMILIES: dict[str, Family] = {
     "bitnet": Family("bitnet"),
     "cwm": Family("cwm", WINDOW),
     "biogpt": Family("biogpt"),
-    "mamba": Family("mamba", {"state_size": 8, "time_step_rank": 4}, "layers a pack's mask does not reach"),
-    "llama4_text": Family(
-        "llama4_text", {"attention_chunk_size": 16, "intermediate_size_mlp": 80}, "chunked_attention"
+    "mamba": Family("mamba", {"state_size": 8, "time_step_rank": 4}),
+    "llama4_text": Family("llama4_text", {"attention_chunk_size": 16, "intermediate_size_mlp": 80}),
+    "qwen3_5_text": Family("qwen3_5_text", _DELTA),
+    "qwen3_5 (wrapper)": Family(
+        "qwen3_5",
+        {
+            "text_config": {**_TEXT, **_DELTA},
+            "vision_config": {
+                "hidden_size": 32,
+                "intermediate_size": 32,
+                "depth": 1,
+                "num_heads": 2,
+                "out_hidden_size": 48,
+            },
+        },
     ),
+    "granitemoehybrid": Family("granitemoehybrid", {"layer_types": ["mamba", "attention"], **_MAMBA}),
+    "falcon_h1": Family("falcon_h1", {**_MAMBA, "mamba_d_ssm": 96}),
+    "nemotron_h": Family(
+        "nemotron_h",
+        {
+            "layers_block_type": ["mamba", "attention"],
+            "mamba_num_heads": 6,
+            "mamba_head_dim": 16,
+            "ssm_state_size": 8,
+            "n_groups": 1,
+            "chunk_size": 16,
+        },
+    ),
+    "bamba": Family("bamba", {"attn_layer_indices": [1], **_MAMBA}),
+    "lfm2": Family("lfm2", {"layer_types": ["conv", "full_attention"]}),
+    "mamba2": Family("mamba2", {"num_heads": 6, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 16}),
+    "recurrent_gemma": Family(
+        "recurrent_gemma", {"block_types": ["recurrent", "attention"], "attention_window_size": 9, "lru_width": 48}
+    ),
+    "gpt2": Family("gpt2"),
+    "opt": Family("opt", {"word_embed_proj_dim": 48}),
+    "falcon": Family("falcon"),
+    "falcon, ALiBi": Family("falcon", {"alibi": True}),
+    "gpt_oss": Family("gpt_oss", WINDOW),
+    "deepseek_v3": Family("deepseek_v3", {"num_hidden_layers": 3, "num_key_value_heads": 4, "head_dim": 8}),
+    "phimoe": Family("phimoe"),
+    "dory": Family("dory", {}, "more than one product between"),
     "mixtral": Family("mixtral"),
     "qwen3_moe": Family("qwen3_moe"),
     "olmoe": Family("olmoe"),
@@ -215,6 +270,9 @@ class Finding:
 
     name: str
     verbs: dict[str, str] = field(default_factory=dict)
+    layout: str = ""
+    adapted: str = ""
+    fast: str = ""
     """Verb -> "right", or what is wrong or refused in words that begin with "wrong: ", "refused: " or "crash: "."""
 
     @property
@@ -253,9 +311,9 @@ class _Bench:
         return self.folder / "run"
 
     def plain(self, folder: Path | None = None) -> Any:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder or self.base, dtype=torch.float32, attn_implementation="eager"
-        )
+        folder = folder or self.base
+        auto = _auto(type(AutoConfig.from_pretrained(folder)))
+        model = auto.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
         return model.requires_grad_(False).eval()
 
     def logps(self, model: Any) -> torch.Tensor:
@@ -317,9 +375,19 @@ def examine(name: str, folder: Path, attention: str = "auto") -> Finding:
         except Exception as error:
             trace = traceback.extract_tb(error.__traceback__)[-1]
             finding.verbs[verb] = f"crash: {type(error).__name__}: {str(error)[:200]} ({trace.name}, {trace.lineno})"
-        if verb == "train" and finding.verbs[verb] != "right":
-            break
+        if verb == "train":
+            if finding.verbs[verb] != "right":
+                break
+            _note_what_it_got(finding, bench)
     return finding
+
+
+def _note_what_it_got(finding: Finding, bench: _Bench) -> None:
+    finding.layout = yaml.safe_load((bench.run / "recipe.yaml").read_text())["model"]["layout"]
+    named = json.loads((bench.run / "adapter" / "adapter_config.json").read_text())
+    targets = [*named["target_modules"], *(named.get("target_parameters") or [])]
+    finding.adapted = " ".join(sorted({target.rpartition(".")[2] for target in targets}))
+    finding.fast = fast_path(AutoConfig.from_pretrained(bench.base).get_text_config(), finding.layout)  # type: ignore[arg-type]
 
 
 def _build(family: Family, bench: _Bench) -> None:
@@ -335,12 +403,7 @@ def _build(family: Family, bench: _Bench) -> None:
         sizes.pop("head_dim", None)
     config = kind(**(sizes | family.changes))
     torch.manual_seed(0)
-    auto: Any = AutoModelForCausalLM
-    if kind not in auto._model_mapping:
-        from transformers import AutoModelForImageTextToText
-
-        auto = AutoModelForImageTextToText
-    model = auto.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = _auto(kind).from_config(config, attn_implementation="eager", dtype=torch.float32)
     with torch.no_grad():  # no norm, bias or sink at the value where it does nothing
         for parameter in model.parameters():
             if parameter.ndim == 1 and parameter.is_floating_point():
@@ -364,6 +427,11 @@ def _build(family: Family, bench: _Bench) -> None:
         ends = [len(ids) - ids[::-1].index(tokenizer.eos_token_id) for ids in whole]
         chosen, rejected = (ids[len(prompt) : end] for ids, end in zip(whole, ends, strict=True))
         bench.ids.append((prompt, chosen, rejected))
+
+
+def _auto(config: type) -> Any:
+    auto: Any = AutoModelForCausalLM
+    return auto if config in auto._model_mapping else AutoModelForImageTextToText
 
 
 def _logp(model: Any, prompt: list[int], answer: list[int]) -> torch.Tensor:
@@ -473,27 +541,52 @@ def _learn(bench: _Bench) -> None:
     _apart(found, torch.tensor(right), 2e-3, "losses or gradient norms")
 
 
-def table(findings: list[Finding]) -> str:
-    """docs/models.md."""
-    right = sum(finding.state == "RIGHT" for finding in findings)
+def table(rows: list[dict[str, str]]) -> str:
+    """docs/models.md, of rows as `dpo models` reads them."""
+    right = sum(row["right"] == "all verbs" for row in rows)
     lines = [
         "# Which models work",
         "",
-        "Written by `python -m tests.families --write docs/models.md`. Each family is a tiny random checkpoint on",
-        "which every verb was run and every number compared with plain transformers (eager attention, one sequence at",
-        "a time) and plain PEFT, in float32 on a CPU. A family that is not listed may work too: the start of every",
-        "training and scoring compares packed with plain log-probs and stops where they differ.",
+        "Written by `python -m tests.families --write docs/models.md`. `dpo models` prints it, and",
+        "`dpo models MODEL` says what a given model gets and why. Each family is a tiny random checkpoint",
+        "on which every verb was run (train, load in plain PEFT, score, generate, merge, learn from a given",
+        "adapter) and every number compared with plain transformers (eager attention, one sequence at a",
+        "time) and plain PEFT, in float32 on a CPU. A family that is not listed may work too: the start of",
+        "every training and scoring compares log-probs with the plain model's and stops where they differ.",
+        "The layouts are explained in [recipe.md](recipe.md); FlexAttention takes heads of 16 or more.",
         "",
-        f"{right} of {len(findings)} are right in every column; what is refused is refused before anything is trained.",
+        f"{right} of {len(rows)} are right in every verb; what is refused is refused before anything is trained.",
         "",
-        "| family | trains | loads in plain PEFT | scores | generates | merges | if not, why |",
-        "|---|---|---|---|---|---|---|",
+        "| family | layout | adapted by `all-linear` | fast path (GPU) | right | refused, and why |",
+        "|---|---|---|---|---|---|",
     ]
-    order = ("learn", "load", "score", "generate", "merge")
-    for finding in findings:
-        marks = ["yes" if finding.verbs.get(verb) == "right" else "no" for verb in order]
-        lines.append(f"| {finding.name} | {' | '.join(marks)} | {_cause(finding)} |")
+    for row in rows:
+        cells = (row[key] or "-" for key in ("family", "layout", "adapted", "fast", "right"))
+        lines.append(f"| {' | '.join(cells)} | {row['refused']} |")
     return "\n".join(lines) + "\n"
+
+
+def _write(findings: list[Finding], file: Path) -> None:
+    """The table in both forms; families that were not run keep the row that they had."""
+    known = {row["family"]: row for row in json.loads(_TESTED.read_text())["families"]} if _TESTED.is_file() else {}
+    known |= {finding.name: _row(finding) for finding in findings}
+    rows = [known[name] for name in FAMILIES if name in known]
+    file.write_text(table(rows), encoding="utf-8")
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    _TESTED.write_text(f'{{"families": [\n{lines}\n]}}\n', encoding="utf-8")
+
+
+def _row(finding: Finding) -> dict[str, str]:
+    """What `dpo models` reads."""
+    right = [verb for verb in VERBS if finding.verbs.get(verb) == "right"]
+    return {
+        "family": finding.name,
+        "layout": finding.layout,
+        "adapted": finding.adapted,
+        "fast": finding.fast,
+        "right": "all verbs" if len(right) == len(VERBS) else ", ".join(right),
+        "refused": _cause(finding),
+    }
 
 
 def _cause(finding: Finding) -> str:
@@ -523,7 +616,7 @@ def _main() -> int:
             findings.append(examine(name, Path(folder), given.attention))
         print(f"{name:28} {findings[-1].state:8} {findings[-1].words[:200]}", flush=True)
         if given.write is not None:
-            given.write.write_text(table(findings), encoding="utf-8")
+            _write(findings, given.write)
     return int(any(finding.state in ("CRASH", "WRONG") for finding in findings))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from inspect import signature
 from typing import Any
 
 import numpy as np
@@ -12,9 +13,10 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, MistralConfig, MistralForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
-from dpo_studio.errors import DataError, ModelError, NonFiniteError, UsageError
+from dpo_studio.errors import DataError, NonFiniteError, UsageError
 from dpo_studio.sampling.completion import Completion
 from dpo_studio.sampling.generation import _choose, _closed_up, _uniforms, generate, stream
+from tests.laid_out import base_of
 
 pytestmark = pytest.mark.filterwarnings("ignore:.is_gradient_checkpointing. is deprecated:FutureWarning")  # PEFT's
 
@@ -330,10 +332,33 @@ def test_what_cannot_be_sampled_from_is_refused(model: Any) -> None:
         answers(model, [[3], []])
     with pytest.raises(UsageError, match="top_p is 0"):
         pieces(model, top_p=0.0)
-    hybrid = tiny()
-    hybrid.config.layer_types = ["linear_attention", "full_attention"]
-    with pytest.raises(ModelError, match="linear_attention"):
-        answers(hybrid)
+
+
+@pytest.mark.parametrize("case", ["qwen3_next", "bamba", "lfm2", "bloom"])
+def test_a_cache_of_its_own_writes_what_the_plain_model_does_without_one(case: str) -> None:
+    """States, and ALiBi: greedy, one prompt at a time, each token from the whole sequence."""
+    model, _ = base_of(case)
+    for prompt, completion in zip(PROMPTS[:3], answers(model, PROMPTS[:3], temperature=0.0, eos_ids=[]), strict=True):
+        assert list(completion.ids) == alone(model, prompt, 12, eos=-1)[0]
+
+
+def test_a_cache_that_is_wrong_is_not_used() -> None:
+    """Right for a token and then lost: the second token from it shows, and every other comes from the whole."""
+    model, _ = base_of("qwen3_next")
+    expected = alone(model, PROMPTS[0], 12, eos=-1)[0]
+    forward, calls = model.forward, []
+
+    def forgetful(*inputs: Any, **named: Any) -> Any:
+        if named.get("use_cache"):
+            calls.append(1)
+            if len(calls) == 3:
+                named["cache"] = None
+        return forward(*inputs, **named)
+
+    forgetful.__signature__ = signature(forward)  # type: ignore[attr-defined]
+    model.forward = forgetful
+    (completion,) = answers(model, PROMPTS[:1], temperature=0.0, eos_ids=[])
+    assert list(completion.ids) == expected and len(calls) == 3
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])

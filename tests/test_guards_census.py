@@ -116,6 +116,7 @@ LOADERS = {
     "AutoTokenizer.from_pretrained": 2,
     "AutoModelForCausalLM.from_pretrained": 1,
     "AutoModelForCausalLM.from_config": 3,
+    ".from_config": 1,
     "kind.from_pretrained": 1,
     "kind.from_config": 1,
     "PeftModel.from_pretrained": 2,  # a scanned adapter; and, to prove it, one that was written a moment before

@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 from transformers import (
     BloomConfig,
+    DeepseekV32Config,
     DoryConfig,
     FalconConfig,
     Gemma3TextConfig,
-    GPT2Config,
     GPTNeoConfig,
     JambaConfig,
-    Llama4TextConfig,
+    Lfm2Config,
     MambaConfig,
     ModernBertDecoderConfig,
     MptConfig,
@@ -37,6 +37,7 @@ from dpo_studio.models.attention import (
     dense_mask,
     row_inputs,
 )
+from dpo_studio.models.layouts import choose_layout
 from dpo_studio.tokens.pack import Span, pack
 from tests.pairs_of_ids import encoded, random_pairs
 from tests.tiny_models import ARCHITECTURES, tiny_model
@@ -129,17 +130,19 @@ def test_pair_by_pair_and_flex_are_the_dense_mask(architecture: str, window: int
     torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-4)
 
 
-@pytest.mark.parametrize("window", [None, 1, 40, 128, 200, 500])
+@pytest.mark.parametrize(
+    ("window", "chunk"), [*((window, None) for window in (None, 1, 40, 128, 200, 500)), (None, 100), (None, 300)]
+)
 @pytest.mark.parametrize("seed", range(3))
 def test_flex_visits_every_block_that_anyone_may_see_and_masks_in_all_but_full_ones(
-    window: int | None, seed: int
+    window: int | None, seed: int, chunk: int | None
 ) -> None:
     """Of 128 x 128 tokens, against the dense mask cut into such blocks. Some are skipped, some are full: pairs of 3 to
     1,400 tokens. A full block that is listed as a partial one would cost time, never a number; it happens with windows.
     """
     pairs = [*random_pairs(5, seed=seed, prompt=(1, 400), answer=(1, 500)), *random_pairs(6, seed=seed + 9)]
-    mask: Any = block_mask(pack(pairs), window)
-    dense_TT = dense_mask(_whole_blocks(pack(pairs), mask.seq_lengths[0]), window)[0, 0]
+    mask: Any = block_mask(pack(pairs), window, chunk)
+    dense_TT = dense_mask(_whole_blocks(pack(pairs), mask.seq_lengths[0]), window, chunk)[0, 0]
     blocks = len(dense_TT) // BLOCK
     cut = dense_TT.view(blocks, BLOCK, blocks, BLOCK).transpose(1, 2).flatten(2)
     anyone, everyone = cut.any(2), cut.all(2)
@@ -154,7 +157,7 @@ def test_flex_visits_every_block_that_anyone_may_see_and_masks_in_all_but_full_o
     assert not (anyone & ~partial & ~full).any()
     assert not (full & ~everyone).any()
     assert not partial.all()
-    if window is None:
+    if window is None and chunk is None:
         assert torch.equal(full, everyone)
         assert full.any()
     place_T = torch.arange(len(dense_TT))
@@ -201,26 +204,41 @@ def test_the_kernel_is_chosen_where_it_can_be_made(monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize(
+    ("config", "layout", "reason"),
+    [
+        (Qwen3NextConfig(), "rows", "has layers with a state (linear_attention)"),
+        (JambaConfig(), "rows", "has layers with a state (linear_attention)"),
+        (MambaConfig(), "rows", "has layers with a state (linear_attention)"),
+        (
+            Lfm2Config(layer_types=["conv", "full_attention"], num_hidden_layers=2),
+            "rows",
+            "has layers with a state (conv)",
+        ),
+        (DeepseekV32Config(), "apart", "a pack's mask does not reach (indexed_attention)"),
+        (BloomConfig(), "apart", "places of the row (ALiBi)"),
+        (MptConfig(), "apart", "places of the row (ALiBi)"),
+        (FalconConfig(alibi=True), "apart", "places of the row (ALiBi)"),
+        (GPTNeoConfig(), "apart", "places of the row (local attention)"),
+    ],
+    ids=lambda value: getattr(value, "model_type", ""),
+)
+def test_what_packs_cannot_hold_is_read_in_another_layout(config: Any, layout: str, reason: str) -> None:
+    check_architecture(config, "some/model")
+    choice = choose_layout(config)
+    assert choice.layout == layout and reason in choice.why
+
+
+@pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Qwen3NextConfig(), "layers a pack's mask does not reach (linear_attention)"),
-        (JambaConfig(), "a pack's mask does not reach"),
-        (MambaConfig(), "a pack's mask does not reach"),
-        (Llama4TextConfig(), "a pack's mask does not reach"),
-        (Llama4TextConfig(attention_chunk_size=None, layer_types=["full_attention"] * 48), "attn_temperature_tuning"),
         (Gemma3TextConfig(use_bidirectional_attention=True), "looks at later tokens (use_bidirectional_attention)"),
-        (BloomConfig(), "places of the row (ALiBi)"),
-        (MptConfig(), "places of the row (ALiBi)"),
-        (FalconConfig(alibi=True), "places of the row (ALiBi)"),
-        (GPTNeoConfig(), "places of the row (local attention)"),
-        (GPT2Config(), "(Conv1D) whose adapters cannot be switched off"),
         (DoryConfig(), "more than one product between its hidden states and its logits"),
         (ModernBertDecoderConfig(), "more than one product between its hidden states and its logits"),
         (T5Config(), "is an encoder-decoder"),
     ],
     ids=lambda value: getattr(value, "model_type", ""),
 )
-def test_what_packs_cannot_hold_is_refused_by_its_config(config: Any, reason: str) -> None:
+def test_what_no_layout_makes_right_is_refused_by_its_config(config: Any, reason: str) -> None:
     with pytest.raises(ModelError) as refused:
         check_architecture(config, "some/model")
     assert f"some/model ({config.model_type}) " in refused.value.message
@@ -230,4 +248,6 @@ def test_what_packs_cannot_hold_is_refused_by_its_config(config: Any, reason: st
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_what_packs_can_hold_is_let_through(architecture: str) -> None:
-    check_architecture(tiny_model(architecture).config, "some/model")
+    config = tiny_model(architecture).config
+    check_architecture(config, "some/model")
+    assert choose_layout(config).layout == "packed"

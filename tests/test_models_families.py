@@ -41,8 +41,8 @@ def test_a_family_of_ones_own_trains_and_scores_as_its_plain_model(tmp_path: Pat
 def test_a_family_is_added_once_and_with_a_layout_that_is_built() -> None:
     with pytest.raises(ValueError, match="'llama' has a family already"):
         add_family(Family("llama"))
-    with pytest.raises(ValueError, match="layout 'rows' is not one of packed"):
-        add_family(Family("rows_of_mine", layout="rows"))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="layout 'columns' is not one of packed, rows, apart"):
+        add_family(Family("columns_of_mine", layout="columns"))  # type: ignore[arg-type]
 
 
 def test_each_family_has_one_entry_and_no_entry_is_a_plain_decoder() -> None:

@@ -19,6 +19,7 @@ __all__ = [
     "MINUTES",
     "AdapterSection",
     "HeldOutSection",
+    "Layout",
     "ModelSection",
     "Recipe",
     "ReferenceSection",
@@ -36,6 +37,8 @@ LabelValue = str | int | float | bool
 _LARGEST_WHOLE = 2**53
 """Larger whole numbers are not meaningful counts of steps, tokens or rows, and JSON or float would round some."""
 MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
+Layout = Literal["packed", "rows", "apart"]
+"""How a model reads pairs: in a pack, or one sequence a row, for layers with a state (rows) or any (apart)."""
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
 
 
@@ -66,6 +69,8 @@ class ModelSection(Section):
     """Precision of the frozen base. auto: bfloat16 on CUDA; on a CPU, whichever a timed product finds faster."""
     attention: Literal["auto", "sdpa"] = "auto"
     """Attention implementation. auto: the fastest that honours the pack's mask on this device."""
+    layout: Literal["auto"] | Layout = "auto"
+    """packed: each prompt once for both answers. rows, apart: one sequence a row. auto: the fastest that is right."""
     adapter: str | None = None
     """Continue training this LoRA adapter. It is then also the reference, frozen as it was."""
     chat_template: str | None = None

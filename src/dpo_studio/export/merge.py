@@ -26,6 +26,7 @@ from transformers.utils import logging as transformers_logging
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.adapters import POLICY
+from dpo_studio.models.conv1d import as_conv1d
 from dpo_studio.models.dora import is_dora
 from dpo_studio.models.experts import LoraExperts, factors, plain_name
 from dpo_studio.models.lora import LoraLinear
@@ -46,6 +47,8 @@ __all__ = [
 _TOKENIZER_FILES = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json"),
     *("merges.txt", "vocab.txt", "chat_template.jinja", "generation_config.json", "*.model"),
+    # of a wrapper, what its frozen parts need
+    *("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"),
 )
 _TEMPLATE = "chat_template.jinja"
 _WHERE_FROM = ("_name_or_path", "_model_name_or_path", "name_or_path")
@@ -212,6 +215,7 @@ def save_plain(model: Any, folder: Path, *, source: Path, template: str | None) 
         ModelError: transformers would not save what the source's config.json says.
     """
     model.config.__dict__.pop("quantization_config", None)
+    as_conv1d(model)
     if (source / "generation_config.json").is_file():
         model.generation_config = GenerationConfig()
     transformers_logging.disable_progress_bar()

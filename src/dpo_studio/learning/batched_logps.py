@@ -19,6 +19,7 @@ from dpo_studio.learning.memory import (
     too_long_for_memory,
     unless_out_of_memory,
 )
+from dpo_studio.models.layouts import layout_of
 from dpo_studio.models.sharding import is_sharded
 from dpo_studio.objectives import PairLogps
 from dpo_studio.ranks import Ranks
@@ -56,14 +57,15 @@ def batched_logps(
     names = (*COLUMNS, "agreement_P") if agreement else COLUMNS
     done: list[int] = []
     columns: list[Tensor] = []
-    rows = deque(micro_batches(pairs, range(len(pairs)), token_budget))
+    layout = layout_of(model)
+    rows = deque(micro_batches(pairs, range(len(pairs)), token_budget, layout=layout))
     while rows:
         batch = rows.popleft()
         logps = unless_out_of_memory(model, partial(pair_logps, model, batch.to(device), agreement=agreement))
         if logps is None:
             if len(batch) == 1:
                 raise too_long_for_memory(batch.tokens)
-            rows.extendleft(micro_batches(pairs, batch.pairs, batch.tokens // 2))
+            rows.extendleft(micro_batches(pairs, batch.pairs, batch.tokens // 2, layout=layout))
             continue
         done += batch.pairs
         columns.append(torch.stack([getattr(logps, name) for name in names]))

@@ -11,14 +11,16 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from dpo_studio.learning.head_gradient import with_head_gradient
 from dpo_studio.models.attention import row_inputs
 from dpo_studio.models.head import HeadLaw, body_of, head_law, head_of
 from dpo_studio.models.layers import as_compiled_for_training, causal_lm
-from dpo_studio.models.unsupported import long_rope_limit
+from dpo_studio.models.layouts import layout_of
+from dpo_studio.models.unsupported import long_rope_limit, row_limit
 from dpo_studio.objectives import PairLogps
-from dpo_studio.tokens.pack import MicroBatch, split_at_position
+from dpo_studio.tokens.pack import MicroBatch, in_tables, split_at_position, split_to_fit
 
 __all__ = ["pair_logps", "token_logps"]
 
@@ -57,26 +59,45 @@ def token_logps(model: nn.Module, batch: MicroBatch, collision_N: Tensor | None 
     `collision_N`, if given, is filled with the log-prob that two tokens drawn there are the same.
     """
     base = causal_lm(model)
-    config = base.config.get_text_config()
     head, law = head_of(base), head_law(base.config)
-    limit = long_rope_limit(config)
-    rows = [] if limit is None else split_at_position(batch, limit)
+    if layout_of(model) != "packed" and not batch.tables:  # a pack made by one who did not ask
+        batch = in_tables(batch)
     with as_compiled_for_training(model):
-        hidden = [
-            body_of(base)(**row_inputs(config, row), use_cache=False)
-            .last_hidden_state[0]
-            .index_select(0, row.predictor_N)
-            for row in [row for row, _ in rows] or [batch]
-        ]
-    hidden_NH = hidden[0]
-    if rows:
-        hidden_NH = torch.cat(hidden).index_select(0, torch.cat([place_n for _, place_n in rows]).argsort())
+        hidden_NH = _padded_hidden(base, batch) if batch.tables else _packed_hidden(base, batch)
     if not torch.is_grad_enabled():
         hidden_NH = hidden_NH.detach()
     weight = head.weight.detach().to(hidden_NH.dtype)
     bias = None if head.bias is None else head.bias.detach().to(hidden_NH.dtype)
     logps_N = _head_logps(hidden_NH, weight, bias, batch.target_N, collision_N, law)
     return with_head_gradient(logps_N, hidden_NH, head, batch.target_N, law)
+
+
+def _packed_hidden(base: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """The hidden states that predict the scored tokens, (N, H)."""
+    config = base.config.get_text_config()
+    limit, most = long_rope_limit(config), row_limit(config)
+    rows = [] if limit is None else split_at_position(batch, limit)
+    if most is not None and batch.tokens > most:
+        rows = split_to_fit(batch, most)
+    hidden = [
+        body_of(base)(**row_inputs(config, row), use_cache=False).last_hidden_state[0].index_select(0, row.predictor_N)
+        for row in [row for row, _ in rows] or [batch]
+    ]
+    return _in_order(hidden, [place_n for _, place_n in rows]) if rows else hidden[0]
+
+
+def _padded_hidden(base: PreTrainedModel, batch: MicroBatch) -> Tensor:
+    """The same from sequences side by side. Without a mask: what is filled up comes last, and no one looks ahead."""
+    body = body_of(base)
+    hidden = [
+        body(input_ids=table.ids_BL, use_cache=False).last_hidden_state.flatten(0, 1).index_select(0, table.predictor_n)
+        for table in batch.tables
+    ]
+    return _in_order(hidden, [table.place_n for table in batch.tables])
+
+
+def _in_order(hidden: list[Tensor], places: list[Tensor]) -> Tensor:
+    return torch.cat(hidden).index_select(0, torch.cat(places).argsort())
 
 
 def _precision(x: Tensor) -> torch.dtype:

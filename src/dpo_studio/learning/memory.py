@@ -16,14 +16,16 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from dpo_studio.config import Layout
 from dpo_studio.errors import RunError
 from dpo_studio.frozen.linear import weight_count
 from dpo_studio.learning.logprobs import pair_logps
 from dpo_studio.models.layers import RUNGS, Recompute, is_compiled, set_recompute
+from dpo_studio.models.layouts import layout_of
 from dpo_studio.models.lora import free_shared_outputs
 from dpo_studio.models.sharding import is_sharded
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.pack import MicroBatch, Steps, pack, packed_tokens
+from dpo_studio.tokens.pack import MicroBatch, Steps, lay_out, packed_tokens, tokens_in
 
 __all__ = [
     "CPU_TOKEN_BUDGET",
@@ -101,7 +103,7 @@ class MemoryLimits:
         Raises:
             RunError: a single pair does not fit although the backward pass keeps next to nothing.
         """
-        longest = max(map(packed_tokens, self._steps.pairs))
+        longest = max(tokens_in(self._steps.layout, pair) for pair in self._steps.pairs)
         now = self._at(step)
         if largest > longest:
             limit = MemoryLimit(step, max(longest, min(now.tokens, largest) // 2), now.recompute)
@@ -195,21 +197,22 @@ def plan_limit(
     if is_sharded(policy):  # a try that runs out of memory would end the run: next to nothing is kept
         return MemoryLimit(0, max(_GPU_TOKENS[0], *map(packed_tokens, pairs)), RUNGS[-1])
     card = card or Card()
-    by_length = sorted(pairs, key=packed_tokens, reverse=True)
-    longest = packed_tokens(by_length[0])
+    size = partial(tokens_in, layout_of(policy))
+    by_length = sorted(pairs, key=size, reverse=True)
+    longest = size(by_length[0])
     weights = weight_count(policy)
-    step_tokens = pairs_per_step * sum(map(packed_tokens, pairs)) / len(pairs)
+    step_tokens = pairs_per_step * sum(map(size, pairs)) / len(pairs)
     wanted = _in_whole_blocks(
         min(max(_GPU_WORK / weights, _GPU_TOKENS[0]), _GPU_TOKENS[1], 1.25 * step_tokens), longest
     )
     for recompute in RUNGS:
         set_recompute(policy, recompute)
-        if recompute == RUNGS[0] and _fits(card, policy, _row(by_length, wanted)):
+        if recompute == RUNGS[0] and _fits(card, policy, _row(by_length, wanted, layout_of(policy))):
             return MemoryLimit(0, wanted)
         fitting = min(wanted, _tokens_that_fit(card, policy, by_length))
         while fitting >= longest:
             tokens = _in_whole_blocks(fitting, longest)
-            if tokens == longest or _fits(card, policy, _row(by_length, tokens)):
+            if tokens == longest or _fits(card, policy, _row(by_length, tokens, layout_of(policy))):
                 return MemoryLimit(0, tokens, recompute)
             fitting = max(longest, _LESS * fitting)  # short rows waste parts of torch's blocks: the slope is too small
     raise too_long_for_memory(longest)
@@ -225,11 +228,12 @@ def _fits(card: Card, policy: nn.Module, row: MicroBatch) -> bool:
 
 def _tokens_that_fit(card: Card, policy: nn.Module, by_length: Sequence[EncodedPair]) -> float:
     """By a straight line through the peaks of two rows; 0 where even the longest pair is too much."""
-    longest = packed_tokens(by_length[0])
+    layout = layout_of(policy)
+    longest = tokens_in(layout, by_length[0])
     before = card.allocated()
     peaks: list[int] = []
     for tokens in (longest, 2 * longest):
-        peak = unless_out_of_memory(policy, partial(card.peak, policy, _row(by_length[:1], tokens)))
+        peak = unless_out_of_memory(policy, partial(card.peak, policy, _row(by_length[:1], tokens, layout)))
         policy.zero_grad(set_to_none=True)
         if peak is None:
             return longest if peaks else 0
@@ -238,14 +242,14 @@ def _tokens_that_fit(card: Card, policy: nn.Module, by_length: Sequence[EncodedP
     return (_SPARE * (card.usable() - before) - peaks[0]) / a_token + longest
 
 
-def _row(by_length: Sequence[EncodedPair], tokens: int) -> MicroBatch:
+def _row(by_length: Sequence[EncodedPair], tokens: int, layout: Layout) -> MicroBatch:
     """A row of that many tokens or a few less: the longest pairs that still fit, the same ones again and again."""
     chosen: list[EncodedPair] = []
     left = tokens
-    while (pair := next((pair for pair in by_length if packed_tokens(pair) <= left), None)) is not None:
+    while (pair := next((pair for pair in by_length if tokens_in(layout, pair) <= left), None)) is not None:
         chosen.append(pair)
-        left -= packed_tokens(pair)
-    return replace(pack(chosen), token_budget=tokens)
+        left -= tokens_in(layout, pair)
+    return replace(lay_out(layout, chosen), token_budget=tokens)
 
 
 def _in_whole_blocks(tokens: float, longest: int) -> int:

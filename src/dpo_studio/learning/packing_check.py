@@ -9,30 +9,33 @@ Shapes: N = scored tokens of a pair, both answers', the chosen one's first.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from dpo_studio.errors import ModelError
+from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.linear import computes_in_fp8
 from dpo_studio.learning.adapter_noise import noisy_adapters
 from dpo_studio.learning.eager_logps import computes_in_fp32, in_fp32, plain_model, plain_token_logps
 from dpo_studio.learning.logprobs import token_logps
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET, too_long_for_memory, unless_out_of_memory
+from dpo_studio.learning.neighbours_check import check_neighbours
 from dpo_studio.learning.probe_pairs import ProbePair, limits_of, probe_pairs
 from dpo_studio.models.adapters import POLICY, REFERENCE, adapter_names, as_reference, in_eval, saved_name
 from dpo_studio.models.layers import causal_lm
+from dpo_studio.models.layouts import layout_of
 from dpo_studio.models.sharding import local
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.tokens.chat import ChatEncoder
 from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.pack import micro_batches, packed_tokens
+from dpo_studio.tokens.pack import micro_batches, tokens_in
 from dpo_studio.tokens.scored_text import check_scored
 
 __all__ = ["check_packing"]
@@ -50,6 +53,15 @@ class _Pass:
     name: str
     adapter: str | None
     state: Callable[[nn.Module], AbstractContextManager[None]]
+
+
+class _Off(NamedTuple):
+    """Mean differences in nats a token."""
+
+    difference: float
+    """Of the run's log-probs from the plain model's."""
+    rounding: float
+    """Of the plain model's from its own in fp32."""
 
 
 def check_packing(
@@ -77,27 +89,45 @@ def check_packing(
         check_scored(pairs, texts, encoder)
     sample = probe_pairs(pairs, limits_of(model))
     while True:
-        difference = unless_out_of_memory(model, partial(_compare, model, pairs, sample, token_budget))
-        if difference is not None:
+        found = unless_out_of_memory(model, partial(_compare, model, pairs, sample, token_budget))
+        if found is not None:
             _check_switch(model, pairs[sample[0].place], token_budget)
-            return difference
-        longest = max(sample, key=lambda one: packed_tokens(pairs[one.place]))
+            check_neighbours(model, pairs, _TIMES * found.rounding + _APART)
+            return found.difference
+        tokens = [tokens_in(layout_of(model), pairs[one.place]) for one in sample]
         if len(sample) == 1:
-            raise too_long_for_memory(packed_tokens(pairs[longest.place]))
+            raise too_long_for_memory(tokens[0])
+        longest = sample[tokens.index(max(tokens))]
         sample.remove(longest)
 
 
-def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[ProbePair], token_budget: int) -> float:
+def _compare(model: nn.Module, pairs: Sequence[EncodedPair], sample: Sequence[ProbePair], token_budget: int) -> _Off:
     chosen = [pairs[one.place] for one in sample]
     off = []
     with torch.no_grad(), in_eval(model), noisy_adapters(model):
         for one in _passes(model):
-            with one.state(model):
+            with one.state(model), _named(model, "as this run reads it"):
                 ours = _packed(model, chosen, token_budget)
-            own = None if computes_in_fp32(model) else _plain(model, one.adapter, chosen)
-            exact = _plain(model, one.adapter, chosen, exact=True)
+            with _named(model, "by transformers alone"):
+                own = None if computes_in_fp32(model) else _plain(model, one.adapter, chosen)
+                exact = _plain(model, one.adapter, chosen, exact=True)
             off.append(_judge(one.name, sample, chosen, ours, exact, own or exact, model))
-    return max(off)
+    return _Off(max(one.difference for one in off), max(one.rounding for one in off))
+
+
+@contextmanager
+def _named(model: nn.Module, how: str) -> Iterator[None]:
+    """Inside, what a model's own code raises is a refusal: no run would get further."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        raise ModelError(
+            f"{causal_lm(model).config.model_type} cannot be computed {how} (layout {layout_of(model)}): "
+            f"{type(error).__name__}: {reason_of(error)}",
+            hint="try model.layout: apart, or model.attention: sdpa; if it stays, please report the model",
+        ) from error
 
 
 def _check_switch(model: nn.Module, pair: EncodedPair, token_budget: int) -> None:
@@ -136,7 +166,7 @@ def _packed(model: nn.Module, pairs: Sequence[EncodedPair], token_budget: int) -
     """Each pair's log-probs (N,), from rows packed as in a run."""
     found: dict[int, Tensor] = {}
     device = causal_lm(model).device
-    for batch in micro_batches(pairs, range(len(pairs)), token_budget):
+    for batch in micro_batches(pairs, range(len(pairs)), token_budget, layout=layout_of(model)):
         by_answer = torch.split(token_logps(model, batch.to(device)).cpu(), batch.tokens_A.tolist())
         for place, chosen, rejected in zip(batch.pairs, by_answer[0::2], by_answer[1::2], strict=True):
             found[place] = torch.cat([chosen, rejected])
@@ -165,7 +195,7 @@ def _judge(
     exact: Sequence[Tensor],
     own: Sequence[Tensor],
     model: nn.Module,
-) -> float:
+) -> _Off:
     """The mean difference of all tokens; raises ModelError for the first pair whose own is too large.
 
     What the precision explains is the plain model's distance from fp32 on that pair or on all of them, whichever is
@@ -181,11 +211,11 @@ def _judge(
         if not difference <= _TIMES * explained + _APART:
             precision = "fp8" if computes_in_fp8(model) else str(causal_lm(model).dtype).removeprefix("torch.")
             raise ModelError(
-                f"packed and plain log-probs differ by {difference:.3g} nats a token {where}, where {precision} "
-                f"explains {explained:.2g}: this model is computed incorrectly",
-                hint="try model.attention: sdpa; if it stays, please report the model",
+                f"{layout_of(model)} and plain log-probs differ by {difference:.3g} nats a token {where}, where "
+                f"{precision} explains {explained:.2g}: this model is computed incorrectly",
+                hint="try model.attention: sdpa, or model.layout: apart; if it stays, please report the model",
             )
-    return (torch.cat(list(ours)) - torch.cat(list(exact))).abs().mean().item()
+    return _Off((torch.cat(list(ours)) - torch.cat(list(exact))).abs().mean().item(), rounding)
 
 
 def _check_finite(model: nn.Module) -> None:

@@ -17,7 +17,7 @@ from dpo_studio.models.adapter_settings import rank_of
 from dpo_studio.models.dora import Dora
 from dpo_studio.models.experts import LoraExperts, fused_experts, plain_name
 from dpo_studio.models.lora import LoraLinear
-from dpo_studio.models.targets import not_adaptable, short_names
+from dpo_studio.models.targets import is_one_product, not_adaptable, short_names
 from dpo_studio.models.trained_modules import TrainedModule
 
 __all__ = ["adapted_names", "check_layers", "check_parameters", "check_patterns"]
@@ -115,4 +115,6 @@ def _is_computed(model: nn.Module, name: str, module: BaseTunerLayer) -> bool:
     if isinstance(module, LoraExperts):
         place = plain_name(name)
         return f"{place}.{module.parameter_name}" in fused_experts(model).get(place, ())
-    return type(module) is LoraLinear and all(isinstance(kind, Dora) for kind in module.lora_variant.values())
+    if type(module) is not LoraLinear or not is_one_product(module.base_layer):
+        return False
+    return all(isinstance(kind, Dora) for kind in module.lora_variant.values())

@@ -24,6 +24,7 @@ from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.products import adapter_disabled
 from dpo_studio.models.adapted_layers import adapted_names, check_layers, check_parameters, check_patterns
 from dpo_studio.models.adapter_settings import lora_settings, refuse_strange_lora
+from dpo_studio.models.conv1d import has_conv1d
 from dpo_studio.models.dora import keep_norms, start_magnitudes
 from dpo_studio.models.experts import plain_name, take_over_experts
 from dpo_studio.models.head import body_of
@@ -263,6 +264,7 @@ def save_adapter(policy: PeftModel, folder: Path, *, base: str, tensors: Mapping
         config["modules_to_save"] = short_names(policy.get_base_model(), config["modules_to_save"])
     config["base_model_name_or_path"] = base
     config["inference_mode"] = True
+    config["fan_in_fan_out"] = has_conv1d(policy)
     plain = json.loads(
         json.dumps(config, default=lambda value: sorted(value) if isinstance(value, set) else str(value))
     )

@@ -28,6 +28,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedConfig
 
+from dpo_studio.config import Layout
 from dpo_studio.errors import ModelError
 from dpo_studio.models.attention_functions import BLOCK, DENSE, FLEX, PAIRS, pack_note
 from dpo_studio.models.families import family_of
@@ -47,7 +48,7 @@ __all__ = [
     "row_inputs",
 ]
 
-FULL, SLIDING = "full_attention", "sliding_attention"
+FULL, SLIDING, CHUNKED = "full_attention", "sliding_attention", "chunked_attention"
 _SMALLEST_FLEX_HEAD = 16
 _LEAST_ROOM = 2048
 """Shorter rows share one kernel; unused blocks are skipped."""
@@ -62,10 +63,10 @@ def row_inputs(config: PreTrainedConfig, batch: MicroBatch) -> dict[str, Any]:
     kind = config._attn_implementation
     if kind == FLEX:
         batch = _whole_blocks(batch)
-    window = getattr(config, "sliding_window", None)
-    if window is not None and all(longest_read(span) <= window for span in batch.spans):
-        window = None
-    makers: dict[str, Callable[[MicroBatch, int | None], Any]] = {
+    window, chunk = (getattr(config, key, None) for key in ("sliding_window", "attention_chunk_size"))
+    longest = max(map(longest_read, batch.spans))
+    window, chunk = (None if size is None or longest <= size else size for size in (window, chunk))
+    makers: dict[str, Callable[..., Any]] = {
         PAIRS: _note,
         FLEX: block_mask,
         "eager": partial(_added_mask, getattr(config, "dtype", None) or torch.float32),
@@ -73,7 +74,8 @@ def row_inputs(config: PreTrainedConfig, batch: MicroBatch) -> dict[str, Any]:
     make = makers.get(kind, dense_mask)
     full, sliding = make(batch, None), make(batch, window)
     kinds = getattr(config, "layer_types", None)
-    masks = sliding if kinds is None else {FULL: full} | {k: sliding if k == SLIDING else full for k in kinds}
+    others = {SLIDING: sliding} | ({CHUNKED: make(batch, None, chunk)} if CHUNKED in (kinds or ()) else {})
+    masks = sliding if kinds is None else {FULL: full} | {kind: others.get(kind, full) for kind in kinds}
     return {"input_ids": batch.ids_1T, "position_ids": batch.position_ids_1T, "attention_mask": masks}
 
 
@@ -82,14 +84,15 @@ def longest_read(span: Span) -> int:
     return max(span.chosen_end, span.prompt_end + span.rejected_end - span.chosen_end) - span.start
 
 
-def dense_mask(batch: MicroBatch, window: int | None = None) -> Tensor:
-    """Same pair, not later, in the prompt or the same answer, within the window: bool (1, 1, T, T), True = may look."""
+def dense_mask(batch: MicroBatch, window: int | None = None, chunk: int | None = None) -> Tensor:
+    """Same pair, not later, in the prompt or the same answer, within the window, in the same chunk of the answer's own
+    positions: bool (1, 1, T, T), True = may look."""
     place_T = torch.arange(batch.ids_1T.shape[1], device=batch.ids_1T.device)
-    visible = _visible(batch, window)
+    visible = _visible(batch, window, chunk)
     return visible(None, None, place_T[:, None], place_T)[None, None]
 
 
-def block_mask(batch: MicroBatch, window: int | None = None) -> BlockMask:
+def block_mask(batch: MicroBatch, window: int | None = None, chunk: int | None = None) -> BlockMask:
     """The same for FlexAttention. Which blocks it visits follows from their extremes; no T x T mask is built."""
     # a pair over its room is met rarely, and each length would have a kernel of its own
     room = batch.token_budget if batch.tokens <= batch.token_budget else 1 << (batch.tokens - 1).bit_length()
@@ -102,19 +105,32 @@ def block_mask(batch: MicroBatch, window: int | None = None) -> BlockMask:
     if window is not None:  # nearest and furthest two tokens of the blocks can be
         some_BB &= position_BR.amin(1)[:, None] - position_BR.amax(1) < window
         all_BB &= position_BR.amax(1)[:, None] - position_BR.amin(1) < window
+    if chunk is not None:  # the first and the last chunk of each block
+        first_B, last_B = position_BR.amin(1) // chunk, position_BR.amax(1) // chunk
+        some_BB &= (first_B[:, None] <= last_B) & (first_B <= last_B[:, None])
+        all_BB &= (first_B == last_B) & (first_B == last_B)[:, None] & (first_B[:, None] == first_B)
     partial, full = _listed(some_BB & ~all_BB), _listed(some_BB & all_BB)
     for tensor in (*partial, *full, batch.seen_until_T, batch.position_ids_1T):
         torch._dynamo.mark_static(tensor)
-    return BlockMask.from_kv_blocks(*partial, *full, BLOCK, _visible(batch, window), (batch.tokens, batch.tokens))
+    return BlockMask.from_kv_blocks(
+        *partial, *full, BLOCK, _visible(batch, window, chunk), (batch.tokens, batch.tokens)
+    )
 
 
-def _visible(batch: MicroBatch, window: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
+def _visible(batch: MicroBatch, window: int | None, chunk: int | None) -> Callable[[Any, Any, Tensor, Tensor], Tensor]:
     """Whether the token at place q of the row may look at the one at place k, in FlexAttention's signature."""
     until_T, position_T = batch.seen_until_T, batch.position_ids_1T[0]
 
     def visible(_batch: Any, _head: Any, q: Tensor, k: Tensor) -> Tensor:
         return (k <= q) & (q < until_T[k])
 
+    if chunk is not None:
+        size = chunk
+
+        def visible_in_chunk(_batch: Any, _head: Any, q: Tensor, k: Tensor) -> Tensor:
+            return visible(_batch, _head, q, k) & (position_T[q] // size == position_T[k] // size)
+
+        return visible_in_chunk
     if window is None:
         return visible
     width = window
@@ -144,24 +160,38 @@ def _whole_blocks(batch: MicroBatch, at_least: int = 0) -> MicroBatch:
     )
 
 
-def _note(batch: MicroBatch, window: int | None) -> Tensor:
-    return pack_note(batch.spans, window)
+def _note(batch: MicroBatch, window: int | None, chunk: int | None = None) -> Tensor:
+    return pack_note(batch.spans, window, chunk)
 
 
-def _added_mask(dtype: torch.dtype, batch: MicroBatch, window: int | None) -> Tensor:
+def _added_mask(dtype: torch.dtype, batch: MicroBatch, window: int | None, chunk: int | None = None) -> Tensor:
     """The dense mask in the form that the models' own eager attention adds to its scores."""
-    mask = dense_mask(batch, window)
+    mask = dense_mask(batch, window, chunk)
     return torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, torch.finfo(dtype).min)
 
 
-def choose_attention(wanted: str, config: PreTrainedConfig, device: torch.device) -> str:
-    """The implementation for `model.attention`, by transformers' name for it."""
+def choose_attention(
+    wanted: str,
+    config: PreTrainedConfig,
+    device: torch.device,
+    layout: Layout = "packed",
+    *,
+    compiles: bool | None = None,
+) -> str:
+    """The implementation for `model.attention`, by transformers' name for it; one of its own outside packs.
+
+    `compiles`: whether kernels can be made; None asks this machine.
+    """
+    if layout != "packed":
+        model = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+        return "sdpa" if _takes_ours(config) and model is not None and model._supports_sdpa else "eager"
     if not _takes_ours(config):
         return "eager"
     if wanted == "sdpa" or family_of(config).dense_mask:
         return DENSE
     smallest = min(_head_sizes(config))
-    return FLEX if device.type == "cuda" and smallest >= _SMALLEST_FLEX_HEAD and can_compile() else PAIRS
+    compiles = device.type == "cuda" and (can_compile() if compiles is None else compiles)
+    return FLEX if compiles and smallest >= _SMALLEST_FLEX_HEAD else PAIRS
 
 
 def _takes_ours(config: PreTrainedConfig) -> bool:
@@ -183,7 +213,7 @@ def can_compile() -> bool:
 
 
 def check_architecture(config: PreTrainedConfig, name: str) -> None:
-    """Refuse models with unknown changes of the logits, or without a meaning for a pack's mask.
+    """Refuse models with unknown changes of the logits, and those that no layout makes right.
 
     Raises:
         ModelError: with the property that prevents it.
@@ -191,29 +221,18 @@ def check_architecture(config: PreTrainedConfig, name: str) -> None:
     for reason in _obstacles(config):
         raise ModelError(
             f"{name} ({getattr(config, 'model_type', 'unknown')}) {reason}: DPO Studio cannot train or score it yet",
-            hint="Llama, Mistral, Qwen2, Qwen3, Gemma-3 and models built like them work",
+            hint="models that write one token after the other, each seeing only what precedes it, work",
         )
     head_law(config)
 
 
 def _obstacles(config: PreTrainedConfig) -> list[str]:
-    """What makes a model unfit for packs, in words."""
     reasons = []
-    kinds = set(getattr(config, "layer_types", None) or [])
-    if strange := sorted(kinds - {FULL, SLIDING}):
-        reasons.append(f"has layers a pack's mask does not reach ({', '.join(strange)})")
-    for key in ("ssm_state_size", "mamba_d_state", "rwkv_hidden_size", "state_size", "attention_chunk_size"):
-        if getattr(config, key, None) and not kinds:  # else its layers are named
-            reasons.append(f"is not a plain attention model ({key})")
     if getattr(config, "use_bidirectional_attention", None) in (True, "all"):
         reasons.append("looks at later tokens (use_bidirectional_attention)")
-    refusal = family_of(config).refusal
-    if refusal is not None and refusal.applies(config):
-        reasons.append(refusal.reason)
-    if getattr(config, "alibi", False):
-        reasons.append("counts distances in places of the row (ALiBi)")
-    if getattr(config, "attn_temperature_tuning", False) and not all(getattr(config, "no_rope_layers", None) or [1]):
-        reasons.append("scales its queries by their places in the row (attn_temperature_tuning)")
     if getattr(config, "is_encoder_decoder", False):
         reasons.append("is an encoder-decoder")
+    refusal = family_of(config).refusal
+    if refusal is not None and refusal.applies(config):
+        reasons.append(refusal.words)
     return reasons

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cache, lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -38,21 +38,34 @@ _CHANGE_NOTHING = {
 """Arguments of models that are in q, k, the mask or the pack already."""
 
 
-def pack_note(spans: Sequence[Span], window: int | None) -> Tensor:
-    """Where the pairs lie and how far a token sees, in the place of a mask: int64 (1, 1, 1 + P, 4), the window first.
+class _Reach(NamedTuple):
+    """How far back a token sees, in tokens; None: to the start."""
+
+    window: int | None
+    chunk: int | None
+    """Tokens see back to the last multiple of it."""
+
+    def is_all(self, length: int) -> bool:
+        """Whether in a sequence of this length every token sees all before it."""
+        return all(size is None or length <= size for size in self)
+
+
+def pack_note(spans: Sequence[Span], window: int | None, chunk: int | None = None) -> Tensor:
+    """Where the pairs lie and how far a token sees, in the place of a mask: int64 (1, 1, 1 + P, 4), window and chunk
+    first.
 
     4-D masks reach the attention function as they are, even in models that hand on nothing else (StableLM, Nemotron),
     and when a layer is recomputed in the backward pass.
     """
-    return torch.tensor([[[[window or 0, 0, 0, 0], *spans]]])
+    return torch.tensor([[[[window or 0, chunk or 0, 0, 0], *spans]]])
 
 
-def _read_note(note: Tensor, length: int) -> tuple[int | None, tuple[Span, ...]]:
-    (window, *_), *rows = note[0, 0].tolist()
+def _read_note(note: Tensor, length: int) -> tuple[_Reach, tuple[Span, ...]]:
+    (window, chunk, *_), *rows = note[0, 0].tolist()
     spans = tuple(Span(*row) for row in rows)
     if not spans or spans[-1].rejected_end != length:
         raise ModelError("this model changes its attention mask on the way to the attention: packs cannot be computed")
-    return window or None, spans
+    return _Reach(window or None, chunk or None), spans
 
 
 def _extras(module: nn.Module, given: dict[str, Any]) -> tuple[float | None, Tensor | None]:
@@ -175,7 +188,7 @@ def _attend_pairs(
     if attention_mask is None or attention_mask.dtype != torch.int64:
         return _attend_plainly(module, query_1HTD, key_1HTD, value_1HTD, attention_mask, scaling=scaling, **kwargs)
     softcap, sink_H = _extras(module, kwargs)
-    window, spans = _read_note(attention_mask, query_1HTD.shape[2])
+    reach, spans = _read_note(attention_mask, query_1HTD.shape[2])
     dtype = query_1HTD.dtype
     if query_1HTD.device.type == "cpu":
         query_1HTD, key_1HTD, value_1HTD = query_1HTD.float(), key_1HTD.float(), value_1HTD.float()
@@ -187,7 +200,7 @@ def _attend_pairs(
     queries = torch.split(query_1HTD, seen, 2)
     keys, values = torch.split(key_1HTD, parts, 2), torch.split(value_1HTD, parts, 2)
     by_kernel = softcap is None and sink_H is None  # whose is_causal says it all
-    masks = _answer_masks(spans, window, by_kernel, query_1HTD.dtype, query_1HTD.device)
+    masks = _answer_masks(spans, reach, by_kernel, query_1HTD.dtype, query_1HTD.device)
     outputs = []
     for pair in range(len(spans)):
         q_chosen, q_rejected = queries[2 * pair : 2 * pair + 2]
@@ -254,7 +267,7 @@ def _attend_capped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, 
 
 @lru_cache(maxsize=4)
 def _answer_masks(
-    spans: tuple[Span, ...], window: int | None, by_kernel: bool, dtype: torch.dtype, device: torch.device
+    spans: tuple[Span, ...], reach: _Reach, by_kernel: bool, dtype: torch.dtype, device: torch.device
 ) -> list[tuple[Tensor | None, Tensor]]:
     """For each pair, what the chosen answer and its prompt see, None if causality says it, and what the rejected sees.
 
@@ -262,23 +275,25 @@ def _answer_masks(
     """
 
     def mask(prompt: int, answer: int) -> Tensor:
-        return _answer_mask(prompt, answer, window, dtype, device)
+        return _answer_mask(prompt, answer, reach, dtype, device)
 
     made = []
     for s in spans:
         prompt, whole = s.prompt_end - s.start, s.chosen_end - s.start
-        plain = by_kernel and (window is None or whole <= window)
+        plain = by_kernel and reach.is_all(whole)
         made.append((None if plain else mask(0, whole), mask(prompt, s.rejected_end - s.chosen_end)))
     return made
 
 
-def _answer_mask(prompt: int, answer: int, window: int | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _answer_mask(prompt: int, answer: int, reach: _Reach, dtype: torch.dtype, device: torch.device) -> Tensor:
     """What an answer's tokens see of [prompt, answer], added to the scores: (answer, prompt + answer)."""
     column = torch.arange(prompt + answer, device=device)
     row = column[prompt:, None]
     visible = row >= column
-    if window is not None:
-        visible &= row - column < window
+    if reach.window is not None:
+        visible &= row - column < reach.window
+    if reach.chunk is not None:
+        visible &= row // reach.chunk == column // reach.chunk
     return torch.zeros(visible.shape, dtype=dtype, device=device).masked_fill_(~visible, float("-inf"))
 
 

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import get_args
 
 from transformers import PreTrainedConfig
 
-__all__ = ["FAMILIES", "Family", "add_family", "family_of", "is_gated"]
+from dpo_studio.config import Layout
 
-Layout = Literal["packed"]
-"""The layout of sequences in a row. packed: many pairs, each prompt once for both its answers."""
+__all__ = ["FAMILIES", "Family", "add_family", "family_of", "is_gated"]
 
 
 def _always(_config: PreTrainedConfig) -> bool:
@@ -24,10 +23,10 @@ def _always(_config: PreTrainedConfig) -> bool:
 
 
 @dataclass(frozen=True)
-class Refusal:
-    """Why models of a family cannot be trained or scored."""
+class Reason:
+    """Why models of a family cannot be read in packs, or not at all."""
 
-    reason: str
+    words: str
     """Follows the model's name in the message: `is ...`, `has ...`."""
     applies: Callable[[PreTrainedConfig], bool] = _always
     """Whether it applies to a model of this config."""
@@ -38,7 +37,10 @@ class Family:
     """One kind of model, by the `model_type` of its config; the defaults are those of a plain dense decoder."""
 
     model_type: str
-    layout: Layout = "packed"
+    unpacked: Reason | None = None
+    """Why its models are read in another layout than packs, where neither config nor layers say it."""
+    layout: Layout = "apart"
+    """The layout of those models."""
     dense_mask: bool = False
     """Whether its attention changes the mask on the way, and needs one with a place for every two tokens."""
     gated_mlp: str | None = None
@@ -48,13 +50,13 @@ class Family:
     logits_multiplied_by: str | None = None
     logits_capped_by: str | None = None
     """The key of the config that its logits are bent by: cap * tanh(z / cap)."""
-    refusal: Refusal | None = None
+    refusal: Reason | None = None
+    """Why its models can be read in no layout."""
 
 
-_OWN_HEAD = Refusal("has more than one product between its hidden states and its logits")
-_ALIBI = Refusal("counts distances in places of the row (ALiBi)")
-_CONV1D = Refusal("has layers of a kind (Conv1D) whose adapters cannot be switched off")
-_LOCAL = Refusal(
+_OWN_HEAD = Reason("has more than one product between its hidden states and its logits")
+_ALIBI = Reason("counts distances in places of the row (ALiBi)")
+_LOCAL = Reason(
     "counts its windows in places of the row (local attention)", lambda config: "local" in config.attention_layers
 )
 _CAP = "final_logit_softcapping"
@@ -73,6 +75,7 @@ FAMILIES: tuple[Family, ...] = (
     Family("granitemoehybrid", logits_divided_by="logits_scaling"),
     Family("granitemoeshared", logits_divided_by="logits_scaling"),
     Family("minicpm3", logits_divided_by="logits_scaling"),  # the hidden states, which is the same
+    Family("inkling_text", logits_divided_by="logits_mup_width_multiplier"),
     Family("hyperclovax", logits_multiplied_by="logits_scaling"),
     Family("cohere", logits_multiplied_by="logit_scale"),
     Family("cohere2", logits_multiplied_by="logit_scale"),
@@ -90,15 +93,16 @@ FAMILIES: tuple[Family, ...] = (
     Family("gemma4_unified_text", logits_capped_by=_CAP),
     Family("nanochat", logits_capped_by=_CAP),
     Family("vaultgemma", logits_capped_by=_CAP),
+    Family("recurrent_gemma", logits_capped_by="logits_soft_cap"),
     # adds what it has learned to the mask
     Family("doge", dense_mask=True),
+    # read one sequence a row
+    Family("bloom", unpacked=_ALIBI),
+    Family("mpt", unpacked=_ALIBI),
+    Family("gpt_neo", unpacked=_LOCAL),
     # what cannot be computed
-    Family("gpt2", refusal=_CONV1D),
     Family("dory", refusal=_OWN_HEAD),
     Family("modernbert-decoder", refusal=_OWN_HEAD),
-    Family("bloom", refusal=_ALIBI),
-    Family("mpt", refusal=_ALIBI),
-    Family("gpt_neo", refusal=_LOCAL),
 )
 """Every family that has something of its own, as the package knows it."""
 

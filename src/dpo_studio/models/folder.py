@@ -23,6 +23,7 @@ from dpo_studio.frozen.formats import Quantization, read_quantization
 from dpo_studio.models.attention import check_architecture
 from dpo_studio.models.find import find_folder
 from dpo_studio.models.fingerprint import weights_fingerprint
+from dpo_studio.models.layouts import choose_layout
 from dpo_studio.models.tokenizer_settings import load_encoder
 from dpo_studio.models.unsupported import refuse_unfit
 from dpo_studio.models.vocabulary import check_vocabulary
@@ -159,6 +160,7 @@ class ModelFolder:
             refuse_unfit(config, self.name)
             text: PreTrainedConfig = config.get_text_config()
             check_architecture(text, self.name)
+            choose_layout(text, section.layout, self.name)
         except (ValueError, TypeError, AttributeError, ArithmeticError, LookupError) as error:
             raise ModelError(
                 f"{self.name}: config.json has a value of the wrong kind: {reason_of(error)}",

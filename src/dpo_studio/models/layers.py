@@ -33,6 +33,8 @@ __all__ = [
 Recompute = Literal["nothing", "mlp", "layer"]
 RUNGS: tuple[Recompute, ...] = ("nothing", "mlp", "layer")
 """What the backward pass recomputes instead of keeping it, the cheapest first."""
+_LIST_NAMES = ("layers", "h", "blocks")
+"""What models call the list of their layers."""
 _ALLOW_MATES = "skip_fwd_side_effects_in_bwd_under_checkpoint"
 """torch's name for the setting that compiles a checkpointed part in which q passes outputs to k and v."""
 
@@ -143,13 +145,13 @@ def _recomputing(plain: Any, *, whole: bool) -> Any:
     """
 
     class Recomputing(plain):  # type: ignore[misc]
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x: Tensor, *inputs: Any, **named: Any) -> Any:
             if whole:
-                return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+                return checkpoint(super().forward, x, *inputs, use_reentrant=False, **named)
             gate, up = self.gate_proj(x), self.up_proj(x)
             if not torch.compiler.is_compiling():  # eager autograd would recompute the down projection as well
-                return self.down_proj(self._activate(gate, up))  # type: ignore[no-any-return]
-            return self.down_proj(checkpoint(self._activate, gate, up, use_reentrant=False))  # type: ignore[no-any-return]
+                return self.down_proj(self._activate(gate, up))
+            return self.down_proj(checkpoint(self._activate, gate, up, use_reentrant=False))
 
         def _activate(self, gate: Tensor, up: Tensor) -> Tensor:
             return self.act_fn(gate) * up  # type: ignore[no-any-return]
@@ -169,9 +171,12 @@ def _needing_gradient(_module: nn.Module, _inputs: Any, hidden: Tensor) -> Tenso
 def decoder_layers(model: nn.Module) -> nn.ModuleList:
     """The layers of the text model; empty where there are none by that name."""
     base = causal_lm(model).base_model
-    decoder = getattr(base, "language_model", base)  # a wrapper's text model
-    layers: nn.ModuleList = getattr(decoder, "layers", nn.ModuleList())
-    return layers
+    inner = getattr(base, "language_model", None) or getattr(base, "decoder", None)  # a wrapper's text model; OPT's
+    for part in (inner, base):
+        for name in _LIST_NAMES:
+            if isinstance(layers := getattr(part, name, None), nn.ModuleList):
+                return layers
+    return nn.ModuleList()
 
 
 def causal_lm(model: nn.Module) -> Any:

@@ -21,10 +21,13 @@ from dpo_studio.config import ModelSection, cache_folder
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.frozen.gptq_files import Gptq
 from dpo_studio.models.attention import choose_attention
+from dpo_studio.models.conv1d import as_linear
 from dpo_studio.models.folder import ModelFolder, open_model
 from dpo_studio.models.fp8_model import into_fp8
+from dpo_studio.models.layouts import LayoutChoice, choose_layout, set_layout
 from dpo_studio.models.quantised_model import load_quantised
 from dpo_studio.models.sharding import load_sharded, shard_layers
+from dpo_studio.models.unsupported import auto_class
 from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.sizes import check_model_size
 from dpo_studio.tokens.chat import ChatEncoder
@@ -49,6 +52,8 @@ class ChatModel:
     """What its user called it."""
     dtype_reason: str
     """Why it computes in this precision."""
+    layout: LayoutChoice
+    """How it reads pairs, and why not in packs."""
 
     @property
     def folder(self) -> Path:
@@ -83,12 +88,16 @@ def load_chat_model(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "compiled"))  # its own is emptied on a reboot
     dtype, reason = choose_dtype(section.dtype, device)
-    attention = choose_attention(section.attention, folder.config.get_text_config(), device)
-    if _to_be_sharded(section, folder, device, ranks):
+    text = folder.config.get_text_config()
+    layout = choose_layout(text, section.layout, folder.name)
+    attention = choose_attention(section.attention, text, device, layout.layout)
+    if section.sharding == "full" and ranks.size > 1 and not _can_be_sharded(folder, layout):
+        raise ModelError("model.sharding: full is built for text models in packs", hint="model.sharding: none")
+    if _to_be_sharded(section, folder, device, ranks) and _can_be_sharded(folder, layout):
         say(f"each of {ranks.size} processes reads and holds a slice of every layer's weights (model.sharding)")
         model = load_sharded(folder, dtype, attention, device, ranks)
     elif folder.quantization is None and section.quantize is None:
-        model = load_weights(AutoModelForCausalLM, folder, dtype, attention)
+        model = load_weights(auto_class(folder.config), folder, dtype, attention)
         with put_on_gpu(model.get_memory_footprint(), folder.name, hint=f"{_AS_GPTQ}, or {_MORE_ROOM}"):
             if section.compute == "fp8":
                 say(into_fp8(model, device, folder.name))
@@ -99,7 +108,13 @@ def load_chat_model(
             shard_layers(model, ranks, device)
     model.requires_grad_(False)
     model.eval()
-    return ChatModel(model, encoder, folder, typed or section.path, reason)
+    set_layout(model, layout.layout)
+    return ChatModel(model, encoder, folder, typed or section.path, reason, layout)
+
+
+def _can_be_sharded(folder: ModelFolder, layout: LayoutChoice) -> bool:
+    """Whether every process computes the same layers in the same order: packs, and no tower beside the text model."""
+    return layout.layout == "packed" and auto_class(folder.config) is AutoModelForCausalLM
 
 
 def _to_be_sharded(section: ModelSection, folder: ModelFolder, device: torch.device, ranks: Ranks) -> bool:
@@ -222,6 +237,7 @@ def load_weights(kind: Any, folder: ModelFolder, dtype: torch.dtype, attention: 
     finally:
         transformers_logging.set_verbosity(verbosity)
         transformers_logging.enable_progress_bar()
+    as_linear(model)
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if keys := sorted(str(key) for key in info[kind]):
             raise ModelError(

@@ -22,14 +22,30 @@ from peft.utils.transformers_weight_conversion import (
 from torch import nn
 
 from dpo_studio.errors import ModelError
+from dpo_studio.frozen.linear import FrozenLinear
 from dpo_studio.models.experts import fused_experts, plain_name
 
-__all__ = ["all_linear", "named_targets", "not_adaptable", "quantisable", "short_names", "short_parameters"]
+__all__ = [
+    "all_linear",
+    "is_one_product",
+    "named_targets",
+    "not_adaptable",
+    "quantisable",
+    "short_names",
+    "short_parameters",
+]
 
 _EXPERTS = re.compile(r"(?!shared_)(\w+_)?experts")
 """A module of experts that a router selects from. Shared ones see every token, and are dense."""
 _ROUTER = re.compile(r"gate|\w*router\w*|\w*expert_gate")
 """Of a mixture: what chooses the experts, or weighs the shared one."""
+_SAME_PRODUCT = ("FalconLinear",)
+"""Subclasses of `nn.Linear` whose forward says the same in other words."""
+_READ_PAST = ("dt_proj",)
+"""Of Mamba's layers: it multiplies by this one's weight itself, and would pass an adapter by."""
+_FUSED_BY_KERNELS = ("out_proj", "conv1d")
+_FUSING = frozenset({"falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h"})
+"""Types of models in which PEFT 0.21 refuses an adapter on those: kernels may read their weights past the adapter."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +63,8 @@ class Targets:
     """Names of dense layers, left out too: PEFT would take them for the experts'."""
     lost: Sequence[str] = ()
     """Names of layers, left out too: PEFT would not find them again when it loads the adapter."""
+    fused: Sequence[str] = ()
+    """Names of layers, left out too: PEFT refuses them."""
 
     def words(self) -> str | None:
         """The note on experts and on layers that are not adapted; None where all-linear is all of them."""
@@ -55,6 +73,7 @@ class Targets:
             for names, why in (
                 (self.renamed, "whose names PEFT gives to the experts"),
                 (self.lost, "that PEFT would not find again when it loads the adapter"),
+                (self.fused, "whose weights the model or a kernel may read past an adapter"),
             )
             if names
         ]
@@ -78,10 +97,11 @@ def all_linear(model: nn.Module) -> Targets:
     strange = _of_mixtures(model)
     head = _name_of(model, _called(model, "get_output_embeddings"))
     within = _name_of(model, _called(model, "get_decoder"))  # of a model that sees: its text model
-    linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name != head]
+    linear = [name for name, module in model.named_modules() if is_one_product(module) and name != head]
     linear = [name for name in linear if name.startswith(f"{within}.")] or linear
     renamed = _read_as_experts(model, linear)
-    dense = [name for name in linear if name not in strange]
+    past = _read_by_kernels(model, linear)
+    dense = [name for name in linear if name not in strange and name not in past]
     ours = [name for name in dense if name.rpartition(".")[2] not in renamed]
     lost = _lost(model, ours)
     names = sorted({*ours} - lost)
@@ -95,15 +115,22 @@ def all_linear(model: nn.Module) -> Targets:
         if name not in fused and not any(strange.get(parent) == what for parent in _parents(name))
     ]
     renamed_ones = sorted({*dense} - {*ours})
-    return Targets(names, parameters, kinds.count("expert"), kinds.count("router"), renamed_ones, sorted(lost))
+    counts = kinds.count("expert"), kinds.count("router")
+    return Targets(names, parameters, *counts, renamed_ones, sorted(lost), sorted(past))
+
+
+def is_one_product(module: nn.Module) -> bool:
+    """Whether a layer is W x + b and nothing else: DeepSeek V4 has a subclass that multiplies groups of its input."""
+    own = type(module).forward
+    return isinstance(module, nn.Linear) and (
+        own is nn.Linear.forward or isinstance(module, FrozenLinear) or type(module).__name__ in _SAME_PRODUCT
+    )
 
 
 def quantisable(model: nn.Module) -> list[str]:
     """The linear layers that may be stored in fewer bits: no head, no router, no experts; sorted."""
     strange = {*_of_mixtures(model), _name_of(model, _called(model, "get_output_embeddings"))}
-    return sorted(
-        name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in strange
-    )
+    return sorted(name for name, module in model.named_modules() if is_one_product(module) and name not in strange)
 
 
 def named_targets(model: nn.Module, targets: Iterable[str]) -> Targets:
@@ -254,6 +281,12 @@ def _lost(model: nn.Module, names: Iterable[str]) -> set[str]:
     tensors = {key: torch.empty(1, 1) for key in keys}
     loaded = convert_peft_adapter_state_dict_for_transformers(model, config, tensors)
     return {name for key, name in keys.items() if key not in loaded}
+
+
+def _read_by_kernels(model: nn.Module, names: Iterable[str]) -> set[str]:
+    fuses = getattr(getattr(model, "config", None), "model_type", None) in _FUSING
+    ends = {*_READ_PAST, *(_FUSED_BY_KERNELS if fuses else ())}
+    return {name for name in names if name.rpartition(".")[2] in ends}
 
 
 def _called(model: nn.Module, method: str) -> Any:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import PreTrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedConfig
 
 from dpo_studio.errors import ModelError
 
-__all__ = ["long_rope_limit", "refuse_unfit"]
+__all__ = ["auto_class", "long_rope_limit", "refuse_unfit", "row_limit"]
 
 _LONG = "longrope"
 _BY_POSITION = {"default", "linear", "llama3", "yarn", "proportional", _LONG}
@@ -32,6 +31,15 @@ def refuse_unfit(config: PreTrainedConfig, name: str) -> None:
             )
 
 
+def auto_class(config: PreTrainedConfig) -> Any:
+    """The auto class that loads a model which writes text, or None: a wrapper's text side is trained inside it, its
+    other parts are frozen and saved with it."""
+    for auto in (AutoModelForCausalLM, AutoModelForImageTextToText):
+        if type(config) in auto._model_mapping:
+            return auto
+    return None
+
+
 def long_rope_limit(config: PreTrainedConfig) -> int | None:
     """The length up to which a model with long rope uses its short factors, or None where rope has no such limit.
 
@@ -41,13 +49,21 @@ def long_rope_limit(config: PreTrainedConfig) -> int | None:
     return int(max(limits)) if limits else None
 
 
+def row_limit(config: PreTrainedConfig) -> int | None:
+    """The tokens of a row up to which a model that scales its queries by places in it (Llama 4) scales by 1."""
+    scaled = not all(getattr(config, "no_rope_layers", None) or [1]) and hasattr(config, "floor_scale")
+    return int(config.floor_scale) - 1 if scaled and getattr(config, "attn_temperature_tuning", False) else None
+
+
 def _wrapper(config: PreTrainedConfig) -> tuple[str, str] | None:
-    if type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+    if getattr(config, "is_encoder_decoder", False):
+        return "is an encoder-decoder", "use a model that writes text, one token after the other"
+    if auto_class(config) is not None:
         return None
     if config.get_text_config() is not config:
         return (
-            "is a multimodal wrapper whose text model is not separated yet",
-            "use a text-only model of the same family; of the wrappers, Gemma 3 and Gemma 4 work",
+            "is a multimodal wrapper that writes no text, or not from text alone",
+            "wrappers that transformers loads as AutoModelForImageTextToText work, their text side alone",
         )
     return "is not a causal language model", "use a model that writes text, one token after the other"
 

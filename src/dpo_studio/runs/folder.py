@@ -39,6 +39,7 @@ from dpo_studio.config.yaml_text import one_line
 from dpo_studio.disk import UNFINISHED, make_folder, remove_leftovers, sync, write_atomically
 from dpo_studio.errors import DataError, RunError
 from dpo_studio.reading import kind_of_file, parse_json, read_bytes, read_text
+from dpo_studio.runs.flat_keys import flat_keys, nested_keys
 from dpo_studio.runs.lock import LOCK
 from dpo_studio.scan import where_files_may_be
 
@@ -49,7 +50,12 @@ _MAY_CHANGE = (
     *("run.tracker", "run.folder", "run.sample_prompts"),
 )
 _MAY_GROW = ("training.epochs", "training.max_steps")
-_RESOLVED = {"model.dtype": "auto", "training.tokens_per_micro_batch": "auto", "adapter.targets": "all-linear"}
+_RESOLVED = {
+    "model.dtype": "auto",
+    "model.layout": "auto",
+    "training.tokens_per_micro_batch": "auto",
+    "adapter.targets": "all-linear",
+}
 """Keys and the value of each that is decided once and written into the run."""
 _LARGEST = 20_000_000
 """Bytes of a file that is read whole; of a recipe, `parse_yaml` takes less."""
@@ -187,7 +193,7 @@ class RunFolder:
             return wanted
         if not self._has_begun():
             return wanted
-        old, new = _flat(there.to_plain()), _flat(wanted.to_plain())
+        old, new = flat_keys(there.to_plain()), flat_keys(wanted.to_plain())
         for key, auto in _RESOLVED.items():
             if new.get(key) == auto:
                 new[key] = old[key]
@@ -198,7 +204,7 @@ class RunFolder:
                 f"{self.path} is a run with other settings:{lines}",
                 hint="choose another folder (--set run.folder=NAME), or the settings the run was made with",
             )
-        return validate_recipe(_nested(new), where=str(self.path))
+        return validate_recipe(nested_keys(new), where=str(self.path))
 
     def _has_begun(self) -> bool:
         """Whether the folder has results that a run with other settings would overwrite."""
@@ -368,31 +374,3 @@ def _allowed(key: str, old: dict[str, Any], new: dict[str, Any]) -> bool:
         return True
     before, after = old.get(key), new.get(key)
     return key in _MAY_GROW and (after is None or before is None or after > before)
-
-
-_PATTERNS = ("adapter.rank_pattern", "adapter.alpha_pattern")
-"""Keys whose value is a mapping of names with dots in them, of which the first that fits counts."""
-
-
-def _flat(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in raw.items():
-        name = f"{prefix}{key}"
-        if name in _PATTERNS:
-            flat[name] = list(value.items())
-        else:
-            flat |= _flat(value, f"{name}.") if isinstance(value, dict) and value else {name: value}
-    return flat
-
-
-def _nested(flat: dict[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for key, value in flat.items():
-        if key in _PATTERNS:
-            value = dict(value)
-        *sections, name = key.split(".")
-        inner = nested
-        for section in sections:
-            inner = inner.setdefault(section, {})
-        inner[name] = value
-    return nested

@@ -31,12 +31,13 @@ from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, DynamicLayer
 
-from dpo_studio.errors import DataError, ModelError, NonFiniteError, UsageError
+from dpo_studio.errors import DataError, NonFiniteError, UsageError
 from dpo_studio.frozen.linear import held_dense
 from dpo_studio.models.adapters import in_eval
 from dpo_studio.models.layers import causal_lm
 from dpo_studio.models.unsupported import long_rope_limit
 from dpo_studio.sampling.completion import Completion
+from dpo_studio.sampling.own_cache import keeps_own_cache, steps_of_one
 
 __all__ = ["generate", "stream"]
 
@@ -79,7 +80,6 @@ def generate(
     Raises:
         UsageError: a length or a temperature that means nothing.
         DataError: a prompt is empty.
-        ModelError: the model's layers are not attention alone.
         NonFiniteError: the model's logits are not finite.
     """
     _check(model, prompts, max_new_tokens, temperature)
@@ -89,8 +89,8 @@ def generate(
     choose = partial(_choose, temperature=float(temperature))
     answers: list[list[int]] = [[] for _ in prompts]
     with in_eval(model), held_dense(model):
-        if long_rope_limit(_text_config(model)) is not None:
-            batch_size = 1  # the longest row would choose the rope of all
+        if long_rope_limit(_text_config(model)) is not None or keeps_own_cache(model):
+            batch_size = 1  # the longest row would choose the rope of all; a state is not cut like keys and values
         for places in _batches(prompts, batch_size):
             for rows, ids in _generate_steps(
                 model, [prompts[i] for i in places], uniforms[places], choose, eos_ids, pad_id
@@ -170,12 +170,6 @@ def _check(model: nn.Module, prompts: Sequence[Sequence[int]], max_new_tokens: i
     for place, prompt in enumerate(prompts):
         if not prompt:
             raise DataError(f"prompt {place} has no tokens", hint="a chat template writes some for every prompt")
-    kinds = set(getattr(_text_config(model), "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
-    if kinds:
-        raise ModelError(
-            f"layers of kind {', '.join(sorted(kinds))} cannot be sampled from in a batch",
-            hint="models whose layers are full or sliding-window attention can",
-        )
 
 
 def _text_config(model: nn.Module) -> Any:
@@ -220,6 +214,9 @@ def _generate_steps(
     pad_id: int,
 ) -> Iterator[Step]:
     """Generate a token a step for all rows; a row that has ended is not yielded again. The model must be in eval."""
+    if keeps_own_cache(model):
+        yield from steps_of_one(model, prompts[0], uniforms[0], choose, eos_ids)
+        return
     device = next(model.parameters()).device
     ids_BW, mask_BW = _left_padded(prompts, pad_id, device)
     cache = Cache(layer_class_to_replicate=_CacheLayer)

@@ -15,15 +15,17 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dpo_studio.config import Layout
 from dpo_studio.objectives import PairLogps
 from dpo_studio.tokens.encode import EncodedAnswer, EncodedPair
+from dpo_studio.tokens.padded import Span, Table, padded_tables, padded_tokens, similar_lengths
 
 __all__ = [
     "MicroBatch",
@@ -31,21 +33,16 @@ __all__ = [
     "Steps",
     "assign_to_rows",
     "empty_row",
+    "in_tables",
+    "lay_out",
     "micro_batches",
     "pack",
     "packed_tokens",
     "pair_order",
     "split_at_position",
+    "split_to_fit",
+    "tokens_in",
 ]
-
-
-class Span(NamedTuple):
-    """A pair's place in its row: the prompt from `start`, each part up to, not including, its end."""
-
-    start: int
-    prompt_end: int
-    chosen_end: int
-    rejected_end: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,6 +65,8 @@ class MicroBatch:
     """How many scored tokens each answer has, in the order of `target_N`: chosen, rejected, chosen, ..."""
     shared_N: Tensor
     """Which scored tokens are within the length of the pair's shorter answer."""
+    tables: tuple[Table, ...] = ()
+    """The same pairs one sequence a row, for the layouts `rows` and `apart`; then it is these that the model reads."""
     token_budget: int = 0
     """The most tokens the row could have: rows of one run differ in length, and one kernel serves them all."""
     reference: PairLogps | None = None
@@ -78,8 +77,8 @@ class MicroBatch:
 
     @property
     def tokens(self) -> int:
-        """Tokens the model reads."""
-        return self.ids_1T.shape[1]
+        """Tokens the model reads, padding included."""
+        return sum(table.ids_BL.numel() for table in self.tables) or self.ids_1T.shape[1]
 
     def to(self, device: torch.device) -> MicroBatch:
         """The same micro-batch on `device`; a GPU copies it while it still computes."""
@@ -89,12 +88,30 @@ class MicroBatch:
 
         moved: dict[str, Any] = {name: move(x) for name, x in vars(self).items() if isinstance(x, Tensor)}
         reference = self.reference.map(move) if self.reference is not None else None
-        return replace(self, **moved, reference=reference)
+        tables = tuple(Table(*map(move, table)) for table in self.tables)
+        return replace(self, **moved, tables=tables, reference=reference)
 
 
 def packed_tokens(pair: EncodedPair) -> int:
     """Tokens a pair takes in a row."""
     return len(pair.prompt) + len(pair.chosen.ids) + len(pair.rejected.ids) - 2
+
+
+def tokens_in(layout: Layout, pair: EncodedPair) -> int:
+    """The most tokens a pair takes in a micro-batch of this layout."""
+    return packed_tokens(pair) if layout == "packed" else padded_tokens(pair)
+
+
+def lay_out(layout: Layout, pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -> MicroBatch:
+    """The pairs as one micro-batch."""
+    batch = pack(pairs, positions)
+    return batch if layout == "packed" else in_tables(batch)
+
+
+def in_tables(batch: MicroBatch) -> MicroBatch:
+    """A pack as it is read one sequence a row."""
+    tables = padded_tables(batch.spans, batch.ids_1T, batch.predictor_N, batch.tokens_A)
+    return replace(batch, tables=tuple(Table(*(x.to(batch.ids_1T.device) for x in table)) for table in tables))
 
 
 def pack(pairs: Sequence[EncodedPair], positions: Sequence[int] | None = None) -> MicroBatch:
@@ -160,6 +177,36 @@ def split_at_position(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, T
         longest = max(_whole_length(*answer) for answer, o in zip(answers, over_A, strict=True) if o == over)
         # the last token of an answer is not in the row, but it counts for the length
         rows.append((_with_last_position(row, limit) if over and longest == limit + 1 else row, places))
+    return rows
+
+
+def split_to_fit(batch: MicroBatch, limit: int) -> list[tuple[MicroBatch, Tensor]]:
+    """Split the row into rows of at most `limit` tokens; of a longer pair each answer has one, with the prompt.
+
+    For models that count places in the row, and whose numbers do not depend on them below `limit`: a row of one answer
+    has places that are positions. With each row comes the place (n,) of its scored tokens among those of `batch`.
+    """
+    groups: list[list[tuple[int, Span, bool, bool]]] = []
+    room = 0
+    for pair, span in enumerate(batch.spans):
+        size = span.rejected_end - span.start
+        if size > limit:
+            groups += [[(pair, span, True, False)], [(pair, span, False, True)]]
+            room = 0
+            continue
+        if size > room:
+            groups.append([])
+            room = limit
+        groups[-1].append((pair, span, True, True))
+        room -= size
+    answer_N = torch.repeat_interleave(batch.tokens_A)
+    rows = []
+    for group in groups:
+        here_A = torch.zeros(len(batch.tokens_A), dtype=torch.bool, device=answer_N.device)
+        for pair, _, chosen, rejected in group:
+            here_A[2 * pair], here_A[2 * pair + 1] = chosen, rejected
+        places = here_A[answer_N].nonzero()[:, 0]
+        rows.append((_subset(batch, [kept for _, *kept in group], places), places))  # type: ignore[misc]
     return rows
 
 
@@ -251,6 +298,7 @@ class Steps:
     rows: Callable[[Sequence[int], int], list[list[int]]] = assign_to_rows
     """Which of a step's pairs, by their lengths, share a row of a token budget; one of several processes packs only its
     own rows (`tokens.dealing`)."""
+    layout: Layout = "packed"
 
     @property
     def per_epoch(self) -> int:
@@ -277,7 +325,8 @@ class Steps:
     def micro_batches_of(self, step: int, token_budget: int | None = None) -> list[MicroBatch]:
         """The micro-batches of step number `step`, within another token budget where one is given."""
         budget = token_budget or self.token_budget
-        return list(micro_batches(self.pairs, self.pairs_of(step), budget, self.reference, self.rows))
+        positions = self.pairs_of(step)
+        return list(micro_batches(self.pairs, positions, budget, self.reference, self.rows, layout=self.layout))
 
     def __call__(self, *, after: int, token_budget: Callable[[int], int] | None = None) -> Iterator[list[MicroBatch]]:
         """The micro-batches of step after+1, after+2, ... to the end; a thread packs the next while one is used.
@@ -302,26 +351,37 @@ def micro_batches(
     token_budget: int,
     reference: Callable[[Sequence[int]], PairLogps] | None = None,
     rows: Callable[[Sequence[int], int], list[list[int]]] = assign_to_rows,
+    *,
+    layout: Layout = "packed",
 ) -> Iterator[MicroBatch]:
-    """The pairs at `positions` in rows of at most `token_budget` tokens.
+    """The pairs at `positions` in micro-batches of at most `token_budget` tokens.
 
     A row of `rows` without pairs is a micro-batch of no pairs: one token, of which nothing is learned.
     """
-    for row in rows([packed_tokens(pairs[position]) for position in positions], token_budget):
+    tokens = [tokens_in(layout, pairs[position]) for position in positions]
+    if layout == "packed" or rows is not assign_to_rows:
+        assigned = rows(tokens, token_budget)
+    else:
+        assigned = similar_lengths([_longest(pairs[position]) for position in positions], tokens, token_budget)
+    for row in assigned:
         if not row:
-            yield empty_row(pairs[positions[0]], token_budget)
+            yield empty_row(pairs[positions[0]], token_budget, layout)
             continue
         chosen = [positions[item] for item in row]
-        batch = replace(pack([pairs[position] for position in chosen], chosen), token_budget=token_budget)
+        batch = replace(lay_out(layout, [pairs[position] for position in chosen], chosen), token_budget=token_budget)
         yield replace(batch, reference=reference(chosen)) if reference is not None else batch
 
 
-def empty_row(pair: EncodedPair, token_budget: int) -> MicroBatch:
+def empty_row(pair: EncodedPair, token_budget: int, layout: Layout = "packed") -> MicroBatch:
     """The first token of a pair's prompt and two answers of one token, whose own last token is in no row: it computes
     what every row does, and counts for nothing."""
     answer = EncodedAnswer(pair.prompt[:1], np.ones(1, np.bool_))
     return replace(
-        pack([replace(pair, prompt=pair.prompt[:1], chosen=answer, rejected=answer)]),
+        lay_out(layout, [replace(pair, prompt=pair.prompt[:1], chosen=answer, rejected=answer)], [0]),
         pairs=(),
         token_budget=token_budget,
     )
+
+
+def _longest(pair: EncodedPair) -> int:
+    return len(pair.prompt) + max(len(pair.chosen.ids), len(pair.rejected.ids))

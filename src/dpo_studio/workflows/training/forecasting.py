@@ -6,7 +6,6 @@ A training takes longer than its products; on a machine that is busy now, the fo
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 
 import torch
 
@@ -15,8 +14,7 @@ from dpo_studio.console.text import duration
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.load import choose_dtype
 from dpo_studio.sizes import Shapes
-from dpo_studio.tokens.encode import EncodedPair
-from dpo_studio.tokens.pack import packed_tokens
+from dpo_studio.tokens.pack import Steps, tokens_in
 
 __all__ = ["forecast"]
 
@@ -27,14 +25,15 @@ _LOOKED_UP = ("embed", "wte", "wpe", "lm_head")
 _SIZE = 1024
 
 
-def forecast(recipe: Recipe, folder: ModelFolder, pairs: Sequence[EncodedPair], taken: int) -> str:
-    """`123,456 tokens an epoch, 370,368 in all; ... 12 min`; all steps together train on `taken` pairs.
+def forecast(recipe: Recipe, folder: ModelFolder, steps: Steps, taken: int) -> str:
+    """`123,456 tokens an epoch, 370,368 in all; ... 12 min`; all `steps` together train on `taken` pairs.
 
     `folder` is the base's.
     """
-    epoch = sum(map(packed_tokens, pairs))
-    total = round(epoch * taken / len(pairs))
-    said = f"{epoch:,} tokens an epoch (a prompt counted once a pair), {total:,} in all"
+    epoch = sum(tokens_in(steps.layout, pair) for pair in steps.pairs)
+    total = round(epoch * taken / len(steps.pairs))
+    counted = "a prompt counted once a pair" if steps.layout == "packed" else "a prompt counted once an answer, padded"
+    said = f"{epoch:,} tokens an epoch ({counted}), {total:,} in all"
     if folder.quantization is not None:  # its tensors do not have the layers' shapes
         return said
     weights = _multiplied(folder.shapes)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from dpo_studio.config import AdapterSection, Recipe, cache_folder
+from dpo_studio.config import AdapterSection, Layout, Recipe, cache_folder
 from dpo_studio.console.progress import Progress
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.frozen.linear import computes_in_fp8
@@ -23,6 +23,7 @@ from dpo_studio.models.experts import adapts_experts
 from dpo_studio.models.fingerprint import weights_fingerprint
 from dpo_studio.models.folder import ModelFolder
 from dpo_studio.models.layers import RUNGS
+from dpo_studio.models.layouts import layout_of
 from dpo_studio.models.load import ChatModel, choose_dtype, load_chat_model
 from dpo_studio.models.sharding import is_sharded
 from dpo_studio.models.targets import all_linear
@@ -44,10 +45,10 @@ __all__ = [
     "fresh_state",
     "make_reference",
     "read_and_split",
+    "resolve_model",
     "resolve_targets",
     "resolve_token_budget",
     "steps_of",
-    "with_dtype",
     "with_dtype_of_first",
 ]
 
@@ -101,15 +102,23 @@ def encode_both(recipe: Recipe, source: PairSource, split: Split, encoder: ChatE
     )
 
 
-def steps_of(recipe: Recipe, pairs: Sequence[EncodedPair], token_budget: int) -> Steps:
+def steps_of(recipe: Recipe, pairs: Sequence[EncodedPair], token_budget: int, layout: Layout) -> Steps:
     """The steps that the recipe asks for."""
     section = recipe.training
-    return Steps(pairs, section.pairs_per_step, token_budget, section.seed, section.epochs, section.max_steps)
+    steps = Steps(pairs, section.pairs_per_step, token_budget, section.seed, section.epochs, section.max_steps)
+    return replace(steps, layout=layout)
 
 
 def with_dtype(recipe: Recipe, dtype: Any) -> Recipe:
     """The recipe with the precision in which the base is loaded, in place of `auto`."""
     return recipe.model_copy(update={"model": recipe.model.model_copy(update={"dtype": dtype})})
+
+
+def resolve_model(recipe: Recipe, base: ChatModel) -> Recipe:
+    """The recipe with the precision and the layout in which the base was loaded, in place of `auto`."""
+    dtype: Any = str(base.model.dtype).removeprefix("torch.")
+    section = recipe.model.model_copy(update={"dtype": dtype, "layout": base.layout.layout})
+    return recipe.model_copy(update={"model": section})
 
 
 def resolve_targets(recipe: Recipe, policy: Policy) -> Recipe:
@@ -229,6 +238,7 @@ def make_reference(
         "quantize": recipe.model.quantize or "" if choice.model is None else "",
         "compute": "fp8" if computes_in_fp8(model) else "",
         "attention": base.model.config._attn_implementation,
+        "layout": layout_of(model),
         "device": base.device.type,
         "torch": torch.__version__,
     }

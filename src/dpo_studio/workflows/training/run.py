@@ -18,6 +18,7 @@ from dpo_studio.console.progress import Progress, Silent
 from dpo_studio.disk import remove_leftovers
 from dpo_studio.learning.memory import CPU_TOKEN_BUDGET
 from dpo_studio.models.bundled import published_name
+from dpo_studio.models.layouts import choose_layout
 from dpo_studio.models.load import ChatModel, load_chat_model
 from dpo_studio.policy.policy import Policy
 from dpo_studio.preferences.pair import Pair
@@ -40,10 +41,10 @@ from dpo_studio.workflows.training.preparing import (
     encode_both,
     fresh_state,
     read_and_split,
+    resolve_model,
     resolve_targets,
     resolve_token_budget,
     steps_of,
-    with_dtype,
     with_dtype_of_first,
 )
 from dpo_studio.workflows.training.run_log import RunLog
@@ -131,12 +132,14 @@ def check_recipe(
         if (done := run.result()) is None or not is_finished(run, resolved, done):
             check_same_data(run, digest_data(data.train.pairs, data.held_out.pairs, encoder, date), shown.warn)
         look_at_lengths(resolved, data.train, shown, anyway=anyway)
-        steps = steps_of(resolved, data.train.pairs, CPU_TOKEN_BUDGET)
+        layout = choose_layout(models.base.config.get_text_config(), resolved.model.layout, models.base.name)
+        shown.say(layout.told(data.train.pairs))
+        steps = steps_of(resolved, data.train.pairs, CPU_TOKEN_BUDGET, layout.layout)
         warn_of_length(resolved, len(data.train.pairs), steps.total, shown.warn)
         taken = min(
             steps.total * resolved.training.pairs_per_step, round(len(data.train.pairs) * resolved.training.epochs)
         )
-        shown.say(forecast(resolved, models.base, data.train.pairs, taken))
+        shown.say(forecast(resolved, models.base, steps, taken))
         shown.say(f"{steps.total} steps of {resolved.training.pairs_per_step} pairs would be trained into {run.path}")
 
 
@@ -184,14 +187,14 @@ def _train_in(
     ranks: Ranks,
 ) -> TrainedRun:
     started = time.perf_counter()
-    recipe = run.resolve(loaded.recipe)  # again: another process may have changed it before the lock was taken
+    # again: another process may have changed it before the lock was taken
+    recipe = with_dtype_of_first(run.resolve(loaded.recipe), ranks)
     with ranks.first():  # a download is one process's
         found = find_models(recipe)
     source, split = read_and_split(recipe, progress)
     look_at_pairs(recipe, split, progress, anyway=anyway)
     chats = sample_chats(recipe, split.held_out or split.train)
     date = datetime.date.fromisoformat(ranks.text_of_first(run_date(run, today).isoformat()))
-    recipe = with_dtype_of_first(recipe, ranks)
     models = look_at_models(recipe, found, date, progress.say)
     with ThreadPoolExecutor(max_workers=1) as meanwhile:  # 60,000 pairs take half a minute, as long as the weights
         encoding = meanwhile.submit(encode_both, recipe, source, split, models.encoder, progress)
@@ -203,8 +206,9 @@ def _train_in(
     ranks.check_same(sha256(f"{kept}".encode()).digest(), "pairs")
     check_same_data(run, kept, progress.warn)
     look_at_lengths(recipe, data.train, progress, anyway=anyway)
-    recipe = with_dtype(recipe, str(base.model.dtype).removeprefix("torch."))
-    steps = steps_of(recipe, data.train.pairs, CPU_TOKEN_BUDGET)
+    recipe = resolve_model(recipe, base)
+    steps = steps_of(recipe, data.train.pairs, CPU_TOKEN_BUDGET, base.layout.layout)
+    progress.say(base.layout.told(data.train.pairs))
     check_not_shorter(run, steps.total)
     warn_of_length(recipe, len(data.train.pairs), steps.total, progress.warn)
     policy = attach_policy(base, recipe, progress.say)
