@@ -42,7 +42,7 @@ from dpo_studio.preferences.turns import (
     with_system,
 )
 
-__all__ = ["columns_of", "mapped_parser"]
+__all__ = ["columns_of", "mapped_parser", "value_at"]
 
 _RANKED, _LABELLED = ("chosen", "rejected"), ("first", "second")
 _LISTS = {"answers", "scores"}
@@ -70,7 +70,7 @@ class _Mapped:
 
     def __call__(self, raw: Row) -> Pair:
         row: Row = {
-            name: _labels(raw, column) if name == "label" else _dig(raw, column)
+            name: _labels(raw, column) if name == "label" else value_at(raw, column)
             for name, column in self.columns.items()
         }
         if "answers" in row:
@@ -152,7 +152,7 @@ def mapped_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pa
     for name, given_column in section.map.items():
         several = name == "label" and not any(given_column in row for row in rows)
         for column in given_column.split(",") if several else [given_column]:
-            if not any(column in row or _dig(row, column) is not None or _labels(row, column) for row in rows):
+            if not any(column in row or value_at(row, column) is not None or _labels(row, column) for row in rows):
                 names = {str(key) for row in rows for key in row}
                 raise DataError(
                     f"{where} has no column {column!r} (data.train.map.{name})",
@@ -207,9 +207,9 @@ def _labels(row: Row, path: str) -> object:
     An annotator who said nothing has no vote.
     """
     paths = path.split(",") if path not in row else [path]
-    if len(paths) == 1 and not isinstance(found := _dig(row, path), list) and found is not None:
+    if len(paths) == 1 and not isinstance(found := value_at(row, path), list) and found is not None:
         return found
-    said = [one for each in paths for one in _flat(_dig(row, each, through_lists=True))]
+    said = [one for each in paths for one in _flat(value_at(row, each, through_lists=True))]
     return [one for one in said if not is_missing(one)] or None
 
 
@@ -217,7 +217,7 @@ def _flat(value: object) -> list[object]:
     return [one for each in value for one in _flat(each)] if isinstance(value, list) else [value]
 
 
-def _dig(row: object, path: str, *, through_lists: bool = False) -> object:
+def value_at(row: object, path: str, *, through_lists: bool = False) -> object:
     """The value of a column, or at a path of keys and list positions with dots; None if it is missing.
 
     Through lists: a name is looked up in the objects of lists within a list too.
