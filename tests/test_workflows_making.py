@@ -106,7 +106,7 @@ def test_scores_of_a_reward_model_and_prompts_that_are_held_out(model: Path, pro
     for row in rows_of(out):
         assert row["prompt"][0]["content"] not in measured
         high, low = row["made"]["scores"]
-        assert row["made"]["sampling"]["cut"] == [False, low is None]
+        assert [row[side][0].get("cut", False) for side in ("chosen", "rejected")] == [False, low is None]
         assert low is None or high - low >= 0.05
     judged = [row for row in rows_of(out) if None not in row["made"]["scores"]]
     assert judged
@@ -303,8 +303,8 @@ def test_a_cut_answer_loses_and_a_longer_one_may_be_no_match(prompts: Path, tmp_
     rows = rows_of(tmp_path / "out.jsonl")
     cut = [row for row in rows if row["rejected"][0]["content"].startswith("good ")]
     assert cut
-    assert all(row["made"]["sampling"]["cut"] == [False, True] and row["made"]["scores"][1] is None for row in cut)
-    assert not [row for row in rows if row["made"]["sampling"]["cut"][0]]
+    assert all(row["rejected"][0]["cut"] and row["made"]["scores"][1] is None for row in cut)
+    assert not [row for row in rows if row["chosen"][0].get("cut")]
     near = rows_of(tmp_path / "near.jsonl") if both.code == 0 else []
     assert not [row for row in near if "long" in row["chosen"][0]["content"] + row["rejected"][0]["content"]]
     assert "no two answers of like length" in both.err + both.out

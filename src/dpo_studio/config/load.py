@@ -178,6 +178,7 @@ _HUB_KEYS = (
     ("data", "train", "source"),
     ("data", "held_out", "source"),
     ("reference", "model"),
+    ("rounds", "prompts"),
 )
 """Hub ids, unless a file or folder of that name exists, or the name can only be a path."""
 _FILE_KEYS = (("model", "adapter"), ("model", "chat_template"), ("reference", "adapter"), ("run", "sample_prompts"))

@@ -22,6 +22,7 @@ __all__ = [
     "ModelSection",
     "Recipe",
     "ReferenceSection",
+    "RoundsSection",
     "SourceLike",
     "SourceSection",
     "TooLong",
@@ -272,6 +273,33 @@ class RunSection(Section):
     """Prompts that the policy answers during training, into samples.jsonl: so many held-out ones, or a file's."""
 
 
+class RoundsSection(Section):
+    """`dpo rounds`: the policy answers, a judge judges, pairs are chosen and trained on, and again."""
+
+    number: Annotated[int, Field(gt=0, le=100)] = 2
+    """Rounds, unless one gains nothing before."""
+    reference: Literal["start", "previous"] = "start"
+    """What each round's policy is kept close to: the start of all rounds, or the policy of the round before."""
+    prompts: Annotated[str, Field(min_length=1)] | None = None
+    """A source of prompts to answer: pairs, or prompts alone. Default: the training prompts of `data.train`."""
+    judge: Annotated[str, Field(min_length=1)] | None = None
+    """Who judges the answers, as `--judge` names it. Default: everyday, on the bundled pairs."""
+    samples: Annotated[int, Field(gt=1)] = 4
+    """Answers to each prompt."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Of the answers that become pairs, and of those that are judged at the end of a round."""
+    max_new_tokens: Annotated[int, Field(gt=0)] = 512
+    """Longest answer; a longer one is cut, and loses."""
+    choose: Literal["best-worst", "best-second", "all"] = "best-worst"
+    """Which answers become a pair: the best and the worst, the best and the next lower score, or every two."""
+    margin: Annotated[float, Field(ge=0)] = 0.0
+    """Pairs whose scores are nearer than this are dropped."""
+    match_length: Annotated[float, Field(ge=1)] | None = None
+    """Only answers whose token counts are within this factor of each other are paired."""
+    judged_prompts: Annotated[int, Field(gt=0)] = 120
+    """Held-out prompts, at most, on which each round is judged."""
+
+
 class Recipe(Section):
     """Everything a run depends on."""
 
@@ -289,6 +317,8 @@ class Recipe(Section):
     """How the adapter is fitted."""
     run: RunSection = RunSection()
     """Where the run is stored, and the tracker that also gets its metrics."""
+    rounds: RoundsSection | None = None
+    """How `dpo rounds` makes the pairs of each round; without it the recipe is of one run on given pairs."""
 
     @model_validator(mode="after")
     def _an_adapter_brings_its_own_shape(self) -> Recipe:
@@ -331,6 +361,8 @@ class Recipe(Section):
             plain["adapter"] = {name: plain["adapter"][name] for name in sorted(_ABOUT_TRAINING)}
         if self.data.held_out.source is not None:
             del plain["data"]["held_out"]["fraction"]
+        if self.rounds is None:
+            del plain["rounds"]
         return plain
 
 

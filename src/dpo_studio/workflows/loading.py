@@ -140,8 +140,9 @@ def _look_at(run: RunFolder, with_reference: bool, say: Callable[[str], None]) -
     """
     recipe = recipe_of(run)
     adapter = adapter_of(run, say)
-    if with_reference and recipe.reference.model is not None:
-        raise _not_loaded(recipe.reference.model, adapter)
+    other = ReferenceChoice.of(recipe).model
+    if with_reference and other is not None:
+        raise _not_loaded(other, adapter)
     return recipe, adapter
 
 

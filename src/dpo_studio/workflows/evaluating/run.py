@@ -45,7 +45,7 @@ from dpo_studio.workflows.scoring import side_logps
 from dpo_studio.workflows.training.preparing import read_and_split
 from dpo_studio.writing import check_outputs
 
-__all__ = ["Evaluation", "check_figure", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
+__all__ = ["REFERENCE", "Evaluation", "check_figure", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
 
 REFERENCE = "reference"
 """What a run is compared with unless another model is named: its own base, the adapter off."""

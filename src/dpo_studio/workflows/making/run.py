@@ -319,8 +319,8 @@ def _row(
     making: Making,
 ) -> dict[str, Any]:
     """A pair as OUT has it: TRL's conversational shape, and where it comes from."""
-    chosen, rejected = (answer.completion.text for answer in answers)
-    pair = Pair(prompt, (Message("assistant", chosen),), (Message("assistant", rejected),))
+    chosen, rejected = ((Message("assistant", one.completion.text, ended=one.completion.ended),) for one in answers)
+    pair = Pair(prompt, chosen, rejected)
     made = {
         "prompt_key": key,
         "models": [answer.model for answer in answers],
@@ -329,7 +329,6 @@ def _row(
             "max_new_tokens": making.max_new_tokens,
             "seed": making.seed,
             "samples": [answer.sample for answer in answers],
-            "cut": [not answer.completion.ended for answer in answers],
         },
         "judge": judge,
         "scores": [rating.scores[at] for at in both],

@@ -45,6 +45,7 @@ from dpo_studio.workflows.training.samples import Samples, sample_chats
 from dpo_studio.workflows.training.saving import Saver
 from dpo_studio.workflows.training.session import Session
 from dpo_studio.workflows.training.starting import (
+    check_no_rounds,
     check_not_shorter,
     check_tracker,
     is_finished,
@@ -106,6 +107,7 @@ def check_recipe(
         DPOStudioError: the error at which `dpo train` would stop before it loads any weights.
     """
     loaded = load_recipe(recipe, list(overrides))
+    check_no_rounds(loaded.recipe)
     check_place(loaded)
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
@@ -145,6 +147,7 @@ def run_training(
     `today`: the date of a new run, by default today's; a run that has trained a step keeps its own.
     """
     ranks = Ranks.of_environment()
+    check_no_rounds(loaded.recipe)
     check_place(loaded)
     run = RunFolder(loaded.run_folder)
     recipe = run.resolve(loaded.recipe)
