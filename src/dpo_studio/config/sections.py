@@ -94,6 +94,8 @@ class ReadingSection(Section):
     """The column (dots reach into nested ones) of prompt, chosen, rejected; first, second, label; answers, scores."""
     label: dict[str, LabelValue | list[LabelValue]] = {}
     """What the label's values mean: {first: 1, second: [2, 3], tie: 0, both_bad: -1}. Compared as text."""
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"
+    """Of several ranked answers in a row: the best against the worst, each against the next lower, or every two."""
 
 
 class SourceSection(ReadingSection):
@@ -134,7 +136,7 @@ class HeldOutSection(ReadingSection):
         if self.source is not None and "fraction" in given and self.fraction != 0:
             raise ValueError("give either fraction or source, not both")
         if self.source is None:
-            stray = sorted(given & {"split", "revision", "data_dir", "format", "map", "label"})
+            stray = sorted(given & {"split", "revision", "data_dir", "format", "map", "label", "pairs"})
             stray = [name for name in stray if getattr(self, name) != HeldOutSection.model_fields[name].default]
             if stray:
                 raise ValueError(f"{', '.join(stray)} describe a held_out source, and none is given")

@@ -195,9 +195,20 @@ def _format(section: SourceSection, first: list[object]) -> tuple[str, Parser]:
         name = section.format
     else:
         raise _wrong_columns(section, rows)
+    if section.pairs != "best-worst":
+        return name, _other_pairs(section, FORMATS[name].parser(section.pairs))
     if name == "trl" and not any("prompt" in row for row in rows):
         return name, trl_implicit
     return name, FORMATS[name].parse
+
+
+def _other_pairs(section: SourceSection, parse: Parser | None) -> Parser:
+    if parse is None:
+        raise DataError(
+            f"{section.source}: pairs: {section.pairs} is for rows of several ranked or scored answers",
+            hint="remove it, or name lists of answers and scores: --map answers=COLUMN --map scores=COLUMN",
+        )
+    return parse
 
 
 def _wrong_columns(section: SourceSection, rows: list[Row]) -> DataError:
