@@ -51,6 +51,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
         1,
         "a text of a row, which has a row's limits",
     ),
+    ("dpo_studio/preferences/votes.py", "json.loads"): (1, "a text of a row, which has a row's limits"),
     ("dpo_studio/preferences/row_contents.py", "json.loads"): (2, "a text of a row, which has a row's limits"),
     ("dpo_studio/cli/options.py", "json.loads"): (1, "typed by the user: a value of --judge-param"),
     # Expressions of constants, or of text that is escaped.

@@ -20,6 +20,7 @@
     nectar-all        the same: the best against each other one, several pairs a row
     ultrafeedback-raw instruction, completions [{response, fine-grained_score}]: the best against the worst
     label-studio      data, annotations; argilla-2: fields, responses (exports.py): the majority holds
+    open-webui        data, meta, snapshot; langfuse: input, output, scores; studio-votes: answers, choice (votes.py)
 
 A label that says tie is read before the answers: a tie is not a broken row.
 """
@@ -56,6 +57,7 @@ from dpo_studio.preferences.turns import (
     value_of,
     with_system,
 )
+from dpo_studio.preferences.votes import langfuse, open_webui, studio_vote
 
 __all__ = ["FORMATS", "Parser", "add_format", "formats_help", "scores_of", "shape_of", "trl_implicit"]
 
@@ -302,11 +304,14 @@ FORMATS: dict[str, Format] = {
     "arena-55k": _format(
         ["prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"], arena_55k
     ),
+    "studio-votes": _format(["prompt", "answers", "models", "choice", "shown_order_seed"], studio_vote),
     "nectar": _of_ranked(["prompt", "answers"], nectar),
     "nectar-all": _format(["prompt", "answers"], nectar_all),
     "ultrafeedback-raw": _of_ranked(["instruction", "models", "completions"], raw_ultrafeedback),
     "label-studio": _format(["data", "annotations"], label_studio),
     "argilla-2": _format(["fields", "responses"], argilla_2),
+    "open-webui": _format(["data", "meta", "snapshot"], open_webui),
+    "langfuse": _format(["id", "input", "output", "scores"], langfuse),
 }
 
 
