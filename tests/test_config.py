@@ -619,3 +619,14 @@ def test_every_objective_has_a_tag_of_its_own() -> None:
     assert len(set(kinds)) == len(tags) == len(OBJECTIVES)
     for kind in OBJECTIVES:
         assert type(validate_recipe(MINIMAL | {"objective": {"kind": kind.kind}}, where="r").objective) is kind
+
+
+def test_what_a_template_is_handed_keeps_its_kind(tmp_path: Path) -> None:
+    """A boolean is a value of a template, where it is no value of any other key."""
+    given = {"enable_thinking": False, "effort": "low", "budget": 3}
+    loaded = load_recipe({"model": {"path": "m", "template": given}, "data": {"train": {"source": "p.jsonl"}}})
+    assert loaded.recipe.model.template == given
+    assert loaded.recipe.model.template["enable_thinking"] is False
+    assert load_recipe(loaded.recipe).recipe.model.template == given
+    with pytest.raises(RecipeError, match=r"model\.template"):
+        load_recipe({"model": {"path": "m", "template": {"a b": 1}}, "data": {"train": {"source": "p.jsonl"}}})

@@ -25,6 +25,7 @@ __all__ = [
     "RoundsSection",
     "SourceLike",
     "SourceSection",
+    "TemplateValue",
     "TooLong",
     "TrainingSection",
     "add_objective",
@@ -34,6 +35,7 @@ __all__ = [
 
 BUNDLED = "bundled:"
 LabelValue = str | int | float | bool
+TemplateValue = bool | int | float | str | None
 _LARGEST_WHOLE = 2**53
 """Larger whole numbers are not meaningful counts of steps, tokens or rows, and JSON or float would round some."""
 MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
@@ -71,6 +73,8 @@ class ModelSection(Section):
     """Continue training this LoRA adapter. It is then also the reference, frozen as it was."""
     chat_template: str | None = None
     """A Jinja file used in place of the tokenizer's own chat template."""
+    template: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], TemplateValue] = {}
+    """Handed to the chat template with every chat, such as {enable_thinking: false}; one that it reads."""
     residency: Literal["packed", "bf16"] = "packed"
     """GPTQ bases: keep the packed integers and dequantise for each product, or dequantise once."""
     compute: Literal["auto", "bf16", "fp8"] = "auto"

@@ -129,6 +129,9 @@ def plan_rounds(loaded: RecipeFile, number: int | None) -> RoundsPlan:
     own = [name for name in ("model", "adapter", "update_every") if getattr(recipe.reference, name) is not None]
     if own:
         raise RecipeError(f"rounds.reference says what the reference is: remove reference.{own[0]}")
+    own = [name for name in ("chat_template", "template") if getattr(recipe.model, name)]
+    if own:  # the start answers the first round's prompts by its own template
+        raise RecipeError(f"rounds of a model with model.{own[0]} are not built yet")
     if recipe.model.revision is not None:
         raise RecipeError("rounds need a base that is named without a revision", hint="name a folder: model.path")
     section = recipe.rounds if number is None else recipe.rounds.model_copy(update={"number": number})
