@@ -497,7 +497,7 @@ def test_an_override_of_another_form_is_wrong_usage(text: str) -> None:
 def test_overrides_reach_into_sections_and_are_kept_as_typed(tmp_path: Path) -> None:
     loaded = minimal(tmp_path, "training.epochs=2", "training.epochs=3", "data.train.map.prompt=question")
     assert loaded.recipe.training.epochs == 3
-    assert loaded.recipe.data.train.map == {"prompt": "question"}
+    assert loaded.recipe.data.sources[0].map == {"prompt": "question"}
     assert loaded.typed["training"] == {"epochs": 3}
 
 
@@ -527,11 +527,12 @@ def test_paths_in_a_file_are_relative_to_it_and_those_on_the_command_line_to_the
     written = recipe(text, there)
     assert written.recipe.model.path == str(there / "model")
     assert written.recipe.model.adapter == str(there / "a")  # nothing but a folder can be meant
-    assert written.recipe.data.train.source == str(there / "pairs.jsonl")  # though it is not there: the error names it
+    named = str(there / "pairs.jsonl")  # though it is not there: the error names it
+    assert written.recipe.data.sources[0].source == named
     assert written.run_folder == Path("out")
     typed = recipe(text, there, "model.path=model", "data.train.source=pairs.jsonl", "model.chat_template=t.jinja")
     assert typed.recipe.model.path == str(here / "model")
-    assert typed.recipe.data.train.source == str(here / "pairs.jsonl")
+    assert typed.recipe.data.sources[0].source == str(here / "pairs.jsonl")
     assert typed.recipe.model.chat_template == str(here / "t.jinja")
     assert typed.typed["model"] == {"path": "model", "adapter": "a", "chat_template": "t.jinja"}
 
@@ -539,7 +540,7 @@ def test_paths_in_a_file_are_relative_to_it_and_those_on_the_command_line_to_the
 def test_hub_ids_and_bundled_names_are_no_paths(tmp_path: Path) -> None:
     for name in ("HuggingFaceH4/ultrafeedback_binarized:train_prefs", "bundled:everyday:train", "gpt2"):
         loaded = minimal(tmp_path, f"data.train.source={name}", f"model.path={name}")
-        assert (loaded.recipe.data.train.source, loaded.recipe.model.path) == (name, name)
+        assert (loaded.recipe.data.sources[0].source, loaded.recipe.model.path) == (name, name)
 
 
 def test_a_split_behind_a_folder_does_not_hide_that_it_is_one(tmp_path: Path) -> None:
@@ -547,7 +548,7 @@ def test_a_split_behind_a_folder_does_not_hide_that_it_is_one(tmp_path: Path) ->
     loaded = recipe(
         "{model: {path: m}, data: {train: {source: 'folder:test'}, held_out: {source: 'p.csv:x'}}}", tmp_path
     )
-    assert loaded.recipe.data.train.source == f"{tmp_path}/folder:test"
+    assert loaded.recipe.data.sources[0].source == f"{tmp_path}/folder:test"
     assert loaded.recipe.data.held_out.source == f"{tmp_path}/p.csv:x"
 
 

@@ -55,7 +55,7 @@ def _ultrafeedback_row(row: dict[str, Any]) -> dict[str, Any]:
 def train(name: str, folder: Path, model: Path, ultrafeedback: Path, *changes: str) -> Said:
     """Two steps of a shipped recipe, its Hub names replaced."""
     recipe = load_recipe(FOLDER / f"{name}.yaml").recipe
-    sources = {"data.train.source": recipe.data.train.source, "data.held_out.source": recipe.data.held_out.source}
+    sources = {"data.train.source": recipe.data.sources[0].source, "data.held_out.source": recipe.data.held_out.source}
     local = {
         key: source.replace("HuggingFaceH4/ultrafeedback_binarized", str(ultrafeedback))
         for key, source in sources.items()
@@ -96,7 +96,7 @@ def test_the_tutorials_recipe_trains_on_a_gptq_mistral(mistral: Path, ultrafeedb
 def test_the_tutorials_recipe_carries_the_tutorials_settings() -> None:
     recipe = load_recipe(FOLDER / f"{GPTQ}.yaml").recipe
     assert recipe.model.path == "TheBloke/OpenHermes-2-Mistral-7B-GPTQ"
-    assert recipe.data.train.source == "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
+    assert recipe.data.sources[0].source == "HuggingFaceH4/ultrafeedback_binarized:train_prefs"
     assert (recipe.data.max_length, recipe.data.too_long) == (256, "cut_answer_end")
     adapter, training = recipe.adapter, recipe.training
     assert (adapter.rank, adapter.alpha, adapter.dropout, adapter.targets) == (4, 8, 0.1, ["q_proj", "v_proj"])

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from dpo_studio.errors import UsageError
 from dpo_studio.objectives import DPO, Formula, Objective, check_objective, register
@@ -18,6 +18,7 @@ __all__ = [
     "BUNDLED",
     "MINUTES",
     "AdapterSection",
+    "DataSection",
     "HeldOutSection",
     "ModelSection",
     "Recipe",
@@ -28,6 +29,7 @@ __all__ = [
     "TemplateValue",
     "TooLong",
     "TrainingSection",
+    "WeightedSource",
     "add_objective",
     "as_source",
     "recipe_schema",
@@ -109,6 +111,13 @@ class SourceSection(ReadingSection):
     """File (.jsonl .json .jsonl.gz .parquet .csv .tsv), folder, `bundled:everyday`, Hub id `name[/config][:split]`."""
 
 
+class WeightedSource(SourceSection):
+    """One of several training sources."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of an epoch's pairs, among the others' weights; every source has one, or none and all its pairs."""
+
+
 SourceLike = str | Path | SourceSection
 """A source of pairs: its name, or a section with how it is read."""
 
@@ -153,11 +162,24 @@ class HeldOutSection(ReadingSection):
         return SourceSection(**self.model_dump(exclude={"fraction"}))
 
 
+def _as_one_source(schema: dict[str, object]) -> None:
+    """Forms and editors show the fields of the one source that most recipes have."""
+    kinds = schema.pop("oneOf", None)
+    if isinstance(kinds, list):
+        schema.pop("discriminator", None)
+        schema["anyOf"] = kinds[:1]
+
+
 class DataSection(Section):
     """Preference pairs, and how long they may be."""
 
-    train: SourceSection
-    """Pairs to learn from."""
+    train: Annotated[
+        Annotated[SourceSection, Tag("one")]
+        | Annotated[list[WeightedSource], Field(min_length=2, max_length=100), Tag("several")],
+        Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+        Field(json_schema_extra=_as_one_source),
+    ]
+    """Pairs to learn from; or a list of sources, each with its weight or all without."""
     held_out: HeldOutSection = HeldOutSection()
     """Pairs to measure on."""
     split_seed: int = 0
@@ -166,6 +188,20 @@ class DataSection(Section):
     """Most tokens a prompt and one of its answers may have together."""
     too_long: TooLong = "drop"
     """Pairs over `max_length` are dropped, or lose their answers' ends (no end of turn is learned) or oldest turns."""
+
+    @model_validator(mode="after")
+    def _sources_are_weighed_alike(self) -> DataSection:
+        named = [one.source for one in self.sources]
+        if len(set(named)) < len(named):
+            raise ValueError("train names a source twice")
+        if len({one.weight is None for one in self.sources if isinstance(one, WeightedSource)}) > 1:
+            raise ValueError("train has sources with a weight and others without")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceSection, ...]:
+        """The training sources, of which most recipes have one."""
+        return tuple(self.train) if isinstance(self.train, list) else (self.train,)
 
 
 LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]

@@ -169,7 +169,7 @@ def default_judge(run: str) -> str:
         RunError: not a run.
         UsageError: a run on other pairs.
     """
-    if _recipe(run).data.train.source.startswith("bundled:everyday"):
+    if all(one.source.startswith("bundled:everyday") for one in _recipe(run).data.sources):
         return "everyday"
     raise UsageError(f"{run}: name a judge of its answers with --judge", hint=f"one of {judges_help()}")
 

@@ -132,10 +132,14 @@ def plan_rounds(loaded: RecipeFile, number: int | None) -> RoundsPlan:
     own = [name for name in ("chat_template", "template") if getattr(recipe.model, name)]
     if own:  # the start answers the first round's prompts by its own template
         raise RecipeError(f"rounds of a model with model.{own[0]} are not built yet")
+    if len(recipe.data.sources) > 1:
+        raise RecipeError("rounds over several training sources are not built yet", hint="rounds.prompts: SOURCE")
     if recipe.model.revision is not None:
         raise RecipeError("rounds need a base that is named without a revision", hint="name a folder: model.path")
     section = recipe.rounds if number is None else recipe.rounds.model_copy(update={"number": number})
-    judge = section.judge or ("everyday" if recipe.data.train.source.startswith(_EVERYDAY) else None)
+    judge = section.judge or (
+        "everyday" if all(one.source.startswith(_EVERYDAY) for one in recipe.data.sources) else None
+    )
     if judge is None or judge == "implicit":
         raise RecipeError("rounds.judge names who judges the answers", hint=f"one of {judges_help()}")
     typed: Any = loaded.typed.get("model")
@@ -150,13 +154,14 @@ def divide(plan: RoundsPlan) -> tuple[list[Pair], dict[str, Turns]]:
         DataError: nothing is left on one of the two sides.
     """
     data = plan.recipe.data
+    (given,) = data.sources
     apart = data.held_out.as_source()
     other = plan.section.prompts
     if apart is not None:
         held_out = read_pairs(apart, seed=data.split_seed).pairs
-        asked = read_prompts(SourceSection(source=other) if other else data.train, seed=data.split_seed).prompts
+        asked = read_prompts(SourceSection(source=other) if other else given, seed=data.split_seed).prompts
     else:
-        split = split_pairs(read_pairs(data.train, seed=data.split_seed).pairs, data.held_out, seed=data.split_seed)
+        split = split_pairs(read_pairs(given, seed=data.split_seed).pairs, data.held_out, seed=data.split_seed)
         held_out, asked = split.held_out, {prompt_key(pair.prompt): pair.prompt for pair in split.train}
         asked = read_prompts(SourceSection(source=other)).prompts if other else asked
     measured = {prompt_key(pair.prompt) for pair in held_out}

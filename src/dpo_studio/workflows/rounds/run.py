@@ -62,8 +62,8 @@ def run_rounds(
     """
     plan = plan_rounds(load_recipe(recipe, overrides), number)
     options = llm or LLMOptions()
-    data = plan.recipe.data
-    reads = [plan.start, plan.recipe.model.path, data.train.source, data.held_out.source, plan.section.prompts]
+    data, sources = plan.recipe.data, [one.source for one in plan.recipe.data.sources]
+    reads = [plan.start, plan.recipe.model.path, *sources, data.held_out.source, plan.section.prompts]
     check_run_place(plan.folder, reads)
     with progress or Progress() as shown:
         find_any(plan.start, say=shown.say)
