@@ -30,7 +30,7 @@ def chance(prompt, a, b):
 '''
 
 
-def write(folder: Path, model: Path, judge: str = "ends", **rounds: Any) -> Path:
+def write(folder: Path, model: Path, judge: str = "ends", *, steps: int = 50, **rounds: Any) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "rules.py").write_text(RULES)
     settings = {"judge": f"{folder / 'rules.py'}:{judge}", "max_new_tokens": 12, "choose": "all"} | rounds
@@ -42,7 +42,7 @@ def write(folder: Path, model: Path, judge: str = "ends", **rounds: Any) -> Path
         adapter={"rank": 4, "alpha": 8},
         training={
             "pairs_per_step": 16,
-            "max_steps": 50,
+            "max_steps": steps,
             "learning_rate": 5e-3,
             "evaluate_every": 100,
             "save_every": 100,
@@ -164,7 +164,7 @@ def test_rounds_that_are_done_are_not_done_again(two: tuple[Path, Said]) -> None
 
 def test_a_round_that_gains_nothing_says_so_and_ends_them(model: Path, tmp_path: Path) -> None:
     """A judge whose taste nobody can learn: one of three rounds is made."""
-    said = dpo("rounds", write(tmp_path, model, judge="chance", number=3, max_new_tokens=8))
+    said = dpo("rounds", write(tmp_path, model, judge="chance", steps=2, number=3, max_new_tokens=8))
     assert said.code == 0, said.err
     summary = json.loads((tmp_path / "run" / "rounds.json").read_text())
     (only,) = summary["rounds"]
