@@ -195,15 +195,16 @@ def test_what_cannot_be_rounds_is_refused(two: tuple[Path, Said], model: Path, t
 
 
 @pytest.mark.slow
-def test_the_demo_of_rounds_gains_over_its_start(tmp_path: Path) -> None:
+def test_the_demo_of_rounds_gains_or_says_that_it_does_not(tmp_path: Path) -> None:
     """The shipped recipe, whole, on the bundled model: half an hour on two cores, and more on busy ones."""
     recipe = Path(dpo_studio.__file__).parent / "recipes" / "rounds-demo.yaml"
     said = dpo("rounds", recipe, "--set", f"run.folder={tmp_path / 'run'}")
     assert said.code == 0, said.err
     summary = json.loads((tmp_path / "run" / "rounds.json").read_text())
-    first = summary["rounds"][0]
-    assert first["win_rate_ci95"][0] > 0.5
-    assert first["length_controlled"] is not None and first["stop_rate"] > summary["start"]["stop_rate"]
+    for one in summary["rounds"]:
+        assert one["length_controlled"] is not None
+        gained = one["gain"]["win_rate_ci95"][0] > 0.5
+        assert gained or summary["stopped"].startswith(f"round {one['round']} gained nothing")
     assert len(summary["rounds"]) == 2 or summary["stopped"] is not None
     judged = {row["prompt"] for row in rows_of(tmp_path / "run" / "round-1" / "evaluation" / "comparisons.jsonl")}
     assert len(judged) == 100
