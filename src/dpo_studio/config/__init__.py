@@ -11,6 +11,7 @@ from dpo_studio.config.load import (
     parse_override,
     validate_recipe,
 )
+from dpo_studio.config.rounds_section import RoundsSection
 from dpo_studio.config.sections import (
     BUNDLED,
     MINUTES,
@@ -20,7 +21,6 @@ from dpo_studio.config.sections import (
     ModelSection,
     Recipe,
     ReferenceSection,
-    RoundsSection,
     SourceLike,
     SourceSection,
     TemplateValue,

@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from dpo_studio.config.rounds_section import RoundsSection
+from dpo_studio.config.section import Section
 from dpo_studio.errors import UsageError
 from dpo_studio.objectives import DPO, Formula, Objective, check_objective, register
 
@@ -23,7 +25,6 @@ __all__ = [
     "ModelSection",
     "Recipe",
     "ReferenceSection",
-    "RoundsSection",
     "SourceLike",
     "SourceSection",
     "TemplateValue",
@@ -38,26 +39,8 @@ __all__ = [
 BUNDLED = "bundled:"
 LabelValue = str | int | float | bool
 TemplateValue = bool | int | float | str | None
-_LARGEST_WHOLE = 2**53
-"""Larger whole numbers are not meaningful counts of steps, tokens or rows, and JSON or float would round some."""
 MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, strict about names, documented field by field."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain_value(cls, value: object) -> object:
-        """Refuse booleans, which pydantic would read as 1 or 0, and numbers that are too large."""
-        if isinstance(value, bool):
-            raise ValueError("is not a boolean key (quote the value if it is text)")
-        if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
-            raise ValueError(f"is a number beyond {_LARGEST_WHOLE:,}")
-        return value
 
 
 class ModelSection(Section):
@@ -313,33 +296,6 @@ class RunSection(Section):
     """Also send metrics to this tracker, through accelerate."""
     sample_prompts: Annotated[int, Field(gt=0, le=1000)] | str | None = None
     """Prompts that the policy answers during training, into samples.jsonl: so many held-out ones, or a file's."""
-
-
-class RoundsSection(Section):
-    """`dpo rounds`: the policy answers, a judge judges, pairs are chosen and trained on, and again."""
-
-    number: Annotated[int, Field(gt=0, le=100)] = 2
-    """Rounds, unless one gains nothing before."""
-    reference: Literal["start", "previous"] = "start"
-    """What each round's policy is kept close to: the start of all rounds, or the policy of the round before."""
-    prompts: Annotated[str, Field(min_length=1)] | None = None
-    """A source of prompts to answer: pairs, or prompts alone. Default: the training prompts of `data.train`."""
-    judge: Annotated[str, Field(min_length=1)] | None = None
-    """Who judges the answers, as `--judge` names it. Default: everyday, on the bundled pairs."""
-    samples: Annotated[int, Field(gt=1)] = 4
-    """Answers to each prompt."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
-    """Of the answers that become pairs, and of those that are judged at the end of a round."""
-    max_new_tokens: Annotated[int, Field(gt=0)] = 512
-    """Longest answer; a longer one is cut, and loses."""
-    choose: Literal["best-worst", "best-second", "all"] = "best-worst"
-    """Which answers become a pair: the best and the worst, the best and the next lower score, or every two."""
-    margin: Annotated[float, Field(ge=0)] = 0.0
-    """Pairs whose scores are nearer than this are dropped."""
-    match_length: Annotated[float, Field(ge=1)] | None = None
-    """Only answers whose token counts are within this factor of each other are paired."""
-    judged_prompts: Annotated[int, Field(gt=0)] = 120
-    """Held-out prompts, at most, on which each round is judged."""
 
 
 class Recipe(Section):
