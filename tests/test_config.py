@@ -504,7 +504,7 @@ def test_an_override_of_another_form_is_wrong_usage(text: str) -> None:
 def test_overrides_reach_into_sections_and_are_kept_as_typed(tmp_path: Path) -> None:
     loaded = minimal(tmp_path, "training.epochs=2", "training.epochs=3", "data.train.map.prompt=question")
     assert loaded.recipe.training.epochs == 3
-    assert loaded.recipe.data.train.map == {"prompt": "question"}
+    assert loaded.recipe.data.sources[0].map == {"prompt": "question"}
     assert loaded.typed["training"] == {"epochs": 3}
 
 
@@ -534,11 +534,12 @@ def test_paths_in_a_file_are_relative_to_it_and_those_on_the_command_line_to_the
     written = recipe(text, there)
     assert written.recipe.model.path == str(there / "model")
     assert written.recipe.model.adapter == str(there / "a")  # nothing but a folder can be meant
-    assert written.recipe.data.train.source == str(there / "pairs.jsonl")  # though it is not there: the error names it
+    named = str(there / "pairs.jsonl")  # though it is not there: the error names it
+    assert written.recipe.data.sources[0].source == named
     assert written.run_folder == Path("out")
     typed = recipe(text, there, "model.path=model", "data.train.source=pairs.jsonl", "model.chat_template=t.jinja")
     assert typed.recipe.model.path == str(here / "model")
-    assert typed.recipe.data.train.source == str(here / "pairs.jsonl")
+    assert typed.recipe.data.sources[0].source == str(here / "pairs.jsonl")
     assert typed.recipe.model.chat_template == str(here / "t.jinja")
     assert typed.typed["model"] == {"path": "model", "adapter": "a", "chat_template": "t.jinja"}
 
@@ -546,7 +547,7 @@ def test_paths_in_a_file_are_relative_to_it_and_those_on_the_command_line_to_the
 def test_hub_ids_and_bundled_names_are_no_paths(tmp_path: Path) -> None:
     for name in ("HuggingFaceH4/ultrafeedback_binarized:train_prefs", "bundled:everyday:train", "gpt2"):
         loaded = minimal(tmp_path, f"data.train.source={name}", f"model.path={name}")
-        assert (loaded.recipe.data.train.source, loaded.recipe.model.path) == (name, name)
+        assert (loaded.recipe.data.sources[0].source, loaded.recipe.model.path) == (name, name)
 
 
 def test_a_split_behind_a_folder_does_not_hide_that_it_is_one(tmp_path: Path) -> None:
@@ -554,7 +555,7 @@ def test_a_split_behind_a_folder_does_not_hide_that_it_is_one(tmp_path: Path) ->
     loaded = recipe(
         "{model: {path: m}, data: {train: {source: 'folder:test'}, held_out: {source: 'p.csv:x'}}}", tmp_path
     )
-    assert loaded.recipe.data.train.source == f"{tmp_path}/folder:test"
+    assert loaded.recipe.data.sources[0].source == f"{tmp_path}/folder:test"
     assert loaded.recipe.data.held_out.source == f"{tmp_path}/p.csv:x"
 
 
@@ -626,3 +627,14 @@ def test_every_objective_has_a_tag_of_its_own() -> None:
     assert len(set(kinds)) == len(tags) == len(OBJECTIVES)
     for kind in OBJECTIVES:
         assert type(validate_recipe(MINIMAL | {"objective": {"kind": kind.kind}}, where="r").objective) is kind
+
+
+def test_what_a_template_is_handed_keeps_its_kind(tmp_path: Path) -> None:
+    """A boolean is a value of a template, where it is no value of any other key."""
+    given = {"enable_thinking": False, "effort": "low", "budget": 3}
+    loaded = load_recipe({"model": {"path": "m", "template": given}, "data": {"train": {"source": "p.jsonl"}}})
+    assert loaded.recipe.model.template == given
+    assert loaded.recipe.model.template["enable_thinking"] is False
+    assert load_recipe(loaded.recipe).recipe.model.template == given
+    with pytest.raises(RecipeError, match=r"model\.template"):
+        load_recipe({"model": {"path": "m", "template": {"a b": 1}}, "data": {"train": {"source": "p.jsonl"}}})

@@ -130,6 +130,8 @@ _REQUIRED = {"model.path": "model.path=some/model", "data.train.source": "data.t
 
 def _has(raw: Any, keys: list[str]) -> bool:
     for key in keys:
+        if isinstance(raw, list):  # several sources
+            return True
         if not isinstance(raw, dict) or key not in raw:
             return False
         raw = raw[key]

@@ -25,6 +25,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
     ("dpo_studio/models/bundled.py", "json.loads"): (1, "the marker of a folder in our cache"),
     ("dpo_studio/frozen/linear.py", "open"): (1, "/proc/meminfo"),
     ("dpo_studio/cli/app.py", "open"): (3, "/dev/null in place of a stream that is closed or that nobody reads"),
+    ("dpo_studio/cli/rounds.py", "read_text"): (1, "the table that rounds have just written"),
     ("dpo_studio/cli/sweep.py", "read_text"): (1, "the table that a sweep has just written"),
     ("dpo_studio/disk.py", "open"): (3, "to write, and to bring to the disk what was written"),
     ("dpo_studio/runs/lock.py", "open"): (1, "a lock, opened without following a link"),
@@ -51,6 +52,7 @@ KNOWN: dict[tuple[str, str], tuple[int, str]] = {
         1,
         "a text of a row, which has a row's limits",
     ),
+    ("dpo_studio/preferences/votes.py", "json.loads"): (1, "a text of a row, which has a row's limits"),
     ("dpo_studio/preferences/row_contents.py", "json.loads"): (2, "a text of a row, which has a row's limits"),
     ("dpo_studio/cli/options.py", "json.loads"): (1, "typed by the user: a value of --judge-param"),
     # Expressions of constants, or of text that is escaped.

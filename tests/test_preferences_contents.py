@@ -307,3 +307,20 @@ def test_a_chat_written_as_text_is_known_however_it_is_written(text: str, read: 
 )
 def test_an_answer_that_only_looks_like_one_is_an_answer(text: str, read: Callable[..., PairSource]) -> None:
     assert read(GOOD | {"chosen": text}).pairs[0].chosen[0].content == text
+
+
+def test_an_answer_says_that_a_token_limit_cut_it(read: Callable[..., PairSource]) -> None:
+    """`cut: true` on an answer's last turn, kept by a round trip; on a turn before the last it means nothing."""
+    answer = [said("assistant", "Seven min", cut=True)]
+    row: Row = {"prompt": [said("user", "How long?")], "chosen": "Seven minutes.", "rejected": answer}
+    (pair,) = read(row).pairs
+    assert pair.rejected == (Message("assistant", "Seven min", ended=False),)
+    assert pair.chosen[0].ended
+    assert read(trl_row(pair)).pairs == [pair]
+    assert read(row | {"rejected": [said("assistant", "Seven min", cut=None)]}).pairs[0].rejected[0].ended
+    several = [said("assistant", "Seven", cut=True), said("user", "What?"), said("assistant", "Eight.")]
+    assert only_reason(read(GOOD, row | {"rejected": several})) == "rejected has a cut turn before its last one"
+    wrong = [said("assistant", "Seven min", cut="yes")]
+    assert only_reason(read(GOOD, row | {"rejected": wrong})) == (
+        "rejected has a message whose cut is neither true nor false"
+    )

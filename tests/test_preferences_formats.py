@@ -653,3 +653,46 @@ def test_a_column_python_cannot_hold_spoils_no_other(tmp_path: Path) -> None:
 def test_roles_count_in_the_key_of_a_prompt() -> None:
     """The same words as a system turn and a user turn are another prompt."""
     assert prompt_key((system("a"), user("b"))) != prompt_key((user("a"), user("b")))
+
+
+RANKED = {
+    "ultrafeedback-raw": {
+        "instruction": "q",
+        "models": ["x"],
+        "completions": [
+            {"response": text, "fine-grained_score": score}
+            for text, score in (("a", 2.0), ("b", 4.0), ("c", 1.0), ("d", 4.0))
+        ],
+    },
+    "nectar": {
+        "prompt": "q",
+        "answers": [{"answer": text, "rank": rank} for text, rank in (("a", 2), ("b", 1), ("c", 3), ("d", 1))],
+    },
+    "mapped": {"ask": "q", "texts": ["a", "b", "c", "d"], "marks": [2.0, 4.0, 1.0, 4.0]},
+}
+
+
+@pytest.mark.parametrize("name", RANKED)
+@pytest.mark.parametrize(
+    ("rule", "pairs"),
+    [
+        ("best-worst", ["b>c"]),
+        ("adjacent", ["b>a", "d>a", "a>c"]),
+        ("all", ["b>a", "b>c", "d>a", "d>c", "a>c"]),
+    ],
+)
+def test_which_of_several_answers_become_pairs(name: str, rule: str, pairs: list[str], tmp_path: Path) -> None:
+    """Scores: b and d 4, a 2, c 1. b and d are equal and no pair; the next lower of both is a, and of a it is c."""
+    columns = {"map": {"prompt": "ask", "answers": "texts", "scores": "marks"}} if name == "mapped" else {}
+    source = read(tmp_path, RANKED[name], pairs=rule, **columns)
+    assert [f"{pair.chosen[0].content}>{pair.rejected[0].content}" for pair in source.pairs] == pairs
+    if name != "nectar":
+        assert source.pairs[0].scores in ((4.0, 1.0), (4.0, 2.0))
+
+
+def test_another_choice_of_pairs_needs_several_answers(tmp_path: Path) -> None:
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    with pytest.raises(DataError, match="pairs: all is for rows of several ranked or scored answers"):
+        read(tmp_path, row, pairs="all")
+    with pytest.raises(DataError, match="pairs: all is for lists of answers and scores"):
+        read(tmp_path, row, pairs="all", map={"prompt": "prompt", "chosen": "chosen", "rejected": "rejected"})

@@ -94,6 +94,26 @@ SEEDS: dict[str, dict[str, Any]] = {
         "fields": {"prompt": "q", "response_a": "a", "response_b": "b"},
         "responses": {"preference": [{"value": "response_a", "user_id": "1"}]},
     },
+    "open-webui": {
+        "data": {"rating": 1},
+        "meta": {"message_id": "2"},
+        "snapshot": {
+            "chat": {
+                "chat": {
+                    "history": {
+                        "messages": {
+                            "1": user("q") | {"parentId": None, "childrenIds": ["2"]},
+                            "2": bot("a") | {"parentId": "1", "originalContent": "b"},
+                        }
+                    }
+                }
+            }
+        },
+    },
+    "langfuse": {"id": "x", "input": "q", "output": "b"}
+    | {"scores": [{"name": "output", "dataType": "CORRECTION", "stringValue": "a"}]},
+    "studio-votes": {"prompt": "q", "answers": {"left": "a", "right": "b"}, "models": {}, "shown_order_seed": 1}
+    | {"choice": "left"},
 }
 
 

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -102,6 +104,19 @@ def test_a_cut_answer_has_no_end_of_turn() -> None:
     assert cut.refused == []
     other = encode([pair(3, 6)], PROMPT + 4, "cut_answer_end")
     assert other.counts == {"answer end cut": 1}
+
+
+def test_of_an_answer_that_its_model_did_not_end_no_end_of_turn_is_learned() -> None:
+    """`ended=False` on the rejected answer: its 3 tildes without the 4th id; the chosen one keeps its end."""
+    whole = pair(5, 3)
+    one = replace(whole, rejected=(replace(whole.rejected[0], ended=False),))
+    (written,) = encode([one], PROMPT + 6).pairs
+    assert written.rejected.ids.tolist() == [TILDE] * 3
+    assert written.rejected.scored.tolist() == [True] * 3
+    assert written.chosen.ids.tolist() == [TILDE] * 5 + [END]
+    assert encode([one], None).counts == {"answer that its model did not end: no end of turn to learn": 1}
+    longer = replace(whole, rejected=(replace(assistant(7), ended=False),), chosen=(assistant(2),))
+    assert lengths(encode([longer], PROMPT + 7)) == [(PROMPT, 3, 7)]  # with an end of turn it would be one too long
 
 
 def test_one_token_over_costs_the_end_of_turn_alone() -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from dpo_studio.errors import ModelError
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.chat import ChatEncoder
 from tests.tiny_tokenizers import tiny_tokenizer
@@ -83,3 +84,54 @@ def test_a_template_written_out_by_hand(name: str) -> None:
     sent = tokenizer.apply_chat_template(turns, add_generation_prompt=True, return_dict=False)
     assert encoder.prompt_ids(prompt) == sent
     assert ids.prompt == (sent if case != "3c" else sent[: len(ids.prompt)])
+
+
+_TURNS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}MARK<|im_end|>\n{% endfor %}"
+_OPEN = "{% if add_generation_prompt %}<|im_start|>assistant\n"
+THINKS = {
+    "an empty thought": _TURNS.replace("MARK", "")
+    + _OPEN
+    + "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}{% endif %}",
+    "an open thought": _TURNS.replace("MARK", "")
+    + _OPEN
+    + "{% if enable_thinking | default(true) %}<think>\n{% endif %}{% endif %}",
+    "a word behind the question": _TURNS.replace(
+        "MARK",
+        "{% if m.role == 'user' and enable_thinking is defined and not enable_thinking %}/nothink{% endif %}",
+    )
+    + _OPEN
+    + "{% endif %}",
+}
+"""In the habits of Qwen 3, its thinking models, and GLM 4.5."""
+
+
+def thinking_tokenizer(name: str) -> PreTrainedTokenizerFast:
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.chat_template = THINKS[name]
+    return tokenizer
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+@pytest.mark.parametrize("name", THINKS)
+def test_what_a_template_is_handed_is_what_a_server_hands_it(name: str, thinking: bool) -> None:
+    """`model.template`: the prompt is that of `apply_chat_template` with the same argument; another value, another."""
+    tokenizer = thinking_tokenizer(name)
+    encoder = ChatEncoder(tokenizer, eos_ids=(), today=DAY, template={"enable_thinking": thinking})
+    asked = [{"role": "user", "content": SHED.content}]
+    served = tokenizer.apply_chat_template(
+        asked, add_generation_prompt=True, enable_thinking=thinking, return_dict=False
+    )
+    assert encoder.prompt_ids((SHED,)) == served
+    other = ChatEncoder(tokenizer, eos_ids=(), today=DAY, template={"enable_thinking": not thinking})
+    assert other.prompt_ids((SHED,)) != served
+    assert len({one.template_digest for one in (other, encoder, ChatEncoder(tokenizer, eos_ids=()))}) == 3
+
+
+def test_what_a_template_does_not_read_is_refused() -> None:
+    tokenizer = thinking_tokenizer("an empty thought")
+    with pytest.raises(ModelError, match="the chat template does not read enable_thinkng") as told:
+        ChatEncoder(tokenizer, eos_ids=(), template={"enable_thinkng": False})
+    assert "it reads enable_thinking" in str(told.value)
+    for ours in ("messages", "add_generation_prompt", "eos_token"):
+        with pytest.raises(ModelError, match=f"does not read {ours}"):
+            ChatEncoder(tokenizer, eos_ids=(), template={ours: "x"})

@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # what a type checker sees; `_HOMES` is the same list, for th
     from dpo_studio.workflows.exporting.quantizing import Calibration, quantize_model
     from dpo_studio.workflows.exporting.run import Quantising, export_run
     from dpo_studio.workflows.judging import LLMOptions, check_judge
+    from dpo_studio.workflows.making.run import Making, make_pairs
     from dpo_studio.workflows.pairs.checking import check_source
     from dpo_studio.workflows.pairs.data import convert_pairs, split_source
     from dpo_studio.workflows.scoring import score_pairs
@@ -39,6 +40,7 @@ _HOMES = {
     "Evaluation": "workflows.evaluating.run",
     "LLMOptions": "workflows.judging",
     "RecipeFile": "config",
+    "Making": "workflows.making.run",
     "Message": "preferences.pair",
     "Pair": "preferences.pair",
     "Quantising": "workflows.exporting.run",
@@ -53,6 +55,7 @@ _HOMES = {
     "export_run": "workflows.exporting.run",
     "generate_answers": "workflows.talking",
     "load_recipe": "config",
+    "make_pairs": "workflows.making.run",
     "quantize_model": "workflows.exporting.quantizing",
     "read_pairs": "preferences.sources",
     "run_demo": "workflows.demo",
@@ -70,6 +73,7 @@ __all__ = [
     "DPOStudioError",
     "Evaluation",
     "LLMOptions",
+    "Making",
     "Message",
     "Pair",
     "Quantising",
@@ -86,6 +90,7 @@ __all__ = [
     "export_run",
     "generate_answers",
     "load_recipe",
+    "make_pairs",
     "quantize_model",
     "read_pairs",
     "run_demo",

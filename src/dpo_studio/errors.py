@@ -5,7 +5,7 @@ DPOStudioError            refused with a reason            exit 1
 ├── DataError             a source of pairs cannot be used
 ├── ModelError            a model, tokenizer or adapter cannot be used
 ├── RunError              a run folder is not what the command needs
-├── JudgeError            a judge cannot be asked, or stopped answering
+├── JudgeError            a judge, or a server that answers, cannot be asked, or stopped answering
 ├── UsageError            the command itself is wrong      exit 2
 ├── NonFiniteError        a run stopped itself             exit 3
 ├── RankLostError         another process of a run died    exit 4
@@ -68,7 +68,7 @@ class RunError(DPOStudioError):
 
 
 class JudgeError(DPOStudioError):
-    """A judge cannot be reached, or stopped answering; its replies so far are kept."""
+    """A judge or a server cannot be reached, or stopped answering; its replies so far are kept."""
 
 
 class UsageError(DPOStudioError):

@@ -24,6 +24,7 @@ from dpo_studio.cli.export import export
 from dpo_studio.cli.generate import generate
 from dpo_studio.cli.models import models
 from dpo_studio.cli.quantize import quantize
+from dpo_studio.cli.rounds import rounds
 from dpo_studio.cli.schema import schema
 from dpo_studio.cli.score import score
 from dpo_studio.cli.studio import studio
@@ -40,7 +41,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for _verb in (demo, train, sweep, score, generate, chat, quantize, export, models, studio):
+for _verb in (demo, train, rounds, sweep, score, generate, chat, quantize, export, models, studio):
     app.command()(_verb)
 app.command("eval")(evaluate)
 app.command()(schema)

@@ -1,4 +1,4 @@
-"""`dpo data ...`: pairs are checked, converted and split."""
+"""`dpo data ...`: pairs are checked, converted and split; `make` is in a file of its own."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from dpo_studio.cli.making import make
 from dpo_studio.cli.options import (
     Format,
     Labels,
@@ -30,6 +31,8 @@ app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode=None,
 )
+
+app.command()(make)
 
 Json = Annotated[bool, typer.Option("--json", help="The counts as JSON on stdout.")]
 

@@ -50,6 +50,8 @@ __all__ = [
     "Tracker",
     "group_of",
     "llm_options",
+    "parameters_of",
+    "prices_of",
     "source_section",
     "source_section_of",
     "talks",
@@ -205,8 +207,14 @@ def llm_options(
     from dpo_studio.workflows.judging import LLMOptions
 
     asking = Asking(key_variable=key_env, concurrency=concurrency, timeout_s=timeout)
-    parameters = {name: _value(value) for name, value in _named("--judge-param", param).items()}
-    return LLMOptions(template, parameters, _prices(price), replies, asking)
+    return LLMOptions(
+        template, parameters_of("--judge-param", param), prices_of("--judge-price", price), replies, asking
+    )
+
+
+def parameters_of(option: str, given: list[str] | None) -> dict[str, Any]:
+    """`temperature=0 seed=null` -> {temperature: 0, seed: None}: values are JSON if they are valid, else text."""
+    return {name: _value(option, value) for name, value in _named(option, given).items()}
 
 
 def _named(option: str, given: list[str] | None) -> dict[str, str]:
@@ -216,24 +224,24 @@ def _named(option: str, given: list[str] | None) -> dict[str, str]:
     return {name: value for name, _, value in pairs}
 
 
-def _value(text: str) -> Any:
-    """The value as JSON if it is valid, else the text."""
+def _value(option: str, text: str) -> Any:
     try:
         return json.loads(text)
     except ValueError:
         return text
     except RecursionError:
-        raise typer.BadParameter(f"{text[:20]!r}... is nested too deep", param_hint="--judge-param") from None
+        raise typer.BadParameter(f"{text[:20]!r}... is nested too deep", param_hint=option) from None
 
 
-def _prices(text: str | None) -> tuple[float, float] | None:
+def prices_of(option: str, text: str | None) -> tuple[float, float] | None:
+    """`0.15,0.60` -> the dollars a million tokens read and written."""
     if text is None:
         return None
     try:
         read, written = map(float, text.split(","))
     except ValueError:
         raise typer.BadParameter(
-            f"{text!r} is not of the form IN,OUT, two prices in dollars", param_hint="--judge-price"
+            f"{text!r} is not of the form IN,OUT, two prices in dollars", param_hint=option
         ) from None
     return read, written
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, get_args
 
@@ -112,15 +112,22 @@ def _nearest(keys: list[str]) -> str | None:
     return ".".join([*section, near[0]]) if near else None
 
 
+def _sections_in(annotation: object) -> Iterator[type[BaseModel]]:
+    """The sections that a value may be: it may allow null, or several kinds."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        yield annotation
+    for inside in get_args(annotation):
+        yield from _sections_in(inside)
+
+
 def _known_keys(keys: list[str]) -> list[str]:
     """Names of the fields of the section at `keys`."""
     if keys[:1] == ["objective"]:  # and its terms, which are objectives again
         return list(dict.fromkeys(each.name for kind in known_objectives() for each in fields(kind)))
     section: type[BaseModel] = Recipe
-    for key in keys:
+    for key in (key for key in keys if not key.isdecimal()):
         known = section.model_fields.get(key)
-        kinds = (known.annotation, *get_args(known.annotation)) if known is not None else ()  # it may allow null, too
-        sections = [kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)]
+        sections = [] if known is None else list(_sections_in(known.annotation))
         if not sections:
             return []
         section = sections[0]

@@ -176,6 +176,7 @@ _HUB_KEYS = (
     ("data", "train", "source"),
     ("data", "held_out", "source"),
     ("reference", "model"),
+    ("rounds", "prompts"),
 )
 """Hub ids, unless a file or folder of that name exists, or the name can only be a path."""
 _FILE_KEYS = (("model", "adapter"), ("model", "chat_template"), ("reference", "adapter"), ("run", "sample_prompts"))
@@ -188,6 +189,12 @@ def _with_absolute_paths(raw: dict[str, object], base: Path) -> dict[str, object
     data = resolved.get("data")
     if isinstance(data, dict):
         resolved["data"] = {key: dict(value) if isinstance(value, dict) else value for key, value in data.items()}
+    if isinstance(data, dict) and isinstance(several := data.get("train"), list):
+        sources = [dict(one) if isinstance(one, dict) else one for one in several]
+        for one in sources:
+            if isinstance(one, dict) and isinstance(name := one.get("source"), str) and _is_local(name, base):
+                one["source"] = _absolute(name, base)
+        _set(resolved, ("data", "train"), sources, "")
     for keys in (*_HUB_KEYS, *_FILE_KEYS):
         value = _dig(resolved, keys)
         if isinstance(value, str) and value and (keys in _FILE_KEYS or _is_local(value, base)):

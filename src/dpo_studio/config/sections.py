@@ -9,8 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 
+from dpo_studio.config.rounds_section import RoundsSection
+from dpo_studio.config.section import Section
 from dpo_studio.errors import UsageError
 from dpo_studio.objectives import DPO, Formula, Objective, check_objective, register
 
@@ -18,6 +20,7 @@ __all__ = [
     "BUNDLED",
     "MINUTES",
     "AdapterSection",
+    "DataSection",
     "HeldOutSection",
     "Layout",
     "ModelSection",
@@ -25,8 +28,10 @@ __all__ = [
     "ReferenceSection",
     "SourceLike",
     "SourceSection",
+    "TemplateValue",
     "TooLong",
     "TrainingSection",
+    "WeightedSource",
     "add_objective",
     "as_source",
     "recipe_schema",
@@ -34,28 +39,11 @@ __all__ = [
 
 BUNDLED = "bundled:"
 LabelValue = str | int | float | bool
-_LARGEST_WHOLE = 2**53
-"""Larger whole numbers are not meaningful counts of steps, tokens or rows, and JSON or float would round some."""
+TemplateValue = bool | int | float | str | None
 MINUTES = r"^(\d+(?:\.\d+)?) ?(?:m|min|minutes?)$"
 Layout = Literal["packed", "rows", "apart"]
 """How a model reads pairs: in a pack, or one sequence a row, for layers with a state (rows) or any (apart)."""
 TooLong = Literal["drop", "cut_prompt_start", "cut_answer_end"]
-
-
-class Section(BaseModel):
-    """A part of the recipe: frozen, strict about names, documented field by field."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _plain_value(cls, value: object) -> object:
-        """Refuse booleans, which pydantic would read as 1 or 0, and numbers that are too large."""
-        if isinstance(value, bool):
-            raise ValueError("is not a boolean key (quote the value if it is text)")
-        if isinstance(value, int) and abs(value) > _LARGEST_WHOLE:
-            raise ValueError(f"is a number beyond {_LARGEST_WHOLE:,}")
-        return value
 
 
 class ModelSection(Section):
@@ -75,6 +63,8 @@ class ModelSection(Section):
     """Continue training this LoRA adapter. It is then also the reference, frozen as it was."""
     chat_template: str | None = None
     """A Jinja file used in place of the tokenizer's own chat template."""
+    template: dict[Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")], TemplateValue] = {}
+    """Handed to the chat template with every chat, such as {enable_thinking: false}; one that it reads."""
     quantize: Literal["nf4", "fp8"] | None = None
     """Dense bases: store the linear layers in fewer bits while loading."""
     residency: Literal["packed", "bf16"] = "packed"
@@ -103,6 +93,8 @@ class ReadingSection(Section):
     """The column (dots reach into nested ones) of prompt, chosen, rejected; first, second, label; answers, scores."""
     label: dict[str, LabelValue | list[LabelValue]] = {}
     """What the label's values mean: {first: 1, second: [2, 3], tie: 0, both_bad: -1}. Compared as text."""
+    pairs: Literal["best-worst", "adjacent", "all"] = "best-worst"
+    """Of several ranked answers in a row: the best against the worst, each against the next lower, or every two."""
 
 
 class SourceSection(ReadingSection):
@@ -110,6 +102,13 @@ class SourceSection(ReadingSection):
 
     source: Annotated[str, Field(min_length=1)]
     """File (.jsonl .json .jsonl.gz .parquet .csv .tsv), folder, `bundled:everyday`, Hub id `name[/config][:split]`."""
+
+
+class WeightedSource(SourceSection):
+    """One of several training sources."""
+
+    weight: Annotated[float, Field(gt=0)] | None = None
+    """Its share of an epoch's pairs, among the others' weights; every source has one, or none and all its pairs."""
 
 
 SourceLike = str | Path | SourceSection
@@ -143,7 +142,7 @@ class HeldOutSection(ReadingSection):
         if self.source is not None and "fraction" in given and self.fraction != 0:
             raise ValueError("give either fraction or source, not both")
         if self.source is None:
-            stray = sorted(given & {"split", "revision", "data_dir", "format", "map", "label"})
+            stray = sorted(given & {"split", "revision", "data_dir", "format", "map", "label", "pairs"})
             stray = [name for name in stray if getattr(self, name) != HeldOutSection.model_fields[name].default]
             if stray:
                 raise ValueError(f"{', '.join(stray)} describe a held_out source, and none is given")
@@ -156,11 +155,24 @@ class HeldOutSection(ReadingSection):
         return SourceSection(**self.model_dump(exclude={"fraction"}))
 
 
+def _as_one_source(schema: dict[str, object]) -> None:
+    """Forms and editors show the fields of the one source that most recipes have."""
+    kinds = schema.pop("oneOf", None)
+    if isinstance(kinds, list):
+        schema.pop("discriminator", None)
+        schema["anyOf"] = kinds[:1]
+
+
 class DataSection(Section):
     """Preference pairs, and how long they may be."""
 
-    train: SourceSection
-    """Pairs to learn from."""
+    train: Annotated[
+        Annotated[SourceSection, Tag("one")]
+        | Annotated[list[WeightedSource], Field(min_length=2, max_length=100), Tag("several")],
+        Discriminator(lambda value: "several" if isinstance(value, list) else "one"),
+        Field(json_schema_extra=_as_one_source),
+    ]
+    """Pairs to learn from; or a list of sources, each with its weight or all without."""
     held_out: HeldOutSection = HeldOutSection()
     """Pairs to measure on."""
     split_seed: int = 0
@@ -169,6 +181,20 @@ class DataSection(Section):
     """Most tokens a prompt and one of its answers may have together."""
     too_long: TooLong = "drop"
     """Pairs over `max_length` are dropped, or lose their answers' ends (no end of turn is learned) or oldest turns."""
+
+    @model_validator(mode="after")
+    def _sources_are_weighed_alike(self) -> DataSection:
+        named = [one.source for one in self.sources]
+        if len(set(named)) < len(named):
+            raise ValueError("train names a source twice")
+        if len({one.weight is None for one in self.sources if isinstance(one, WeightedSource)}) > 1:
+            raise ValueError("train has sources with a weight and others without")
+        return self
+
+    @property
+    def sources(self) -> tuple[SourceSection, ...]:
+        """The training sources, of which most recipes have one."""
+        return tuple(self.train) if isinstance(self.train, list) else (self.train,)
 
 
 LayerName = Annotated[str, Field(pattern=r"^\w+(\.\w+)*$")]
@@ -299,6 +325,8 @@ class Recipe(Section):
     """How the adapter is fitted."""
     run: RunSection = RunSection()
     """Where the run is stored, and the tracker that also gets its metrics."""
+    rounds: RoundsSection | None = None
+    """How `dpo rounds` makes the pairs of each round; without it the recipe is of one run on given pairs."""
 
     @model_validator(mode="after")
     def _an_adapter_brings_its_own_shape(self) -> Recipe:
@@ -350,6 +378,8 @@ class Recipe(Section):
             plain["adapter"] = {name: plain["adapter"][name] for name in sorted(_ABOUT_TRAINING)}
         if self.data.held_out.source is not None:
             del plain["data"]["held_out"]["fraction"]
+        if self.rounds is None:
+            del plain["rounds"]
         return plain
 
 

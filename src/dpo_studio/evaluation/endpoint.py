@@ -36,7 +36,7 @@ _NO_KEY = "none"
 """The key that is sent if there is none: local servers need the header, and ignore its value."""
 _AGAIN = frozenset({408, 409, 425, 429})
 _LONGEST_WAIT = 600.0
-"""The most seconds of pauses between the attempts at one request. If a server asks for more, the judge gives up."""
+"""The most seconds of pauses between the attempts at one request. If a server asks for more, it is given up."""
 _TIMEOUTS = 2
 """The most time of all attempts at one request, without pauses, in multiples of `timeout_s`."""
 _DEPTH = 60
@@ -53,6 +53,8 @@ _T = TypeVar("_T")
 class Asking:
     """How requests are made."""
 
+    options: str = "--judge"
+    """What the command line's options about these requests begin with, for messages."""
     key_variable: str | None = None
     """The environment variable with the key; None: OPENAI_API_KEY, which is not sent in clear text to others."""
     concurrency: int = 8
@@ -60,15 +62,15 @@ class Asking:
     timeout_s: float = 120.0
     """Longest wait for a whole reply."""
     attempts: int = 6
-    """Attempts at one request before the judge gives up."""
+    """Attempts at one request before it is given up."""
     first_wait_s: float = 1.0
     """Seconds before the second attempt; twice as many before each further one, unless the server names a time."""
 
     def __post_init__(self) -> None:
         if self.concurrency < 1 or self.attempts < 1:
-            raise UsageError("a judge needs at least one request at a time and one attempt")
+            raise UsageError("a server is asked at least one request at a time, and once")
         if not 0 < self.timeout_s < float("inf") or self.first_wait_s < 0:
-            raise UsageError(f"a judge cannot wait {self.timeout_s} seconds")
+            raise UsageError(f"a reply cannot be waited for {self.timeout_s} seconds")
 
 
 class Declined(Exception):
@@ -121,7 +123,8 @@ class Endpoint:
         url = urlsplit(self.base_url)
         if key and self.asking.key_variable is None and url.scheme == "http" and url.hostname not in _LOCAL:
             self._say(
-                f"{url.hostname} gets no key: it would go there in clear text (--judge-key-env {variable} sends it)"
+                f"{url.hostname} gets no key: it would go there in clear text "
+                f"({self.asking.options}-key-env {variable} sends it)"
             )
             return ""
         return key
@@ -140,7 +143,7 @@ class Endpoint:
         try:
             from openai import AsyncOpenAI
         except ImportError:
-            raise JudgeError("an LLM judge needs the openai package", hint=install_hint("judge")) from None
+            raise JudgeError("asking a server needs the openai package", hint=install_hint("judge")) from None
         from dpo_studio.evaluation.http_client import BoundedClient
 
         client = AsyncOpenAI(
@@ -209,7 +212,7 @@ class Endpoint:
             raise self._refusal(error.status, error.body, error.retry_after) from None
         except ReplyRefusedError as error:
             said = _short(self.without_key(str(error)))
-            raise JudgeError(f"{self.base_url} cannot be the judge: {said}", hint=error.hint) from None
+            raise JudgeError(f"{self.base_url} cannot be asked: {said}", hint=error.hint) from None
         return self._completion(reply.content)
 
     def _completion(self, content: bytes) -> dict[str, Any]:
@@ -234,7 +237,7 @@ class Endpoint:
                 return Declined("refused", answer)
             if any(words in about for words in ("context length", "context_length", "context window", "too long")):
                 return Declined("too long", answer)
-        return JudgeError(f"{self.base_url} says no (status {status}): {said}", hint=_hint(status))
+        return JudgeError(f"{self.base_url} says no (status {status}): {said}", hint=_hint(status, self.asking.options))
 
     def _said(self, body: bytes) -> tuple[str, str]:
         """Code and message of an error, without the key, which is removed after parsing."""
@@ -247,12 +250,12 @@ class Endpoint:
         return _short(str(about.get("code") or "")), _short(self.without_key(str(about.get("message") or whole)))
 
 
-def _hint(status: int) -> str:
+def _hint(status: int, options: str) -> str:
     if status in (401, 403):
-        return f"the key is read from {DEFAULT_KEY_VARIABLE}, or from the variable that --judge-key-env names"
+        return f"the key is read from {DEFAULT_KEY_VARIABLE}, or from the variable that {options}-key-env names"
     if status == 404:
         return "is the model's name the server's own, and does the address end in /v1?"
-    return "--judge-param changes what is asked for, such as temperature=null"
+    return f"{options}-param changes what is asked for, such as temperature=null"
 
 
 def _checked_url(base_url: str) -> str:
@@ -265,7 +268,7 @@ def _checked_url(base_url: str) -> str:
         raise UsageError(f"{base_url!r} is not the address of a server", hint="such as http://localhost:8000/v1")
     if url.username or url.password or url.query or url.fragment:  # it is written into files and reports
         raise UsageError(
-            "the judge's address has more than a server and a path",
+            "a server's address has more than a server and a path",
             hint="a key belongs in an environment variable, never in an address",
         )
     return base_url.rstrip("/")

@@ -1,4 +1,4 @@
-"""The HTTP client for LLM judges: it sends requests to its own server only, and every reply is limited in size.
+"""The HTTP client for servers of models: it sends requests to its own server only, and every reply is limited in size.
 
 `openai` follows redirects, reads replies of any size, and decompresses them. Here a redirect is an error that names
 both hosts, because the other host would get the prompts and the key; a body is read up to a limit, and decompressed up
@@ -69,7 +69,7 @@ def _redirect(request: httpx2.Request, response: httpx2.Response) -> ReplyRefuse
     return ReplyRefusedError(
         f"{asked} sends its requests on to {_host(target) or asked} (status {status}): redirects are not followed: "
         "prompts and key would go there",
-        "if that is the server you mean, name its own address: --judge llm:MODEL@BASE_URL",
+        "if that is the server you mean, name its own address",
     )
 
 

@@ -6,6 +6,7 @@ better: a policy that judges its own answers agrees with itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -34,7 +35,9 @@ class ImplicitReward:
     policy: nn.Module
     encoder: ChatEncoder
     beta: float
-    """Scales the rewards in the reasons; no verdict depends on it."""
+    """Scales the rewards; no verdict depends on it."""
+    fingerprint: str = ""
+    """What tells its weights from others."""
 
     @property
     def name(self) -> str:
@@ -56,11 +59,31 @@ class ImplicitReward:
         Raises:
             ModelError: log-probs are not the plain model's.
         """
+        rewards = self._rewards(comparisons, progress)
+        verdicts = []
+        for both in rewards:
+            if isinstance(both, str):
+                verdicts.append(not_judged(both))
+            else:
+                a, b = both
+                verdicts.append(higher_wins(a, b, f"The implicit reward of A is {a:.2f}, that of B {b:.2f}."))
+        return verdicts
+
+    def score_all(
+        self, answers: Sequence[tuple[Sequence[Message], Completion]], progress: Progress | None = None
+    ) -> list[float | None]:
+        """The implicit reward of each (prompt, answer); None where it cannot be rendered, or is not finite."""
+        comparisons = [Comparison(tuple(prompt), answer, answer) for prompt, answer in answers]
+        rewards = self._rewards(comparisons, progress)
+        return [None if isinstance(both, str) or not math.isfinite(both[0]) else both[0] for both in rewards]
+
+    def _rewards(self, comparisons: Sequence[Comparison], progress: Progress | None) -> list[tuple[float, float] | str]:
+        """The rewards of A and of B, or why there are none."""
         pairs = [Pair(c.prompt, _turn(c.a), _turn(c.b), row) for row, c in enumerate(comparisons)]
         encoded = encode_pairs(pairs, self.encoder, max_length=None)
-        verdicts = {row: not_judged(reason) for row, reason in encoded.refused}
+        rewards: dict[int, tuple[float, float] | str] = dict(encoded.refused)
         if progress is not None:
-            progress(len(verdicts))
+            progress(len(rewards))
         kept = [self._as_generated(pair, comparisons[pair.row]) for pair in encoded.pairs]
         if kept:
             with in_eval(self.policy):
@@ -72,9 +95,8 @@ class ImplicitReward:
             rejected_P = self.beta * (policy.rejected_P - reference.rejected_P)
             check_some_finite([*chosen_P.tolist(), *rejected_P.tolist()], self.name)
             for pair, a, b in zip(kept, chosen_P.tolist(), rejected_P.tolist(), strict=True):
-                reason = f"The implicit reward of A is {a:.2f}, that of B {b:.2f}."
-                verdicts[pair.row] = higher_wins(a, b, reason)
-        return [verdicts[row] for row in range(len(comparisons))]
+                rewards[pair.row] = (a, b)
+        return [rewards[row] for row in range(len(comparisons))]
 
     def _as_generated(self, pair: EncodedPair, comparison: Comparison) -> EncodedPair:
         """The sampled tokens themselves, where they are this model's: their text could be encoded otherwise.

@@ -32,6 +32,7 @@ __all__ = [
     "PricedJudge",
     "Progress",
     "RuleJudge",
+    "ScoringJudge",
     "Verdict",
     "Winner",
     "add_judge",
@@ -105,6 +106,20 @@ class PricedJudge(Judge, Protocol):
 
     def cost(self, comparisons: Sequence[Comparison]) -> Mapping[str, float]:
         """What judging them would take, by name: `{"requests": 40, "dollars": 0.12}`."""
+
+
+@runtime_checkable
+class ScoringJudge(Judge, Protocol):
+    """A judge that gives each answer a number by itself."""
+
+    @property
+    def fingerprint(self) -> str:
+        """What tells its weights from others."""
+
+    def score_all(
+        self, answers: Sequence[tuple[Sequence[Message], Completion]], progress: Progress | None = None
+    ) -> list[float | None]:
+        """The number of each (prompt, answer); None where there is none."""
 
 
 @dataclass(frozen=True)

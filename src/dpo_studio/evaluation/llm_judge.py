@@ -1,29 +1,24 @@
 """An LLM as the judge: any chat model behind an OpenAI-compatible server, given every comparison in both orders.
 
-Every reply is written, as it came, to a file of JSON Lines before it is used, and the file is the memory: a comparison
-whose reply stands there is not asked again, whatever stopped the run before. A reply is found by what it depends on:
-model, template, parameters, prompt, both answers and their order. Verdicts are read from the replies each time, so a
-better reader reads old replies better.
+Every reply is kept (`kept_replies`), found by model, template, parameters, prompt, both answers and their order.
+Verdicts are read from the replies each time, so a better reader reads old replies better.
 """
 
 from __future__ import annotations
 
-import asyncio
 import hashlib
 import json
-import time
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dpo_studio.disk import append_line
-from dpo_studio.errors import DataError, UsageError
-from dpo_studio.evaluation.endpoint import Declined, Endpoint, run
+from dpo_studio.errors import DataError
+from dpo_studio.evaluation.endpoint import Endpoint
 from dpo_studio.evaluation.judges import Comparison, Opinion, Progress, Verdict, in_both_orders
+from dpo_studio.evaluation.kept_replies import Estimate, KeptReplies, Request, digest_of
 from dpo_studio.evaluation.llm_template import TEMPLATE, filled, opinion, separates
-from dpo_studio.reading import open_regular, parse_json
+from dpo_studio.reading import parse_json
 from dpo_studio.writing import check_continued
 
 __all__ = ["LLMJudge", "check_replies"]
@@ -32,45 +27,10 @@ _OURS = {"dpo_studio": "judge reply"}
 """The beginning of every line; a file whose first line differs is not appended to."""
 _BEFORE = frozenset({"key", "model", "base_url", "order", "reply"})
 """What a line had before that."""
-_CHARACTERS_A_TOKEN = 4
-"""English text in today's vocabularies; half as many in other languages."""
-_LONGEST_LINE = 16 * 2**20
-"""Bytes of a line of kept replies: a reply of the largest size, its characters escaped."""
-_PER = 1_000_000
-"""Prices are for so many tokens."""
-_USED = ("prompt_tokens", "completion_tokens")
 
 
 def _nobody(text: str) -> None:
     """Receives progress messages."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """The cost of the requests, before they are made."""
-
-    requests: int
-    """Still to be made: two a comparison, less what is known."""
-    known: int
-    """Replies that are in the file already."""
-    tokens_in: int
-    """About: four characters a token."""
-    tokens_out: int | None
-    """At most; None where `parameters` sets no limit."""
-    dollars: float | None
-    """At most; None without prices or without a limit."""
-
-
-@dataclass(frozen=True)
-class _Ask:
-    """One request: a comparison in one order."""
-
-    key: str
-    order: str
-    """`ab`: A is shown first."""
-    text: str
-    prompt: str
-    """The beginning of the prompt, for readers of the file."""
 
 
 @dataclass(frozen=True)
@@ -105,10 +65,10 @@ class LLMJudge:
         )
 
     def estimate(self, comparisons: Sequence[Comparison]) -> Estimate:
-        """The requests that `judge_all` would make."""
+        """The cost of the requests that `judge_all` would make."""
         asks = self._asks(comparisons)
-        known = self._known(asks)
-        return self._estimate([ask for key, ask in asks.items() if key not in known], len(known))
+        known = self._kept.known(asks)
+        return self._kept.estimate([ask for key, ask in asks.items() if key not in known], len(known))
 
     def judge_all(self, comparisons: Sequence[Comparison], progress: Progress | None = None) -> list[Verdict]:
         """A verdict on each comparison, in order. Two answers of the same text are a tie without a request.
@@ -117,29 +77,31 @@ class LLMJudge:
             JudgeError: the server declines, or stops answering. Replies that came are in the file.
         """
         asks = self._asks(comparisons)
-        known = self._known(asks)
+        known = self._kept.known(asks)
         missing = [ask for key, ask in asks.items() if key not in known]
-        self.say(cost_line(self._estimate(missing, len(known)), self.model))
+        self.say(self._kept.estimate(missing, len(known)).line(self.model))
         answered = _Answered([self._keys(comparison) for comparison in comparisons], progress)
         for key in known:
             answered(key)
         if missing and not separates(self.template):
             self.say("the template has no <tag> around each of its places: an answer may imitate where another begins")
-        if missing:
-            run(self._ask_all(missing, known, answered))
-            self._tell_bill([known[ask.key] for ask in missing])
+        self._kept.ask(missing, known, answered)
         return [self._verdict(comparison, known) for comparison in comparisons]
 
-    # What is asked
+    @property
+    def _kept(self) -> KeptReplies:
+        return KeptReplies(self.replies, self.endpoint, _OURS, self.price, self.say)
 
-    def _asks(self, comparisons: Sequence[Comparison]) -> dict[str, _Ask]:
+    def _asks(self, comparisons: Sequence[Comparison]) -> dict[str, Request]:
         """Every request to make, by its key: equal requests are made once."""
-        asks: dict[str, _Ask] = {}
+        asks: dict[str, Request] = {}
         for comparison in comparisons:
             keys = self._keys(comparison)
             for order, shown, key in zip(("ab", "ba"), _orders(comparison), keys, strict=False):
-                ask = _Ask(key, order, filled(self.template, shown), comparison.prompt[-1].content[:200])
-                asks.setdefault(key, ask)
+                if key not in asks:
+                    turns = [{"role": "user", "content": filled(self.template, shown)}]
+                    about = {"order": order, "prompt": comparison.prompt[-1].content[:200]}
+                    asks[key] = Request(key, {"model": self.model, "messages": turns, **self.parameters}, about)
         return asks
 
     def _keys(self, comparison: Comparison) -> list[str]:
@@ -150,101 +112,7 @@ class LLMJudge:
 
     def _key(self, shown: Comparison) -> str:
         turns = [[turn.role, turn.content] for turn in shown.prompt]
-        what = [self.model, self.template, dict(self.parameters), turns, shown.a.text, shown.b.text]
-        return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
-
-    # What it costs
-
-    def _estimate(self, missing: Sequence[_Ask], known: int) -> Estimate:
-        tokens_in = sum(len(ask.text) for ask in missing) // _CHARACTERS_A_TOKEN
-        limit = self.parameters.get("max_tokens", self.parameters.get("max_completion_tokens"))
-        tokens_out = limit * len(missing) if isinstance(limit, int) else None
-        dollars = self._dollars(tokens_in, tokens_out) if tokens_out is not None else None
-        return Estimate(len(missing), known, tokens_in, tokens_out, dollars)
-
-    def _dollars(self, read: int, written: int) -> float | None:
-        return None if self.price is None else (read * self.price[0] + written * self.price[1]) / _PER
-
-    def _tell_time(self, seconds: float, left: int) -> None:
-        """How many requests the server answers at a time is unknown: the estimate is from all of them to one."""
-        least, most = seconds * left / self.endpoint.asking.concurrency / 60, seconds * left / 60
-        if most >= 1:
-            self.say(f"the first reply took {seconds:.1f} s: {left:,} more take {least:.0f} to {most:.0f} minutes")
-
-    def _tell_bill(self, replies: Sequence[Mapping[str, Any]]) -> None:
-        """The tokens read and written, as the server reports them."""
-        used: Counter[str] = Counter()
-        for reply in replies:
-            usage = reply["reply"].get("usage")
-            if isinstance(usage, dict):
-                used.update({name: n for name in _USED if type(n := usage.get(name)) is int and 0 <= n < 2**40})
-        read, written = used["prompt_tokens"], used["completion_tokens"]
-        again = f" in {self.endpoint.retries:,} attempts more than that" if self.endpoint.retries else ""
-        dollars = self._dollars(read, written)
-        money = "" if dollars is None else f", ${dollars:,.4f}"
-        self.say(f"{len(replies):,} replies{again}: {read:,} tokens read, {written:,} written{money}")
-
-    # Asking
-
-    async def _ask_all(
-        self, missing: Sequence[_Ask], known: dict[str, dict[str, Any]], answered: Callable[[str], None]
-    ) -> None:
-        """Request what is missing; each reply is in the file before it is in `known`.
-
-        The first request is made alone: it shows whether the server can be asked at all, and how long a reply takes.
-        """
-        left = iter(missing)
-        async with self.endpoint.client() as client:
-
-            async def ask_one(ask: _Ask) -> None:
-                known[ask.key] = self._keep(ask, await self._reply(client, ask))
-                answered(ask.key)
-
-            async def work() -> None:
-                for ask in left:
-                    await ask_one(ask)
-
-            started = time.monotonic()
-            await ask_one(next(left))
-            self._tell_time(time.monotonic() - started, len(missing) - 1)
-            workers = [asyncio.create_task(work()) for _ in range(self.endpoint.asking.concurrency)]
-            try:
-                await asyncio.gather(*workers)
-            finally:
-                for worker in workers:
-                    worker.cancel()
-                await asyncio.gather(*workers, return_exceptions=True)
-
-    async def _reply(self, client: Any, ask: _Ask) -> dict[str, Any]:
-        request = {"model": self.model, "messages": [{"role": "user", "content": ask.text}], **self.parameters}
-        try:
-            return {"reply": await self.endpoint.complete(client, request)}
-        except Declined as declined:
-            return {"declined": declined.kind, "reply": declined.answer}
-
-    # The file of replies
-
-    def _keep(self, ask: _Ask, reply: dict[str, Any]) -> dict[str, Any]:
-        """Write one complete line to disk before the reply is used."""
-        about = {**_OURS, "key": ask.key, "model": self.model, "base_url": self.endpoint.base_url, "order": ask.order}
-        record: dict[str, Any] = self.endpoint.without_key(about | {"prompt": ask.prompt} | reply)
-        append_line(self.replies, json.dumps(record).encode())
-        return record
-
-    def _known(self, asks: Mapping[str, _Ask]) -> dict[str, dict[str, Any]]:
-        """The replies that the file has for these requests."""
-        known = {}
-        for record in _records(self.replies):
-            key = record.get("key")
-            if isinstance(key, str) and key in asks and isinstance(record.get("reply"), dict):
-                known[key] = self.endpoint.without_key(record)
-        servers = Counter(str(record.get("base_url")) for record in known.values())
-        for server, count in servers.items():
-            if server != self.endpoint.base_url:
-                self.say(f"{count:,} of the known replies of {self.model} were given by {server}")
-        return known
-
-    # From replies to verdicts
+        return digest_of([self.model, self.template, dict(self.parameters), turns, shown.a.text, shown.b.text])
 
     def _verdict(self, comparison: Comparison, known: Mapping[str, Mapping[str, Any]]) -> Verdict:
         keys = self._keys(comparison)
@@ -293,14 +161,6 @@ def _is_of_replies(line: bytes) -> bool:
     return isinstance(first, dict) and first.keys() >= _BEFORE
 
 
-def cost_line(cost: Estimate, model: str) -> str:
-    """The estimate in words."""
-    known = f" ({cost.known:,} more are known)" if cost.known else ""
-    out = "" if cost.tokens_out is None else f", at most {cost.tokens_out:,} written"
-    money = "" if cost.dollars is None else f", at most ${cost.dollars:,.2f}"
-    return f"{cost.requests:,} requests to {model}{known}: about {cost.tokens_in:,} tokens read{out}{money}"
-
-
 def _orders(comparison: Comparison) -> tuple[Comparison, Comparison]:
     return comparison, comparison.swap()
 
@@ -309,17 +169,3 @@ def _of_answers(said: str, first: Opinion, second: Opinion) -> Opinion:
     """An opinion on the first and second answer, as one on A and B."""
     known: dict[str, Opinion] = {"1": first, "2": second, "tie": "tie", "refused": "refused", "too long": "too long"}
     return known.get(said, "unparsable")
-
-
-def _records(file: Path) -> Iterator[dict[str, Any]]:
-    """The complete lines of the file; an incomplete one is not a reply."""
-    if not file.exists():
-        return
-    with open_regular(file, what="--judge-replies", error=UsageError) as lines:
-        while line := lines.readline(_LONGEST_LINE):
-            try:
-                record = parse_json(line, what="a kept reply")
-            except DataError:
-                continue
-            if isinstance(record, dict):
-                yield record

@@ -9,6 +9,7 @@ Shapes: B = answers read at once, W = tokens of the longest.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +33,7 @@ from dpo_studio.models.folder import open_model
 from dpo_studio.models.load import choose_dtype, load_weights, put_on_gpu
 from dpo_studio.models.tokenizer_settings import read_tokenizer
 from dpo_studio.preferences.pair import Message
+from dpo_studio.sampling.completion import Completion
 from dpo_studio.tokens.chat import ChatEncoder, PairError
 
 __all__ = ["RewardModel", "load_reward_model"]
@@ -62,6 +64,8 @@ class RewardModel:
     """Whole chats, the answer their last turn, to ids; or why not."""
     longest: int
     """Tokens it can read."""
+    fingerprint: str = ""
+    """What tells its weights from others."""
 
     @property
     def name(self) -> str:
@@ -92,6 +96,16 @@ class RewardModel:
             _verdict(*(rewards[*pair.prompt, Message("assistant", answer.text)] for answer in (pair.a, pair.b)))
             for pair in comparisons
         ]
+
+    def score_all(
+        self, answers: Sequence[tuple[Sequence[Message], Completion]], progress: Progress | None = None
+    ) -> list[float | None]:
+        """The reward of each (prompt, answer); None where it is too long, cannot be rendered, or is not finite."""
+        if not answers:
+            return []
+        chats = [(*prompt, Message("assistant", answer.text)) for prompt, answer in answers]
+        rewards = self._rewards(chats, len(chats), progress)
+        return [reward if isinstance(reward, float) and math.isfinite(reward) else None for reward in rewards]
 
     def _rewards(self, chats: Chats, total: int, progress: Progress | None) -> list[float | str]:
         """The reward of each chat, or why it has none. `progress` receives shares of `total` as chats are read."""
@@ -169,9 +183,9 @@ def load_reward_model(name: str, *, dtype: str = "auto", say: Callable[[str], No
     longest = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 10**9
     if tokenizer.chat_template:
         encoder = folder.encoder(ModelSection(path=name))
-        return RewardModel(name, model, lambda chats: _one_chat(encoder, chats), longest)
+        return RewardModel(name, model, lambda chats: _one_chat(encoder, chats), longest, folder.fingerprint)
     longest = min(longest, tokenizer.model_max_length)  # RoBERTa counts its positions from 2
-    return RewardModel(name, model, lambda chats: _two_texts(tokenizer, chats), longest)
+    return RewardModel(name, model, lambda chats: _two_texts(tokenizer, chats), longest, folder.fingerprint)
 
 
 def _one_chat(encoder: ChatEncoder, chats: Chats) -> list[Encoded | PairError]:

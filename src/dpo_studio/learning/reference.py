@@ -39,11 +39,15 @@ class ReferenceChoice:
 
     @classmethod
     def of(cls, recipe: Recipe) -> ReferenceChoice:
-        """The recipe's: an adapter whose training is continued is its own reference, unless another one is named."""
+        """The recipe's: an adapter whose training is continued is its own reference, unless another one is named.
+
+        `reference.model` that is the base itself is the base with the policy's adapter off: no second model is loaded.
+        """
         section = recipe.reference
         adapter = section.adapter or (recipe.model.adapter if section.model is None else None)
         is_start = section.model is None and section.adapter is None
-        return cls(section.model, None if adapter is None else Path(adapter), is_start)
+        own_base = section.model == recipe.model.path and recipe.model.revision is None
+        return cls(None if own_base else section.model, None if adapter is None else Path(adapter), is_start)
 
     @property
     def beside(self) -> Path | None:

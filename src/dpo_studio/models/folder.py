@@ -7,6 +7,7 @@ looked at: a settings or weight file that changes in between is refused.
 from __future__ import annotations
 
 import datetime
+import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -50,7 +51,7 @@ class ModelFolder:
     """What messages call it."""
     _state: _State = field(repr=False)
     """Of its settings and weights, before any was read."""
-    _encoders: dict[tuple[str | None, datetime.date | None], ChatEncoder] = field(default_factory=dict, repr=False)
+    _encoders: dict[tuple[str | None, str, datetime.date | None], ChatEncoder] = field(default_factory=dict, repr=False)
 
     @cached_property
     def raw_config(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class ModelFolder:
         Raises:
             ModelError: no tokenizer, no chat template, or one that cannot be used safely.
         """
-        key = (section.chat_template, today)
+        key = (section.chat_template, json.dumps(section.template, sort_keys=True), today)
         if key not in self._encoders:
             self._encoders[key] = load_encoder(self.path, section, today=today)
         return self._encoders[key]

@@ -84,7 +84,7 @@ def load_encoder(folder: Path, section: ModelSection, *, today: datetime.date | 
     tokenizer: PreTrainedTokenizerBase = read_tokenizer(folder, section.path)
     if section.chat_template is not None:
         tokenizer.chat_template = _read_template(section.chat_template)
-    return ChatEncoder(tokenizer, eos_ids=_end_ids(folder), today=today)
+    return ChatEncoder(tokenizer, eos_ids=_end_ids(folder), today=today, template=section.template)
 
 
 def _end_ids(folder: Path) -> set[int]:

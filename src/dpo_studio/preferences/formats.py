@@ -20,6 +20,7 @@
     nectar-all        the same: the best against each other one, several pairs a row
     ultrafeedback-raw instruction, completions [{response, fine-grained_score}]: the best against the worst
     label-studio      data, annotations; argilla-2: fields, responses (exports.py): the majority holds
+    open-webui        data, meta, snapshot; langfuse: input, output, scores; studio-votes: answers, choice (votes.py)
 
 A label that says tie is read before the answers: a tie is not a broken row.
 """
@@ -34,7 +35,7 @@ from dpo_studio.errors import UsageError
 from dpo_studio.preferences.arena import arena, arena_55k
 from dpo_studio.preferences.exports import argilla_2, is_flat_argilla, label_studio, majority
 from dpo_studio.preferences.pair import Message, Pair
-from dpo_studio.preferences.ranked import nectar, nectar_all, raw_ultrafeedback
+from dpo_studio.preferences.ranked import PairsRule, Ranked, nectar, nectar_all, pairs_of_ranked, raw_ultrafeedback
 from dpo_studio.preferences.row_contents import is_empty, strange_in_row
 from dpo_studio.preferences.turns import (
     Row,
@@ -56,6 +57,7 @@ from dpo_studio.preferences.turns import (
     value_of,
     with_system,
 )
+from dpo_studio.preferences.votes import langfuse, open_webui, studio_vote
 
 __all__ = ["FORMATS", "Parser", "add_format", "formats_help", "scores_of", "shape_of", "trl_implicit"]
 
@@ -260,6 +262,15 @@ class Format:
     """What every row of it has."""
     parse: Parser
     """A row -> its pair, or its pairs; raises RowError."""
+    ranked: Callable[[Row], Ranked] | None = None
+    """A row -> its answers in order, where it has several; `parse` takes the best and the worst."""
+
+    def parser(self, rule: PairsRule) -> Parser | None:
+        """How rows become pairs by another rule; None where they hold no more than two answers."""
+        ranked = self.ranked
+        if ranked is None:
+            return None
+        return lambda row: [under_system(row, pair) for pair in pairs_of_ranked(ranked(row), rule)]
 
 
 def _format(columns: Iterable[str], parse: Parser) -> Format:
@@ -268,6 +279,10 @@ def _format(columns: Iterable[str], parse: Parser) -> Format:
         return [under_system(row, pair) for pair in pairs] if isinstance(pairs, list) else under_system(row, pairs)
 
     return Format(frozenset(columns), parsed)
+
+
+def _of_ranked(columns: Iterable[str], ranked: Callable[[Row], Ranked]) -> Format:
+    return replace(_format(columns, lambda row: pairs_of_ranked(ranked(row), "best-worst")), ranked=ranked)
 
 
 FORMATS: dict[str, Format] = {
@@ -289,11 +304,14 @@ FORMATS: dict[str, Format] = {
     "arena-55k": _format(
         ["prompt", "response_a", "response_b", "winner_model_a", "winner_model_b", "winner_tie"], arena_55k
     ),
-    "nectar": _format(["prompt", "answers"], nectar),
+    "studio-votes": _format(["prompt", "answers", "models", "choice", "shown_order_seed"], studio_vote),
+    "nectar": _of_ranked(["prompt", "answers"], nectar),
     "nectar-all": _format(["prompt", "answers"], nectar_all),
-    "ultrafeedback-raw": _format(["instruction", "models", "completions"], raw_ultrafeedback),
+    "ultrafeedback-raw": _of_ranked(["instruction", "models", "completions"], raw_ultrafeedback),
     "label-studio": _format(["data", "annotations"], label_studio),
     "argilla-2": _format(["fields", "responses"], argilla_2),
+    "open-webui": _format(["data", "meta", "snapshot"], open_webui),
+    "langfuse": _format(["id", "input", "output", "scores"], langfuse),
 }
 
 

@@ -17,7 +17,7 @@ from typing import Literal
 
 from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
-from dpo_studio.preferences.mapping import mapped_parser
+from dpo_studio.preferences.mapping import pair_parser
 from dpo_studio.preferences.pair import Pair
 from dpo_studio.preferences.refused_rows import Refusal
 from dpo_studio.preferences.rows import read_rows
@@ -137,9 +137,9 @@ def _readers(
     both = {"prompt": columns["prompt"], "chosen": columns["first"], "rejected": columns["second"]}
     if "system" in columns:
         both["system"] = columns["system"]
-    texts = mapped_parser(section.model_copy(update={"map": both, "label": {}}), rows)
+    texts = pair_parser(section.model_copy(update={"map": both, "label": {}}), rows)
     by_column = (section.model_copy(update={"map": columns | {"label": name}}) for name in annotators)
-    return texts, [mapped_parser(one, rows) for one in by_column]
+    return texts, [pair_parser(one, rows) for one in by_column]
 
 
 def _label(read: Reader, row: dict[str, object], pair: Pair) -> Label:

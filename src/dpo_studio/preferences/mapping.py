@@ -29,7 +29,7 @@ from dpo_studio.config import SourceSection
 from dpo_studio.errors import DataError
 from dpo_studio.preferences.exports import majority
 from dpo_studio.preferences.pair import Pair
-from dpo_studio.preferences.ranked import best_and_worst
+from dpo_studio.preferences.ranked import PairsRule, Ranked, pairs_of_ranked, scored
 from dpo_studio.preferences.turns import (
     Row,
     RowError,
@@ -42,7 +42,7 @@ from dpo_studio.preferences.turns import (
     with_system,
 )
 
-__all__ = ["columns_of", "mapped_parser"]
+__all__ = ["columns_of", "mapped_parser", "pair_parser", "value_at"]
 
 _RANKED, _LABELLED = ("chosen", "rejected"), ("first", "second")
 _LISTS = {"answers", "scores"}
@@ -70,11 +70,9 @@ class _Mapped:
 
     def __call__(self, raw: Row) -> Pair:
         row: Row = {
-            name: _labels(raw, column) if name == "label" else _dig(raw, column)
+            name: _labels(raw, column) if name == "label" else value_at(raw, column)
             for name, column in self.columns.items()
         }
-        if "answers" in row:
-            row |= _best_and_worst(row)
         chosen, rejected = self._sides(row)
         pair = _pair(row, _answer(row, chosen), _answer(row, rejected))
         return replace(pair, prompt=with_system(pair.prompt, row.get("system")), scores=_scores(row, chosen, rejected))
@@ -103,25 +101,32 @@ class _Mapped:
         return majority(found)
 
 
-def _best_and_worst(row: Row) -> Row:
-    """Two lists of as many places -> the same columns as a row of two answers has."""
+def _of_lists(row: Row, rule: PairsRule) -> list[Pair]:
+    """The pairs of two lists of as many places, answers and their scores."""
     answers, scores = (value_of(row, name) for name in ("answers", "scores"))
     if not isinstance(answers, list) or not isinstance(scores, list):
         raise RowError("answers and scores are not two lists")
     if len(answers) != len(scores):
         raise RowError("answers and scores are not as many")
-    (high, chosen), (low, rejected) = best_and_worst(scores, answers)
-    return {"chosen": chosen, "rejected": rejected, "score_chosen": high, "score_rejected": low}
+    turns = [[answer] if isinstance(answer, dict) else answer for answer in answers]
+    pairs = pairs_of_ranked(Ranked(_prompt(row), scored(scores, turns)), rule)
+    return [replace(pair, prompt=with_system(pair.prompt, row.get("system"))) for pair in pairs]
 
 
-def _pair(row: Row, chosen: object, rejected: object) -> Pair:
+def _prompt(row: Row) -> object:
+    """The prompt with its input; None where the answers are whole dialogues."""
     if "prompt" not in row:
-        return implicit(chosen, rejected)
+        return None
     prompt = value_of(row, "prompt")
     if (more := row.get("input")) is not None:
         parts = (text_of(prompt, "prompt"), text_of(more, "input"))
         prompt = "\n".join(part for part in parts if part.strip())
-    return conversation(prompt, chosen, rejected)
+    return prompt
+
+
+def _pair(row: Row, chosen: object, rejected: object) -> Pair:
+    prompt = _prompt(row)
+    return implicit(chosen, rejected) if prompt is None else conversation(prompt, chosen, rejected)
 
 
 def _answer(row: Row, name: str) -> object:
@@ -137,8 +142,25 @@ def _scores(row: Row, chosen: str, rejected: str) -> tuple[float, float] | None:
         return None
 
 
-def mapped_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pair]:
-    """The mapping the section describes, checked against the first rows."""
+def mapped_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pair | list[Pair]]:
+    """The mapping the section describes, checked against the first rows: of two answers, or of lists of them."""
+    if "answers" not in section.map:
+        return pair_parser(section, rows)
+    _check(section, rows)
+    return lambda raw: _of_lists({name: value_at(raw, column) for name, column in section.map.items()}, section.pairs)
+
+
+def pair_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pair]:
+    """The same for rows of two answers."""
+    _check(section, rows)
+    if section.pairs != "best-worst":
+        raise DataError(
+            f"{section.source}: pairs: {section.pairs} is for lists of answers and scores", hint="remove it"
+        )
+    return _Mapped(section.map, _label_meanings(section, rows) if "label" in section.map else _no_labels(section))
+
+
+def _check(section: SourceSection, rows: list[Row]) -> None:
     where, given = section.source, section.map.keys()
     if section.format not in {"auto", "mapped"}:
         raise DataError(f"{where}: map goes with format: mapped, not {section.format}", hint="remove one of the two")
@@ -152,13 +174,12 @@ def mapped_parser(section: SourceSection, rows: list[Row]) -> Callable[[Row], Pa
     for name, given_column in section.map.items():
         several = name == "label" and not any(given_column in row for row in rows)
         for column in given_column.split(",") if several else [given_column]:
-            if not any(column in row or _dig(row, column) is not None or _labels(row, column) for row in rows):
+            if not any(column in row or value_at(row, column) is not None or _labels(row, column) for row in rows):
                 names = {str(key) for row in rows for key in row}
                 raise DataError(
                     f"{where} has no column {column!r} (data.train.map.{name})",
                     hint=f"{_meant({column}, names)}its columns: {columns_of(rows)}",
                 )
-    return _Mapped(section.map, _label_meanings(section, rows) if "label" in given else _no_labels(section))
 
 
 def _meant(given: Iterable[str], known: Iterable[str]) -> str:
@@ -207,9 +228,9 @@ def _labels(row: Row, path: str) -> object:
     An annotator who said nothing has no vote.
     """
     paths = path.split(",") if path not in row else [path]
-    if len(paths) == 1 and not isinstance(found := _dig(row, path), list) and found is not None:
+    if len(paths) == 1 and not isinstance(found := value_at(row, path), list) and found is not None:
         return found
-    said = [one for each in paths for one in _flat(_dig(row, each, through_lists=True))]
+    said = [one for each in paths for one in _flat(value_at(row, each, through_lists=True))]
     return [one for one in said if not is_missing(one)] or None
 
 
@@ -217,7 +238,7 @@ def _flat(value: object) -> list[object]:
     return [one for each in value for one in _flat(each)] if isinstance(value, list) else [value]
 
 
-def _dig(row: object, path: str, *, through_lists: bool = False) -> object:
+def value_at(row: object, path: str, *, through_lists: bool = False) -> object:
     """The value of a column, or at a path of keys and list positions with dots; None if it is missing.
 
     Through lists: a name is looked up in the objects of lists within a list too.

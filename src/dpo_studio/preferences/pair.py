@@ -18,6 +18,8 @@ class Message:
     content: str
     learned: bool = True
     """False for an assistant's turn of weight 0: context, whose tokens are never scored."""
+    ended: bool = True
+    """False for an answer that a token limit cut: its model wrote no end of turn, and none is learned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +54,14 @@ def prompt_key(prompt: tuple[Message, ...]) -> str:
 def trl_row(pair: Pair) -> dict[str, Any]:
     """The pair as a row of TRL's conversational shape, which `read_pairs` reads as the same pair again."""
     sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    row: dict[str, Any] = {
-        name: [{"role": turn.role, "content": turn.content} | ({} if turn.learned else {"weight": 0}) for turn in turns]
-        for name, turns in sides.items()
-    }
+    row: dict[str, Any] = {name: [_message(turn) for turn in turns] for name, turns in sides.items()}
     if pair.scores is not None:
         row["score_chosen"], row["score_rejected"] = pair.scores
     if pair.origin is not None:
         row["source"] = pair.origin
     return row
+
+
+def _message(turn: Message) -> dict[str, Any]:
+    more = ({} if turn.learned else {"weight": 0}) | ({} if turn.ended else {"cut": True})
+    return {"role": turn.role, "content": turn.content} | more

@@ -25,7 +25,7 @@ from dpo_studio.preferences.row_contents import strange_in_row
 from dpo_studio.preferences.rows import read_rows
 from dpo_studio.preferences.turns import Row, RowError
 
-__all__ = ["PairSource", "PairStream", "Refusal", "nothing_usable", "open_pairs", "read_pairs"]
+__all__ = ["PairSource", "PairStream", "Refusal", "nothing_usable", "open_pairs", "pairs_of", "read_pairs"]
 
 _LOOK_AT = 64  # rows that decide the format: enough that a few broken ones at the top do not
 _EXPECTED = (
@@ -106,7 +106,15 @@ def open_pairs(section: SourceSection, *, seed: int = 0) -> PairStream:
     Raises:
         DataError: the source is missing, unreadable, empty, or of no known shape.
     """
-    rows = read_rows(section, seed=seed)
+    return pairs_of(section, read_rows(section, seed=seed))
+
+
+def pairs_of(section: SourceSection, rows: Iterator[tuple[int, object]]) -> PairStream:
+    """The same of numbered rows that are being read already.
+
+    Raises:
+        DataError: there are none, or they are of no known shape.
+    """
     first = list(itertools.islice(rows, _LOOK_AT))
     if not first:
         raise DataError(f"{section.source} has no rows", hint="it needs at least one preference pair")
@@ -187,9 +195,20 @@ def _format(section: SourceSection, first: list[object]) -> tuple[str, Parser]:
         name = section.format
     else:
         raise _wrong_columns(section, rows)
+    if section.pairs != "best-worst":
+        return name, _other_pairs(section, FORMATS[name].parser(section.pairs))
     if name == "trl" and not any("prompt" in row for row in rows):
         return name, trl_implicit
     return name, FORMATS[name].parse
+
+
+def _other_pairs(section: SourceSection, parse: Parser | None) -> Parser:
+    if parse is None:
+        raise DataError(
+            f"{section.source}: pairs: {section.pairs} is for rows of several ranked or scored answers",
+            hint="remove it, or name lists of answers and scores: --map answers=COLUMN --map scores=COLUMN",
+        )
+    return parse
 
 
 def _wrong_columns(section: SourceSection, rows: list[Row]) -> DataError:

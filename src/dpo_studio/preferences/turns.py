@@ -179,11 +179,14 @@ def _checked(prompt: Turns, chosen: Turns, rejected: Turns) -> Pair:
             raise RowError(f"{side} does not end with an assistant turn")
         if not turns[-1].content.strip():
             raise RowError(f"{side} is empty")
+        if not all(turn.ended for turn in turns[:-1]):
+            raise RowError(f"{side} has a cut turn before its last one")
         if not any(turn.learned for turn in turns if turn.role == "assistant"):
             raise RowError(f"{side} has no assistant turn of weight 1")
     if _stripped(chosen) == _stripped(rejected):
         raise RowError("chosen and rejected are identical")
-    prompt = tuple(turn if turn.learned else replace(turn, learned=True) for turn in prompt)  # nothing of it is learned
+    # nothing of a prompt is learned, neither its assistant's turns nor where they end
+    prompt = tuple(replace(turn, learned=True, ended=True) for turn in prompt)
     return Pair(prompt, chosen, rejected)
 
 
@@ -287,7 +290,11 @@ def _message(item: object, side: str) -> Message:
     weight = weight_of(item.get("weight"))
     if weight is None:
         raise RowError(f"{side} has a message of {role} whose weight is neither 0 nor 1")
-    return Message(role, _content(content, side), learned=weight == 1 or role != "assistant")
+    cut = item.get("cut")
+    if not is_missing(cut) and not isinstance(cut, bool):
+        raise RowError(f"{side} has a message whose cut is neither true nor false", cut)
+    learned, ended = weight == 1 or role != "assistant", cut is not True or role != "assistant"
+    return Message(role, _content(content, side), learned=learned, ended=ended)
 
 
 def _content(content: object, side: str) -> str:

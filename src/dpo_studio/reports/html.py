@@ -99,11 +99,21 @@ def _header_facts(facts: RunFacts) -> list[tuple[str, str]]:
     objective = " ".join(filter(None, (_at(facts.recipe, "objective", "kind"), _beta(facts))))
     found = [
         ("Model", _at(facts.recipe, "model", "path")),
-        ("Pairs", _at(facts.recipe, "data", "train", "source")),
+        ("Pairs", _sources(facts.recipe)),
         ("Objective", objective),
         ("Date", _date(facts)),
     ]
     return [(name, value) for name, value in found if value]
+
+
+def _sources(recipe: Mapping[str, Any]) -> str:
+    """The training source, or several with their weights."""
+    data = recipe.get("data")
+    several = data.get("train") if isinstance(data, Mapping) else None
+    if not isinstance(several, list):
+        return _at(recipe, "data", "train", "source")
+    named = [one for one in several if isinstance(one, Mapping)]
+    return " + ".join(" ".join(filter(None, (_at(one, "source"), _at(one, "weight")))) for one in named)
 
 
 def _at(values: Mapping[str, Any], *keys: str) -> str:

@@ -25,7 +25,7 @@ def check_place(loaded: RecipeFile) -> None:
             recipe.model.chat_template,
             recipe.reference.model,
             recipe.reference.adapter,
-            recipe.data.train.source,
+            *(one.source for one in recipe.data.sources),
             recipe.data.held_out.source,
         ],
     )

@@ -38,8 +38,16 @@ class Held:
 
 
 @contextmanager
-def held(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator[Held]:
-    """Inside, only this process trains in `folder`, which is made if missing, and removed afterwards if it is empty.
+def held(
+    folder: Path,
+    warn: Callable[[str], None] = lambda _: None,
+    *,
+    doing: str = "trained in",
+    elsewhere: str = "choose another folder: --set run.folder=NAME",
+) -> Iterator[Held]:
+    """Inside, only this process works in `folder`, which is made if missing, and removed afterwards if it is empty.
+
+    `doing` and `elsewhere` are for the message that another process gets.
 
     Raises:
         RunError: another process has it, or the folder cannot be written.
@@ -47,11 +55,11 @@ def held(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        descriptor = _taken(folder / LOCK, warn)
+        descriptor = _taken(folder / LOCK, warn, doing, elsewhere)
     except OSError as error:
         raise RunError(
             f"{folder} cannot be written: {error.strerror or error}",
-            hint="choose another folder: --set run.folder=NAME",
+            hint=elsewhere,
         ) from None
     try:
         yield Held(folder, descriptor)
@@ -64,7 +72,7 @@ def held(folder: Path, warn: Callable[[str], None] = lambda _: None) -> Iterator
                 path.rmdir()
 
 
-def _taken(file: Path, warn: Callable[[str], None]) -> int:
+def _taken(file: Path, warn: Callable[[str], None], doing: str, elsewhere: str) -> int:
     """The open and locked file. Its content is only for the message that another process gets."""
     import fcntl  # not on Windows, where nothing is trained but runs are read
 
@@ -76,8 +84,8 @@ def _taken(file: Path, warn: Callable[[str], None]) -> int:
             holder = os.read(descriptor, 200).decode("utf-8", "replace").strip()
             os.close(descriptor)
             raise RunError(
-                f"{file.parent} is being trained in by {holder or 'another process'}",
-                hint="wait for it, stop it, or choose another folder: --set run.folder=NAME",
+                f"{file.parent} is being {doing} by {holder or 'another process'}",
+                hint=f"wait for it, stop it, or {elsewhere}",
             ) from None
         except OSError as error:  # NFS without its lock service
             warn(f"{file.parent} is on a file system without locks ({error.strerror}): see that one process uses it")

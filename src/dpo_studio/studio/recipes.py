@@ -16,7 +16,7 @@ from dpo_studio.studio.places import Places
 
 __all__ = ["downloads_of", "problems_of", "read_values", "written"]
 
-_NAMED = ("model.path", "reference.model", "data.train.source", "data.held_out.source")
+_NAMED = ("model.path", "reference.model", "data.train.source", "data.held_out.source", "rounds.prompts")
 _FILES = ("model.adapter", "model.chat_template", "reference.adapter", "run.folder", "run.sample_prompts")
 
 
@@ -56,29 +56,29 @@ def problems_of(values: dict[str, Any], places: Places) -> list[dict[str, str | 
 def _leading_out(values: dict[str, Any], places: Places) -> list[dict[str, str | None]]:
     found: list[dict[str, str | None]] = []
     for key in (*_NAMED, *_FILES, "run.tracker"):
-        value = _at(values, key)
-        if not isinstance(value, str):
-            continue
-        try:
-            if key == "run.tracker":
-                raise Refused("a tracker is started from a terminal only", field=key, hint="leave run.tracker out")
-            (places.named if key in _NAMED else places.inside)(value, key)
-        except Refused as refused:
-            found.append({"field": key, "message": refused.message, "hint": refused.hint})
+        for value in _texts_at(values, key.split(".")):
+            try:
+                if key == "run.tracker":
+                    raise Refused("a tracker is started from a terminal only", field=key, hint="leave run.tracker out")
+                (places.named if key in _NAMED else places.inside)(value, key)
+            except Refused as refused:
+                found.append({"field": key, "message": refused.message, "hint": refused.hint})
     return found
 
 
 def downloads_of(values: dict[str, Any], places: Places) -> list[str]:
     """What a training would download from the Hub, unless it is in the Hub's cache."""
-    named = [value for key in _NAMED if isinstance(value := _at(values, key), str)]
+    named = [value for key in _NAMED for value in _texts_at(values, key.split("."))]
     return [value for value in dict.fromkeys(named) if places.is_on_hub(value)]
 
 
-def _at(values: dict[str, Any], key: str) -> Any:
-    value: Any = values
-    for part in key.split("."):
-        value = value.get(part) if isinstance(value, dict) else None
-    return value
+def _texts_at(values: Any, parts: list[str]) -> list[str]:
+    """The texts at a key, of every member where a list is on the way: `data.train` may be several sources."""
+    if isinstance(values, list):
+        return [text for one in values for text in _texts_at(one, parts)]
+    if not parts:
+        return [values] if isinstance(values, str) else []
+    return _texts_at(values.get(parts[0]), parts[1:]) if isinstance(values, dict) else []
 
 
 def _field(problem: str) -> str | None:

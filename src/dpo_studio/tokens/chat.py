@@ -17,6 +17,7 @@ from functools import cached_property
 from itertools import pairwise
 from typing import TYPE_CHECKING, ParamSpec, TypeVar
 
+from dpo_studio.config import TemplateValue
 from dpo_studio.errors import ModelError
 from dpo_studio.preferences.pair import Message, Pair
 from dpo_studio.tokens.parting import ASSISTANT, PartedAnswer, PartedPair, Parter
@@ -67,11 +68,16 @@ class ChatEncoder:
     """A tokenizer and its chat template, as a function from chats to ids."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, *, eos_ids: Collection[int], today: datetime.date | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        eos_ids: Collection[int],
+        today: datetime.date | None = None,
+        template: Mapping[str, TemplateValue] | None = None,
     ) -> None:
         """`eos_ids`: any of `generation_config.eos_token_id`; the tokenizer's own EOS always counts.
 
-        `today`: the date that templates write which write one; None is today's.
+        `today`: the date that templates write which write one; None is today's. `template`: handed to the template.
 
         Raises:
             ModelError: no chat template, one that cannot render a question and an answer, nothing that ends a turn,
@@ -80,7 +86,7 @@ class ChatEncoder:
         own_eos = tokenizer.eos_token_id
         self.eos_ids = frozenset(eos_ids) | ({own_eos} if own_eos is not None else set())
         self._texts = TextEncoder(tokenizer, self.eos_ids)
-        self._writer = TemplateWriter(tokenizer, self._texts.special, today)
+        self._writer = TemplateWriter(tokenizer, self._texts.special, today, template or {})
         if not self.eos_ids:
             raise ModelError("the tokenizer has no EOS token, so nothing could end an answer")
         self._eos: int = own_eos if own_eos is not None else min(self.eos_ids)
@@ -149,8 +155,10 @@ class ChatEncoder:
 
     @cached_property
     def template_digest(self) -> str:
-        """The same for two chat templates only if their texts are the same."""
-        return hashlib.sha256(self._writer.template.source.encode()).hexdigest()
+        """The same for two chat templates only if their texts are the same, and what they are handed."""
+        template = self._writer.template
+        given = json.dumps(template.given, sort_keys=True) if template.given else ""
+        return hashlib.sha256(f"{template.source}{given}".encode()).hexdigest()
 
     def token_counts(self, texts: Sequence[str]) -> list[int]:
         """How many tokens each text is by itself, without a template; a special token it spells counts as text."""

@@ -33,6 +33,7 @@ THOUGHT_LEFT_OUT = "thought not written by the template"
 TURN_LEFT_OUT = "turn of the prompt not written by the template"
 THOUGHTS_ALONE = "answers differ in their thoughts alone"
 END_APPENDED = "end of turn appended"
+NOT_ENDED = "answer that its model did not end: no end of turn to learn"
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -108,6 +109,9 @@ def fit_pair(
     if isinstance(ids, PairError):
         raise ids
     notes: list[str] = []
+    ids = _as_it_ended(pair, ids)
+    if not (pair.chosen[-1].ended and pair.rejected[-1].ended):
+        notes.append(NOT_ENDED)
     if max_length is not None and _longest(ids) > max_length:
         if too_long == "cut_answer_end":
             notes.append(ANSWER_CUT)
@@ -131,6 +135,15 @@ def fit_pair(
     return _encoded(pair.row, ids), notes
 
 
+def _as_it_ended(pair: Pair, ids: PairIds) -> PairIds:
+    """Without the end of turn, which is the last id, where a token limit cut the answer."""
+    sides = ((pair.chosen, ids.chosen), (pair.rejected, ids.rejected))
+    chosen, rejected = (
+        answer if turns[-1].ended else AnswerIds(answer.ids[:-1], answer.scored[:-1]) for turns, answer in sides
+    )
+    return replace(ids, chosen=chosen, rejected=rejected)
+
+
 def _longest(ids: PairIds) -> int:
     return len(ids.prompt) + max(len(ids.chosen.ids), len(ids.rejected.ids))
 
@@ -151,7 +164,7 @@ def _cut_prompt(pair: Pair, ids: PairIds, encoder: ChatEncoder, max_length: int)
         if shorter is None:
             raise _too_long(ids, max_length)
         pair = replace(pair, prompt=shorter)
-        ids = encoder.pair(pair)
+        ids = _as_it_ended(pair, encoder.pair(pair))
     return ids
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from jinja2 import TemplateError
 
+from dpo_studio.config import TemplateValue
 from dpo_studio.errors import DataError, ModelError
 from dpo_studio.preferences.pair import Message
 from dpo_studio.tokens.template import LONGEST_CHAT, ChatTemplate, TemplateLimit
@@ -62,9 +63,13 @@ class TemplateWriter:
     """A tokenizer's chat template."""
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, special: Collection[str], today: datetime.date | None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        special: Collection[str],
+        today: datetime.date | None,
+        given: Mapping[str, TemplateValue],
     ) -> None:
-        """`special`: the texts of the special tokens, the longest first.
+        """`special`: the texts of the special tokens, the longest first; `given`: what the template is handed.
 
         Raises:
             ModelError: no chat template, or none that can be used safely.
@@ -77,7 +82,7 @@ class TemplateWriter:
             raise ModelError(
                 "the tokenizer has several chat templates, none the default", hint=NO_TEMPLATE_HINT
             ) from None
-        self.template = ChatTemplate(source, tokenizer.special_tokens_map, today=today)
+        self.template = ChatTemplate(source, tokenizer.special_tokens_map, today=today, given=given)
         self.spelled_pattern = re.compile("|".join(map(re.escape, special)) or r"(?!)")
 
     def of(self, *chats: Sequence[Message]) -> Writer:

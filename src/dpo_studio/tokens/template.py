@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import datetime
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import BuiltinMethodType, MethodType
 from typing import Any
 
 from jinja2 import TemplateError, Undefined, nodes, pass_context
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, loopcontrols
+from jinja2.meta import find_undeclared_variables
 from jinja2.parser import Parser
 from jinja2.runtime import BlockReference, Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 from jinja2.utils import Joiner
 from jinja2.visitor import NodeTransformer
 
+from dpo_studio.config import TemplateValue
 from dpo_studio.errors import ModelError, reason_of
 from dpo_studio.tokens.metering import (
     ITEM,
@@ -52,6 +54,8 @@ _TEXT_METHODS = (
     *("isidentifier", "isprintable", "splitlines", "startswith", "strip", "swapcase", "title", "upper"),
 )
 _OTHER_METHODS = ("copy", "count", "get", "index", "items", "keys", "values")
+_OURS = ("messages", "tools", "documents", "add_generation_prompt", "strftime_now", "raise_exception", "namespace")
+"""What every template is handed."""
 _JINJAS_OWN = ("_loop_vars", "_block_vars")
 """What jinja passes along with every call in a loop or block, and takes away again before the macro sees it."""
 _WIDE = re.compile(r"%[^%a-zA-Z]*(\*|\d{4})")
@@ -62,12 +66,19 @@ class ChatTemplate:
     """A template with limits on time and memory."""
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, object], *, today: datetime.date | None = None
+        self,
+        source: str,
+        special_tokens: Mapping[str, object],
+        *,
+        today: datetime.date | None = None,
+        given: Mapping[str, TemplateValue] | None = None,
     ) -> None:
         """`special_tokens`: what the template may call `bos_token` and the like; `today`: the date it may write.
 
+        `given`: values by the names that the template reads them by, as a server's `chat_template_kwargs`.
+
         Raises:
-            ModelError: too long, no Jinja, or made of what no chat template needs.
+            ModelError: too long, no Jinja, or made of what no chat template needs; or it does not read what is given.
         """
         if len(source) > LONGEST_TEMPLATE:
             raise ModelError(f"the chat template has {len(source):,} characters, over {LONGEST_TEMPLATE:,}")
@@ -78,10 +89,12 @@ class ChatTemplate:
         self.source = source
         environment = _Environment(len(source), today or datetime.date.today())
         try:
-            tree = _Metered().visit(environment.parse(source))
-            code = environment.compile(tree)
+            tree = environment.parse(source)
+            read = find_undeclared_variables(tree) if given else set()
+            code = environment.compile(_Metered().visit(tree))
         except (TemplateError, SyntaxError, ValueError, RecursionError, MemoryError, OverflowError) as error:
             raise ModelError(f"the chat template cannot be used: {_reason(error)}") from None
+        self.given = _check_given(given or {}, read - {*_OURS, *self._special_tokens})
         self._template = environment.template_class.from_code(environment, code, environment.make_globals(None))
 
     def render(self, messages: Sequence[Mapping[str, str]], *, add_generation_prompt: bool) -> str:
@@ -99,11 +112,24 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._special_tokens,
+                **self.given,
             )
         except (RecursionError, MemoryError) as error:
             raise TemplateLimit(_reason(error)) from None
         finally:
             METER.reset(token)
+
+
+def _check_given(given: Mapping[str, TemplateValue], read: Collection[str]) -> dict[str, TemplateValue]:
+    """What a template does not read changes nothing, and its user believes that it does.
+
+    Raises:
+        ModelError: it does not read one of them.
+    """
+    if unread := sorted(set(given) - set(read)):
+        known = f"it reads {', '.join(sorted(read))}" if read else "it reads none"
+        raise ModelError(f"model.template: the chat template does not read {unread[0]}", hint=known)
+    return dict(given)
 
 
 class _Metered(NodeTransformer):

@@ -31,7 +31,7 @@ from dpo_studio.evaluation.judges import (
     summary,
     user_rule,
 )
-from dpo_studio.evaluation.llm_judge import LLMJudge, check_replies, cost_line
+from dpo_studio.evaluation.llm_judge import LLMJudge, check_replies
 from dpo_studio.evaluation.llm_parameters import check_parameters
 from dpo_studio.evaluation.llm_template import TEMPLATE, read_template
 from dpo_studio.paths import user_path
@@ -96,6 +96,7 @@ def judge_from(
 
 def _implicit(name: str, loaded: Any, dtype: str | None, say: Callable[[str], None]) -> Judge:
     from dpo_studio.evaluation.implicit import ImplicitReward
+    from dpo_studio.models.fingerprint import weights_fingerprint
     from dpo_studio.workflows.loading import load_any
 
     if name:
@@ -107,7 +108,8 @@ def _implicit(name: str, loaded: Any, dtype: str | None, say: Callable[[str], No
             hint="implicit:RUN needs a run or an adapter folder",
         )
     beta = loaded.beta if loaded.beta is not None else 0.1
-    return ImplicitReward(name or str(loaded.adapter), loaded.policy, loaded.base.encoder, beta)
+    fingerprint = f"{loaded.base.files.fingerprint} {weights_fingerprint(loaded.adapter)}"
+    return ImplicitReward(name or str(loaded.adapter), loaded.policy, loaded.base.encoder, beta, fingerprint)
 
 
 def _llm(model: str, url: str, options: LLMOptions, say: Callable[[str], None]) -> LLMJudge:
@@ -244,7 +246,7 @@ def _estimate(judge: Judge, comparisons: Sequence[Comparison], progress: Progres
     if not isinstance(judge, LLMJudge):
         raise UsageError(f"{judge.name} costs nothing but time", hint="--estimate is for llm:MODEL@BASE_URL")
     cost = judge.estimate(comparisons)
-    progress.say(cost_line(cost, judge.model))
+    progress.say(cost.line(judge.model))
     return {"judge": judge.name} | vars(cost)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -78,9 +79,12 @@ def load_any(
     dtype: str | None = None,
     compute: str | None = None,
     with_reference: bool = False,
+    today: datetime.date | None = None,
     say: Callable[[str], None] = lambda _: None,
 ) -> LoadedModel:
     """Load a Hub id, a model folder, a bundled model, a run or an adapter folder.
+
+    `today`: the date that a template may write, None today's; a run has its own.
 
     Raises:
         ModelError, RunError: not found or unusable; or `with_reference`, a run whose reference is another model.
@@ -95,10 +99,10 @@ def load_any(
         config = read_adapter_config(folder)
         run = _run_around(folder)
         base_name = _base_of(run, folder, config, name)
-        today = None if run is None else date_of(run)
+        today = today if run is None else date_of(run)
         base = load_chat_model(ModelSection(path=base_name, revision=config.revision, **changes), say=say, today=today)
         return LoadedModel(base, attach_existing(base.model, folder, trainable=False), None, folder)
-    base = load_chat_model(ModelSection(path=name, **changes), say=say)
+    base = load_chat_model(ModelSection(path=name, **changes), say=say, today=today)
     return LoadedModel(base, base.model, None, None)
 
 
@@ -159,8 +163,9 @@ def _look_at(run: RunFolder, with_reference: bool, say: Callable[[str], None]) -
     """
     recipe = recipe_of(run)
     adapter = adapter_of(run, say)
-    if with_reference and recipe.reference.model is not None:
-        raise _not_loaded(recipe.reference.model, adapter)
+    other = ReferenceChoice.of(recipe).model
+    if with_reference and other is not None:
+        raise _not_loaded(other, adapter)
     return recipe, adapter
 
 

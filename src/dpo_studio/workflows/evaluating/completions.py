@@ -46,6 +46,11 @@ class Speaker:
         if computes_in_fp8(loaded.policy):
             self._depends_on["compute"] = "fp8"
 
+    @property
+    def fingerprint(self) -> str:
+        """What tells the weights that answer from others: the base's, and the adapter's."""
+        return f"{self._depends_on['weights']} {self._depends_on['adapter']}".strip()
+
     def prompt_ids(self, chats: Sequence[Sequence[Message]]) -> list[list[int]]:
         """The prompts as this model reads them."""
         return [self.loaded.base.encoder.prompt_ids(chat) for chat in chats]

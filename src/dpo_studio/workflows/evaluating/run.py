@@ -45,7 +45,7 @@ from dpo_studio.workflows.scoring import side_logps
 from dpo_studio.workflows.training.preparing import read_and_split
 from dpo_studio.writing import check_outputs
 
-__all__ = ["Evaluation", "check_figure", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
+__all__ = ["REFERENCE", "Evaluation", "check_figure", "compare_runs", "default_judge", "evaluate_run", "judges_of"]
 
 REFERENCE = "reference"
 """What a run is compared with unless another model is named: its own base, the adapter off."""
@@ -169,7 +169,7 @@ def default_judge(run: str) -> str:
         RunError: not a run.
         UsageError: a run on other pairs.
     """
-    if _recipe(run).data.train.source.startswith("bundled:everyday"):
+    if all(one.source.startswith("bundled:everyday") for one in _recipe(run).data.sources):
         return "everyday"
     raise UsageError(f"{run}: name a judge of its answers with --judge", hint=f"one of {judges_help()}")
 

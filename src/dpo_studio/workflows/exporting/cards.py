@@ -125,14 +125,13 @@ def _grid(settings: Quantising) -> str:
 
 
 def _tuned(recipe: Recipe) -> str:
-    objective = recipe.objective
-    return f"tuned with {objective.kind} (beta {objective.beta:g}) on {_name(recipe.data.train.source)} by DPO Studio"
+    objective, on = recipe.objective, " and ".join(_name(one.source) for one in recipe.data.sources)
+    return f"tuned with {objective.kind} (beta {objective.beta:g}) on {on} by DPO Studio"
 
 
 def _datasets(recipe: Recipe) -> Sequence[str]:
-    source = recipe.data.train.source
-    name = None if source.startswith(BUNDLED) else hub_id(source)
-    return [] if name is None else [name]
+    names = [None if one.source.startswith(BUNDLED) else hub_id(one.source) for one in recipe.data.sources]
+    return [name for name in names if name is not None]
 
 
 def _license(base: str, folder: Path | None) -> str | None:

@@ -87,6 +87,8 @@ def export_run(
     with progress or Progress() as shown:
         adapter = adapter_of(folder, shown.say)
         check_finite_adapter(adapter)
+        if given := recipe.model.template:
+            shown.warn(f"no export holds model.template: serve it with chat_template_kwargs {json.dumps(given)}")
         if to == "adapter":
             return _export_adapter(folder, recipe, adapter, out, overwrite=overwrite)
         if dtype is not None:

@@ -29,8 +29,9 @@ from dpo_studio.models.sharding import is_sharded
 from dpo_studio.models.targets import all_linear
 from dpo_studio.policy.policy import Policy
 from dpo_studio.policy.whole import WholePolicy
+from dpo_studio.preferences.mixing import Part, read_training, shares
 from dpo_studio.preferences.pair import prompt_key
-from dpo_studio.preferences.sources import PairSource, read_pairs
+from dpo_studio.preferences.sources import PairSource
 from dpo_studio.preferences.split import Split, split_pairs
 from dpo_studio.ranks import ALONE, Ranks
 from dpo_studio.tokens.chat import ChatEncoder
@@ -66,15 +67,32 @@ class RunData:
 
 def read_and_split(recipe: Recipe, progress: Progress) -> tuple[PairSource, Split]:
     """The pairs of the recipe's sources on their two sides; every refusal is reported."""
-    source = read_pairs(recipe.data.train, seed=recipe.data.split_seed)
+    source, parts = read_training(recipe.data)
     progress.say(f"{source.name}: {source.rows} rows ({source.format}), {len(source.pairs)} pairs")
     for line in source.refused_lines():
         progress.warn(line)
     split = split_pairs(source.pairs, recipe.data.held_out, seed=recipe.data.split_seed)
+    if len(parts) > 1:
+        split = _mixed(split, parts, recipe.data.split_seed, progress)
     dropped = f", {split.shared_prompts_dropped} dropped for sharing a prompt" if split.shared_prompts_dropped else ""
     near = f", {split.near_copies} of them with the prompt they nearly repeat" if split.near_copies else ""
     progress.say(f"{len(split.train)} pairs to train on, {len(split.held_out)} held out{dropped}{near}")
     return source, split
+
+
+def _mixed(split: Split, parts: Sequence[Part], seed: int, progress: Progress) -> Split:
+    """The split with each source's share of the training pairs.
+
+    Raises:
+        DataError: a source with a weight has no pair to learn from.
+    """
+    train, counts = shares(split.train, parts, seed=seed)
+    for part in parts:
+        share = "" if part.weight is None else f", weight {part.weight:.3g} of 1"
+        progress.say(f"{part.name}: {counts[part.name]} pairs to train on{share}")
+    if empty := [name for name, count in counts.items() if not count]:
+        raise DataError(f"{empty[0]} has no pair to train on", hint="remove it from data.train, or hold less out")
+    return replace(split, train=train)
 
 
 def encode_both(recipe: Recipe, source: PairSource, split: Split, encoder: ChatEncoder, progress: Progress) -> RunData:

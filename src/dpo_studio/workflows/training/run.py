@@ -52,6 +52,7 @@ from dpo_studio.workflows.training.samples import Samples, sample_chats
 from dpo_studio.workflows.training.saving import Saver
 from dpo_studio.workflows.training.session import Session
 from dpo_studio.workflows.training.starting import (
+    check_no_rounds,
     check_not_shorter,
     check_sharding,
     check_tracker,
@@ -116,6 +117,7 @@ def check_recipe(
         DPOStudioError: the error at which `dpo train` would stop before it loads any weights.
     """
     loaded = load_recipe(recipe, list(overrides))
+    check_no_rounds(loaded.recipe)
     check_place(loaded)
     with progress or Progress() as shown:
         run = RunFolder(loaded.run_folder)
@@ -159,6 +161,7 @@ def run_training(
     processes that train together, and call this alike; only the first writes.
     """
     ranks = ranks or Ranks.one()
+    check_no_rounds(loaded.recipe)
     check_place(loaded)
     run = RunFolder(loaded.run_folder, writes=ranks.leads)
     recipe = run.resolve(loaded.recipe)
@@ -187,8 +190,7 @@ def _train_in(
     ranks: Ranks,
 ) -> TrainedRun:
     started = time.perf_counter()
-    # again: another process may have changed it before the lock was taken
-    recipe = with_dtype_of_first(run.resolve(loaded.recipe), ranks)
+    recipe = with_dtype_of_first(run.resolve(loaded.recipe), ranks)  # again: it may have changed before the lock
     with ranks.first():  # a download is one process's
         found = find_models(recipe)
     source, split = read_and_split(recipe, progress)

@@ -8,13 +8,21 @@ from typing import Any
 from accelerate.tracking import get_available_trackers
 
 from dpo_studio.config import Recipe, RecipeFile
-from dpo_studio.errors import RunError, install_hint
+from dpo_studio.errors import RecipeError, RunError, install_hint
 from dpo_studio.learning.checkpoints import newest_checkpoint
 from dpo_studio.learning.schedule import learning_rate, warmup_steps
 from dpo_studio.ranks import Ranks
 from dpo_studio.runs.folder import RunFolder
 
-__all__ = ["check_not_shorter", "check_sharding", "check_tracker", "is_finished", "typed_model", "warn_of_length"]
+__all__ = [
+    "check_no_rounds",
+    "check_not_shorter",
+    "check_sharding",
+    "check_tracker",
+    "is_finished",
+    "typed_model",
+    "warn_of_length",
+]
 
 
 _OF_A_WHOLE_MODEL = 2e-5
@@ -25,6 +33,16 @@ def typed_model(loaded: RecipeFile) -> str:
     """The base as the recipe's author named it."""
     typed = loaded.typed.get("model")
     return str(typed["path"]) if isinstance(typed, dict) and "path" in typed else loaded.recipe.model.path
+
+
+def check_no_rounds(recipe: Recipe) -> None:
+    """Check that the recipe is of one run.
+
+    Raises:
+        RecipeError: it is of several rounds.
+    """
+    if recipe.rounds is not None:
+        raise RecipeError("a recipe with rounds makes its pairs itself", hint="`dpo rounds` takes it")
 
 
 def check_tracker(recipe: Recipe) -> None:

@@ -1,0 +1,1 @@
+"""`dpo rounds`: answers, judgement, pairs, training, evaluation, and again."""
