@@ -126,6 +126,8 @@ def test_the_options_of_jobs_become_words_and_no_more(folder: Path) -> None:
     fine = {"to": "gptq", "bits": 8, "group_size": "64", "rows": 5, "desc_act": True, "force": True, "dtype": "float32"}
     flags = "--to gptq --bits 8 --group-size 64 --rows 5 --desc-act --dtype float32 --force"
     assert command("export", **export, **fine) == f"dpo export ./runs/done ./out {flags}"
+    gguf = "dpo export ./runs/done ./out --to gguf --type q8_0"
+    assert command("export", **export, to="gguf", type="q8_0") == gguf
     assert command("eval", run="runs/done", judge="everyday", temperatures="0,0.5", prompts=8, seed=0) == (
         "dpo eval ./runs/done --judge everyday --temperatures 0,0.5 --prompts 8 --seed 0"
     )

@@ -40,7 +40,9 @@ class Exporting(_Gptq):
 
     run: str
     out: str
-    to: Literal["adapter", "merged", "gptq"] = "adapter"
+    to: Literal["adapter", "merged", "gptq", "gguf"] = "adapter"
+    type: Literal["f16", "bf16", "q8_0", "q4_k_m"] | None = None
+    """Of a GGUF's matrices."""
     force: bool = False
     """Keep it even if its check fails."""
     dtype: Literal["float32", "bfloat16", "float16"] | None = None
@@ -48,7 +50,11 @@ class Exporting(_Gptq):
     def words(self, here: Studio) -> list[str]:
         """The words after `dpo`."""
         run, out = _there(here, self.run, "run"), _new(here, self.out)
-        more = [*self.gptq_words(), *_flags({"--dtype": self.dtype}), *(["--force"] if self.force else [])]
+        more = [
+            *self.gptq_words(),
+            *_flags({"--type": self.type, "--dtype": self.dtype}),
+            *(["--force"] if self.force else []),
+        ]
         return ["export", run, out, "--to", self.to, *more]
 
 

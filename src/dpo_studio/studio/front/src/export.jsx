@@ -13,6 +13,7 @@ const TARGETS = {
   adapter: "a LoRA adapter that PEFT and vLLM load on the base",
   merged: "the whole model, for any tool that loads safetensors; its check compares it with the run",
   gptq: "a quantised model; it needs the extra gptq, and its check compares it with the run",
+  gguf: "a file for llama.cpp and Ollama; llama.cpp's own numbers are compared with the run's where xllamacpp is installed",
 };
 const VERBS = {
   export: {
@@ -26,6 +27,7 @@ const VERBS = {
     ],
     more: (values) => [
       ...(values.to === "gptq" ? GPTQ : []),
+      ...(values.to === "gguf" ? [["type", "Type", "of the matrices; f16 where left empty", ["f16", "bf16", "q8_0", "q4_k_m"]]] : []),
       ["dtype", "Precision of the check", "the run's own where left empty", ["float32", "bfloat16", "float16"]],
       ["force", "Keep it", "even where its check fails", "yes"],
     ],
@@ -155,6 +157,7 @@ const CHECK = [
   ["nats_a_token", "change of an answer's log-prob, nats a token"],
   ["stop_rate_before", "answers that end by themselves, before"],
   ["stop_rate", "answers that end by themselves, after"],
+  ["type", "type of the matrices"],
   ["misses", "what it misses"],
   ["rank", "rank"],
   ["base", "base"],
@@ -167,7 +170,8 @@ function Told({ path }) {
   const { value, error } = useGet(`/api/exports?${query({ path })}`);
   if (!value) return error ? <Trouble error={error} /> : <Waiting />;
   const rows = CHECK.filter(([key]) => value[key] !== undefined);
-  return (
+  const parity = typeof value.parity === "object" ? value.parity : null;
+  const check = (
     <Table name="check of the export">
       <caption>{value.to === "adapter" ? "The adapter, as it is: nothing was rounded" : "The export beside the run's own model"}</caption>
       <tbody>
@@ -175,6 +179,47 @@ function Told({ path }) {
           <tr key={key}>
             <th scope="row">{label}</th>
             <td>{shown(value[key])}</td>
+          </tr>
+        ))}
+      </tbody>
+    </Table>
+  );
+  if (value.to !== "gguf") return check;
+  return (
+    <>
+      {check}
+      {parity ? <Parity parity={parity} /> : <p>llama.cpp: not verified, because xllamacpp is not installed.</p>}
+    </>
+  );
+}
+
+/** The consumer's log-probs of held-out answers beside the run's. */
+function Parity({ parity }) {
+  return (
+    <Table name="llama.cpp beside the run">
+      <caption>
+        {parity.consumer}: {shown(parity.nats_a_token)} nats a token from the run, {shown(parity.nats_a_token_from_base)} from the base;{" "}
+        {parity.stops ? "stops" : "does not stop"} at the end of a turn
+      </caption>
+      <thead>
+        <tr>
+          <th scope="col">answer tokens</th>
+          <th scope="col">run, nats</th>
+          <th scope="col">{parity.consumer}, nats</th>
+          <th scope="col">base, nats</th>
+          <th scope="col">same chat</th>
+          <th scope="col">same greedy tokens</th>
+        </tr>
+      </thead>
+      <tbody>
+        {parity.prompts.map((one, at) => (
+          <tr key={at}>
+            <td>{one.tokens}</td>
+            <td>{shown(one.run)}</td>
+            <td>{shown(one.consumer)}</td>
+            <td>{shown(one.base)}</td>
+            <td>{one.chat ?? "yes"}</td>
+            <td>{one.greedy}</td>
           </tr>
         ))}
       </tbody>
