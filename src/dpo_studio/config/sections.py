@@ -72,7 +72,7 @@ class ModelSection(Section):
     compute: Literal["auto", "bf16", "fp8"] = "auto"
     """The precision of products with frozen weights. auto and bf16: the dtype's. fp8: e4m3, faster and coarser."""
     sharding: Literal["auto", "none", "full"] = "auto"
-    """Several GPUs. full: each holds a slice of every frozen layer (FSDP2). auto: only where one cannot hold the base."""
+    """Several GPUs. full: each holds a slice of every frozen layer (FSDP2). auto: only where one cannot hold all."""
 
 
 class ReadingSection(Section):
