@@ -192,7 +192,7 @@ def qa(row):
     return Pair((Message("user", row["q"]),), (Message("assistant", row["good"]),), (Message("assistant", row["bad"]),))
 
 add_format("qa", ["q", "good", "bad"], qa)
-assert formats_help().endswith("studio-votes, qa")
+assert formats_help().endswith("langfuse, qa")
 file = Path(sys.argv[1]) / "rows.jsonl"
 rows = [json.dumps({"q": f"What is {n}?", "good": f"It is {n}.", "bad": "No"}) for n in range(9)]
 file.write_text("\\n".join(rows))
