@@ -188,3 +188,14 @@ def test_two_processes_train_it_as_one_does(run: Path, tiny_base: Path, tmp_path
 def test_a_quantised_base_is_refused(tmp_path: Path) -> None:
     said = dpo("train", whole_recipe(tmp_path / "q", packed_folder(tmp_path / "packed")))
     assert said.code == 1 and "quantised base" in said.err
+
+
+def test_an_evaluation_of_it_claims_no_margins(run: Path, tiny_base: Path) -> None:
+    """Its reference, the start, is not in memory: without that being known, policy and reference would be the same
+    model, with accuracy 0.5 and margin 0."""
+    how = ("--judge", "length", "--temperatures", "0", "--prompts", "2", "--max-new-tokens", "4")
+    said = dpo("eval", run, "--against", tiny_base, *how)
+    assert said.code == 0, said.err
+    assert f"no margins and no KL: the run's reference, {tiny_base}, is not loaded" in said.err
+    refused = dpo("eval", run, *how)
+    assert (refused.code, "`dpo eval` has --against MODEL" in refused.err) == (1, True)

@@ -92,9 +92,8 @@ def load_any(
     changes = {key: value for key, value in (("dtype", dtype), ("compute", compute)) if value is not None}
     folder = _folder(name)
     if is_run(folder):
-        if recipe_of(RunFolder(folder)).adapter is not None:
-            return _load_run(RunFolder(folder), changes, with_reference, say)
-        name = str(_model_of(RunFolder(folder), with_reference))
+        load = _load_whole if recipe_of(RunFolder(folder)).adapter is None else _load_run
+        return load(RunFolder(folder), changes, with_reference, say)
     if (folder / "adapter_config.json").is_file():
         config = read_adapter_config(folder)
         run = _run_around(folder)
@@ -153,6 +152,16 @@ def _load_run(run: RunFolder, changes: dict[str, Any], with_reference: bool, say
     reference = ReferenceChoice.of(recipe)
     reference.load_beside(policy)
     return LoadedModel(base, policy.model, recipe.objective.beta, adapter, reference.model, reference.beside)
+
+
+def _load_whole(
+    run: RunFolder, changes: dict[str, Any], with_reference: bool, say: Callable[[str], None]
+) -> LoadedModel:
+    """Its reference is the model before the first step, which is another one now."""
+    recipe, folder = recipe_of(run), _model_of(run, with_reference)
+    section = recipe.model.model_copy(update={"path": str(folder), "revision": None, **changes})
+    base = load_chat_model(section, say=say, today=date_of(run))
+    return LoadedModel(base, base.model, recipe.objective.beta, None, recipe.reference.model or recipe.model.path)
 
 
 def _look_at(run: RunFolder, with_reference: bool, say: Callable[[str], None]) -> tuple[Recipe, Path]:
