@@ -596,7 +596,7 @@ def test_another_interrupt_while_an_error_is_told_leaves_no_traceback() -> None:
         ("score", "--dtype", "float32|bfloat16|float16"),
         ("score", "--too-long", "drop|cut_prompt_start|cut_answer_end"),
         ("data check", "--too-long", "drop|cut_prompt_start|cut_answer_end"),
-        ("export", "--to", "adapter|merged|gptq"),
+        ("export", "--to", "adapter|merged|gptq|gguf"),
         ("quantize", "--bits", "2|3|4|8"),
         ("judge check", "--dtype", "float32|bfloat16|float16"),
     ],
