@@ -174,7 +174,6 @@ _ADDED: list[Draw] = [
 _ADAPTER: list[list[Draw]] = [
     [
         ("peft_type", "LOHA", r"only LoRA"),
-        ("use_dora", True, r"lora_magnitude_vector|no tensor"),
         ("bias", "all", r"only LoRA"),
         ("modules_to_save", ["lm_head"], r"modules_to_save"),
         ("trainable_token_indices", [1], r"trainable_token_indices"),
@@ -195,6 +194,7 @@ _ADAPTER: list[list[Draw]] = [
         ("alpha_pattern", [1], r"alpha_pattern|expression"),
     ],
     [
+        ("use_dora", True, r"lora_magnitude_vector|no tensor"),
         ("r", 64, r"rank 64"),
         ("rank_pattern", {"q_proj": 7}, r"rank 7"),
         ("target_modules", [f"m{n}" for n in range(100_000)], r"target modules"),

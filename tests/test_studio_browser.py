@@ -293,6 +293,7 @@ def keys_of(section: type[BaseModel], before: str = "") -> set[str]:
     found: set[str] = set()
     for name, field in section.model_fields.items():
         choices = (field.annotation, *get_args(field.annotation))
+        choices = (*choices, *(each for choice in choices for each in get_args(choice)))  # in an Annotated, too
         inside = [each for each in choices if isinstance(each, type) and issubclass(each, BaseModel)]
         found |= keys_of(inside[0], f"{before}{name}.") if inside else {f"{before}{name}"}
     return found
