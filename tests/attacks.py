@@ -194,7 +194,6 @@ _ADAPTER: list[list[Draw]] = [
         ("alpha_pattern", [1], r"alpha_pattern|expression"),
     ],
     [
-        ("use_dora", True, r"lora_magnitude_vector|no tensor"),
         ("r", 64, r"rank 64"),
         ("rank_pattern", {"q_proj": 7}, r"rank 7"),
         ("target_modules", [f"m{n}" for n in range(100_000)], r"target modules"),
