@@ -93,7 +93,7 @@ def test_fifteen_thousand_keys_take_as_long_as_they_are_many() -> None:
     made = parse_yaml(keys)
     assert isinstance(made, dict)
     assert len(made) == 12_000
-    assert time.process_time() - started < 1.7 * twelve + 0.2
+    assert time.process_time() - started < 3 * twelve + 0.3  # squared it would be twelve times
 
 
 def every_key(model: type[BaseModel], before: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
