@@ -66,7 +66,8 @@ def test_no_request_of_the_routes_own_schema_makes_the_studio_fail(tmp_path: Pat
 
         _ask(operation, headers, told, cases)
     assert told[2] > cases and told[4] > cases, told
-    assert client.get("/api/jobs").json() == []
+    started = {job["verb"] for job in client.get("/api/jobs").json()}
+    assert started <= {"data-check"}  # of a file that an earlier case uploaded: it is read, nothing else
 
 
 def _ask(operation: Any, headers: dict[str, str], told: Counter[int], cases: int) -> None:
