@@ -44,14 +44,13 @@ class _Family:
     """Its rotations turn neighbouring values, where transformers turns halves: rows of q and k are reordered."""
     norm_plus_one: bool = False
     """Its norms multiply with the weight, where transformers multiplies with 1 + weight."""
-    qkv_bias: bool = False
     activation: str = "silu"
 
 
 _FAMILIES = {
     "llama": _Family(gguf.MODEL_ARCH.LLAMA, pairs_neighbours=True),
     "mistral": _Family(gguf.MODEL_ARCH.LLAMA, pairs_neighbours=True),
-    "qwen2": _Family(gguf.MODEL_ARCH.QWEN2, qkv_bias=True),
+    "qwen2": _Family(gguf.MODEL_ARCH.QWEN2),
     "qwen3": _Family(gguf.MODEL_ARCH.QWEN3),
     "gemma": _Family(gguf.MODEL_ARCH.GEMMA, norm_plus_one=True, activation="gelu_pytorch_tanh"),
     "gemma2": _Family(gguf.MODEL_ARCH.GEMMA2, norm_plus_one=True, activation="gelu_pytorch_tanh"),
@@ -76,17 +75,14 @@ def gguf_family(config: PreTrainedConfig) -> _Family:
     for bias in ("attention_bias", "mlp_bias"):
         if getattr(config, bias, False):
             raise ModelError(f"llama.cpp computes {config.model_type} without {bias}", hint=_HINT)
-    heads = config.num_attention_heads
-    if config.model_type == "qwen2" and (getattr(config, "head_dim", None) or 0) not in (
-        0,
-        config.hidden_size // heads,
-    ):
-        raise ModelError(
-            f"llama.cpp gives qwen2 heads of {config.hidden_size // heads}, not {config.head_dim}", hint=_HINT
-        )
+    split = config.hidden_size // config.num_attention_heads
+    if config.model_type == "qwen2" and _head_size(config) != split:
+        raise ModelError(f"llama.cpp gives qwen2 heads of {split}, not {config.head_dim}", hint=_HINT)
     for parameters in _ropes(config):
         if parameters.get("rope_type", "default") not in ("default", "linear", "llama3"):
             raise ModelError(f"a rotary scaling of type {parameters['rope_type']} is not written as GGUF", hint=_HINT)
+    if config.model_type in ("gemma2", "gemma3_text"):
+        _check_gemma(config)
     return family
 
 
@@ -174,8 +170,7 @@ def _as_stored(
 
 
 def _write_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str) -> None:
-    heads = config.num_attention_heads
-    size = getattr(config, "head_dim", None) or config.hidden_size // heads
+    size = _head_size(config)
     window = getattr(config, "sliding_window", None) if _has_window(config) else None
     full = _ropes(config)[0]
     length = config.max_position_embeddings
@@ -186,7 +181,7 @@ def _write_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(heads)
+    writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_key_length(size)
@@ -203,17 +198,16 @@ def _write_settings(writer: gguf.GGUFWriter, config: PreTrainedConfig, name: str
         writer.add_attn_logit_softcapping(cap)
     if cap := getattr(config, "final_logit_softcapping", None):
         writer.add_final_logit_softcapping(cap)
-    if config.model_type in ("gemma2", "gemma3_text"):
-        _check_gemma(config, size)
 
 
-def _check_gemma(config: PreTrainedConfig, size: int) -> None:
+def _check_gemma(config: PreTrainedConfig) -> None:
     """llama.cpp has Gemma's scale of the scores and its pattern of windows in its graph, not in the file.
 
     Raises:
         ModelError: this model has others.
     """
-    expected_scale = config.hidden_size // config.num_attention_heads if config.num_hidden_layers in (46, 62) else size
+    by_width = config.num_hidden_layers in (46, 62)
+    expected_scale = config.hidden_size // config.num_attention_heads if by_width else _head_size(config)
     if config.query_pre_attn_scalar != expected_scale:
         raise ModelError(
             f"llama.cpp scales this model's scores by {expected_scale}, not {config.query_pre_attn_scalar}", hint=_HINT
@@ -229,6 +223,10 @@ def _check_gemma(config: PreTrainedConfig, size: int) -> None:
     local = _ropes(config)[-1]
     if config.model_type == "gemma3_text" and local["rope_theta"] != 10000.0:
         raise ModelError("llama.cpp computes Gemma 3's window layers with a rope_theta of 10000", hint=_HINT)
+
+
+def _head_size(config: PreTrainedConfig) -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 def _has_window(config: PreTrainedConfig) -> bool:
@@ -253,7 +251,7 @@ def _llama3_factors(config: PreTrainedConfig) -> np.ndarray[Any, Any] | None:
     rope = _ropes(config)[0]
     if rope.get("rope_type") != "llama3":
         return None
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    size = _head_size(config)
     old, low, high = (rope[key] for key in ("original_max_position_embeddings", "low_freq_factor", "high_freq_factor"))
     factors = []
     for at in range(0, size, 2):

@@ -57,12 +57,12 @@ class GgufTokenizer:
         if self.merges:
             writer.add_token_merges(self.merges)
         for name, token in self.special.items():
-            writer.add_uint32(f"tokenizer.ggml.{'unknown' if name == 'unk' else _ID_NAMES[name]}_token_id", token)
+            writer.add_uint32(f"tokenizer.ggml.{_ID_NAMES[name]}_token_id", token)
         writer.add_add_bos_token(self.adds_bos)
         writer.add_add_eos_token(False)
 
 
-_ID_NAMES = {"bos": "bos", "eos": "eos", "eot": "eot", "pad": "padding"}
+_ID_NAMES = {"bos": "bos", "eos": "eos", "eot": "eot", "pad": "padding", "unk": "unknown"}
 
 
 def read_tokenizer(tokenizer: PreTrainedTokenizerBase, size: int, end_of_turn: int | None) -> GgufTokenizer:
